@@ -1,0 +1,23 @@
+# Copyright 2026 The anodiff authors. Licensed under the Apache License, Version 2.0.
+"""HuggingFace-style pipelines that find anomalies in medical images with diffusion models."""
+
+import lazy_loader
+
+
+__version__ = "0.1.0"
+
+# Lazy, so that `--help` never waits for torch. Touching any of these classes imports its module, and every module with
+# a class that checkpoints name imports `hub.registration` first. The base names that `hub.registration` gives are
+# looked up here by diffusers' loader.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "data.processor": ["VolumeProcessor"],
+        "hub.registration": ["ModelMixin", "SchedulerMixin"],
+        "models.unet_2d_heads": ["UNet2DHeadsModel"],
+        "pipelines.pipeline_anoddpm": ["AnoDDPMPipeline"],
+        "pipelines.pipeline_output": ["AnomalyOutput"],
+        "pipelines.pipeline_utils": ["AnomalyPipeline"],
+        "schedulers.scheduling_anoddpm": ["AnoDDPMScheduler"],
+    },
+)
