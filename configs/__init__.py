@@ -1,0 +1,65 @@
+"""Reads configurations: a YAML file sets values, flags of the command line win over it, an unknown key is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+
+Options = TypeVar("Options")
+
+
+def parse_options(
+    options_class: type[Options],
+    argv: list[str] | None,
+    *,
+    prog: str,
+    description: str,
+    positional: str | None = None,
+    shorthands: dict[str, str] | None = None,
+) -> Options:
+    """
+    Fills an options dataclass from `--config FILE` and the command line.
+
+    Args:
+        options_class (`type`): Dataclass; nested dataclasses are blocks of the file, docstrings of the fields are the help.
+        argv (`list[str]`, *optional*): Arguments without the program's name; those of the process by default.
+        prog (`str`): Program name in messages.
+        description (`str`): First lines of `--help`.
+        positional (`str`, *optional*): A list-valued field that takes the arguments without a flag.
+        shorthands (`dict[str, str]`, *optional*): Flags that stand for others, such as `{"--data": "--data.path"}`.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help="YAML file; a bare name is looked up in the package")
+    parser.add_class_arguments(options_class, skip={positional} if positional else None)
+    if positional:
+        parser.add_argument(positional, nargs="*", default=[])
+
+    # jsonargparse lets the later of file and flag win; a file that comes first never overrides a flag.
+    files, flags = [], []
+    arguments = iter(sys.argv[1:] if argv is None else argv)
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag == "--config":
+            files += ["--config", str(config_path(value if equals else next(arguments, "")))]
+        else:
+            flags.append((shorthands or {}).get(flag, flag) + equals + value)
+    options = parser.instantiate(parser.parse_args(files + flags))
+    return options_class(**{field.name: options[field.name] for field in dataclasses.fields(options_class)})
+
+
+def config_path(name: str | Path) -> Path:
+    """A configuration file on disk or, for a bare name such as `anoddpm_nfbs.yaml`, one that comes with the package."""
+    path = Path(name)
+    if path.exists():
+        return path
+    packaged = Path(__file__).parent / path.name
+    if packaged.exists() and path.parent.name in ("", "configs"):
+        return packaged
+    available = sorted(file.name for file in Path(__file__).parent.glob("*.yaml"))
+    raise FileNotFoundError(f"There is no configuration {name}. The package comes with {', '.join(available)}.")

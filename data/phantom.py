@@ -1,0 +1,599 @@
+"""Synthetic brains with synthetic lesions: a data set that needs no download, no licence and no patient.
+
+The phantom shows that a method is correct: the error falls, AUROC rises with `contrast`, two runs agree. It cannot
+support a claim of accuracy, because all subjects share the gyral pattern of one template and one simulated scanner.
+
+Import as `from anodiff.data.phantom import make_subject, write_phantom`.
+"""
+
+import csv
+import json
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage, sparse
+from scipy.special import expit
+from tqdm.auto import tqdm
+
+
+# X, Y, Z voxels of the grid (RAS), V voxels inside the brain, mm are RAS millimetres of the template.
+
+MODALITIES = ("t1", "t2", "flair")
+ANATOMIES = ("mni152", "geometric")
+LESIONS = ("tumour", "ms", "stroke")
+
+TISSUE_MEANS = {"t1": (0.22, 0.55, 0.85), "t2": (1.00, 0.55, 0.38), "flair": (0.12, 0.62, 0.50)}  # CSF, GM, WM
+TISSUE_TEXTURE = (0.020, 0.030, 0.025)  # CSF, GM, WM
+LESION_MEANS = {"t1": 0.38, "t2": 0.80, "flair": 0.92}
+CORE_MEANS = {"t1": 0.25, "t2": 0.95, "flair": 0.45}
+DISPLACEMENT = ((60.0, 3.0), (28.0, 1.5), (14.0, 0.6))  # knot spacing and standard deviation, mm
+
+# Number of subjects per split and kind; `None` is healthy. Volume-level AUROC needs the healthy ones in validation, test.
+PHANTOM_SETS = {
+    "phantom-mini": {
+        "train": ((None, 16),),
+        "validation": ((None, 4), ("tumour", 2), ("ms", 1), ("stroke", 1)),
+        "test": ((None, 4), ("tumour", 2), ("ms", 1), ("stroke", 1)),
+    },
+    "phantom-std": {
+        "train": ((None, 200),),
+        "validation": ((None, 20), ("tumour", 10), ("ms", 5), ("stroke", 5)),
+        "test": ((None, 20), ("tumour", 20), ("ms", 10), ("stroke", 10)),
+    },
+}
+
+_MAX_DRAWS = 50  # of a shape or a lesion that is rejected
+_MIN_LESION_ML = 0.05
+
+
+@dataclass(frozen=True)
+class PhantomSubject:
+    """
+    One synthetic subject.
+
+    Args:
+        name (`str`):
+            Kind and index, for example `"healthy_0003"` or `"tumour_0020"`.
+        images (`dict[str, np.ndarray]`):
+            Modality (`"t1"`, `"t2"`, `"flair"`) to float32 volume `(X, Y, Z)`, about 0 to 1.6, 0 outside the brain.
+        brain (`np.ndarray` of shape `(X, Y, Z)`):
+            uint8, 1 inside the brain.
+        lesion (`np.ndarray` of shape `(X, Y, Z)`):
+            uint8, 0 healthy, 1 lesion, 2 necrotic core of a tumour. Non-zero exactly where `soft_lesion > 0.5`.
+        soft_lesion (`np.ndarray` of shape `(X, Y, Z)`):
+            float32 in [0, 1], the weight with which lesion intensities were mixed into the images.
+        affine (`np.ndarray` of shape `(4, 4)`):
+            Voxel to RAS millimetres.
+        parameters (`dict`):
+            JSON-able: arguments, every drawn parameter and `lesion_volume_ml`.
+    """
+
+    name: str
+    images: dict[str, np.ndarray]
+    brain: np.ndarray
+    lesion: np.ndarray
+    soft_lesion: np.ndarray
+    affine: np.ndarray
+    parameters: dict
+
+    def save(self, folder: str | Path) -> None:
+        """
+        Write `t1.nii.gz`, `t2.nii.gz`, `flair.nii.gz` (int16, value x 1000, no scale factor in the header),
+        `brain.nii.gz`, `lesion.nii.gz` (uint8) and `phantom.json` (`parameters`).
+
+        Args:
+            folder (`str` or `Path`):
+                Created if it does not exist; files of the same names are overwritten.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        volumes = {name: np.round(image * 1000).astype(np.int16) for name, image in self.images.items()}
+        volumes |= {"brain": self.brain, "lesion": self.lesion}
+        for name, volume in volumes.items():
+            image = nib.Nifti1Image(volume, self.affine)
+            image.header.set_xyzt_units("mm")
+            nib.save(image, folder / f"{name}.nii.gz")
+        (folder / "phantom.json").write_text(json.dumps(self.parameters, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class _Template:
+    """Average anatomy on a regular RAS grid. `ventricle_distance` and `depth` below the surface, in mm, have a grid of
+    their own."""
+
+    gm: np.ndarray
+    wm: np.ndarray
+    brain: np.ndarray
+    spacing: float
+    ventricle_distance: np.ndarray
+    depth: np.ndarray
+    distance_spacing: float
+    origin: np.ndarray  # (3,) mm
+    extent: np.ndarray  # (3,) mm from the first to the last voxel centre
+    centre: np.ndarray  # (3,) mm
+
+
+def _make_template(gm, wm, brain, spacing, origin, stride):
+    brain = (brain > 0.5).astype(np.float32)
+    gm, wm = gm * brain, wm * brain
+    total = np.maximum(gm + wm, 1.0)
+    gm, wm = gm / total, wm / total
+
+    coarse = np.s_[::stride, ::stride, ::stride]
+    inside = np.pad(brain[coarse] > 0, 1)  # the field of view may cut the brain stem: the cut is surface too
+    depth = ndimage.distance_transform_edt(inside, spacing * stride)[1:-1, 1:-1, 1:-1]
+    # Fluid more than 20 mm below the surface is ventricle or cistern; the largest part is the lateral ventricles.
+    fluid = ((1 - gm - wm)[coarse] > 0.5) & (depth > 20.0)
+    labels, _ = ndimage.label(fluid)
+    ventricles = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
+    ventricle_distance = ndimage.distance_transform_edt(~ventricles, spacing * stride)
+    return _Template(
+        gm=gm,
+        wm=wm,
+        brain=brain,
+        spacing=spacing,
+        ventricle_distance=ventricle_distance.astype(np.float32),
+        depth=depth.astype(np.float32),
+        distance_spacing=spacing * stride,
+        origin=np.asarray(origin, dtype=np.float64),
+        extent=(np.array(brain.shape) - 1) * spacing,
+        centre=origin + spacing * np.array(ndimage.center_of_mass(brain)),
+    )
+
+
+@lru_cache(maxsize=1)
+def _mni152_template() -> _Template:
+    """ICBM152 2009a tissue maps at 1 mm, from nilearn's wheel (no download)."""
+    try:
+        from nilearn.datasets import load_mni152_brain_mask, load_mni152_gm_template, load_mni152_wm_template
+    except ImportError as error:
+        raise ImportError(
+            '`anatomy="mni152"` takes its tissue maps from nilearn: pip install "anodiff[phantom]", '
+            'or use `anatomy="geometric"`.'
+        ) from error
+    brain = load_mni152_brain_mask(resolution=1)
+    maps = [
+        load(resolution=1).get_fdata(dtype=np.float32) for load in (load_mni152_gm_template, load_mni152_wm_template)
+    ]
+    return _make_template(*maps, brain.get_fdata(dtype=np.float32), 1.0, brain.affine[:3, 3], stride=2)
+
+
+@lru_cache(maxsize=1)
+def _geometric_template() -> _Template:
+    """Nested deformed ellipsoids on 64 x 76 x 60 voxels of 3 mm: CSF rim, folded GM shell, WM, two ventricles."""
+    shape, spacing = (64, 76, 60), 3.0
+    origin = -spacing * (np.array(shape) - 1) / 2
+    x, y, z = (
+        axis.astype(np.float32)
+        for axis in np.meshgrid(
+            *(o + spacing * np.arange(n) for o, n in zip(origin, shape, strict=True)), indexing="ij"
+        )
+    )
+
+    def inner_distance(centre, semi_axes):  # mm below the surface of an ellipsoid, nearly
+        radius = np.sqrt(sum(((p - c) / a) ** 2 for p, c, a in zip((x, y, z), centre, semi_axes, strict=True)))
+        return (1 - radius) * np.mean(semi_axes)
+
+    depth = inner_distance((0, 0, 0), (68, 84, 62))
+    folds = (
+        np.sin(x / 5.5 + 1.5 * np.sin(y / 17))
+        + np.sin(y / 5 + 1.5 * np.sin(z / 15))
+        + np.sin(z / 5.5 + 1.5 * np.sin(x / 13))
+    )
+    ventricles = np.maximum(*(inner_distance((side * 13, 4, 6), (8, 32, 13)) for side in (-1, 1)))
+    csf = np.maximum(expit(2 + 1.5 * folds - depth), expit(ventricles))
+    wm = (1 - csf) * expit((depth - 13 - 3 * folds) / 1.5)
+    return _make_template(1 - csf - wm, wm, (depth > 0).astype(np.float32), spacing, origin, stride=1)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The voxels of the output. Knots are counted over `extent`, so that smooth fields do not depend on `spacing`."""
+
+    shape: tuple[int, int, int]
+    spacing: float
+    origin: np.ndarray
+    extent: np.ndarray
+
+    def positions(self) -> list[np.ndarray]:
+        """Coordinates of all voxels in mm as three float32 arrays that broadcast to `(X, Y, Z)`."""
+        axes = [o + self.spacing * np.arange(n) for o, n in zip(self.origin, self.shape, strict=True)]
+        return np.meshgrid(*(axis.astype(np.float32) for axis in axes), indexing="ij", sparse=True)
+
+
+@lru_cache(maxsize=64)
+def _spline_matrix(n, spacing, n_knots, knot_spacing):
+    position = np.arange(n) * spacing / knot_spacing
+    first = np.floor(position).astype(int)
+    u = position - first
+    weights = np.stack([(1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3], axis=1)
+    weights /= np.sqrt((weights**2).sum(axis=1, keepdims=True))  # unit variance at every voxel, not only on average
+    columns = first[:, None] + np.arange(4)
+    return sparse.csr_array(
+        (weights.astype(np.float32).ravel(), columns.ravel(), 4 * np.arange(n + 1)), shape=(n, n_knots)
+    )
+
+
+def _smooth_field(rng, grid, knot_spacing):
+    """
+    Gaussian field of mean 0 and standard deviation 1: cubic B-splines with independent normal coefficients.
+
+    Three sparse products, one per axis: exact at any spacing, much faster than a cubic zoom, and (unlike BLAS) bit for
+    bit the same whatever the number of threads.
+    """
+    n_knots = [int(extent // knot_spacing) + 4 for extent in grid.extent]
+    field = rng.standard_normal(n_knots, dtype=np.float32)
+    for n, knots in zip(grid.shape, n_knots, strict=True):
+        matrix = _spline_matrix(n, grid.spacing, knots, knot_spacing)
+        # Each product takes the first axis and appends its result as the last: after three the order is X, Y, Z.
+        field = np.moveaxis((matrix @ field.reshape(knots, -1)).reshape(n, *field.shape[1:]), 0, -1)
+    return field
+
+
+def _jacobian_determinant(source, spacing):
+    """Determinant of the derivative of a map, `source (3, X, Y, Z)` in mm, on a grid of `spacing` mm."""
+    (a, b, c), (d, e, f), (g, h, i) = (np.gradient(component, spacing) for component in source)
+    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+
+
+def _draw_shape(rng, grid, template):
+    """Where the subject's voxels lie in the template, `(3, X, Y, Z)` in mm. Rejects maps that fold or nearly do."""
+    for draw in range(1, _MAX_DRAWS + 1):
+        matrix = (np.eye(3) + rng.normal(0, 0.03, (3, 3))) @ np.diag(rng.uniform(0.95, 1.05, 3))
+        offsets = [position - np.float32(c) for position, c in zip(grid.positions(), template.centre, strict=True)]
+        source = np.empty((3, *grid.shape), dtype=np.float32)
+        for component, row, c in zip(source, matrix.astype(np.float32), template.centre, strict=True):
+            component[:] = row[0] * offsets[0] + row[1] * offsets[1] + row[2] * offsets[2] + np.float32(c)
+            for knot_spacing, std in DISPLACEMENT:
+                component += np.float32(std) * _smooth_field(rng, grid, knot_spacing)
+        smallest = float(_jacobian_determinant(source, grid.spacing).min())
+        if smallest > 0.2:
+            return source, {"affine_map": matrix.tolist(), "smallest_jacobian": smallest, "shape_draws": draw}
+    raise RuntimeError(
+        f"No valid shape in {_MAX_DRAWS} draws: the Jacobian determinant was 0.2 or less somewhere in each."
+    )
+
+
+def _sample(volume, spacing, template, source):
+    """Linear interpolation of `volume` (0 outside its grid) at `source (3, ...)` in mm."""
+    index = np.stack([(s - np.float32(o)) / np.float32(spacing) for s, o in zip(source, template.origin, strict=True)])
+    return ndimage.map_coordinates(volume, index, output=np.float32, order=1, mode="constant")
+
+
+def _tissue_weights(template, source, sharpness, modulation):
+    """Partial-volume weights of CSF, GM, WM `(3, V)` at the brain's voxels, which sum to 1."""
+    gm, wm = (_sample(volume, template.spacing, template, source) for volume in (template.gm, template.wm))
+    fractions = np.stack([np.maximum(1 - gm - wm, 0), gm, wm])
+    weights = fractions ** np.float32(sharpness) * modulation
+    return weights / weights.sum(axis=0)
+
+
+def _ellipsoidal_radius(rng, positions, centre, semi_axes):
+    """Distance from `centre` in units of the randomly turned semi-axes, `(V,)`."""
+    rotation, _ = np.linalg.qr(rng.standard_normal((3, 3)))
+    scaled = (rotation / np.asarray(semi_axes)[:, None]).astype(np.float32)
+    offset = positions - centre[:, None].astype(np.float32)
+    return np.sqrt(sum((row[0] * offset[0] + row[1] * offset[1] + row[2] * offset[2]) ** 2 for row in scaled))
+
+
+def _draw_tumour(rng, positions, weights, smoothed_wm, shape_field):
+    candidates = np.flatnonzero(smoothed_wm > 0.5)
+    centre = positions[:, candidates[rng.integers(candidates.size)]]
+    semi_axes = rng.uniform(4, 20) * rng.uniform(0.7, 1.3, 3)
+    sharpness = rng.uniform(6, 14)
+    has_core = bool(rng.random() < 0.6 and semi_axes.mean() > 8)  # small ones look like a target
+    radius = _ellipsoidal_radius(rng, positions, centre, semi_axes)
+    # Grey matter is infiltrated later than white matter: without this a tumour looks pasted over the cortex.
+    d = radius * (1 + np.float32(0.3) * weights[1]) + np.float32(0.22) * shape_field
+    soft = expit((1 - d) * np.float32(sharpness))
+    core = expit((0.5 - d) * np.float32(2 * sharpness)) if has_core else np.zeros_like(d)
+    parameters = {
+        "centre_mm": centre.tolist(),
+        "semi_axes_mm": semi_axes.tolist(),
+        "edge": sharpness,
+        "core": has_core,
+    }
+    return soft, core, parameters, radius
+
+
+def _draw_ms(rng, positions, weights, ventricle_distance, shape_field):
+    probability = np.where(
+        (weights[2] > 0.5) & (ventricle_distance > 0), np.exp(-ventricle_distance / 8.0), 0.0
+    ).astype(np.float64)
+    count = int(rng.integers(5, 41))
+    centres = rng.choice(probability.size, count, replace=False, p=probability / probability.sum())
+    edge = rng.uniform(3, 7)
+    soft = np.zeros_like(shape_field)
+    radii = rng.uniform(1.5, 5, count)
+    for centre, radius in zip(positions[:, centres].T, radii, strict=True):
+        semi_axes = radius * rng.uniform(0.7, 1.3, 3)
+        d = _ellipsoidal_radius(rng, positions, centre, semi_axes) + np.float32(0.22) * shape_field
+        soft = np.maximum(soft, expit((1 - d) * np.float32(edge)))
+    return (
+        soft,
+        np.zeros_like(soft),
+        {"centres_mm": positions[:, centres].T.tolist(), "radii_mm": radii.tolist(), "edge": edge},
+    )
+
+
+def _draw_stroke(rng, positions, weights, depth, side, brain_centre, shape_field):
+    """A wedge: an ellipsoid below the cortex, cut by a plane that runs from the cortex inwards, in one hemisphere."""
+    candidates = np.flatnonzero((weights[1] > 0.5) & (depth < 12) & (np.abs(side) > 12))
+    chosen = candidates[rng.integers(candidates.size)]
+    outward = positions[:, chosen] - brain_centre
+    outward /= np.linalg.norm(outward)
+    mean_radius = rng.uniform(12, 28)
+    semi_axes = mean_radius * rng.uniform(0.7, 1.3, 3)
+    centre = positions[:, chosen] - rng.uniform(0.2, 0.6) * mean_radius * outward
+    normal = np.cross(outward, rng.standard_normal(3))
+    normal /= np.linalg.norm(normal)
+    normal = normal + rng.uniform(0, 0.5) * outward  # tilted, so that the wedge is wider at the cortex
+    shift = rng.uniform(0.1, 0.5)
+    edge = rng.uniform(6, 14)
+    radius = _ellipsoidal_radius(rng, positions, centre, semi_axes)
+    height = np.tensordot(normal, positions - centre[:, None], axes=1) / mean_radius + shift
+    d = (np.maximum(radius, 1 - height) + 0.22 * shape_field).astype(np.float32)
+    same_hemisphere = expit(np.sign(side[chosen]) * side)
+    soft = expit((1 - d) * np.float32(edge)) * same_hemisphere
+    parameters = {
+        "centre_mm": centre.tolist(),
+        "semi_axes_mm": semi_axes.tolist(),
+        "plane_normal": normal.tolist(),
+        "plane_shift": shift,
+        "edge": edge,
+    }
+    return soft, np.zeros_like(soft), parameters
+
+
+def _draw_lesion(kind, rng, grid, template, brain, positions, weights, source):
+    """
+    Soft lesion `(V,)`, soft core `(V,)`, parameters, and for a tumour the ellipsoidal radius `(V,)`, for mass effect.
+
+    Draws again after a lesion of less than 0.05 ml, for example a small one that fell into a sulcus.
+    """
+    for draw in range(1, _MAX_DRAWS + 1):
+        # Two scales: a lesion of a few mm would be a perfect ellipsoid with the coarse one alone.
+        shape_field = (0.8 * _smooth_field(rng, grid, 14.0) + 0.6 * _smooth_field(rng, grid, 6.0))[brain]
+        radius = None
+        if kind == "tumour":
+            wm = np.zeros(grid.shape, dtype=np.float32)
+            wm[brain] = weights[2]
+            smoothed_wm = ndimage.gaussian_filter(wm, 4.0 / grid.spacing)[brain]
+            soft, core, parameters, radius = _draw_tumour(rng, positions, weights, smoothed_wm, shape_field)
+        elif kind == "ms":
+            distance = _sample(template.ventricle_distance, template.distance_spacing, template, source)
+            soft, core, parameters = _draw_ms(rng, positions, weights, distance, shape_field)
+        else:
+            depth = _sample(template.depth, template.distance_spacing, template, source)
+            side = source[0] - np.float32(template.centre[0])
+            soft, core, parameters = _draw_stroke(rng, positions, weights, depth, side, template.centre, shape_field)
+        volume = float((_keep_out_of_csf(soft, weights) > 0.5).sum()) * grid.spacing**3 / 1000
+        if volume >= _MIN_LESION_ML:
+            return soft, core, parameters | {"draws": draw}, radius
+    raise RuntimeError(f'No `lesion="{kind}"` of {_MIN_LESION_ML} ml or more in {_MAX_DRAWS} draws.')
+
+
+def _keep_out_of_csf(soft, weights):
+    # Before the mask is derived, so that image and mask agree about sulci and ventricles.
+    return soft * np.where(weights[0] > 0.6, np.float32(0.3), np.float32(1.0))
+
+
+def _scan(image, grid, brain, brain_blurred, bias, noise):
+    """Bias field, point spread, Rician noise of one modality: `(V,)` to `(X, Y, Z)`, 0 outside the brain."""
+    volume = np.zeros(grid.shape, dtype=np.float32)
+    volume[brain] = image * bias
+    # Divided by the blurred mask, so that the zeros outside do not darken the rim.
+    blurred = ndimage.gaussian_filter(volume, 0.45)[brain] / brain_blurred
+    volume[brain] = np.hypot(blurred + noise[0], noise[1])
+    return volume
+
+
+def _check_arguments(index, seed, lesion, spacing, anatomy, contrast, mass_effect):
+    for name, value in (("index", index), ("seed", seed)):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise TypeError(f"`{name}` must be an integer, got {type(value).__name__}.")
+        if value < 0:
+            raise ValueError(f"`{name}` must be 0 or more, got {value}.")
+    if lesion is not None and lesion not in LESIONS:
+        raise ValueError(f"`lesion` must be None or one of {LESIONS}, got {lesion!r}.")
+    if anatomy not in ANATOMIES:
+        raise ValueError(f"`anatomy` must be one of {ANATOMIES}, got {anatomy!r}.")
+    if not 1 <= spacing <= 8:
+        raise ValueError(f"`spacing` must be between 1 and 8 mm, got {spacing}.")
+    if not 0 <= contrast <= 1:
+        raise ValueError(f"`contrast` must be between 0 and 1, got {contrast}.")
+    if mass_effect and lesion != "tumour":
+        raise ValueError(f'`mass_effect` needs `lesion="tumour"`, got {lesion!r}.')
+
+
+def make_subject(
+    index: int,
+    *,
+    seed: int = 0,
+    lesion: str | None = None,
+    spacing: float = 2.0,
+    anatomy: str = "mni152",
+    contrast: float = 1.0,
+    mass_effect: bool = False,
+) -> PhantomSubject:
+    """
+    Make one synthetic subject with T1, T2 and FLAIR images.
+
+    Anatomy, lesion and scanner draw from separate streams of `SeedSequence([seed, index])`: the same index gives the
+    same subject whatever else is made, and subjects that differ only in `lesion`, `contrast` or `mass_effect` share
+    anatomy and noise, so that their difference is the lesion. Bit for bit the same on one machine.
+
+    Args:
+        index (`int`):
+            Which subject, 0 or more.
+        seed (`int`, defaults to 0):
+            Which data set, 0 or more.
+        lesion (`str`, *optional*):
+            `"tumour"` (an irregular blob of 4 to 20 mm radius, often with a necrotic core if larger than 8 mm), `"ms"`
+            (5 to 40 blobs of 1.5 to 5 mm near the ventricles) or `"stroke"` (a wedge that reaches the cortex of one
+            hemisphere). `None` is healthy.
+        spacing (`float`, defaults to 2.0):
+            Voxel size in mm, 1 to 8.
+        anatomy (`str`, defaults to `"mni152"`):
+            `"mni152"` deforms the tissue maps of ICBM152 2009a and needs nilearn; `"geometric"` deforms nested
+            ellipsoids, for fast tests.
+        contrast (`float`, defaults to 1.0):
+            Contrast of the lesion in [0, 1]: 0 leaves the healthy image, 1 gives full lesion intensities. The mask
+            does not depend on it.
+        mass_effect (`bool`, defaults to `False`):
+            Whether a tumour pushes the tissue around it outwards.
+
+    Returns:
+        [`PhantomSubject`]
+
+    Raises:
+        ValueError: if an argument is out of range.
+        TypeError: if `index` or `seed` is not an integer.
+        ImportError: if `anatomy="mni152"` and nilearn is not installed.
+    """
+    _check_arguments(index, seed, lesion, spacing, anatomy, contrast, mass_effect)
+    template = _mni152_template() if anatomy == "mni152" else _geometric_template()
+    shape = tuple(int(n) for n in template.extent // spacing + 1)
+    grid = _Grid(shape, float(spacing), template.origin, template.extent)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
+    scanner_rng, lesion_rng = rng.spawn(2)
+
+    # 1. Shape
+    source, drawn = _draw_shape(rng, grid, template)
+    brain = _sample(template.brain, template.spacing, template, source) > 0.5
+    positions = np.stack([np.broadcast_to(p, grid.shape)[brain] for p in grid.positions()])
+    source = source[:, brain]
+
+    # 2. Tissue: the power undoes the blur of the average, the fields vary the width of cortex and sulci.
+    sharpness, atrophy = rng.uniform(1.6, 2.4), rng.uniform(0.7, 1.8)
+    modulation = np.stack([np.exp(np.float32(0.35) * _smooth_field(rng, grid, 10.0)[brain]) for _ in range(3)])
+    modulation[0] *= np.float32(atrophy)
+    weights = _tissue_weights(template, source, sharpness, modulation)
+
+    # 3. Contrast of the modalities
+    texture = _smooth_field(rng, grid, 6.0)[brain]
+    means = {m: np.multiply(TISSUE_MEANS[m], 1 + rng.normal(0, 0.04, 3)) for m in MODALITIES}
+
+    # 4. Lesion
+    soft, core, lesion_parameters = np.zeros(positions.shape[1], dtype=np.float32), None, None
+    if lesion is not None:
+        soft, core, lesion_parameters, radius = _draw_lesion(
+            lesion, lesion_rng, grid, template, brain, positions, weights, source
+        )
+        if mass_effect:
+            # First order: the template is sampled nearer to the centre. The skull stays: `brain` is not deformed.
+            offset = positions - np.float32(lesion_parameters["centre_mm"])[:, None]
+            pushed = source - np.float32(0.15) * offset * np.exp(-((radius / 1.5) ** 2))
+            weights = _tissue_weights(template, pushed, sharpness, modulation)
+        soft = _keep_out_of_csf(soft, weights)
+    lesion_means = {
+        m: [float(mean[m] * (1 + lesion_rng.normal(0, 0.06))) for mean in (LESION_MEANS, CORE_MEANS)]
+        for m in MODALITIES
+    }
+
+    # 5. Images
+    brain_blurred = ndimage.gaussian_filter(brain.astype(np.float32), 0.45)[brain]
+    images, noise_levels = {}, {}
+    for m in MODALITIES:
+        image = sum(
+            w * (np.float32(mu) + np.float32(sd) * texture)
+            for w, mu, sd in zip(weights, means[m], TISSUE_TEXTURE, strict=True)
+        )
+        if lesion is not None:
+            outer, inner = (np.float32(mean) for mean in lesion_means[m])
+            target = outer + core * (inner - outer) + np.float32(0.05) * texture
+            # A fifth of the local contrast stays: tissue shines through a lesion.
+            target = target + np.float32(0.2) * (image - np.float32(means[m][1]))
+            image = image + np.float32(contrast) * soft * (target - image)
+        noise_levels[m] = float(scanner_rng.uniform(0.01, 0.03))
+        bias = np.exp(np.float32(0.10) * _smooth_field(scanner_rng, grid, 90.0)[brain])
+        noise = np.float32(noise_levels[m]) * scanner_rng.standard_normal((2, positions.shape[1]), dtype=np.float32)
+        images[m] = _scan(image, grid, brain, brain_blurred, bias, noise)
+
+    # 6. Ground truth
+    mask = np.zeros(grid.shape, dtype=np.uint8)
+    mask[brain] = soft > 0.5
+    if core is not None:
+        mask[brain] += (soft > 0.5) & (core > 0.5)
+    soft_lesion = np.zeros(grid.shape, dtype=np.float32)
+    soft_lesion[brain] = soft
+
+    affine = np.diag([grid.spacing] * 3 + [1.0])
+    affine[:3, 3] = grid.origin
+    parameters = {
+        "seed": int(seed),
+        "index": int(index),
+        "anatomy": anatomy,
+        "spacing": grid.spacing,
+        "lesion": lesion,
+        "contrast": float(contrast),
+        "mass_effect": bool(mass_effect),
+        **drawn,
+        "sharpness": sharpness,
+        "atrophy": atrophy,
+        "tissue_means": {m: mean.tolist() for m, mean in means.items()},
+        "noise": noise_levels,
+        "lesion_parameters": lesion_parameters,
+        "lesion_means": lesion_means if lesion is not None else None,
+        "lesion_volume_ml": float(np.count_nonzero(mask) * grid.spacing**3 / 1000),
+    }
+    name = f"{lesion or 'healthy'}_{index:04d}"
+    return PhantomSubject(name, images, brain.astype(np.uint8), mask, soft_lesion, affine, parameters)
+
+
+def write_phantom(
+    folder: str | Path,
+    name: str = "phantom-mini",
+    *,
+    seed: int = 0,
+    anatomy: str = "mni152",
+    spacing: float = 2.0,
+    contrast: float = 1.0,
+    progress: bool = True,
+) -> None:
+    """
+    Write a whole data set: one folder per subject (see [`PhantomSubject.save`]) and the subject lists
+    `splits/train.csv`, `splits/validation.csv`, `splits/test.csv` (header `subject`). Training subjects are healthy.
+
+    The subjects are made in a temporary folder beside `folder`, which is renamed at the end: an interrupted run leaves
+    no half-made data set.
+
+    Args:
+        folder (`str` or `Path`):
+            Where the data set goes; must not exist.
+        name (`str`, defaults to `"phantom-mini"`):
+            A key of `PHANTOM_SETS`. `"phantom-mini"` has 32 subjects, `"phantom-std"` 300.
+        seed, anatomy, spacing, contrast:
+            As in [`make_subject`]. No two subjects of a set share an index.
+        progress (`bool`, defaults to `True`):
+            Whether to show a progress bar.
+
+    Raises:
+        FileExistsError: if `folder` exists.
+        ValueError: if `name` is unknown, or an argument of [`make_subject`] is out of range.
+    """
+    folder = Path(folder)
+    if name not in PHANTOM_SETS:
+        raise ValueError(f"`name` must be one of {tuple(PHANTOM_SETS)}, got {name!r}.")
+    if folder.exists():
+        raise FileExistsError(f"`folder` {str(folder)!r} exists: choose another one or delete it first.")
+    kinds = [(split, lesion) for split, counts in PHANTOM_SETS[name].items() for lesion, n in counts for _ in range(n)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / folder.name
+        subjects = {split: [] for split in PHANTOM_SETS[name]}
+        for index, (split, lesion) in enumerate(tqdm(kinds, desc=name, unit="subject", disable=not progress)):
+            subject = make_subject(
+                index, seed=seed, lesion=lesion, spacing=spacing, anatomy=anatomy, contrast=contrast
+            )
+            subject.save(unfinished / subject.name)
+            subjects[split].append(subject.name)
+        (unfinished / "splits").mkdir()
+        for split, names in subjects.items():
+            with open(unfinished / "splits" / f"{split}.csv", "w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([["subject"], *([n] for n in names)])
+        unfinished.rename(folder)

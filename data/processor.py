@@ -1,0 +1,354 @@
+"""From a volume to the slices a network sees, and back onto the volume's own grid."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.ndimage
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from .geometry import PLANES, Geometry, plane_orientation
+from .volume import InputVolume, read_volume
+
+
+INTENSITY_RULES = ("percentile", "slice_minmax", "mean_std", "mean_std_no_offset", "given")
+BRAIN_RULES = ("nonzero", "given", "none")
+RESIZE_RULES = ("fit", "stretch")
+
+
+@dataclass(frozen=True)
+class ProcessedVolume:
+    """Slices of one volume, ready for a network.
+
+    Args:
+        slices (`torch.Tensor` of shape `(N, C, H, W)`): float32, modalities in the processor's order, in `value_range`.
+        brain (`torch.Tensor` of shape `(N, H, W)`): bool, where maps count. All `True` without a brain rule.
+        geometry ([`Geometry`]): The way back to the input's grid.
+        units_offset, units_scale (`np.ndarray` of shape `(N, C)`): `value * scale + offset` is in the input's units.
+        source ([`InputVolume`]): The input.
+    """
+
+    slices: torch.Tensor
+    brain: torch.Tensor
+    geometry: Geometry
+    units_offset: np.ndarray
+    units_scale: np.ndarray
+    source: InputVolume
+
+
+class VolumeProcessor(ConfigMixin):
+    r"""
+    Brings volumes to slices and maps back onto the volume. A component of every checkpoint: what the network has seen in
+    training is what it sees at inference.
+
+    The order of steps: orientation, intensity rule of the whole volume, spacing, crop, resize (one linear interpolation for
+    all three), intensity rule of the slice, clipping, value range.
+
+    Args:
+        modalities (`tuple[str, ...]`, defaults to `("image",)`):
+            Names in channel order. A dict is read by name, a 4-D file by position; one modality accepts any single image.
+        plane (`str`, defaults to `"axial"`):
+            `"axial"`, `"coronal"` or `"sagittal"`: the plane that slices are taken in, in radiological convention.
+        spacing (`tuple[float | None, float | None, float | None]`, *optional*):
+            Voxel size in mm along (H, W, slice) that volumes are brought to; `None` keeps the input's.
+        crop (`"brain"` or `tuple[int, ...]`, *optional*):
+            `"brain"` cuts slices to the bounding box of the brain; `(H, W)` or `(H, W, N)` cuts or zero-pads about the centre, in
+            voxels after `spacing`.
+        size (`tuple[int, int]`, *optional*):
+            Slice size (H, W) of the network; `None` keeps what the steps before give.
+        resize (`str`, defaults to `"fit"`):
+            `"fit"` keeps the aspect ratio and pads with background, `"stretch"` does not.
+        antialias (`bool`, defaults to `True`):
+            Widen the linear kernel when reducing (as PIL and `interpolate(antialias=True)`). ANDi does, AnoFPDM does not.
+        intensity (`str`, defaults to `"percentile"`):
+            `"percentile"`: divide by the `quantile` of the voxels > 0 of the volume (ANDi 2.2, AnoFPDM 2.4).
+            `"slice_minmax"`: every slice and channel to [0, 1], (x - min) / (max - min + 1e-5) (AnoFPDM's loader).
+            `"mean_std"`: clip to [m - s, m + 2s] of the volume, then to [0, 1].
+            `"mean_std_no_offset"`: AnoDDPM's own rule: the same clip, divided by 3s, nothing subtracted.
+            `"given"`: `input_range` to [0, 1].
+        quantile (`float`, defaults to 0.99): Of the rule `"percentile"`.
+        input_range (`tuple[float, float]`, defaults to `(0.0, 255.0)`): Of the rule `"given"`, in the input's units.
+        value_range (`tuple[float, float]`, defaults to `(-1.0, 1.0)`): What [0, 1] becomes in the network.
+        clip (`bool`, defaults to `True`): Limit values to `value_range`. ANDi's exceed it (`False`).
+        brain_mask (`str`, defaults to `"nonzero"`):
+            `"nonzero"`: where any modality is above `background`, holes filled per slice. `"given"`: a mask comes with every
+            volume. `"none"`: the whole slice counts. A mask that is given wins over `"nonzero"`.
+        background (`float`, defaults to 0.0): Of the rule `"nonzero"`, in the input's units.
+    """
+
+    config_name = "processor_config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        modalities: tuple[str, ...] = ("image",),
+        plane: str = "axial",
+        spacing: tuple[float | None, float | None, float | None] | None = None,
+        crop: str | tuple[int, ...] | None = None,
+        size: tuple[int, int] | None = (128, 128),
+        resize: str = "fit",
+        antialias: bool = True,
+        intensity: str = "percentile",
+        quantile: float = 0.99,
+        input_range: tuple[float, float] = (0.0, 255.0),
+        value_range: tuple[float, float] = (-1.0, 1.0),
+        clip: bool = True,
+        brain_mask: str = "nonzero",
+        background: float = 0.0,
+    ):
+        for name, value, allowed in (
+            ("plane", plane, tuple(PLANES)),
+            ("resize", resize, RESIZE_RULES),
+            ("intensity", intensity, INTENSITY_RULES),
+            ("brain_mask", brain_mask, BRAIN_RULES),
+        ):
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+        if not modalities or isinstance(modalities, str) or len(set(modalities)) != len(modalities):
+            raise ValueError(f"`modalities` must be a list of different names, got {modalities!r}.")
+        if "brain" in modalities:
+            raise ValueError("`modalities` must not contain 'brain': that key of a volume is its brain mask.")
+        if spacing is not None and (len(spacing) != 3 or any(mm is not None and not mm > 0 for mm in spacing)):
+            raise ValueError(f"`spacing` must be three numbers > 0 or null, for (H, W, slice), got {spacing!r}.")
+        if isinstance(crop, str) and crop != "brain":
+            raise ValueError(f"`crop` must be 'brain', (H, W), (H, W, N) or null, got {crop!r}.")
+        if crop is not None and crop != "brain" and (len(crop) not in (2, 3) or min(crop) < 1):
+            raise ValueError(f"`crop` must be 'brain', (H, W), (H, W, N) or null, got {crop!r}.")
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"`size` must be two integers > 0, (H, W), or null, got {size!r}.")
+        if not 0 < quantile <= 1:
+            raise ValueError(f"`quantile` must be above 0 and at most 1, got {quantile}.")
+        for name, pair in (("input_range", input_range), ("value_range", value_range)):
+            if len(pair) != 2 or not pair[0] < pair[1]:
+                raise ValueError(f"`{name}` must be (low, high) with low < high, got {pair!r}.")
+
+    @classmethod
+    def from_dict(cls, settings: dict) -> VolumeProcessor:
+        """Builds a processor from plain settings; an unknown key is an error that lists the known ones."""
+        known = tuple(inspect.signature(cls.__init__).parameters)[1:]
+        unknown = sorted(key for key in settings if key not in known and not key.startswith("_"))
+        if unknown:
+            raise ValueError(f"A processor has no setting {', '.join(unknown)}; known are {', '.join(known)}.")
+        return cls(**{key: _tuples(value) for key, value in settings.items() if key in known})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> VolumeProcessor:
+        """Loads `processor_config.json` from a folder or a Hub repository (`subfolder`, `revision`, ... as in diffusers)."""
+        return cls.from_dict(cls.load_config(pretrained_model_name_or_path, **kwargs))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Writes `processor_config.json` into a folder."""
+        self.save_config(save_directory, **kwargs)
+
+    def settings(self) -> dict:
+        """The settings as plain JSON values, equal before and after saving: what two processors are compared by."""
+        return {key: _lists(value) for key, value in self.config.items() if not key.startswith("_")}
+
+    def preprocess(self, volume, brain_mask=None) -> ProcessedVolume:
+        """
+        Args:
+            volume: Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict `{modality: one of those}` (key `"brain"`: the
+                brain mask) or an [`InputVolume`]. A 4-D file holds the modalities in the processor's order.
+            brain_mask (*optional*): Same kinds; voxels > 0 are brain. On the grid of the volume.
+
+        Returns:
+            [`ProcessedVolume`]
+
+        Raises:
+            ValueError: Missing or unknown modality, wrong number of channels, different grids, constant image, empty brain.
+        """
+        volume, brain = self._read(volume, brain_mask)
+        arrays = np.stack([volume.arrays[key] for key in volume.arrays])
+        for name, array in zip(self.config.modalities, arrays, strict=True):
+            if array.min() == array.max():
+                raise ValueError(
+                    f"{volume.name}: modality `{name}` is constant ({array.min():g}): there is nothing to see in it."
+                )
+        if not brain.any():
+            raise ValueError(
+                f"{volume.name}: the brain mask is empty (rule `{self.config.brain_mask}`). Give a mask, or change `background`."
+            )
+
+        # 1. Intensities of the whole volume: (C, X, Y, Z) to about [0, 1]. offset + scale * value gives the input's units.
+        offset, scale = self._volume_intensity(arrays, volume.name)
+        if self.config.intensity.startswith("mean_std"):
+            mean, std = arrays.mean((1, 2, 3)), arrays.std((1, 2, 3))
+            arrays = np.clip(arrays, (mean - std)[:, None, None, None], (mean + 2 * std)[:, None, None, None])
+        arrays = (arrays - offset.astype(np.float32)[:, None, None, None]) / scale.astype(np.float32)[
+            :, None, None, None
+        ]
+
+        # 2. Geometry: (C, X, Y, Z) to (N, C, H, W).
+        geometry = self.geometry(volume.shape, volume.affine, brain)
+        slices = np.stack([geometry.to_network(array) for array in arrays], axis=1)
+        network_brain = geometry.to_network(brain, nearest=True)
+
+        # 3. Intensities of each slice: offset and scale become (N, C).
+        offset = np.broadcast_to(offset, slices.shape[:2]).astype(np.float64)
+        scale = np.broadcast_to(scale, slices.shape[:2]).astype(np.float64)
+        if self.config.intensity == "slice_minmax":
+            low, high = slices.min((2, 3)), slices.max((2, 3))
+            slices = (slices - low[..., None, None]) / (high - low + 1e-5)[..., None, None]
+            offset, scale = low.astype(np.float64), (high - low + 1e-5).astype(np.float64)
+        if self.config.clip:
+            slices = np.clip(slices, 0.0, 1.0)
+
+        # 4. Value range.
+        low, high = self.config.value_range
+        slices = slices * (high - low) + low
+        return ProcessedVolume(
+            slices=torch.from_numpy(np.ascontiguousarray(slices, dtype=np.float32)),
+            brain=torch.from_numpy(network_brain),
+            geometry=geometry,
+            units_offset=offset - scale * low / (high - low),
+            units_scale=scale / (high - low),
+            source=volume,
+        )
+
+    def preprocess_mask(self, mask, geometry: Geometry) -> np.ndarray:
+        """Brings a reference mask (same kinds as a volume, or an array on the input's grid) to `(N, H, W)`, its labels kept
+        (nearest neighbour)."""
+        volume = read_volume(mask)
+        if len(volume.arrays) != 1 or volume.shape != geometry.input_shape:
+            raise ValueError(f"`mask` must have the volume's shape {geometry.input_shape}, got {volume.shape}.")
+        return geometry.to_network(next(iter(volume.arrays.values())), nearest=True)
+
+    def postprocess(self, maps: torch.Tensor, processed: ProcessedVolume) -> np.ndarray:
+        """Brings maps `(N, H, W)` onto the grid of the input, `(X, Y, Z)` float32, linearly; outside the slices they are 0."""
+        return processed.geometry.to_input(maps.detach().float().cpu().numpy())
+
+    def postprocess_image(self, slices: torch.Tensor, processed: ProcessedVolume) -> np.ndarray:
+        """Brings network images `(N, C, H, W)` onto the input's grid in the input's units: `(C, X, Y, Z)` float32."""
+        values = slices.detach().float().cpu().numpy()
+        values = values * processed.units_scale[..., None, None] + processed.units_offset[..., None, None]
+        return np.stack([processed.geometry.to_input(channel.astype(np.float32)) for channel in values.swapaxes(0, 1)])
+
+    def geometry(self, shape: tuple[int, int, int], affine: np.ndarray, brain: np.ndarray) -> Geometry:
+        """The network's grid for an input grid; `brain` (X, Y, Z) is used by `crop="brain"` only."""
+        orientation = plane_orientation(affine, self.config.plane)
+        source_axis = np.argsort(orientation[:, 0])
+        extent = np.array([shape[axis] for axis in source_axis], dtype=float)
+        zooms = np.linalg.norm(affine[:3, :3], axis=0)[source_axis]
+
+        # In voxels of the reoriented input, axes (W, H, slice): where the field of view begins, its length, its voxel.
+        begin, length, step = np.zeros(3), extent.copy(), np.ones(3)
+        if self.config.spacing is not None:
+            for axis, millimetres in zip((1, 0, 2), self.config.spacing, strict=True):
+                if millimetres is not None:
+                    step[axis] = millimetres / zooms[axis]
+        if self.config.crop == "brain":
+            for axis in (0, 1):
+                other = tuple(index for index in range(3) if index != source_axis[axis])
+                index = np.flatnonzero(brain.any(axis=other))
+                low, high = index[0], index[-1] + 1
+                if orientation[source_axis[axis], 1] < 0:
+                    low, high = extent[axis] - high, extent[axis] - low
+                begin[axis], length[axis] = low, high - low
+        count = np.maximum(np.rint(length / step), 1)
+        if self.config.crop is not None and self.config.crop != "brain":
+            for axis, wanted in zip((1, 0, 2), self.config.crop, strict=False):
+                begin[axis] += (count[axis] - wanted) // 2 * step[axis]
+                count[axis] = wanted
+        if self.config.size is not None:
+            height, width = self.config.size
+            ratio = np.array([count[0] / width, count[1] / height])
+            if self.config.resize == "fit":
+                # Spacing is physical: pixels that are not square in the input become square in the network.
+                pixel = step[:2] * zooms[:2]
+                field = count[:2] * pixel
+                square = max(field[0] / width, field[1] / height)
+                ratio = square / pixel
+            for axis, wanted in ((0, width), (1, height)):
+                begin[axis] -= (wanted * ratio[axis] - count[axis]) / 2 * step[axis]
+                step[axis] *= ratio[axis]
+                count[axis] = wanted
+        start = begin + step / 2 - 0.5
+        return Geometry(
+            input_shape=tuple(int(size) for size in shape),
+            input_affine=affine,
+            plane=self.config.plane,
+            start=tuple(start.tolist()),
+            step=tuple(step.tolist()),
+            network_shape=tuple(int(size) for size in count),
+            antialias=self.config.antialias,
+        )
+
+    def _read(self, volume, brain_mask) -> tuple[InputVolume, np.ndarray]:
+        if isinstance(volume, dict) and "brain" in volume:
+            if brain_mask is not None:
+                raise ValueError("The brain mask is given twice: as `brain_mask` and under the key 'brain'.")
+            brain_mask = volume["brain"]
+            volume = {name: image for name, image in volume.items() if name != "brain"}
+        if not isinstance(volume, InputVolume):
+            volume = read_volume(volume)
+        modalities = tuple(self.config.modalities)
+        if all(key == "" or key.isdigit() for key in volume.arrays):
+            if len(volume.arrays) != len(modalities):
+                raise ValueError(
+                    f"{volume.name} has {len(volume.arrays)} channel(s), this checkpoint needs {len(modalities)}:"
+                    f" {', '.join(modalities)}. Give a dict of these names, or a 4-D file in this order."
+                )
+            arrays = dict(zip(modalities, volume.arrays.values(), strict=True))
+        else:
+            missing = [name for name in modalities if name not in volume.arrays]
+            unknown = [name for name in volume.arrays if name not in modalities]
+            if missing or unknown:
+                raise ValueError(
+                    f"This checkpoint needs the modalities {', '.join(modalities)}; missing: {', '.join(missing) or 'none'},"
+                    f" unknown: {', '.join(unknown) or 'none'}."
+                )
+            arrays = {name: volume.arrays[name] for name in modalities}
+        volume = InputVolume(arrays, volume.affine, volume.header, volume.is_picture, volume.ndim, volume.name)
+
+        if brain_mask is not None:
+            mask = read_volume(brain_mask)
+            if mask.shape != volume.shape or not np.allclose(mask.affine, volume.affine, atol=1e-3):
+                raise ValueError(
+                    f"The brain mask must lie on the grid of {volume.name}: shape {volume.shape}, got {mask.shape}, or another affine."
+                )
+            return volume, next(iter(mask.arrays.values())) > 0
+        if self.config.brain_mask == "given":
+            raise ValueError("This checkpoint needs a brain mask: `brain_mask=...`, or the key 'brain' of the volume.")
+        if self.config.brain_mask == "none":
+            return volume, np.ones(volume.shape, dtype=bool)
+        brain = np.any([array > self.config.background for array in arrays.values()], axis=0)
+        orientation = plane_orientation(volume.affine, self.config.plane)
+        slice_axis = int(np.argsort(orientation[:, 0])[2])
+        return volume, _fill_holes(brain, slice_axis)
+
+    def _volume_intensity(self, arrays: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+        rule = self.config.intensity
+        channels = arrays.shape[0]
+        if rule == "percentile":
+            scale = np.empty(channels)
+            for index, array in enumerate(arrays):
+                positive = array[array > 0]
+                if positive.size == 0:
+                    raise ValueError(f"{name}: modality `{self.config.modalities[index]}` has no value above 0.")
+                scale[index] = np.quantile(positive, self.config.quantile)
+            return np.zeros(channels), scale
+        if rule.startswith("mean_std"):
+            mean, std = arrays.mean((1, 2, 3), dtype=np.float64), arrays.std((1, 2, 3), dtype=np.float64)
+            return (mean - std if rule == "mean_std" else np.zeros(channels)), 3 * std
+        if rule == "given":
+            low, high = self.config.input_range
+            return np.full(channels, low), np.full(channels, high - low)
+        return np.zeros(channels), np.ones(channels)
+
+
+def _fill_holes(mask: np.ndarray, slice_axis: int) -> np.ndarray:
+    filled = [scipy.ndimage.binary_fill_holes(plane) for plane in np.moveaxis(mask, slice_axis, 0)]
+    return np.moveaxis(np.stack(filled), 0, slice_axis)
+
+
+def _tuples(value):
+    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _lists(value):
+    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value

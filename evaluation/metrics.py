@@ -1,0 +1,522 @@
+"""Metrics of anomaly maps and masks, in numpy.
+
+Definitions differ between the published programs (empty masks, exchanged names, pooled or per volume), so every function
+states its own. Confusion counts: TP, FP, FN, TN are pixels of prediction and ground truth in the usual sense.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+
+def dice(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
+    """
+    Dice coefficient 2 TP / (2 TP + FP + FN) of one mask.
+
+    Args:
+        pred, gt (`np.ndarray`, boolean or 0/1, the same shape):
+            Predicted and true mask of one slice or volume.
+        empty (`float`, *optional*, defaults to 1.0):
+            Value where both masks are empty. 1 as in AnoDDPM and AnoFPDM; `nan` as in ANDi and SADM, which leaves these
+            masks out of a nan-mean. One empty mask beside a filled one is always 0.
+    """
+    tp, fp, fn, _ = _confusion(pred, gt)
+    return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else empty
+
+
+def iou(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
+    """
+    Intersection over union TP / (TP + FP + FN) of one mask; arguments as in [`dice`]. (Empty masks count 1 in AnoFPDM's
+    program and 0 in AnoDDPM's.)
+    """
+    tp, fp, fn, _ = _confusion(pred, gt)
+    return tp / (tp + fp + fn) if tp + fp + fn else empty
+
+
+def precision(pred: np.ndarray, gt: np.ndarray) -> float:
+    """
+    TP / (TP + FP) of one mask; `nan` where nothing is predicted. The programs of AnoDDPM and AnoFPDM call this value
+    recall.
+    """
+    tp, fp, _, _ = _confusion(pred, gt)
+    return tp / (tp + fp) if tp + fp else float("nan")
+
+
+def recall(pred: np.ndarray, gt: np.ndarray) -> float:
+    """
+    TP / (TP + FN) of one mask; `nan` where the ground truth is empty. The programs of AnoDDPM and AnoFPDM call this value
+    precision.
+    """
+    tp, _, fn, _ = _confusion(pred, gt)
+    return tp / (tp + fn) if tp + fn else float("nan")
+
+
+def false_positive_rate(pred: np.ndarray, gt: np.ndarray) -> float:
+    """
+    FP / (FP + TN) of one mask; `nan` where the ground truth is full. It depends on how much background is included: pass
+    `pred[brain], gt[brain]` for the rate inside the brain. The program of AnoDDPM returns FN / (FN + TN) under this name.
+    """
+    _, fp, _, tn = _confusion(pred, gt)
+    return fp / (fp + tn) if fp + tn else float("nan")
+
+
+def lesion_f1(pred: np.ndarray, gt: np.ndarray, *, min_overlap: float = 0.0) -> float:
+    """
+    F1 score of lesions instead of voxels. Components are connected with corners (8 neighbours in 2-D, 26 in 3-D). A true
+    lesion is found when more than `min_overlap` of its voxels are predicted; a predicted component is right when more than
+    `min_overlap` of its voxels are lesion. F1 is the harmonic mean of (found / lesions) and (right / predicted components).
+
+    Args:
+        pred, gt (`np.ndarray`, boolean or 0/1, the same shape):
+            Masks of one volume `(N, H, W)` or one slice `(H, W)`.
+        min_overlap (`float`, *optional*, defaults to 0.0):
+            Fraction in [0, 1) of the component's voxels; 0 means that one voxel is enough.
+
+    Returns:
+        `float`: F1 in [0, 1]; 1 where both masks are empty, 0 where one of them is.
+    """
+    if not 0 <= min_overlap < 1:
+        raise ValueError(f"`min_overlap` must be at least 0 and below 1, got {min_overlap}.")
+    pred, gt = _mask_pair(pred, gt)
+    rates = []
+    for components, other in ((gt, pred), (pred, gt)):
+        labels, number = ndimage.label(components, structure=np.ones((3,) * components.ndim))
+        if number:
+            sizes = np.bincount(labels.ravel(), minlength=number + 1)[1:]
+            overlaps = np.bincount(labels[other], minlength=number + 1)[1:]
+            rates.append(float(np.mean(overlaps > min_overlap * sizes)))
+    if len(rates) < 2:
+        return 0.0 if rates else 1.0
+    return 2 * rates[0] * rates[1] / sum(rates) if sum(rates) else 0.0
+
+
+def psnr(image: np.ndarray, reconstruction: np.ndarray, *, data_range: float) -> float:
+    """
+    Peak signal-to-noise ratio 20 log10(`data_range` / RMSE) in decibel; infinite for equal images.
+
+    Args:
+        image, reconstruction (`np.ndarray`, the same shape):
+            Image and its reconstruction, in one unit.
+        data_range (`float`):
+            Width of the range of values: 2 for images in [-1, 1]. The program of AnoDDPM uses `image.max()` instead.
+    """
+    image, reconstruction = _image_pair(image, reconstruction, data_range)
+    mse = np.mean((image - reconstruction) ** 2)
+    return float(10 * np.log10(data_range**2 / mse)) if mse > 0 else float("inf")
+
+
+def ssim(image: np.ndarray, reconstruction: np.ndarray, *, data_range: float) -> float:
+    """
+    Structural similarity (Wang et al. 2004) with a uniform window of 7 pixels in every dimension, sample covariances and
+    K = (0.01, 0.03), averaged where the window lies inside the image: scikit-image's default.
+
+    Args:
+        image, reconstruction (`np.ndarray` of shape `(H, W)` or `(N, H, W)`, every side 7 or more):
+            Image and its reconstruction; a volume is compared in 3-D.
+        data_range (`float`):
+            Width of the range of values: 2 for images in [-1, 1].
+    """
+    image, reconstruction = _image_pair(image, reconstruction, data_range)
+    window = 7
+    if min(image.shape, default=0) < window:
+        raise ValueError(f"Every side of `image` must be {window} pixels or more, got shape {image.shape}.")
+
+    # Notation of the paper: mu local means, var and cov local (co)variances, c1 and c2 the stabilising constants.
+    mu_x, mu_y = ndimage.uniform_filter(image, window), ndimage.uniform_filter(reconstruction, window)
+    sample = window**image.ndim / (window**image.ndim - 1)
+    var_x = sample * (ndimage.uniform_filter(image**2, window) - mu_x**2)
+    var_y = sample * (ndimage.uniform_filter(reconstruction**2, window) - mu_y**2)
+    cov = sample * (ndimage.uniform_filter(image * reconstruction, window) - mu_x * mu_y)
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    similarity = (2 * mu_x * mu_y + c1) * (2 * cov + c2) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))
+    inside = slice(window // 2, -(window // 2))
+    return float(similarity[(inside,) * image.ndim].mean())
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """
+    Area under the ROC curve of slice or subject scores, ties counted one half (as scikit-learn's `roc_auc_score`).
+
+    Args:
+        scores (`np.ndarray`):
+            Finite scores of any unit, higher is more anomalous. Compared in float64.
+        labels (`np.ndarray`, boolean or 0/1, the same shape):
+            True for anomalous.
+
+    Returns:
+        `float`: `nan` without positives or without negatives.
+    """
+    curve = _curve_of_samples(scores, labels)
+    return _auroc(curve)
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """
+    Average precision, the step-wise area under the precision-recall curve with ties as one step (as scikit-learn's
+    `average_precision_score`), of slice or subject scores. Arguments as in [`auroc`]; `nan` without positives, 1 without
+    negatives. Its value for chance is the share of positives, so it compares only at equal prevalence.
+    """
+    curve = _curve_of_samples(scores, labels)
+    return _average_precision(curve)
+
+
+def bootstrap_interval(
+    values: np.ndarray,
+    groups: np.ndarray | None = None,
+    *,
+    level: float = 0.95,
+    num_samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """
+    Percentile bootstrap interval of the mean of `values`, drawing whole subjects with replacement.
+
+    Args:
+        values (`np.ndarray` of shape `(N,)`):
+            One value per volume or slice. `nan` values are left out, as in a nan-mean.
+        groups (`np.ndarray` of shape `(N,)`, *optional*):
+            Subject of each value, so that slices or visits of one subject are drawn together. `None`: each value is a
+            subject of its own.
+        level (`float`, *optional*, defaults to 0.95):
+            Coverage, between 0 and 1.
+        num_samples (`int`, *optional*, defaults to 2000):
+            Number of bootstrap samples.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the draws.
+
+    Returns:
+        `tuple[float, float]`: lower and upper end; `nan` twice without values.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    groups = np.arange(values.size) if groups is None else np.asarray(groups)
+    if values.ndim != 1 or groups.shape != values.shape:
+        raise ValueError(
+            f"`values` and `groups` must be 1-D and equally long, got shapes {values.shape} and {groups.shape}."
+        )
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must be between 0 and 1, got {level}.")
+    valid = ~np.isnan(values)
+    if not valid.any():
+        return float("nan"), float("nan")
+    _, subjects = np.unique(groups[valid], return_inverse=True)
+    counts = np.bincount(subjects)
+    sums = np.bincount(subjects, weights=values[valid])
+    drawn = np.random.default_rng(seed).integers(0, counts.size, size=(num_samples, counts.size))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+class PooledScores:
+    """
+    Scores of all voxels of a data set against their labels: average precision, AUROC and Dice, pooled.
+
+    Up to `max_exact` voxels the scores are kept (4 bytes each) and everything is exact, ties as in scikit-learn. Above that
+    they become integer counts in 2**20 fixed bins: the upper 20 bits of the float32, in order, so a bin is never wider than
+    2**-11 (0.05 %) of its values, whatever their range, and nothing has to be known about it in advance. Scores of one bin
+    then count as tied; [`error_bounds`] gives, from the counts, how far this can be from the exact result.
+
+    The result does not depend on the order of `update` and `merge`, so processes can each fill one object and be merged;
+    objects can be pickled (`accelerate.utils.gather_object`).
+
+    Args:
+        max_exact (`int`, *optional*, defaults to 50 million):
+            Number of voxels up to which scores are kept.
+
+    Example:
+
+    ```py
+    >>> pooled = PooledScores()
+    >>> for volume in volumes:
+    ...     pooled.update(volume.anomaly_map, volume.mask)
+    >>> pooled.average_precision(), pooled.best_dice()
+    ```
+    """
+
+    def __init__(self, max_exact: int = 50_000_000):
+        if max_exact < 0:
+            raise ValueError(f"`max_exact` must not be negative, got {max_exact}.")
+        self.max_exact = max_exact
+        self.num_positives = 0
+        self.num_negatives = 0
+        # Index 0 negatives, 1 positives. The first array of each list is sorted, the others are new.
+        self._samples = ([np.empty(0, np.float32)], [np.empty(0, np.float32)])
+        self._counts: np.ndarray | None = None  # (2, 2**20) int64 once `max_exact` is passed
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the scores themselves are still kept."""
+        return self._counts is None
+
+    def update(self, scores: np.ndarray, labels: np.ndarray) -> None:
+        """
+        Adds voxels.
+
+        Args:
+            scores (`np.ndarray`):
+                Finite anomaly scores of any unit, used as float32.
+            labels (`np.ndarray`, boolean or 0/1, the same shape):
+                True for anomalous voxels. Index both arrays with the brain mask to leave the background out.
+        """
+        scores, labels = _score_pair(scores, labels, np.float32)
+        # Adding zero turns -0.0, which equals 0.0, into the bits of 0.0.
+        samples = (scores[~labels] + np.float32(0), scores[labels] + np.float32(0))
+        self.num_negatives += samples[0].size
+        self.num_positives += samples[1].size
+        if self._counts is None:
+            for kept, new in zip(self._samples, samples, strict=True):
+                kept.append(new)
+            if self.num_negatives + self.num_positives > self.max_exact:
+                self._to_counts()
+        else:
+            self._counts += np.stack([_count(sample) for sample in samples])
+
+    def merge(self, other: "PooledScores") -> None:
+        """Adds everything that `other` (of another process, with the same `max_exact`) has seen; `other` stays as it is."""
+        if other.max_exact != self.max_exact:
+            raise ValueError(f"`max_exact` must be equal to be merged, got {self.max_exact} and {other.max_exact}.")
+        self.num_negatives += other.num_negatives
+        self.num_positives += other.num_positives
+        if other._counts is None and self.num_negatives + self.num_positives <= self.max_exact:
+            for kept, new in zip(self._samples, other._samples, strict=True):
+                kept.extend(new)
+            return
+        if self._counts is None:
+            self._to_counts()
+        self._counts += other._histogram()
+
+    def average_precision(self) -> float:
+        """Step-wise average precision; `nan` without positives, 1 without negatives."""
+        return _average_precision(self._curve())
+
+    def auroc(self) -> float:
+        """Area under the ROC curve, ties one half; `nan` without positives or without negatives."""
+        return _auroc(self._curve())
+
+    def best_dice(self) -> tuple[float, float]:
+        """
+        The highest pooled Dice over all thresholds, and that threshold, for `map > threshold` in float32. An oracle when the
+        labels are those of the test set.
+
+        Returns:
+            `tuple[float, float]`: Dice and threshold (the highest one with this Dice, halfway to the next lower score);
+            `nan` twice without positives. Above `max_exact` voxels the thresholds are the edges of the bins and the Dice is
+            the exact one of the returned threshold.
+        """
+        curve = self._curve()
+        if not curve.num_positives:
+            return float("nan"), float("nan")
+        values = _dice_values(curve)
+        best = int(values.argmax())
+        if self._counts is not None:
+            return float(values[best]), _upper_edge(int(curve.scores[best]) - 1)
+        score = curve.scores[best]
+        lower = [s[0][: np.searchsorted(s[0], score)][-1:] for s in self._samples]
+        lower = np.concatenate([*lower, [np.float32(-np.inf)]]).max()
+        threshold = np.float32(lower + (np.float64(score) - lower) / 2) if np.isfinite(lower) else lower
+        if not np.isfinite(threshold):
+            threshold = np.nextafter(score, np.float32(-np.inf))
+        return float(values[best]), float(lower if threshold >= score else threshold)
+
+    def dice_at(self, threshold: float) -> float:
+        """
+        Pooled Dice of `scores > threshold`, compared in float32; `nan` without positives. Above `max_exact` voxels the
+        threshold is first rounded up to the edge of its bin (by less than 2**-11 of its value).
+        """
+        if np.isnan(threshold):
+            raise ValueError("`threshold` must be a number, got nan.")
+        if not self.num_positives:
+            return float("nan")
+        threshold = np.float32(threshold) + np.float32(0)
+        if self._counts is not None:
+            fp, tp = self._counts[:, _bins(np.atleast_1d(threshold))[0] + 1 :].sum(axis=1)
+        else:
+            fp, tp = (s[0].size - np.searchsorted(s[0], threshold, side="right") for s in self._sort())
+        return float(2 * tp / (tp + fp + self.num_positives))
+
+    def error_bounds(self) -> dict[str, float]:
+        """
+        Largest possible distance of `average_precision`, `auroc` and `best_dice` from their exact values, whatever the order
+        of the scores inside the bins; 0 as long as [`is_exact`], `nan` where the metric is.
+        """
+        c = self._curve()
+        if self._counts is None or not c.num_positives:
+            value = 0.0 if c.num_positives else float("nan")
+            return {
+                "average_precision": value,
+                "auroc": value if c.num_negatives else float("nan"),
+                "best_dice": value,
+            }
+        tp = c.positives.cumsum()
+        fp = c.negatives_above + c.negatives_tied
+        # Best order in a bin: its positives, as one tie, before its negatives. Worst: its negatives first, then its positives
+        # one by one; their precisions x / (x + fp) are concave in x, so the chord between first and last lies below.
+        highest = tp / (tp + c.negatives_above)
+        first = tp - c.positives + 1
+        lowest = (first / (first + fp) + tp / (tp + fp)) / 2
+        middle = tp / (tp + fp)
+        above = (c.positives * (highest - middle)).sum()
+        below = (c.positives * (middle - lowest)).sum()
+        best = 2 * tp / (tp + c.negatives_above + c.num_positives)
+        pairs = float(c.num_positives) * c.num_negatives
+        return {
+            "average_precision": float(max(above, below) / c.num_positives),
+            "auroc": float((c.positives / 2 * c.negatives_tied).sum() / pairs) if pairs else float("nan"),
+            "best_dice": float(max(0.0, best.max() - _dice_values(c).max())),
+        }
+
+    def _sort(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        for kept in self._samples:
+            if len(kept) > 1:
+                kept[:] = [np.concatenate(kept)]
+                kept[0].sort()
+        return self._samples
+
+    def _histogram(self) -> np.ndarray:
+        if self._counts is not None:
+            return self._counts
+        return np.stack([sum(_count(array) for array in kept) for kept in self._samples])
+
+    def _to_counts(self) -> None:
+        self._counts = self._histogram()
+        for kept in self._samples:
+            kept[:] = []
+
+    def _curve(self) -> "_Curve":
+        if self._counts is None:
+            negatives, positives = self._sort()
+            return _curve(positives[0], negatives[0])
+        negatives, positives = self._counts
+        filled = np.flatnonzero(positives)[::-1]
+        above = self.num_negatives - negatives.cumsum()[filled]
+        return _Curve(filled, positives[filled], above, negatives[filled], self.num_positives, self.num_negatives)
+
+
+_BIN_BITS = 12  # lower bits of a float32 that a bin leaves out: 23 - 12 = 11 bits of the mantissa remain
+
+
+def _bins(scores: np.ndarray) -> np.ndarray:
+    """Bin of each finite float32 (no -0.0): the bits, made monotone by flipping negative numbers, without the lower 12."""
+    bits = np.ascontiguousarray(scores).view(np.uint32)
+    ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+    return (ordered >> _BIN_BITS).astype(np.int64)
+
+
+def _upper_edge(index: int) -> float:
+    """The largest float32 of a bin."""
+    ordered = (index << _BIN_BITS) | ((1 << _BIN_BITS) - 1)
+    if ordered == (1 << 31) - 1:
+        ordered -= 1  # -0.0 would not be below 0.0
+    bits = ordered & ~(1 << 31) if ordered >> 31 else ~ordered & 0xFFFFFFFF
+    return float(np.array(bits, dtype=np.uint32).view(np.float32))
+
+
+def _count(scores: np.ndarray) -> np.ndarray:
+    """Histogram of float32 scores, in pieces so that the int64 bins stay small beside the scores."""
+    counts = np.zeros(1 << (32 - _BIN_BITS), dtype=np.int64)
+    for start in range(0, scores.size, 1 << 22):
+        counts += np.bincount(_bins(scores[start : start + (1 << 22)]), minlength=counts.size)
+    return counts
+
+
+class _Curve(NamedTuple):
+    """One entry per distinct score (or bin) that holds positives, from the highest to the lowest."""
+
+    scores: np.ndarray
+    positives: np.ndarray
+    negatives_above: np.ndarray
+    negatives_tied: np.ndarray
+    num_positives: int
+    num_negatives: int
+
+
+def _curve(positives: np.ndarray, negatives: np.ndarray) -> _Curve:
+    """Curve of two sorted arrays of scores."""
+    new = np.ones(positives.size, dtype=bool)
+    new[1:] = positives[1:] != positives[:-1]
+    starts = np.flatnonzero(new)
+    scores = positives[starts]
+    counts = np.diff(starts, append=positives.size)
+    below = np.searchsorted(negatives, scores, side="left")
+    not_above = np.searchsorted(negatives, scores, side="right")
+    return _Curve(
+        scores[::-1],
+        counts[::-1],
+        negatives.size - not_above[::-1],
+        (not_above - below)[::-1],
+        positives.size,
+        negatives.size,
+    )
+
+
+def _curve_of_samples(scores: np.ndarray, labels: np.ndarray) -> _Curve:
+    scores, labels = _score_pair(scores, labels, np.float64)
+    return _curve(np.sort(scores[labels]), np.sort(scores[~labels]))
+
+
+def _average_precision(curve: _Curve) -> float:
+    if not curve.num_positives:
+        return float("nan")
+    tp = curve.positives.cumsum()
+    fp = curve.negatives_above + curve.negatives_tied
+    return float((curve.positives * (tp / (tp + fp))).sum() / curve.num_positives)
+
+
+def _auroc(curve: _Curve) -> float:
+    if not curve.num_positives or not curve.num_negatives:
+        return float("nan")
+    # The share of negatives that each positive beats, ties one half; in floats because the product can pass int64.
+    beaten = (curve.num_negatives - curve.negatives_above - curve.negatives_tied / 2) / curve.num_negatives
+    return float((curve.positives * beaten).sum() / curve.num_positives)
+
+
+def _dice_values(curve: _Curve) -> np.ndarray:
+    """Pooled Dice of `score >= curve.scores`. Thresholds elsewhere only add negatives, so the best one is among them."""
+    tp = curve.positives.cumsum()
+    return 2 * tp / (tp + curve.negatives_above + curve.negatives_tied + curve.num_positives)
+
+
+def _as_mask(name: str, array: np.ndarray) -> np.ndarray:
+    array = np.asarray(array)
+    if array.dtype == bool:
+        return array
+    mask = array == 1
+    if not (mask | (array == 0)).all():
+        raise ValueError(f"`{name}` must be boolean or hold 0 and 1 only; threshold it first.")
+    return mask
+
+
+def _mask_pair(pred: np.ndarray, gt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    pred, gt = _as_mask("pred", pred), _as_mask("gt", gt)
+    if pred.shape != gt.shape:
+        raise ValueError(f"`pred` and `gt` must have the same shape, got {pred.shape} and {gt.shape}.")
+    return pred, gt
+
+
+def _confusion(pred: np.ndarray, gt: np.ndarray) -> tuple[int, int, int, int]:
+    pred, gt = _mask_pair(pred, gt)
+    tp = int(np.count_nonzero(pred & gt))
+    fp = int(np.count_nonzero(pred)) - tp
+    fn = int(np.count_nonzero(gt)) - tp
+    return tp, fp, fn, pred.size - tp - fp - fn
+
+
+def _score_pair(scores: np.ndarray, labels: np.ndarray, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    scores, labels = np.asarray(scores, dtype=dtype), _as_mask("labels", labels)
+    if scores.shape != labels.shape:
+        raise ValueError(f"`scores` and `labels` must have the same shape, got {scores.shape} and {labels.shape}.")
+    if not np.isfinite(scores).all():
+        raise ValueError("`scores` must be finite, got nan or infinite values.")
+    return scores, labels
+
+
+def _image_pair(image: np.ndarray, reconstruction: np.ndarray, data_range: float) -> tuple[np.ndarray, np.ndarray]:
+    image, reconstruction = np.asarray(image, dtype=np.float64), np.asarray(reconstruction, dtype=np.float64)
+    if image.shape != reconstruction.shape:
+        raise ValueError(
+            f"`image` and `reconstruction` must have the same shape, got {image.shape} and {reconstruction.shape}."
+        )
+    if not data_range > 0:
+        raise ValueError(f"`data_range` must be positive, got {data_range}.")
+    return image, reconstruction

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+
+from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+
+
+class UNet2DHeadsModel(UNet2DModel):
+    r"""
+    `UNet2DModel` with the same number of attention heads at every level and with zero-initialised residual branches: the network
+    of AnoDDPM (`UNet.py`, guided-diffusion style), which one `attention_head_dim` for all levels cannot say.
+
+    The defaults are AnoDDPM's at 256 px (131.65 M parameters). Arguments that are not listed here are as in [`UNet2DModel`].
+
+    Args:
+        num_attention_heads (`int`, defaults to 2):
+            Heads of every attention layer. AnoDDPM trained with 2 and evaluated, by mistake, with 1; weights of one do not work
+            with the other although all shapes agree, so the number belongs to the configuration.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = 256,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        layers_per_block: int = 2,
+        block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512, 512),
+        down_block_types: tuple[str, ...] = ("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+        up_block_types: tuple[str, ...] = ("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
+        downsample_type: str = "resnet",
+        upsample_type: str = "resnet",
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        flip_sin_to_cos: bool = False,
+        freq_shift: int = 0,
+        num_attention_heads: int = 2,
+    ):
+        own_config = self.config
+        super().__init__(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            layers_per_block=layers_per_block,
+            block_out_channels=block_out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            downsample_type=downsample_type,
+            upsample_type=upsample_type,
+            dropout=dropout,
+            norm_num_groups=norm_num_groups,
+            norm_eps=norm_eps,
+            flip_sin_to_cos=flip_sin_to_cos,
+            freq_shift=freq_shift,
+            attention_head_dim=None,
+        )
+        # The parent has added all its arguments to the configuration; only this class's belong into the saved file.
+        self._internal_dict = own_config
+        for module in self.modules():
+            if isinstance(module, Attention):
+                if module.inner_dim % num_attention_heads:
+                    raise ValueError(
+                        f"`num_attention_heads` must divide the channels of every attention layer, got {num_attention_heads}"
+                        f" for {module.inner_dim}."
+                    )
+                module.heads = num_attention_heads
+                module.scale = (module.inner_dim // num_attention_heads) ** -0.5
+                torch.nn.init.zeros_(module.to_out[0].weight)
+                torch.nn.init.zeros_(module.to_out[0].bias)
+            elif isinstance(module, ResnetBlock2D):
+                torch.nn.init.zeros_(module.conv2.weight)
+                torch.nn.init.zeros_(module.conv2.bias)
+        torch.nn.init.zeros_(self.conv_out.weight)
+        torch.nn.init.zeros_(self.conv_out.bias)

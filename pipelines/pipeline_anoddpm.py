@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from diffusers import UNet2DModel
+
+from ..data.processor import VolumeProcessor
+from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
+from .pipeline_output import AnomalyOutput
+from .pipeline_utils import AnomalyPipeline, check_shared_settings, resolve_seed, slice_generator
+
+
+MODES = ("partial", "one_shot")
+
+
+class AnoDDPMPipeline(AnomalyPipeline):
+    r"""
+    AnoDDPM: noise a slice part of the way with simplex noise, denoise it with a network that knows healthy anatomy only, and
+    take the squared error. `mode="one_shot"` is brain_damage's variant: the x_0 estimate of a single evaluation.
+
+    UNet evaluations per slice: `noise_level` (partial) or 1 (one-shot), times levels times `num_draws`. Not deterministic in
+    itself, but fixed by the seed. Training needs healthy images only, no masks.
+
+    Paper: Wyatt, Leach, Schmon, Willcocks, "AnoDDPM: Anomaly Detection With Denoising Diffusion Probabilistic Models Using Simplex
+    Noise", CVPRW 2022.
+
+    Args:
+        unet ([`~diffusers.UNet2DModel`]): Predicts the noise.
+        scheduler ([`AnoDDPMScheduler`]): Betas, noise and update rule.
+        processor ([`VolumeProcessor`]): From volumes to slices and back.
+        noise_level (`int` or `list[int]`, defaults to 250):
+            Forward steps L, 1 to T: the slice is noised to t = L - 1. AnoDDPM's metric script uses 200, its figures 250, brain_damage
+            t = 200 (L = 201). Several levels are averaged.
+        mode (`str`, defaults to `"partial"`): `"partial"` or `"one_shot"`.
+        num_draws (`int`, defaults to 1): Reconstructions per slice and level; their mean is compared with the slice.
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
+            See [`AnomalyPipeline`]. AnoDDPM: threshold 0.5, no filter.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: AnoDDPMScheduler,
+        processor: VolumeProcessor,
+        noise_level: int | list[int] = 250,
+        mode: str = "partial",
+        num_draws: int = 1,
+        threshold: float | None = None,
+        median_size: int = 0,
+        median_dimensions: int = 2,
+        erosion: int = 0,
+        min_component_size: int = 0,
+        slice_score: str = "mean",
+    ):
+        super().__init__()
+        check_shared_settings(slice_score, median_size, median_dimensions)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.check_inputs(noise_level, mode, num_draws)
+        self.register_to_config(
+            noise_level=noise_level,
+            mode=mode,
+            num_draws=num_draws,
+            threshold=threshold,
+            median_size=median_size,
+            median_dimensions=median_dimensions,
+            erosion=erosion,
+            min_component_size=min_component_size,
+            slice_score=slice_score,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        volume,
+        *,
+        noise_level: int | list[int] | None = None,
+        mode: str | None = None,
+        num_draws: int | None = None,
+        threshold: float | None = None,
+        brain_mask=None,
+        generator: int | torch.Generator | None = None,
+        batch_size: int = 16,
+        noise: torch.Tensor | Callable | None = None,
+        return_dict: bool = True,
+    ) -> AnomalyOutput | tuple | list:
+        """
+        Args:
+            volume:
+                Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict of modalities, tensor `(N, C, H, W)` that is already
+                processed, or a list of volumes, which gives a list of results.
+            noise_level, mode, num_draws, threshold (*optional*): Instead of the checkpoint's.
+            brain_mask (*optional*): Mask of the volume, same kinds as the volume.
+            generator (`int` or `torch.Generator`, *optional*): Seed; `None` is 0. Slice and draw have generators of their own.
+            batch_size (`int`, defaults to 16): Slices and draws that share one evaluation. Does not change the result.
+            noise (`torch.Tensor` or callable, *optional*):
+                Replaces every draw. Tensor `(1 + steps, N * levels * num_draws, C, H, W)`: forward noise, then that of each reverse
+                step (one-shot: forward noise only), for all N slices, the draws of a slice next to each other. Callable:
+                `noise(step, items, shape)` with step 0 for the forward noise, the list of item numbers, and the shape wanted.
+            return_dict (`bool`, defaults to `True`): Whether to return an [`AnomalyOutput`] or a tuple.
+
+        Example:
+
+        ```py
+        >>> from anodiff import AnoDDPMPipeline
+
+        >>> pipe = AnoDDPMPipeline.from_pretrained("owner/anoddpm-t1")
+        >>> result = pipe("scan_t1.nii.gz")
+        >>> result.save("out/")
+        ```
+        """
+        if isinstance(volume, list):
+            if brain_mask is not None:
+                raise ValueError("Masks of a list of volumes go into dicts, under the key 'brain'.")
+            shared = dict(
+                noise_level=noise_level,
+                mode=mode,
+                num_draws=num_draws,
+                threshold=threshold,
+                generator=generator,
+                batch_size=batch_size,
+                noise=noise,
+                return_dict=return_dict,
+            )
+            return [self(item, **shared) for item in volume]
+
+        # 0. Resolve defaults: what the checkpoint was tuned to.
+        noise_level = self.config.noise_level if noise_level is None else noise_level
+        mode = self.config.mode if mode is None else mode
+        num_draws = self.config.num_draws if num_draws is None else num_draws
+        threshold = self.config.threshold if threshold is None else threshold
+
+        # 1. Check.
+        self.check_inputs(noise_level, mode, num_draws, batch_size)
+        if noise is not None and generator is not None:
+            raise ValueError("Give either `noise` or `generator`, not both.")
+        seed = resolve_seed(generator)
+
+        # 2. Prepare: slices (N, C, H, W), brain (N, H, W). Slices without brain are not computed.
+        prepared = self.prepare_volume(volume, brain_mask)
+        indices = torch.nonzero(prepared.brain.flatten(1).any(1)).flatten().tolist()
+
+        # 3., 4. Denoise and compare: maps (N, H, W), reconstruction (N, C, H, W).
+        maps = torch.zeros_like(prepared.slices[:, 0])
+        reconstruction = prepared.slices.clone()
+        maps[indices], reconstruction[indices] = self.compute_maps(
+            prepared.slices[indices],
+            indices,
+            noise_level=noise_level,
+            mode=mode,
+            num_draws=num_draws,
+            seed=seed,
+            batch_size=batch_size,
+            noise=noise,
+        )
+
+        # 5. Post-process, and back onto the grid of the input.
+        settings = dict(noise_level=noise_level, mode=mode, num_draws=num_draws, threshold=threshold, seed=seed)
+        output = self.finish_volume(prepared, maps, reconstruction, threshold, settings)
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def compute_maps(
+        self,
+        slices: torch.Tensor,
+        indices: list[int],
+        *,
+        noise_level: int | list[int],
+        mode: str,
+        num_draws: int,
+        seed: int,
+        batch_size: int,
+        noise: torch.Tensor | Callable | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and mean reconstructions `(N, C, H, W)`, unfiltered.
+
+        `indices` are the slices' numbers in their volume, which their random numbers depend on. The map is the squared difference
+        of slice and mean reconstruction, its mean over channels.
+        """
+        # Items: slice-major, then level, then draw. N slices, E items per slice, B items per batch.
+        levels = [noise_level] if isinstance(noise_level, int) else list(noise_level)
+        members = [(level, draw) for level in levels for draw in range(num_draws)]
+        items = [(row, member) for row in range(len(slices)) for member in range(len(members))]
+        if mode == "partial":
+            # Items of one batch walk the same timesteps.
+            items.sort(key=lambda item: -members[item[1]][0])
+            batches = [
+                group[start : start + batch_size]
+                for level in dict.fromkeys(sorted(levels, reverse=True))
+                for group in [[item for item in items if members[item[1]][0] == level]]
+                for start in range(0, len(group), batch_size)
+            ]
+        else:
+            batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+        evaluations = sum(members[batch[0][1]][0] if mode == "partial" else 1 for batch in batches)
+
+        total = torch.zeros_like(slices)
+        with self.progress_bar(total=evaluations) as progress:
+            for batch in batches:
+                rows = torch.tensor([row for row, _ in batch], device=slices.device)
+                numbers = [indices[row] * len(members) + member for row, member in batch]
+                generators = [slice_generator(seed, indices[row], member, slices.device) for row, member in batch]
+                timesteps = torch.tensor([members[member][0] - 1 for _, member in batch], device=slices.device)
+
+                # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n, (B, C, H, W)
+                original = slices[rows]
+                sample = self.scheduler.add_noise(
+                    original, self._noise(noise, 0, numbers, original, timesteps, generators), timesteps
+                )
+                if mode == "one_shot":
+                    model_output = self.predict_noise(sample, timesteps)
+                    sample = self.scheduler.predict_original_sample(model_output, timesteps, sample)
+                    progress.update()
+                else:
+                    self.scheduler.set_timesteps(members[batch[0][1]][0], device=slices.device)
+                    for step, t in enumerate(self.scheduler.timesteps, start=1):
+                        model_output = self.predict_noise(sample, t.expand(len(batch)))
+                        variance_noise = self._noise(noise, step, numbers, sample, t.expand(len(batch)), generators)
+                        sample = self.scheduler.step(
+                            model_output, t, sample, variance_noise=variance_noise, return_dict=False
+                        )[0]
+                        progress.update()
+                total.index_add_(0, rows, sample)
+        reconstruction = total / len(members)
+        return (slices - reconstruction).square().mean(1), reconstruction
+
+    def check_inputs(self, noise_level: int | list[int], mode: str, num_draws: int, batch_size: int = 1) -> None:
+        """Raises a `ValueError` that names the argument."""
+        steps = self.scheduler.config.num_train_timesteps
+        for level in [noise_level] if isinstance(noise_level, int) else noise_level or [None]:
+            if not isinstance(level, int) or not 1 <= level <= steps:
+                raise ValueError(
+                    f"`noise_level` must be between 1 and {steps} (or a list of such), got {noise_level}."
+                )
+        if mode not in MODES:
+            raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {mode!r}.")
+        for name, value in (("num_draws", num_draws), ("batch_size", batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+    def _noise(self, noise, step, numbers, sample, timesteps, generators) -> torch.Tensor:
+        if noise is None:
+            return self.scheduler.draw_noise(sample.shape, timesteps, generators, sample.device, sample.dtype)
+        drawn = noise(step, numbers, tuple(sample.shape)) if callable(noise) else noise[step][numbers]
+        return drawn.to(sample.device, sample.dtype)

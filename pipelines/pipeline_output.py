@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.utils import BaseOutput
+
+from ..data.volume import InputVolume
+
+
+@dataclass
+class AnomalyOutput(BaseOutput):
+    """
+    What a pipeline finds in one volume. For a tensor input `(N, C, H, W)` the arrays are tensors on the network's grid.
+
+    Args:
+        anomaly_map (`np.ndarray` of the input's shape):
+            Raw scores >= 0, float32, on the input's grid: comparable between slices and volumes of one checkpoint, never rescaled.
+        pred_score (`np.ndarray` of shape `(N,)`):
+            Score of every slice, indexed by the input's slices; 0 where a slice holds no brain.
+        volume_score (`float`): The same rule over the whole volume.
+        pred_mask (`np.ndarray` of the input's shape, *optional*): uint8, `anomaly_map > threshold`. `None` without a threshold.
+        reconstruction (`np.ndarray` of the input's shape, *optional*):
+            Pseudo-healthy image in the input's units; `(..., C)` for several modalities.
+        settings (`dict`): Every value that the result depends on, for the record.
+        source ([`InputVolume`], *optional*): The input that results are written like; `None` for tensors.
+    """
+
+    anomaly_map: np.ndarray | torch.Tensor
+    pred_score: np.ndarray | torch.Tensor
+    volume_score: float
+    pred_mask: np.ndarray | torch.Tensor | None = None
+    reconstruction: np.ndarray | torch.Tensor | None = None
+    settings: dict | None = None
+    source: InputVolume | None = None
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """
+        Writes the result into `folder` (made if missing): `anomaly_map`, `pred_mask` and `reconstruction` as NIfTI with the affine
+        of the input, or as PNG for a picture, and `result.json` with scores and settings.
+
+        A PNG map has 16 bits; `result.json` holds the factor `anomaly_map_per_grey_level` that gives the raw score back.
+        """
+        if self.source is None:
+            raise ValueError(
+                "A result of a tensor has no grid to be written on. Call the pipeline with a volume to save it."
+            )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "volume_score": self.volume_score,
+            "pred_score": self.pred_score.tolist(),
+            "settings": self.settings,
+        }
+        if self.source.is_picture:
+            per_level = float(self.anomaly_map.max()) / 65535 or 1.0
+            record["anomaly_map_per_grey_level"] = per_level
+            levels = np.rint(self.anomaly_map / per_level).astype(np.uint16)
+            PIL.Image.fromarray(levels).save(folder / "anomaly_map.png")
+            if self.pred_mask is not None:
+                PIL.Image.fromarray(self.pred_mask * np.uint8(255)).save(folder / "pred_mask.png")
+            if self.reconstruction is not None:
+                grey = np.clip(np.rint(self.reconstruction), 0, 255).astype(np.uint8)
+                PIL.Image.fromarray(grey).save(folder / "reconstruction.png")
+        else:
+            for name in ("anomaly_map", "pred_mask", "reconstruction"):
+                array = getattr(self, name)
+                if array is not None:
+                    nib.save(self.source.image(array), folder / f"{name}.nii.gz")
+        with open(folder / "result.json", "w") as file:
+            json.dump(record, file, indent=2)

@@ -1,0 +1,220 @@
+"""What every pipeline of this library does alike: loading the right class, preparing a volume, finishing the maps."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from ..data.processor import ProcessedVolume
+from ..data.volume import InputVolume
+from .pipeline_output import AnomalyOutput
+from .postprocessing import postprocess_maps, remove_small_components
+
+
+SLICE_SCORES = ("mean", "max", "p99")
+AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class PreparedSlices:
+    """Slices of one volume on the pipeline's device: `slices` (N, C, H, W), `brain` (N, H, W) bool, and where they came from
+    (`None` for a tensor)."""
+
+    slices: torch.Tensor
+    brain: torch.Tensor
+    processed: ProcessedVolume | None
+
+
+class AnomalyPipeline(DiffusionPipeline):
+    r"""
+    Base of all pipelines. `AnomalyPipeline.from_pretrained(folder_or_id)` gives the pipeline class that the checkpoint names.
+
+    Shared settings of a checkpoint, stored in its configuration:
+
+    Args:
+        threshold (`float`, *optional*): Of `pred_mask`; without one there is no mask.
+        median_size (`int`): Side of the median filter of the maps in network pixels, odd, 0 for none.
+        median_dimensions (`int`): 2 (per slice) or 3.
+        erosion (`int`): Network pixels taken from the rim of the brain.
+        min_component_size (`int`): Smallest 3-D component of `pred_mask`, in network voxels.
+        slice_score (`str`): `"mean"`, `"max"` or `"p99"` of the map in the brain.
+    """
+
+    _autocast_dtype: torch.dtype | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As `DiffusionPipeline.from_pretrained`; on this base class it returns the subclass that the checkpoint names.
+
+        Raises:
+            ValueError: The checkpoint is no pipeline of this library.
+        """
+        if cls is not AnomalyPipeline:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        import anodiff
+
+        hub_arguments = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+        config = cls.load_config(
+            pretrained_model_name_or_path, **{key: kwargs[key] for key in hub_arguments if key in kwargs}
+        )
+        name = config.get("_class_name")
+        pipelines = [public for public in anodiff.__all__ if public.endswith("Pipeline") and public != cls.__name__]
+        if name not in pipelines:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {name}, which is no pipeline of anodiff {anodiff.__version__}"
+                f" ({', '.join(pipelines)})."
+            )
+        return getattr(anodiff, name).from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def enable_fast_inference(
+        self, *, channels_last: bool = False, autocast: str | None = None, compile: bool = False
+    ) -> None:
+        """
+        Speed options that keep the method as it is but change numbers slightly.
+
+        Args:
+            channels_last (`bool`): Memory format of the network; about 1e-6 of the map's maximum.
+            autocast (`"bf16"` or `"fp16"`, *optional*): Precision of the network; sums and updates stay float32.
+            compile (`bool`): `torch.compile` the network; the first call takes a minute or more.
+        """
+        if autocast is not None and autocast not in AUTOCAST_TYPES:
+            raise ValueError(f"`autocast` must be one of {', '.join(AUTOCAST_TYPES)} or None, got {autocast!r}.")
+        self._autocast_dtype = None if autocast is None else AUTOCAST_TYPES[autocast]
+        if channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        if compile:
+            self.unet.compile()
+
+    def predict_noise(self, sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """One evaluation of the network: `(B, C, H, W)` and `(B,)` to float32 `(B, C, H, W)`."""
+        autocast = torch.autocast(sample.device.type, self._autocast_dtype) if self._autocast_dtype else nullcontext()
+        with autocast:
+            return self.unet(sample.to(self.unet.dtype), timesteps).sample.to(sample.dtype)
+
+    def prepare_volume(self, volume, brain_mask=None) -> PreparedSlices:
+        """Brings whatever a volume may be to slices on the device. A tensor `(N, C, H, W)` counts as processed: all of it is
+        brain unless `brain_mask`, a bool tensor `(N, H, W)`, says otherwise."""
+        if isinstance(volume, torch.Tensor):
+            channels = len(self.processor.config.modalities)
+            if volume.ndim != 4 or volume.shape[1] != channels or volume.shape[0] == 0:
+                raise ValueError(
+                    f"A tensor must have the shape (N, {channels}, H, W) with N >= 1, got {tuple(volume.shape)}."
+                )
+            if not torch.isfinite(volume).all():
+                raise ValueError("The tensor holds NaN or infinite values.")
+            if brain_mask is None:
+                brain_mask = torch.ones(volume.shape[0], *volume.shape[2:], dtype=torch.bool)
+            if tuple(brain_mask.shape) != (volume.shape[0], *volume.shape[2:]):
+                raise ValueError(
+                    f"`brain_mask` must have the shape {(volume.shape[0], *volume.shape[2:])}, got {tuple(brain_mask.shape)}."
+                )
+            slices, brain, processed = volume.float(), brain_mask.bool(), None
+        else:
+            processed = self.processor.preprocess(volume, brain_mask)
+            slices, brain = processed.slices, processed.brain
+        return PreparedSlices(slices.to(self._execution_device), brain.to(self._execution_device), processed)
+
+    def finish_volume(
+        self,
+        prepared: PreparedSlices,
+        maps: torch.Tensor,
+        reconstruction: torch.Tensor | None,
+        threshold: float | None,
+        settings: dict,
+    ) -> AnomalyOutput:
+        """Filters maps `(N, H, W)` as the checkpoint says, scores them, and brings everything onto the grid of the input."""
+        brain = prepared.brain.cpu().numpy()
+        filtered = self.filter_maps(maps.cpu().numpy(), brain)
+        slice_scores = self.score_slices(filtered, brain)
+        volume_score = self.score_volume(filtered, brain)
+        if prepared.processed is None:
+            anomaly_map = torch.from_numpy(filtered)
+            mask = None if threshold is None else self.threshold_map(filtered, threshold, 1.0)
+            return AnomalyOutput(
+                anomaly_map=anomaly_map,
+                pred_score=torch.from_numpy(slice_scores),
+                volume_score=volume_score,
+                pred_mask=None if mask is None else torch.from_numpy(mask),
+                reconstruction=None if reconstruction is None else reconstruction.cpu(),
+                settings=settings,
+            )
+        processed = prepared.processed
+        source: InputVolume = processed.source
+        anomaly_map = self.processor.postprocess(torch.from_numpy(filtered), processed)
+        mask = None
+        if threshold is not None:
+            voxels_per_network_voxel = float(np.prod(processed.geometry.step))
+            mask = source.as_given(self.threshold_map(anomaly_map, threshold, voxels_per_network_voxel))
+        if reconstruction is not None:
+            channels = self.processor.postprocess_image(reconstruction, processed)
+            given = [source.as_given(channel) for channel in channels]
+            reconstruction = given[0] if len(given) == 1 else np.stack(given, axis=-1)
+        return AnomalyOutput(
+            anomaly_map=source.as_given(anomaly_map),
+            pred_score=processed.geometry.slices_to_input(slice_scores),
+            volume_score=volume_score,
+            pred_mask=mask,
+            reconstruction=reconstruction,
+            settings=settings,
+            source=source,
+        )
+
+    def filter_maps(self, maps: np.ndarray, brain: np.ndarray) -> np.ndarray:
+        """The checkpoint's post-processing of the maps of one volume, `(N, H, W)`; outside the brain they become 0."""
+        return postprocess_maps(
+            maps,
+            brain,
+            median_size=self.config.median_size,
+            median_dimensions=self.config.median_dimensions,
+            erosion=self.config.erosion,
+        )
+
+    def threshold_map(self, anomaly_map: np.ndarray, threshold: float, voxels_per_network_voxel: float) -> np.ndarray:
+        """`map > threshold` without components that are too small, uint8; sizes count network voxels."""
+        min_size = int(np.ceil(self.config.min_component_size * voxels_per_network_voxel))
+        return remove_small_components(anomaly_map > threshold, min_size, 3).astype(np.uint8)
+
+    def score_slices(self, maps: np.ndarray, brain: np.ndarray) -> np.ndarray:
+        """One score per slice, `(N,)` float64, from filtered maps; 0 where there is no brain."""
+        return np.array([self.score_volume(*pair) for pair in zip(maps, brain, strict=True)])
+
+    def score_volume(self, maps: np.ndarray, brain: np.ndarray) -> float:
+        """The score of all brain pixels of `maps`."""
+        values = maps[brain]
+        if values.size == 0:
+            return 0.0
+        if self.config.slice_score == "mean":
+            return float(values.mean(dtype=np.float64))
+        return float(values.max()) if self.config.slice_score == "max" else float(np.quantile(values, 0.99))
+
+
+def check_shared_settings(slice_score: str, median_size: int, median_dimensions: int) -> None:
+    """Checks the settings that every pipeline's constructor takes."""
+    if slice_score not in SLICE_SCORES:
+        raise ValueError(f"`slice_score` must be one of {', '.join(SLICE_SCORES)}, got {slice_score!r}.")
+    if median_size < 0 or (median_size and median_size % 2 == 0):
+        raise ValueError(f"`median_size` must be odd, or 0 for no filter, got {median_size}.")
+    if median_dimensions not in (2, 3):
+        raise ValueError(f"`median_dimensions` must be 2 or 3, got {median_dimensions}.")
+
+
+def resolve_seed(generator: int | torch.Generator | None) -> int:
+    """The integer that every draw is derived from; no generator is seed 0, so that the same scan gives the same map."""
+    if generator is None:
+        return 0
+    if isinstance(generator, torch.Generator):
+        return generator.initial_seed()
+    if isinstance(generator, int) and not isinstance(generator, bool) and generator >= 0:
+        return generator
+    raise TypeError(f"`generator` must be an integer >= 0, a torch.Generator or None, got {generator!r}.")
+
+
+def slice_generator(seed: int, index: int, draw: int, device: torch.device) -> torch.Generator:
+    """The generator of one draw of one slice: depends on nothing else, so neither batches nor processes change it."""
+    key = np.random.SeedSequence([seed, index, draw]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(key))

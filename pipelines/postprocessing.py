@@ -1,0 +1,147 @@
+"""Post-processing of the anomaly maps of one volume: named steps of the field, on the CPU. Maps are never min-max scaled."""
+
+import numpy as np
+from scipy import ndimage
+
+
+# N slices of one volume in anatomical order, H x W pixels.
+
+
+def median_filter(maps: np.ndarray, size: int, dimensions: int, *, border: str = "reflect") -> np.ndarray:
+    """
+    Median filter of one volume.
+
+    Args:
+        maps (`np.ndarray` of shape `(N, H, W)`):
+            Anomaly maps, used as float32.
+        size (`int`):
+            Odd side of the window in pixels, for example 5.
+        dimensions (`int`):
+            2 for `(size, size)` in each slice, 3 for `(size, size, size)` across slices.
+        border (`str`, *optional*, defaults to `"reflect"`):
+            How maps continue outside: `"reflect"` repeats the edge (d c b a | a b c d; ANDi and SADM), `"mirror"` does not
+            (d c b | a b c d; AnoFPDM).
+
+    Returns:
+        `np.ndarray` of shape `(N, H, W)`, float32.
+    """
+    maps = _check_maps(maps)
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"`size` must be odd and positive, got {size}.")
+    if border not in ("reflect", "mirror"):
+        raise ValueError(f"`border` must be 'reflect' or 'mirror', got {border!r}.")
+    window = (size if _check_dimensions(dimensions) == 3 else 1, size, size)
+    return ndimage.median_filter(maps, size=window, mode=border)
+
+
+def erode_brain(brain: np.ndarray, iterations: int) -> np.ndarray:
+    """
+    Brain mask without its rim, eroded in each slice with the 4 neighbours (3 x 3 cross). Zeroing maps outside removes the
+    bright rim that reconstructions leave at the edge of the brain. cDDPM uses `H // 25` iterations.
+
+    Args:
+        brain (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1):
+            Brain mask. What lies outside the image counts as background.
+        iterations (`int`):
+            Pixels to remove, 0 for none.
+
+    Returns:
+        `np.ndarray` of shape `(N, H, W)`, boolean.
+    """
+    brain = np.asarray(brain, dtype=bool)
+    if brain.ndim != 3:
+        raise ValueError(f"`brain` must have shape (N, H, W), got {brain.shape}.")
+    if iterations < 0:
+        raise ValueError(f"`iterations` must not be negative, got {iterations}.")
+    if iterations == 0:  # scipy would repeat until nothing changes
+        return brain
+    return ndimage.binary_erosion(brain, structure=_in_slice(connectivity=1), iterations=iterations)
+
+
+def remove_small_components(mask: np.ndarray, min_size: int, dimensions: int) -> np.ndarray:
+    """
+    Drops connected components with fewer than `min_size` pixels. Components are connected with corners: 8 neighbours in each
+    slice, or 26 across slices. AnoFPDM drops 40 pixels and fewer in 2-D (`min_size=41`), cDDPM 7 voxels and fewer in 3-D
+    (`min_size=8`).
+
+    Args:
+        mask (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1):
+            Predicted mask.
+        min_size (`int`):
+            Smallest component that stays, in pixels; 0 and 1 keep everything.
+        dimensions (`int`):
+            2 for components of each slice, 3 for components of the volume.
+
+    Returns:
+        `np.ndarray` of shape `(N, H, W)`, boolean.
+    """
+    mask = np.asarray(mask, dtype=bool)
+    if mask.ndim != 3:
+        raise ValueError(f"`mask` must have shape (N, H, W), got {mask.shape}.")
+    if min_size < 0:
+        raise ValueError(f"`min_size` must not be negative, got {min_size}.")
+    structure = np.ones((3, 3, 3)) if _check_dimensions(dimensions) == 3 else _in_slice(connectivity=2)
+    labels, _ = ndimage.label(mask, structure=structure)
+    keep = np.bincount(labels.ravel()) >= min_size
+    keep[0] = False
+    return keep[labels]
+
+
+def postprocess_maps(
+    maps: np.ndarray,
+    brain: np.ndarray,
+    *,
+    median_size: int = 0,
+    median_dimensions: int = 2,
+    erosion: int = 0,
+) -> np.ndarray:
+    """
+    Anomaly maps inside the brain, optionally without its rim and median filtered.
+
+    Order: erode the brain, set maps outside to 0, median, set maps outside to 0 again. This is the order of the programs of
+    cDDPM (without the last step) and SADM (without erosion); ANDi filters without any mask. Masking first keeps what lies
+    outside the brain from leaking in through the median, masking last removes what the median carried out.
+
+    Args:
+        maps (`np.ndarray` of shape `(N, H, W)`):
+            Anomaly maps of one volume, used as float32.
+        brain (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1):
+            Brain mask.
+        median_size (`int`, *optional*, defaults to 0):
+            Odd side of the median window in pixels, 0 for no filter.
+        median_dimensions (`int`, *optional*, defaults to 2):
+            2 or 3, see [`median_filter`].
+        erosion (`int`, *optional*, defaults to 0):
+            Pixels to remove from the rim of the brain in each slice.
+
+    Returns:
+        `np.ndarray` of shape `(N, H, W)`, float32, 0 outside the (eroded) brain. Values are not scaled.
+    """
+    maps = _check_maps(maps)
+    if np.shape(brain) != maps.shape:
+        raise ValueError(f"`brain` must have the shape of `maps`, got {np.shape(brain)} and {maps.shape}.")
+    if median_size < 0 or (median_size > 0 and median_size % 2 == 0):
+        raise ValueError(f"`median_size` must be odd, or 0 for no filter, got {median_size}.")
+    brain = erode_brain(brain, erosion)
+    maps = np.where(brain, maps, np.float32(0))
+    if median_size > 1:
+        maps = np.where(brain, median_filter(maps, median_size, median_dimensions), np.float32(0))
+    return maps
+
+
+def _in_slice(connectivity: int) -> np.ndarray:
+    """Neighbourhood in the plane of the slices: 4 neighbours (1) or 8 (2)."""
+    return np.pad(ndimage.generate_binary_structure(2, connectivity)[None], ((1, 1), (0, 0), (0, 0)))
+
+
+def _check_maps(maps: np.ndarray) -> np.ndarray:
+    maps = np.asarray(maps, dtype=np.float32)
+    if maps.ndim != 3:
+        raise ValueError(f"`maps` must have shape (N, H, W), got {maps.shape}.")
+    return maps
+
+
+def _check_dimensions(dimensions: int) -> int:
+    if dimensions not in (2, 3):
+        raise ValueError(f"`dimensions` must be 2 or 3, got {dimensions}.")
+    return dimensions

@@ -1,0 +1,286 @@
+import pickle
+
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from sklearn import metrics as oracle
+
+from anodiff.evaluation.metrics import (
+    PooledScores,
+    auroc,
+    average_precision,
+    bootstrap_interval,
+    dice,
+    false_positive_rate,
+    iou,
+    lesion_f1,
+    precision,
+    psnr,
+    recall,
+    ssim,
+)
+
+
+def scores_and_labels(seed, size=3000, levels=None, prevalence=0.2, low=0.0):
+    """Random float32 scores that carry some information; `levels` makes ties, `low` shifts them below zero."""
+    rng = np.random.default_rng(seed)
+    labels = rng.random(size) < prevalence
+    scores = rng.gamma(2.0, size=size) * np.where(labels, 1.5, 1.0) + low
+    if levels is not None:
+        scores = np.round(scores * levels) / levels
+    return scores.astype(np.float32), labels
+
+
+def filled(scores, labels, **kwargs):
+    pooled = PooledScores(**kwargs)
+    pooled.update(scores, labels)
+    return pooled
+
+
+def brute_force_dice(scores, labels):
+    candidates = np.concatenate([np.unique(scores), [np.float32(-np.inf)]])
+    return max(dice(scores > t, labels) for t in candidates)
+
+
+def test_mask_metrics_equal_scikit_learn():
+    rng = np.random.default_rng(0)
+    pred, gt = rng.random((4, 20, 30)) < 0.3, rng.random((4, 20, 30)) < 0.2
+    p, g = pred.ravel(), gt.ravel()
+    np.testing.assert_allclose(dice(pred, gt), oracle.f1_score(g, p), rtol=1e-12)
+    np.testing.assert_allclose(iou(pred, gt), oracle.jaccard_score(g, p), rtol=1e-12)
+    np.testing.assert_allclose(precision(pred, gt), oracle.precision_score(g, p), rtol=1e-12)
+    np.testing.assert_allclose(recall(pred, gt), oracle.recall_score(g, p), rtol=1e-12)
+    np.testing.assert_allclose(false_positive_rate(pred, gt), 1 - oracle.recall_score(~g, ~p), rtol=1e-12)
+    assert dice(pred.astype(np.uint8), gt.astype(np.float32)) == dice(pred, gt)
+
+
+def test_mask_metrics_of_empty_masks():
+    empty, full = np.zeros((3, 3), dtype=bool), np.ones((3, 3), dtype=bool)
+    assert dice(empty, empty) == iou(empty, empty) == 1
+    assert np.isnan(dice(empty, empty, empty=np.nan)) and np.isnan(iou(empty, empty, empty=np.nan))
+    assert dice(full, empty, empty=np.nan) == dice(empty, full) == iou(full, empty) == 0
+    assert np.isnan(precision(empty, full)) and precision(full, empty) == 0
+    assert np.isnan(recall(full, empty)) and recall(empty, full) == 0
+    assert np.isnan(false_positive_rate(empty, full)) and false_positive_rate(full, empty) == 1
+
+
+def test_mask_metrics_refuse_maps_and_other_shapes():
+    with pytest.raises(ValueError, match="`pred`.*0 and 1"):
+        dice(np.array([0.2, 1.0]), np.array([0, 1]))
+    with pytest.raises(ValueError, match="same shape"):
+        iou(np.zeros((2, 3)), np.zeros((3, 2)))
+
+
+def test_lesion_f1():
+    gt, pred = np.zeros((2, 12, 12), dtype=bool), np.zeros((2, 12, 12), dtype=bool)
+    gt[0, 1:3, 1:3] = True  # found by one corner of four voxels
+    gt[0, 6:8, 6:8] = True  # missed
+    gt[1, 8, 8] = True  # touches the second lesion only across a corner of the next slice: the same lesion
+    gt[1, 1:3, 9:11] = True  # found completely
+    pred[0, 2:4, 2:4] = True
+    pred[1, 1:3, 9:11] = True
+    pred[1, 11, 0] = True  # wrong
+    np.testing.assert_allclose(lesion_f1(pred, gt), 2 / 3)  # 2 of 3 lesions, 2 of 3 components
+    np.testing.assert_allclose(lesion_f1(pred, gt, min_overlap=0.25), 1 / 3)  # 1 of 3 and 1 of 3
+    empty = np.zeros_like(gt)
+    assert lesion_f1(empty, empty) == 1
+    assert lesion_f1(pred, empty) == lesion_f1(empty, gt) == lesion_f1(~gt, gt) == 0
+    with pytest.raises(ValueError, match="`min_overlap`"):
+        lesion_f1(pred, gt, min_overlap=1.0)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (9, 12, 15)])
+def test_image_metrics_equal_scikit_image(shape):
+    rng = np.random.default_rng(1)
+    image = rng.uniform(-1, 1, shape)
+    reconstruction = image + 0.3 * rng.standard_normal(shape)
+    expected = peak_signal_noise_ratio(image, reconstruction, data_range=2.0)
+    np.testing.assert_allclose(psnr(image, reconstruction, data_range=2.0), expected, rtol=1e-10)
+    expected = structural_similarity(image, reconstruction, data_range=2.0)
+    np.testing.assert_allclose(ssim(image, reconstruction, data_range=2.0), expected, rtol=1e-10)
+    assert psnr(image, image, data_range=2.0) == np.inf
+    np.testing.assert_allclose(ssim(image, image, data_range=2.0), 1, rtol=1e-12)
+
+
+def test_image_metrics_refuse_bad_arguments():
+    with pytest.raises(ValueError, match="7 pixels"):
+        ssim(np.zeros((6, 20)), np.zeros((6, 20)), data_range=1.0)
+    with pytest.raises(ValueError, match="`data_range`"):
+        psnr(np.zeros((8, 8)), np.zeros((8, 8)), data_range=0.0)
+    with pytest.raises(ValueError, match="same shape"):
+        ssim(np.zeros((8, 8)), np.zeros((8, 9)), data_range=1.0)
+
+
+@pytest.mark.parametrize("levels", [None, 10, 1])
+@pytest.mark.parametrize("low", [0.0, -2.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_exact_curve_equals_scikit_learn(seed, levels, low):
+    scores, labels = scores_and_labels(seed, levels=levels, low=low)
+    pooled = filled(scores, labels)
+    assert pooled.is_exact
+    expected = oracle.average_precision_score(labels, scores)
+    np.testing.assert_allclose(pooled.average_precision(), expected, rtol=1e-12)
+    np.testing.assert_allclose(average_precision(scores, labels), expected, rtol=1e-12)
+    expected = oracle.roc_auc_score(labels, scores)
+    np.testing.assert_allclose(pooled.auroc(), expected, rtol=1e-12)
+    np.testing.assert_allclose(auroc(scores, labels), expected, rtol=1e-12)
+    assert pooled.error_bounds() == {"average_precision": 0.0, "auroc": 0.0, "best_dice": 0.0}
+
+
+@pytest.mark.parametrize("levels", [None, 2])
+@pytest.mark.parametrize("low", [0.0, -2.0])
+def test_best_dice_is_the_best_and_its_threshold_gives_it(levels, low):
+    for seed in range(5):
+        scores, labels = scores_and_labels(seed, size=300, levels=levels, low=low)
+        pooled = filled(scores, labels)
+        best, threshold = pooled.best_dice()
+        np.testing.assert_allclose(best, brute_force_dice(scores, labels), rtol=1e-12)
+        assert dice(scores > threshold, labels) == best == pooled.dice_at(threshold)
+        for t in (-5.0, 0.0, 0.5, float(scores[7]), 99.0):
+            np.testing.assert_allclose(pooled.dice_at(t), dice(scores > t, labels), rtol=1e-12)
+
+
+def test_best_threshold_lies_halfway_between_scores():
+    pooled = filled([0.0, 1.0, 3.0], [False, False, True])
+    assert pooled.best_dice() == (1.0, 2.0)
+    # Neighbouring floats have nothing between them, and a map that is best predicted whole still gets a threshold below it.
+    one, next_one = np.float32(1), np.nextafter(np.float32(1), np.float32(2))
+    assert filled([one, next_one], [False, True]).best_dice() == (1.0, 1.0)
+    for scores in ([0.0, 0.0], [-0.0, 0.0], [3e-45, 1e38]):
+        best, threshold = filled(scores, [True, True]).best_dice()
+        assert best == 1 and (np.array(scores, np.float32) > threshold).all()
+
+
+@pytest.mark.parametrize("max_exact", [10**6, 1000])
+def test_any_order_and_number_of_processes_give_the_same(max_exact):
+    scores, labels = scores_and_labels(3, levels=100)
+    whole = filled(scores, labels, max_exact=max_exact)
+    assert whole.is_exact == (max_exact > scores.size)
+
+    order = np.random.default_rng(0).permutation(scores.size)
+    parts = np.split(order, [100, 150, 900, 2800])
+    processes = [filled(scores[part], labels[part], max_exact=max_exact) for part in parts]
+    processes[0].average_precision()  # looking at a result in between changes nothing
+    processes = pickle.loads(pickle.dumps(processes))
+    for ranks in ([0, 1, 2, 3, 4], [3, 4, 0, 2, 1]):
+        merged = PooledScores(max_exact)
+        for rank in ranks:
+            merged.merge(processes[rank])
+        assert merged.is_exact == whole.is_exact
+        assert merged.num_positives == whole.num_positives and merged.num_negatives == whole.num_negatives
+        assert merged.average_precision() == whole.average_precision()
+        assert merged.auroc() == whole.auroc()
+        assert merged.best_dice() == whole.best_dice()
+        assert merged.dice_at(1.0) == whole.dice_at(1.0)
+        assert merged.error_bounds() == whole.error_bounds()
+    assert sum(p.num_positives + p.num_negatives for p in processes) == scores.size
+
+
+@pytest.mark.parametrize("low", [0.0, -2.0])
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e30])
+def test_histogram_stays_within_its_bounds(scale, low):
+    for seed in range(3):
+        # Scores of one narrow band crowd into few bins: the bounds must be large enough to be tested at all.
+        scores, labels = scores_and_labels(seed, size=20000, low=low)
+        scores = (np.float32(1.0 if low == 0 else -1.0) + 0.002 * scores).astype(np.float32) * np.float32(scale)
+        exact, binned = filled(scores, labels), filled(scores, labels, max_exact=0)
+        assert exact.is_exact and not binned.is_exact
+        bounds = binned.error_bounds()
+        assert abs(binned.average_precision() - exact.average_precision()) <= bounds["average_precision"]
+        assert abs(binned.auroc() - exact.auroc()) <= bounds["auroc"] + 1e-12
+        best, threshold = binned.best_dice()
+        assert 0 <= exact.best_dice()[0] - best <= bounds["best_dice"]
+        assert 1e-4 < bounds["average_precision"] < 0.2 and 1e-4 < bounds["auroc"] < 0.2
+        # Dice at the returned threshold is exact although it comes from the histogram.
+        assert dice(scores > threshold, labels) == best == binned.dice_at(threshold)
+
+
+def test_histogram_bounds_are_reached_by_the_worst_order_in_a_bin():
+    # All scores in one bin, 1.0 to 1.0 + 2**-11: the histogram sees one tie, the scores are perfectly ordered, or the reverse.
+    scores = np.linspace(1.0, 1.0004, 200, dtype=np.float32)
+    perfect = np.arange(200) >= 150
+    for labels in (perfect, perfect[::-1]):
+        exact, binned = filled(scores, labels), filled(scores, labels, max_exact=0)
+        bounds = binned.error_bounds()
+        np.testing.assert_allclose(abs(binned.auroc() - exact.auroc()), bounds["auroc"], rtol=1e-12)
+        assert abs(binned.average_precision() - exact.average_precision()) <= bounds["average_precision"] + 1e-12
+    exact, binned = filled(scores, perfect), filled(scores, perfect, max_exact=0)
+    bounds = binned.error_bounds()
+    np.testing.assert_allclose(exact.average_precision() - binned.average_precision(), bounds["average_precision"])
+    np.testing.assert_allclose(exact.best_dice()[0] - binned.best_dice()[0], bounds["best_dice"])
+
+
+def test_histogram_resolution_and_sign():
+    # Bins keep 11 bits of the mantissa, so numbers of few bits keep their order and their ties exactly, zeros of both signs equal.
+    scores = np.array([-3.5, -3.0, -1e-20, -0.0, 0.0, 0.0, 1e-20, 0.75, 1.0, 1.0, 7e20], dtype=np.float32)
+    labels = np.array([0, 1, 0, 1, 0, 0, 1, 0, 1, 0, 1], dtype=bool)
+    exact, binned = filled(scores, labels), filled(scores, labels, max_exact=0)
+    np.testing.assert_allclose(binned.average_precision(), exact.average_precision(), rtol=1e-12)
+    np.testing.assert_allclose(binned.auroc(), exact.auroc(), rtol=1e-12)
+    for mask in (labels, scores >= 0, scores >= -1e-20):
+        best, threshold = filled(scores, mask, max_exact=0).best_dice()
+        assert best == filled(scores, mask).best_dice()[0] == dice(scores > threshold, mask)
+    # Between two edges the threshold moves up by less than 2**-11 of its value.
+    values = np.random.default_rng(0).uniform(0.1, 10, 5000).astype(np.float32)
+    labels = values > 5
+    for t in (0.3, 1.7, 5.2):
+        low, high = sorted([dice(values > t, labels), dice(values > t * (1 + 2**-11), labels)])
+        assert low <= filled(values, labels, max_exact=0).dice_at(t) <= high
+
+
+@pytest.mark.parametrize("max_exact", [100, 0])
+def test_degenerate_labels_give_nan(max_exact):
+    scores = np.array([0.0, 1.0, 1.0], dtype=np.float32)
+    nothing = PooledScores(max_exact)
+    healthy = filled(scores, np.zeros(3, dtype=bool), max_exact=max_exact)
+    for pooled in (nothing, healthy):
+        values = [pooled.average_precision(), pooled.auroc(), *pooled.best_dice(), pooled.dice_at(0.5)]
+        assert np.isnan([*values, *pooled.error_bounds().values()]).all()
+    lesion = filled(scores, np.ones(3, dtype=bool), max_exact=max_exact)
+    assert np.isnan(lesion.auroc()) and lesion.average_precision() == 1 and lesion.best_dice()[0] == 1
+    assert np.isnan(auroc(scores, np.zeros(3))) and np.isnan(auroc(scores, np.ones(3)))
+    assert np.isnan(average_precision(scores, np.zeros(3))) and average_precision(scores, np.ones(3)) == 1
+
+
+def test_pooled_scores_refuse_bad_input():
+    pooled = PooledScores()
+    with pytest.raises(ValueError, match="finite"):
+        pooled.update([0.0, np.nan], [0, 1])
+    with pytest.raises(ValueError, match="`labels`"):
+        pooled.update([0.0, 1.0], [0, 2])
+    with pytest.raises(ValueError, match="same shape"):
+        pooled.update(np.zeros((2, 3)), np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="`max_exact`"):
+        pooled.merge(PooledScores(10))
+    with pytest.raises(ValueError, match="`max_exact`"):
+        PooledScores(-1)
+    with pytest.raises(ValueError, match="`threshold`"):
+        pooled.dice_at(np.nan)
+    assert pooled.num_negatives == pooled.num_positives == 0
+
+
+def test_bootstrap_interval_covers_the_mean():
+    # A t-interval of normal values covers 95 %; the bootstrap of 40 values comes close to it.
+    rng = np.random.default_rng(0)
+    samples = rng.normal(0.5, 0.2, size=(300, 40))
+    intervals = np.array([bootstrap_interval(values, num_samples=500) for values in samples])
+    covered = ((intervals[:, 0] <= 0.5) & (0.5 <= intervals[:, 1])).mean()
+    assert 0.90 <= covered <= 0.98
+    np.testing.assert_allclose((intervals[:, 1] - intervals[:, 0]).mean(), 2 * 1.96 * 0.2 / np.sqrt(40), rtol=0.1)
+
+
+def test_bootstrap_interval_draws_whole_subjects():
+    values = np.repeat([0.1, 0.4, 0.6, 0.9], 25)
+    subjects = np.repeat(["a", "b", "c", "d"], 25)
+    expected = bootstrap_interval([0.1, 0.4, 0.6, 0.9])
+    np.testing.assert_allclose(bootstrap_interval(values, subjects), expected, rtol=1e-12)
+    low, high = bootstrap_interval(values, subjects)
+    narrow_low, narrow_high = bootstrap_interval(values)
+    assert low < narrow_low < 0.5 < narrow_high < high
+    assert bootstrap_interval([0.1, np.nan, 0.4]) == bootstrap_interval([0.1, 0.4])
+    assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1) != bootstrap_interval(values)
+    assert np.isnan(bootstrap_interval([np.nan])).all()
+    with pytest.raises(ValueError, match="equally long"):
+        bootstrap_interval(values, subjects[1:])
+    with pytest.raises(ValueError, match="`level`"):
+        bootstrap_interval(values, level=95)

@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+
+from anodiff.pipelines.postprocessing import erode_brain, median_filter, postprocess_maps, remove_small_components
+
+
+def ball(shape=(7, 20, 18), radius=0.9):
+    grid = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    return sum(g**2 for g in grid) < radius**2
+
+
+def random_maps(shape=(7, 20, 18), seed=0):
+    return np.random.default_rng(seed).gamma(2.0, size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("border, padding", [("reflect", "symmetric"), ("mirror", "reflect")])
+@pytest.mark.parametrize("size, dimensions", [(3, 2), (5, 2), (3, 3), (5, 3)])
+def test_median_filter_equals_the_median_of_windows(size, dimensions, border, padding):
+    maps = random_maps()
+    window = (size if dimensions == 3 else 1, size, size)
+    padded = np.pad(maps, [(w // 2, w // 2) for w in window], mode=padding)
+    expected = np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=(3, 4, 5))
+    filtered = median_filter(maps, size, dimensions, border=border)
+    assert filtered.dtype == np.float32
+    np.testing.assert_array_equal(filtered, expected)
+
+
+def test_erode_brain_takes_the_four_neighbours_of_each_slice():
+    brain = np.zeros((2, 9, 9), dtype=np.uint8)
+    brain[0, 1:8, 1:8] = 1
+    brain[0, 4, 4] = 0
+    brain[1] = 1
+    once = erode_brain(brain, 1)
+    expected = np.zeros((9, 9), dtype=bool)
+    expected[2:7, 2:7] = True
+    expected[[3, 4, 4, 4, 5], [4, 3, 4, 5, 4]] = False  # the hole grows to a cross, not to a square
+    np.testing.assert_array_equal(once[0], expected)
+    # Slice 0 does not erode slice 1; what lies outside of the image does.
+    assert once[1].sum() == 7 * 7 and once[1, 1:-1, 1:-1].all()
+    np.testing.assert_array_equal(erode_brain(brain, 3), erode_brain(erode_brain(once, 1), 1))
+    np.testing.assert_array_equal(erode_brain(brain, 0), brain == 1)
+
+
+def test_remove_small_components():
+    mask = np.zeros((2, 10, 10), dtype=bool)
+    mask[0, 1:3, 1:3] = True  # 4 pixels
+    mask[0, 3, 3] = True  # a fifth across the corner
+    mask[1, 2, 2] = True  # a sixth in the next slice
+    mask[1, 7:10, 7:10] = True  # 9 pixels
+    np.testing.assert_array_equal(remove_small_components(mask, 0, 2), mask)
+    np.testing.assert_array_equal(remove_small_components(mask, 6, 3), mask)
+    assert remove_small_components(mask, 7, 3).sum() == 9
+    kept = remove_small_components(mask, 5, 2)
+    assert kept[0].sum() == 5 and kept[1].sum() == 9
+    assert remove_small_components(mask, 6, 2).sum() == 9
+    assert not remove_small_components(mask, 10, 2).any()
+    assert not remove_small_components(np.zeros_like(mask), 3, 3).any()
+
+
+def test_postprocess_maps_only_masks_by_default():
+    maps, brain = random_maps(), ball()
+    before = maps.copy()
+    processed = postprocess_maps(maps, brain)
+    assert processed.dtype == np.float32
+    np.testing.assert_array_equal(processed, np.where(brain, maps, 0))
+    np.testing.assert_array_equal(postprocess_maps(maps, brain.astype(np.uint8), median_size=1), processed)
+    np.testing.assert_array_equal(maps, before)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_postprocess_maps_masks_then_filters_then_masks(dimensions):
+    maps, brain = random_maps(), ball()
+    maps[~brain] = 1e6
+    inner = erode_brain(brain, 2)
+    processed = postprocess_maps(maps, brain, median_size=3, median_dimensions=dimensions, erosion=2)
+    expected = median_filter(np.where(inner, maps, np.float32(0)), 3, dimensions)
+    np.testing.assert_array_equal(processed, np.where(inner, expected, 0))
+    assert processed.max() <= maps[inner].max()  # nothing from outside came in
+    # Scores keep their unit: twice the map gives twice the result.
+    again = postprocess_maps(2 * maps, brain, median_size=3, median_dimensions=dimensions, erosion=2)
+    np.testing.assert_array_equal(again, 2 * processed)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m, b: median_filter(m, 4, 2), "`size`.*odd"),
+        (lambda m, b: median_filter(m, 0, 2), "`size`.*odd"),
+        (lambda m, b: median_filter(m, -3, 2), "`size`.*odd"),
+        (lambda m, b: median_filter(m, 3, 1), "`dimensions`"),
+        (lambda m, b: median_filter(m, 3, 2, border="wrap"), "`border`"),
+        (lambda m, b: median_filter(m[0], 3, 2), r"\(N, H, W\)"),
+        (lambda m, b: erode_brain(b, -1), "`iterations`"),
+        (lambda m, b: erode_brain(b[0], 1), r"\(N, H, W\)"),
+        (lambda m, b: remove_small_components(b, -1, 2), "`min_size`"),
+        (lambda m, b: remove_small_components(b, 1, 4), "`dimensions`"),
+        (lambda m, b: remove_small_components(b[0], 1, 2), r"\(N, H, W\)"),
+        (lambda m, b: postprocess_maps(m, b[1:]), "`brain`"),
+        (lambda m, b: postprocess_maps(m, b, median_size=4), "`median_size`"),
+        (lambda m, b: postprocess_maps(m, b, median_size=-1), "`median_size`"),
+        (lambda m, b: postprocess_maps(m, b, median_size=3, median_dimensions=5), "`dimensions`"),
+        (lambda m, b: postprocess_maps(m, b, erosion=-1), "`iterations`"),
+    ],
+)
+def test_bad_values_raise(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(random_maps(), ball())
