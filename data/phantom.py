@@ -32,7 +32,7 @@ LESION_MEANS = {"t1": 0.38, "t2": 0.80, "flair": 0.92}
 CORE_MEANS = {"t1": 0.25, "t2": 0.95, "flair": 0.45}
 DISPLACEMENT = ((60.0, 3.0), (28.0, 1.5), (14.0, 0.6))  # knot spacing and standard deviation, mm
 
-# Number of subjects per split and kind; `None` is healthy. Volume-level AUROC needs the healthy ones in validation, test.
+# Number of subjects per split and kind, `None` is healthy: volume-level AUROC needs healthy ones in every test.
 PHANTOM_SETS = {
     "phantom-mini": {
         "train": ((None, 16),),
@@ -320,9 +320,11 @@ def _draw_ms(rng, positions, weights, ventricle_distance, shape_field):
     )
 
 
-def _draw_stroke(rng, positions, weights, depth, side, brain_centre, shape_field):
+def _draw_stroke(rng, positions, weights, depth, offset, brain_centre, shape_field):
     """A wedge: an ellipsoid below the cortex, cut by a plane that runs from the cortex inwards, in one hemisphere."""
-    candidates = np.flatnonzero((weights[1] > 0.5) & (depth < 12) & (np.abs(side) > 12))
+    side, _, height = offset  # mm in the template from the centre of the brain
+    # The cortex of the convexity; at the base, cerebellum and brain stem are near the surface too.
+    candidates = np.flatnonzero((weights[1] > 0.5) & (depth < 12) & (np.abs(side) > 12) & (height > -10))
     chosen = candidates[rng.integers(candidates.size)]
     outward = positions[:, chosen] - brain_centre
     outward /= np.linalg.norm(outward)
@@ -335,8 +337,8 @@ def _draw_stroke(rng, positions, weights, depth, side, brain_centre, shape_field
     shift = rng.uniform(0.1, 0.5)
     edge = rng.uniform(6, 14)
     radius = _ellipsoidal_radius(rng, positions, centre, semi_axes)
-    height = np.tensordot(normal, positions - centre[:, None], axes=1) / mean_radius + shift
-    d = (np.maximum(radius, 1 - height) + 0.22 * shape_field).astype(np.float32)
+    beyond_plane = np.tensordot(normal, positions - centre[:, None], axes=1) / mean_radius + shift
+    d = (np.maximum(radius, 1 - beyond_plane) + 0.22 * shape_field).astype(np.float32)
     same_hemisphere = expit(np.sign(side[chosen]) * side)
     soft = expit((1 - d) * np.float32(edge)) * same_hemisphere
     parameters = {
@@ -369,8 +371,8 @@ def _draw_lesion(kind, rng, grid, template, brain, positions, weights, source):
             soft, core, parameters = _draw_ms(rng, positions, weights, distance, shape_field)
         else:
             depth = _sample(template.depth, template.distance_spacing, template, source)
-            side = source[0] - np.float32(template.centre[0])
-            soft, core, parameters = _draw_stroke(rng, positions, weights, depth, side, template.centre, shape_field)
+            offset = source - template.centre[:, None].astype(np.float32)
+            soft, core, parameters = _draw_stroke(rng, positions, weights, depth, offset, template.centre, shape_field)
         volume = float((_keep_out_of_csf(soft, weights) > 0.5).sum()) * grid.spacing**3 / 1000
         if volume >= _MIN_LESION_ML:
             return soft, core, parameters | {"draws": draw}, radius

@@ -1,5 +1,6 @@
-"""Thresholds of anomaly maps. Each function stands for one threshold policy of the protocol: validation data with lesion masks,
-validation data of healthy subjects only, or no labels at all. A threshold is used as `map > threshold`, in float32."""
+"""Thresholds of anomaly maps. Each function stands for one threshold policy of the protocol: validation data with
+lesion masks, validation data of healthy subjects only, or no labels at all. A threshold is used as `map > threshold`,
+in float32."""
 
 import math
 from collections.abc import Sequence
@@ -11,10 +12,10 @@ from .metrics import PooledScores
 
 def threshold_for_dice(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> float:
     """
-    The threshold with the highest Dice over the pooled voxels of validation volumes with lesion masks. The search is over all
-    distinct scores and exact up to 50 million voxels, and over bins 0.05 % wide above (see [`PooledScores`]). The published
-    programs search a grid (AnoFPDM, ANDi) or halve an interval (SADM), which can miss the optimum. The pooled optimum weighs
-    a volume by its lesion size; it is not the optimum of the mean Dice over volumes.
+    The threshold with the highest Dice over the pooled voxels of validation volumes with lesion masks. The search is
+    over all distinct scores and exact up to 50 million voxels, and over bins 0.05 % wide above (see [`PooledScores`]).
+    The published programs search a grid (AnoFPDM, ANDi) or halve an interval (SADM), which can miss the optimum. The
+    pooled optimum weighs a volume by its lesion size; it is not the optimum of the mean Dice over volumes.
 
     Args:
         maps (sequence of `np.ndarray`, or one array):
@@ -38,9 +39,9 @@ def threshold_for_dice(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) 
 
 def threshold_for_fpr(healthy_maps: Sequence[np.ndarray], brain: Sequence[np.ndarray], fpr: float) -> float:
     """
-    The lowest score that at most a share `fpr` of the brain voxels of healthy subjects exceeds, pooled over them. An order
-    statistic, so exact whatever ties there are. (The program of SADM reads it off scikit-learn's thinned ROC curve, which
-    returns the smallest score at every rate.)
+    The lowest score that at most a share `fpr` of the brain voxels of healthy subjects exceeds, pooled over them. An
+    order statistic, so exact whatever ties there are. (The program of SADM reads it off scikit-learn's thinned ROC
+    curve, which returns the smallest score at every rate.)
 
     Args:
         healthy_maps (sequence of `np.ndarray`, or one array):
@@ -71,10 +72,10 @@ def threshold_for_fpr(healthy_maps: Sequence[np.ndarray], brain: Sequence[np.nda
 
 def yen_threshold(values: np.ndarray) -> float:
     """
-    Label-free threshold of one map: Yen's maximum correlation criterion (Yen, Chang, Chang 1995) on a histogram of 256 bins
-    over the range of the values, as scikit-image's `threshold_yen`. ANDi applies it per volume, background included. It does
-    not change when the map is scaled, so it needs no normalisation, but it always finds something: a healthy volume gets a
-    mask as well.
+    Label-free threshold of one map: Yen's maximum correlation criterion (Yen, Chang, Chang 1995) on a histogram of 256
+    bins over the range of the values, as scikit-image's `threshold_yen`. ANDi applies it per volume, background
+    included. It does not change when the map is scaled, so it needs no normalisation, but it always finds something: a
+    healthy volume gets a mask as well.
 
     Args:
         values (`np.ndarray`):

@@ -1,7 +1,7 @@
 """Metrics of anomaly maps and masks, in numpy.
 
-Definitions differ between the published programs (empty masks, exchanged names, pooled or per volume), so every function
-states its own. Confusion counts: TP, FP, FN, TN are pixels of prediction and ground truth in the usual sense.
+Definitions differ between the published programs (empty masks, exchanged names, pooled or per volume), so every
+function states its own. Confusion counts: TP, FP, FN, TN are pixels of prediction and ground truth in the usual sense.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,8 @@ def dice(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
         pred, gt (`np.ndarray`, boolean or 0/1, the same shape):
             Predicted and true mask of one slice or volume.
         empty (`float`, *optional*, defaults to 1.0):
-            Value where both masks are empty. 1 as in AnoDDPM and AnoFPDM; `nan` as in ANDi and SADM, which leaves these
-            masks out of a nan-mean. One empty mask beside a filled one is always 0.
+            Value where both masks are empty. 1 as in AnoDDPM and AnoFPDM; `nan` as in ANDi and SADM, which leaves
+            these masks out of a nan-mean. One empty mask beside a filled one is always 0.
     """
     tp, fp, fn, _ = _confusion(pred, gt)
     return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else empty
@@ -27,8 +27,8 @@ def dice(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
 
 def iou(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
     """
-    Intersection over union TP / (TP + FP + FN) of one mask; arguments as in [`dice`]. (Empty masks count 1 in AnoFPDM's
-    program and 0 in AnoDDPM's.)
+    Intersection over union TP / (TP + FP + FN) of one mask; arguments as in [`dice`]. (Empty masks count 1 in
+    AnoFPDM's program and 0 in AnoDDPM's.)
     """
     tp, fp, fn, _ = _confusion(pred, gt)
     return tp / (tp + fp + fn) if tp + fp + fn else empty
@@ -45,8 +45,8 @@ def precision(pred: np.ndarray, gt: np.ndarray) -> float:
 
 def recall(pred: np.ndarray, gt: np.ndarray) -> float:
     """
-    TP / (TP + FN) of one mask; `nan` where the ground truth is empty. The programs of AnoDDPM and AnoFPDM call this value
-    precision.
+    TP / (TP + FN) of one mask; `nan` where the ground truth is empty. The programs of AnoDDPM and AnoFPDM call this
+    value precision.
     """
     tp, _, fn, _ = _confusion(pred, gt)
     return tp / (tp + fn) if tp + fn else float("nan")
@@ -54,8 +54,9 @@ def recall(pred: np.ndarray, gt: np.ndarray) -> float:
 
 def false_positive_rate(pred: np.ndarray, gt: np.ndarray) -> float:
     """
-    FP / (FP + TN) of one mask; `nan` where the ground truth is full. It depends on how much background is included: pass
-    `pred[brain], gt[brain]` for the rate inside the brain. The program of AnoDDPM returns FN / (FN + TN) under this name.
+    FP / (FP + TN) of one mask; `nan` where the ground truth is full. It depends on how much background is included:
+    pass `pred[brain], gt[brain]` for the rate inside the brain. The program of AnoDDPM returns FN / (FN + TN) under
+    this name.
     """
     _, fp, _, tn = _confusion(pred, gt)
     return fp / (fp + tn) if fp + tn else float("nan")
@@ -63,9 +64,10 @@ def false_positive_rate(pred: np.ndarray, gt: np.ndarray) -> float:
 
 def lesion_f1(pred: np.ndarray, gt: np.ndarray, *, min_overlap: float = 0.0) -> float:
     """
-    F1 score of lesions instead of voxels. Components are connected with corners (8 neighbours in 2-D, 26 in 3-D). A true
-    lesion is found when more than `min_overlap` of its voxels are predicted; a predicted component is right when more than
-    `min_overlap` of its voxels are lesion. F1 is the harmonic mean of (found / lesions) and (right / predicted components).
+    F1 score of lesions instead of voxels. Components are connected with corners (8 neighbours in 2-D, 26 in 3-D). A
+    true lesion is found when more than `min_overlap` of its voxels are predicted; a predicted component is right when
+    more than `min_overlap` of its voxels are lesion. F1 is the harmonic mean of (found / lesions) and (right /
+    predicted components).
 
     Args:
         pred, gt (`np.ndarray`, boolean or 0/1, the same shape):
@@ -108,8 +110,8 @@ def psnr(image: np.ndarray, reconstruction: np.ndarray, *, data_range: float) ->
 
 def ssim(image: np.ndarray, reconstruction: np.ndarray, *, data_range: float) -> float:
     """
-    Structural similarity (Wang et al. 2004) with a uniform window of 7 pixels in every dimension, sample covariances and
-    K = (0.01, 0.03), averaged where the window lies inside the image: scikit-image's default.
+    Structural similarity (Wang et al. 2004) with a uniform window of 7 pixels in every dimension, sample covariances
+    and K = (0.01, 0.03), averaged where the window lies inside the image: scikit-image's default.
 
     Args:
         image, reconstruction (`np.ndarray` of shape `(H, W)` or `(N, H, W)`, every side 7 or more):
@@ -154,8 +156,8 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     """
     Average precision, the step-wise area under the precision-recall curve with ties as one step (as scikit-learn's
-    `average_precision_score`), of slice or subject scores. Arguments as in [`auroc`]; `nan` without positives, 1 without
-    negatives. Its value for chance is the share of positives, so it compares only at equal prevalence.
+    `average_precision_score`), of slice or subject scores. Arguments as in [`auroc`]; `nan` without positives, 1
+    without negatives. Its value for chance is the share of positives, so it compares only at equal prevalence.
     """
     curve = _curve_of_samples(scores, labels)
     return _average_precision(curve)
@@ -212,13 +214,14 @@ class PooledScores:
     """
     Scores of all voxels of a data set against their labels: average precision, AUROC and Dice, pooled.
 
-    Up to `max_exact` voxels the scores are kept (4 bytes each) and everything is exact, ties as in scikit-learn. Above that
-    they become integer counts in 2**20 fixed bins: the upper 20 bits of the float32, in order, so a bin is never wider than
-    2**-11 (0.05 %) of its values, whatever their range, and nothing has to be known about it in advance. Scores of one bin
-    then count as tied; [`error_bounds`] gives, from the counts, how far this can be from the exact result.
+    Up to `max_exact` voxels the scores are kept (4 bytes each) and everything is exact, ties as in scikit-learn. Above
+    that they become integer counts in 2**20 fixed bins: the upper 20 bits of the float32, in order, so a bin is never
+    wider than 2**-11 (0.05 %) of its values, whatever their range, and nothing has to be known about it in advance.
+    Scores of one bin then count as tied; [`error_bounds`] gives, from the counts, how far this can be from the exact
+    result.
 
-    The result does not depend on the order of `update` and `merge`, so processes can each fill one object and be merged;
-    objects can be pickled (`accelerate.utils.gather_object`).
+    The result does not depend on the order of `update` and `merge`, so processes can each fill one object and be
+    merged; objects can be pickled (`accelerate.utils.gather_object`).
 
     Args:
         max_exact (`int`, *optional*, defaults to 50 million):
@@ -273,7 +276,7 @@ class PooledScores:
             self._counts += np.stack([_count(sample) for sample in samples])
 
     def merge(self, other: "PooledScores") -> None:
-        """Adds everything that `other` (of another process, with the same `max_exact`) has seen; `other` stays as it is."""
+        """Adds what `other` (of another process, with the same `max_exact`) has seen; `other` stays as it is."""
         if other.max_exact != self.max_exact:
             raise ValueError(f"`max_exact` must be equal to be merged, got {self.max_exact} and {other.max_exact}.")
         self.num_negatives += other.num_negatives
@@ -296,13 +299,13 @@ class PooledScores:
 
     def best_dice(self) -> tuple[float, float]:
         """
-        The highest pooled Dice over all thresholds, and that threshold, for `map > threshold` in float32. An oracle when the
-        labels are those of the test set.
+        The highest pooled Dice over all thresholds, and that threshold, for `map > threshold` in float32. An oracle
+        when the labels are those of the test set.
 
         Returns:
-            `tuple[float, float]`: Dice and threshold (the highest one with this Dice, halfway to the next lower score);
-            `nan` twice without positives. Above `max_exact` voxels the thresholds are the edges of the bins and the Dice is
-            the exact one of the returned threshold.
+            `tuple[float, float]`: Dice and threshold (the highest one with this Dice, halfway to the next lower
+            score); `nan` twice without positives. Above `max_exact` voxels the thresholds are the edges of the bins
+            and the Dice is the exact one of the returned threshold.
         """
         curve = self._curve()
         if not curve.num_positives:
@@ -337,8 +340,8 @@ class PooledScores:
 
     def error_bounds(self) -> dict[str, float]:
         """
-        Largest possible distance of `average_precision`, `auroc` and `best_dice` from their exact values, whatever the order
-        of the scores inside the bins; 0 as long as [`is_exact`], `nan` where the metric is.
+        Largest possible distance of `average_precision`, `auroc` and `best_dice` from their exact values, whatever the
+        order of the scores inside the bins; 0 as long as [`is_exact`], `nan` where the metric is.
         """
         c = self._curve()
         if self._counts is None or not c.num_positives:
@@ -350,8 +353,9 @@ class PooledScores:
             }
         tp = c.positives.cumsum()
         fp = c.negatives_above + c.negatives_tied
-        # Best order in a bin: its positives, as one tie, before its negatives. Worst: its negatives first, then its positives
-        # one by one; their precisions x / (x + fp) are concave in x, so the chord between first and last lies below.
+        # Best order in a bin: its positives, as one tie, before its negatives. Worst: its negatives first, then its
+        # positives one by one; their precisions x / (x + fp) are concave in x, so the chord between first and last
+        # lies below.
         highest = tp / (tp + c.negatives_above)
         first = tp - c.positives + 1
         lowest = (first / (first + fp) + tp / (tp + fp)) / 2
@@ -397,7 +401,7 @@ _BIN_BITS = 12  # lower bits of a float32 that a bin leaves out: 23 - 12 = 11 bi
 
 
 def _bins(scores: np.ndarray) -> np.ndarray:
-    """Bin of each finite float32 (no -0.0): the bits, made monotone by flipping negative numbers, without the lower 12."""
+    """Bin of each finite float32 (no -0.0): the bits, monotone with negatives flipped, without the lower 12."""
     bits = np.ascontiguousarray(scores).view(np.uint32)
     ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
     return (ordered >> _BIN_BITS).astype(np.int64)
@@ -472,7 +476,7 @@ def _auroc(curve: _Curve) -> float:
 
 
 def _dice_values(curve: _Curve) -> np.ndarray:
-    """Pooled Dice of `score >= curve.scores`. Thresholds elsewhere only add negatives, so the best one is among them."""
+    """Pooled Dice of `score >= curve.scores`. Other thresholds only add negatives, so the best one is among them."""
     tp = curve.positives.cumsum()
     return 2 * tp / (tp + curve.negatives_above + curve.negatives_tied + curve.num_positives)
 

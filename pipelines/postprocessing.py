@@ -1,4 +1,4 @@
-"""Post-processing of the anomaly maps of one volume: named steps of the field, on the CPU. Maps are never min-max scaled."""
+"""Post-processing of the anomaly maps of one volume: named steps of the field, on the CPU, never min-max scaled."""
 
 import numpy as np
 from scipy import ndimage
@@ -19,8 +19,8 @@ def median_filter(maps: np.ndarray, size: int, dimensions: int, *, border: str =
         dimensions (`int`):
             2 for `(size, size)` in each slice, 3 for `(size, size, size)` across slices.
         border (`str`, *optional*, defaults to `"reflect"`):
-            How maps continue outside: `"reflect"` repeats the edge (d c b a | a b c d; ANDi and SADM), `"mirror"` does not
-            (d c b | a b c d; AnoFPDM).
+            How maps continue outside: `"reflect"` repeats the edge (d c b a | a b c d; ANDi and SADM), `"mirror"` does
+            not (d c b | a b c d; AnoFPDM).
 
     Returns:
         `np.ndarray` of shape `(N, H, W)`, float32.
@@ -36,8 +36,8 @@ def median_filter(maps: np.ndarray, size: int, dimensions: int, *, border: str =
 
 def erode_brain(brain: np.ndarray, iterations: int) -> np.ndarray:
     """
-    Brain mask without its rim, eroded in each slice with the 4 neighbours (3 x 3 cross). Zeroing maps outside removes the
-    bright rim that reconstructions leave at the edge of the brain. cDDPM uses `H // 25` iterations.
+    Brain mask without its rim, eroded in each slice with the 4 neighbours (3 x 3 cross). Zeroing maps outside removes
+    the bright rim that reconstructions leave at the edge of the brain. cDDPM uses `H // 25` iterations.
 
     Args:
         brain (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1):
@@ -60,9 +60,9 @@ def erode_brain(brain: np.ndarray, iterations: int) -> np.ndarray:
 
 def remove_small_components(mask: np.ndarray, min_size: int, dimensions: int) -> np.ndarray:
     """
-    Drops connected components with fewer than `min_size` pixels. Components are connected with corners: 8 neighbours in each
-    slice, or 26 across slices. AnoFPDM drops 40 pixels and fewer in 2-D (`min_size=41`), cDDPM 7 voxels and fewer in 3-D
-    (`min_size=8`).
+    Drops connected components with fewer than `min_size` pixels. Components are connected with corners: 8 neighbours
+    in each slice, or 26 across slices. AnoFPDM drops 40 pixels and fewer in 2-D (`min_size=41`), cDDPM 7 voxels and
+    fewer in 3-D (`min_size=8`).
 
     Args:
         mask (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1):
@@ -98,9 +98,10 @@ def postprocess_maps(
     """
     Anomaly maps inside the brain, optionally without its rim and median filtered.
 
-    Order: erode the brain, set maps outside to 0, median, set maps outside to 0 again. This is the order of the programs of
-    cDDPM (without the last step) and SADM (without erosion); ANDi filters without any mask. Masking first keeps what lies
-    outside the brain from leaking in through the median, masking last removes what the median carried out.
+    Order: erode the brain, set maps outside to 0, median, set maps outside to 0 again. This is the order of the
+    programs of cDDPM (without the last step) and SADM (without erosion); ANDi filters without any mask. Masking first
+    keeps what lies outside the brain from leaking in through the median, masking last removes what the median carried
+    out.
 
     Args:
         maps (`np.ndarray` of shape `(N, H, W)`):

