@@ -28,6 +28,10 @@ STRETCH_3D, SQUISH_3D, NORM_3D = -1.0 / 6.0, 1.0 / 3.0, 103.0
 # Standard deviation over seeds of one octave of 3-D noise; the octaves are nearly independent, so their variances add.
 OCTAVE_STD = 0.314
 
+# First pixel (x, y) of fields with a random offset, in wavelengths. Near (0, 0) the octaves look up the same vertices, which
+# adds up their amplitudes; there no two of them do.
+OFFSET_ORIGIN = (37, 113)
+
 Z_RULES = ("timestep", "timestep_unscaled")
 NORMALIZATIONS = ("none", "per_image", "analytic")
 
@@ -40,7 +44,7 @@ CACHED_PLANS = 4
 
 @cache
 def _lcg_jumps(steps: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multipliers and increments, each (steps, 1) int64, from a seed to the generator's state after 1, 2, ... steps."""
+    """Multipliers and increments, each (steps, 1) int64, from a seed to the state after 1, 2, ... steps."""
     multiplier, increment, rows = 1, 0, []
     for _ in range(steps):
         multiplier = multiplier * LCG_MULTIPLIER % 2**64
@@ -466,7 +470,10 @@ class OctaveSimplexNoise:
             torch.arange(width, dtype=torch.float64, device=device),
             indexing="ij",
         )
-        return torch.stack([x.flatten(), y.flatten()])
+        pixels = torch.stack([x.flatten(), y.flatten()])
+        if self.random_offset:
+            pixels += self.wavelength * torch.tensor(OFFSET_ORIGIN, device=device)[:, None]
+        return pixels
 
     def _from_timesteps(self, seeds: torch.Tensor, timesteps: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Fields (B, H*W) float64; fields of the same timestep share their geometry."""

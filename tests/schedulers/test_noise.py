@@ -1,0 +1,245 @@
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from anodiff.schedulers.noise import (
+    NORMALIZATIONS,
+    OctaveSimplexNoise,
+    draw_gaussian,
+    draw_seeds,
+    opensimplex2,
+    opensimplex3,
+    permutation_tables,
+)
+
+
+# The two rules of the papers, a fixed plane, and everything that is done to a field afterwards.
+VARIANTS = [
+    {"z": 0.0},
+    {"z": 13.7, "normalize": "per_image"},
+    {"z": "timestep", "normalize": "analytic"},
+    {"z": "timestep_unscaled", "wavelength": 32, "normalize": "per_image"},
+    {"z": 5, "wavelength": 8, "random_offset": True},
+    {"z": "timestep", "wavelength": 8, "random_offset": True},
+]
+
+
+def bits(fields):
+    return fields.view(torch.int64 if fields.dtype == torch.float64 else torch.int32)
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_field_does_not_depend_on_its_batch(variant, dtype):
+    noise = OctaveSimplexNoise(**variant)
+    # 67 is more than one chunk of seeds, and neither size divides the vector width of a processor.
+    seeds = torch.arange(67) * 7919 - 100
+    timesteps = torch.arange(67) % 5 * 50
+    together = noise(seeds, timesteps, 13, 19, dtype=dtype)
+    assert together.shape == (67, 13, 19) and together.dtype == dtype
+    for size in (1, 2, 3, 16, 33):
+        parts = [
+            noise(s, t, 13, 19, dtype=dtype) for s, t in zip(seeds.split(size), timesteps.split(size), strict=True)
+        ]
+        assert torch.equal(bits(torch.cat(parts)), bits(together))
+    order = torch.arange(67).flip(0)
+    assert torch.equal(bits(noise(seeds[order], timesteps[order], 13, 19, dtype=dtype)), bits(together[order]))
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("wavelength", [64.0, 10.5, 0.7])
+def test_plan_equals_the_direct_version(wavelength, normalize):
+    seeds = torch.tensor([0, 5, -3])
+    direct = OctaveSimplexNoise(5, 0.7, wavelength, z="timestep", normalize=normalize)
+    planned = OctaveSimplexNoise(5, 0.7, wavelength, z=77, normalize=normalize)
+    expected = direct(seeds, torch.tensor(77), 20, 33, dtype=torch.float64)
+    assert_close(planned(seeds, None, 20, 33, dtype=torch.float64), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_float32_is_close_to_float64(variant):
+    noise = OctaveSimplexNoise(**variant)
+    seeds, timesteps = torch.arange(4), torch.tensor([0, 3, 3, 250])
+    expected = noise(seeds, timesteps, 32, 24, dtype=torch.float64)
+    assert_close(noise(seeds, timesteps, 32, 24).double(), expected, rtol=0, atol=1e-5)
+    assert noise(seeds, timesteps, 32, 24, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_octaves_are_points_of_the_noise():
+    seeds = torch.tensor([3, 4])
+    y, x = torch.meshgrid(torch.arange(5.0), torch.arange(6.0), indexing="ij")
+    points = torch.stack([x, y, torch.full_like(x, 40.0)], -1).reshape(-1, 3).double()
+    expected = opensimplex3(seeds, points / 16) + 0.5 * opensimplex3(seeds, points / 8)
+    noise = OctaveSimplexNoise(2, 0.5, 16, z=40)
+    assert_close(noise(seeds, None, 5, 6, dtype=torch.float64).flatten(1), expected, rtol=0, atol=1e-12)
+
+
+def test_unscaled_timestep_is_the_same_in_every_octave():
+    seeds = torch.tensor([3])
+    points = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    z = torch.tensor([[0.0, 0.0, 9.0]], dtype=torch.float64)
+    expected = opensimplex3(seeds, points / 16 + z) + 0.8 * opensimplex3(seeds, points / 8 + z)
+    noise = OctaveSimplexNoise(2, 0.8, 16, z="timestep_unscaled")
+    assert_close(noise(seeds, torch.tensor([9]), 1, 2, torch.float64)[..., 1], expected, rtol=0, atol=1e-12)
+
+
+def test_permutation_tables_are_permutations():
+    seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63)])
+    tables = permutation_tables(seeds)
+    assert torch.equal(tables.sort(1).values, torch.arange(256).expand(5, -1))
+    assert len(tables.unique(dim=0)) == 5
+    assert torch.equal(torch.cat([permutation_tables(seed) for seed in seeds.split(1)]), tables)
+
+
+def test_permutation_table_follows_the_written_rule():
+    def step(state):
+        return (state * 6364136223846793005 + 1442695040888963407 + 2**63) % 2**64 - 2**63
+
+    # The last seed makes state + 31 exceed 64 bits at some step in practice; Python integers do not wrap.
+    for seed in (0, 987654321, -(2**63)):
+        state, source, expected = step(step(step(seed))), list(range(256)), [0] * 256
+        for i in reversed(range(256)):
+            state = step(state)
+            r = (state + 31) % (i + 1)
+            expected[i], source[r] = source[r], source[i]
+        assert permutation_tables(torch.tensor([seed]))[0].tolist() == expected
+
+
+def test_seeds_keep_their_shape_and_give_independent_fields():
+    noise = OctaveSimplexNoise(wavelength=4, z="timestep")
+    seeds = draw_seeds(3, generators(0, 1), "cpu")
+    fields = noise(seeds, torch.tensor([[10], [20]]), 40, 50)
+    assert fields.shape == (2, 3, 40, 50)
+    correlation = torch.corrcoef(fields.reshape(6, -1)) - torch.eye(6)
+    assert_close(correlation, torch.zeros(6, 6), rtol=0, atol=0.15)
+    # The same seed gives another field at another timestep, and the same one at the same.
+    same = noise(torch.tensor([1, 1, 1]), torch.tensor([10, 10, 11]), 8, 8)
+    assert torch.equal(same[0], same[1]) and not torch.allclose(same[0], same[2])
+    assert noise(torch.tensor(1), torch.tensor(10), 8, 8).shape == (8, 8)
+
+
+def test_statistics_of_the_normalisations():
+    seeds = torch.arange(200)
+    raw = OctaveSimplexNoise(wavelength=16)(seeds, None, 48, 48)
+    per_image = OctaveSimplexNoise(wavelength=16, normalize="per_image")(seeds, None, 48, 48)
+    analytic = OctaveSimplexNoise(wavelength=16, normalize="analytic")(seeds, None, 48, 48)
+
+    # 0.505 with wavelengths above 1 pixel, less here: the last octaves see only lattice points of their plane.
+    assert_close(raw.std(), torch.tensor(0.5), rtol=0, atol=0.02)
+    assert_close(analytic, raw / 0.505, rtol=2e-3, atol=0)
+    assert_close(per_image.mean((1, 2)), torch.zeros(200), rtol=0, atol=1e-5)
+    assert_close(per_image.std((1, 2), correction=0), torch.ones(200), rtol=0, atol=1e-5)
+    expected = (raw - raw.mean((1, 2), keepdim=True)) / raw.std((1, 2), keepdim=True, correction=0)
+    assert_close(per_image, expected, rtol=0, atol=1e-5)
+
+
+def test_random_offset_makes_the_standard_deviation_uniform():
+    def spread(random_offset):
+        noise = OctaveSimplexNoise(4, wavelength=8, random_offset=random_offset)
+        per_pixel = noise(torch.arange(4000), None, 16, 16).std(0)
+        return ((per_pixel.max() - per_pixel.min()) / per_pixel.mean()).item()
+
+    # Each of 256 standard deviations from 4,000 fields has an error of about 1 %, the lattice leaves about 3 %.
+    assert spread(True) < 0.15
+    # The pixel at the origin is 0 for every seed, whatever the permutation.
+    assert spread(False) > 0.9
+
+
+def test_random_offset_is_a_crop():
+    seeds = torch.arange(6)
+    shifted = OctaveSimplexNoise(wavelength=4, z=3, random_offset=True)(seeds, None, 10, 12)
+    whole = OctaveSimplexNoise(wavelength=4, z=3)(seeds, None, 13, 15)
+    found = set()
+    for field, large in zip(shifted, whole, strict=True):
+        matches = [(y, x) for y in range(4) for x in range(4) if torch.equal(large[y : y + 10, x : x + 12], field)]
+        assert len(matches) == 1
+        found.update(matches)
+    assert len(found) > 2
+
+
+def test_a_plan_is_kept_and_a_copy_works():
+    noise = OctaveSimplexNoise(2, wavelength=8)
+    first = noise(torch.tensor([1]), None, 8, 9)
+    plan = noise._plans[8, 9, torch.device("cpu"), torch.float32]
+    assert torch.equal(noise(torch.tensor([1]), None, 8, 9), first)
+    assert noise._plans[8, 9, torch.device("cpu"), torch.float32] is plan
+    for size in range(1, 9):
+        noise(torch.tensor([1]), None, size, size)
+    assert len(noise._plans) == 4
+    assert torch.equal(copy.deepcopy(noise)(torch.tensor([1]), None, 8, 9), first)
+
+
+def test_a_single_pixel_at_the_origin_is_zero():
+    noise = OctaveSimplexNoise()
+    assert torch.equal(noise(torch.arange(3), None, 1, 1), torch.zeros(3, 1, 1))
+
+
+def test_draws_depend_on_their_own_generator():
+    together = draw_gaussian((2, 5, 6), generators(3, 4, 5), "cpu", torch.float32)
+    alone = draw_gaussian((2, 5, 6), generators(4), "cpu", torch.float32)
+    assert together.shape == (3, 2, 5, 6) and together.dtype == torch.float32
+    assert torch.equal(together[1:2], alone)
+
+    seeds = draw_seeds(4, generators(3, 4, 5), "cpu")
+    assert seeds.shape == (3, 4) and seeds.dtype == torch.int64
+    assert torch.equal(seeds[1:2], draw_seeds(4, generators(4), "cpu"))
+    assert 0 <= seeds.min() and seeds.max() < 2**62 and len(seeds.unique()) == 12
+    # Draws advance the generator by the same amount each time.
+    generator = generators(3)
+    first, second = draw_seeds(4, generator, "cpu"), draw_seeds(4, generator, "cpu")
+    assert torch.equal(first[0], seeds[0]) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"octaves": 0}, "`octaves` must be a whole number of 1 or more, got 0"),
+        ({"octaves": 2.5}, "`octaves` must be a whole number of 1 or more, got 2.5"),
+        ({"persistence": 0}, "`persistence` must be a finite number above 0, got 0"),
+        ({"wavelength": -1}, "`wavelength` must be a finite number above 0, got -1"),
+        ({"wavelength": float("inf")}, "`wavelength` must be a finite number above 0, got inf"),
+        ({"z": "t"}, "`z` must be a finite number of pixels or one of"),
+        ({"z": float("nan")}, "`z` must be a finite number of pixels or one of"),
+        ({"normalize": "image"}, "`normalize` must be one of .*per_image.*got 'image'"),
+        ({"wavelength": 10.5, "random_offset": True}, "`random_offset` needs a `wavelength` that is a whole number"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        OctaveSimplexNoise(**options)
+
+
+def test_bad_calls():
+    noise, seeds = OctaveSimplexNoise(z="timestep"), torch.arange(3)
+    with pytest.raises(ValueError, match="`timesteps` must be given, because `z` is 'timestep'"):
+        noise(seeds, None, 8, 8)
+    with pytest.raises(ValueError, match=r"`timesteps` must broadcast to the shape of `seeds`, \(3,\), got \(2,\)"):
+        noise(seeds, torch.arange(2), 8, 8)
+    with pytest.raises(TypeError, match="`timesteps` must be a tensor of whole numbers, got torch.float32"):
+        noise(seeds, torch.rand(3), 8, 8)
+    with pytest.raises(TypeError, match="`seeds` must be an int64 tensor, got torch.float32"):
+        noise(torch.rand(3), torch.arange(3), 8, 8)
+    with pytest.raises(ValueError, match=r"`points` must have shape \(P, 3\), got \(4, 2\)"):
+        opensimplex3(seeds, torch.rand(4, 2))
+    with pytest.raises(ValueError, match=r"`points` must have shape \(P, 2\), got \(4, 3\)"):
+        opensimplex2(seeds, torch.rand(4, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_an_accelerator_gives_the_same_fields(variant):
+    noise = OctaveSimplexNoise(**variant)
+    seeds, timesteps = torch.arange(40), torch.arange(40) % 3
+    expected = noise(seeds, timesteps, 24, 40, dtype=torch.float64)
+    device_seeds = seeds.to("cuda")
+    assert torch.equal(permutation_tables(device_seeds).cpu(), permutation_tables(seeds))
+    together = noise(device_seeds, timesteps.to("cuda"), 24, 40, dtype=torch.float64)
+    assert_close(together.cpu(), expected, rtol=0, atol=1e-11)
+    alone = noise(device_seeds[7:8], timesteps[7:8].to("cuda"), 24, 40, dtype=torch.float64)
+    assert torch.equal(bits(alone), bits(together[7:8]))
