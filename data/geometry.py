@@ -30,7 +30,8 @@ class Geometry:
             in the order (W, H, slice).
         step (`tuple[float, float, float]`): Distance of neighbouring network voxels, in voxels of the reoriented input.
         network_shape (`tuple[int, int, int]`): Voxels of the network's grid, `(W, H, N)`.
-        antialias (`bool`): Widen the interpolation kernel when the target grid is coarser than the source.
+        antialias (`bool`): Widen the interpolation kernel where the network's grid is the coarser one. On the way back it is
+            always widened where the input's grid is coarser.
     """
 
     input_shape: tuple[int, int, int]
@@ -68,7 +69,7 @@ class Geometry:
         oriented_shape = tuple(int(self.input_shape[axis]) for axis in np.argsort(there[:, 0]))
         start = tuple(-offset / scale for offset, scale in zip(self.start, self.step, strict=True))
         step = tuple(1.0 / scale for scale in self.step)
-        oriented = _resample(slices.transpose(2, 1, 0), oriented_shape, start, step, nearest, self.antialias)
+        oriented = _resample(slices.transpose(2, 1, 0), oriented_shape, start, step, nearest, antialias=True)
         # The inverse of an orientation maps each axis of the target to where it came from, with the same flip.
         back = np.empty_like(there)
         for axis, (target, flip) in enumerate(there):
@@ -83,7 +84,7 @@ class Geometry:
         index = np.arange(self.input_shape[axis])
         if orientation[axis, 1] < 0:
             index = index[::-1]
-        nearest = np.rint((index - self.start[2]) / self.step[2]).astype(int)
+        nearest = _nearest((index - self.start[2]) / self.step[2])
         inside = (nearest >= 0) & (nearest < len(values))
         result = np.zeros((len(index), *values.shape[1:]), dtype=values.dtype)
         result[inside] = values[nearest[inside]]
@@ -106,8 +107,13 @@ def _resample(array, shape, start, step, nearest, antialias):
     return array
 
 
+def _nearest(coordinates):
+    # Halves go up, as in torch's `interpolate(mode="nearest-exact")`; to even would take a voxel twice and skip the next.
+    return np.floor(coordinates + 0.5).astype(int)
+
+
 def _gather(array, axis, size, start, step):
-    index = np.rint(start + step * np.arange(size)).astype(int)
+    index = _nearest(start + step * np.arange(size))
     inside = (index >= 0) & (index < array.shape[axis])
     gathered = np.take(array, np.where(inside, index, 0), axis=axis)
     return gathered * inside.reshape([-1 if other == axis else 1 for other in range(3)]).astype(array.dtype)

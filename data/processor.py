@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,11 +68,12 @@ class VolumeProcessor(ConfigMixin):
             Widen the linear kernel when reducing (as PIL and `interpolate(antialias=True)`). ANDi does, AnoFPDM does not.
         intensity (`str`, defaults to `"percentile"`):
             `"percentile"`: divide by the `quantile` of the voxels > 0 of the volume (ANDi 2.2, AnoFPDM 2.4).
-            `"slice_minmax"`: every slice and channel to [0, 1], (x - min) / (max - min + 1e-5) (AnoFPDM's loader).
+            `"slice_minmax"`: after `"percentile"`, every slice and channel to [0, 1], (x - min) / (max - min + 1e-5) (AnoFPDM's
+            loader).
             `"mean_std"`: clip to [m - s, m + 2s] of the volume, then to [0, 1].
-            `"mean_std_no_offset"`: AnoDDPM's own rule: the same clip, divided by 3s, nothing subtracted.
+            `"mean_std_no_offset"`: AnoDDPM's own rule: the same clip, divided by 3s, nothing subtracted; above 1 where m > s.
             `"given"`: `input_range` to [0, 1].
-        quantile (`float`, defaults to 0.99): Of the rule `"percentile"`.
+        quantile (`float`, defaults to 0.99): Of the rules `"percentile"` and `"slice_minmax"`.
         input_range (`tuple[float, float]`, defaults to `(0.0, 255.0)`): Of the rule `"given"`, in the input's units.
         value_range (`tuple[float, float]`, defaults to `(-1.0, 1.0)`): What [0, 1] becomes in the network.
         clip (`bool`, defaults to `True`): Limit values to `value_range`. ANDi's exceed it (`False`).
@@ -113,18 +115,16 @@ class VolumeProcessor(ConfigMixin):
             raise ValueError(f"`modalities` must be a list of different names, got {modalities!r}.")
         if "brain" in modalities:
             raise ValueError("`modalities` must not contain 'brain': that key of a volume is its brain mask.")
-        if spacing is not None and (len(spacing) != 3 or any(mm is not None and not mm > 0 for mm in spacing)):
+        if spacing is not None and (not _is_list(spacing, 3) or any(mm is not None and not mm > 0 for mm in spacing)):
             raise ValueError(f"`spacing` must be three numbers > 0 or null, for (H, W, slice), got {spacing!r}.")
-        if isinstance(crop, str) and crop != "brain":
-            raise ValueError(f"`crop` must be 'brain', (H, W), (H, W, N) or null, got {crop!r}.")
-        if crop is not None and crop != "brain" and (len(crop) not in (2, 3) or min(crop) < 1):
-            raise ValueError(f"`crop` must be 'brain', (H, W), (H, W, N) or null, got {crop!r}.")
-        if size is not None and (len(size) != 2 or min(size) < 1):
+        if crop not in (None, "brain") and not _are_counts(crop, 2, 3):
+            raise ValueError(f"`crop` must be 'brain', (H, W), (H, W, N) in whole voxels > 0 or null, got {crop!r}.")
+        if size is not None and not _are_counts(size, 2):
             raise ValueError(f"`size` must be two integers > 0, (H, W), or null, got {size!r}.")
         if not 0 < quantile <= 1:
             raise ValueError(f"`quantile` must be above 0 and at most 1, got {quantile}.")
         for name, pair in (("input_range", input_range), ("value_range", value_range)):
-            if len(pair) != 2 or not pair[0] < pair[1]:
+            if not _is_list(pair, 2) or not pair[0] < pair[1]:
                 raise ValueError(f"`{name}` must be (low, high) with low < high, got {pair!r}.")
 
     @classmethod
@@ -149,12 +149,23 @@ class VolumeProcessor(ConfigMixin):
         """The settings as plain JSON values, equal before and after saving: what two processors are compared by."""
         return {key: _lists(value) for key, value in self.config.items() if not key.startswith("_")}
 
+    def check_equal(self, settings: dict, what: str) -> None:
+        """Raises a `ValueError` that names every setting in which `what` (its `settings`) differs from this processor."""
+        own = self.settings()
+        different = [key for key in own if key in settings and _lists(settings[key]) != own[key]]
+        if different:
+            differences = "; ".join(f"`{key}` is {own[key]!r} there and {settings[key]!r} here" for key in different)
+            raise ValueError(
+                f"The data was prepared with other settings than {what}: {differences}. Prepare the data again."
+            )
+
     def preprocess(self, volume, brain_mask=None) -> ProcessedVolume:
         """
         Args:
-            volume: Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict `{modality: one of those}` (key `"brain"`: the
-                brain mask) or an [`InputVolume`]. A 4-D file holds the modalities in the processor's order.
-            brain_mask (*optional*): Same kinds; voxels > 0 are brain. On the grid of the volume.
+            volume: Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, dict `{modality: one of those}` (key
+                `"brain"`: the brain mask) or an [`InputVolume`]. A 4-D file holds the modalities in the processor's order.
+            brain_mask (*optional*): Same kinds; voxels > 0 are brain. On the grid of the volume. An array has no affine of its
+                own and takes the volume's; a picture's is `(rows, columns)`.
 
         Returns:
             [`ProcessedVolume`]
@@ -175,18 +186,18 @@ class VolumeProcessor(ConfigMixin):
             )
 
         # 1. Intensities of the whole volume: (C, X, Y, Z) to about [0, 1]. offset + scale * value gives the input's units.
-        offset, scale = self._volume_intensity(arrays, volume.name)
-        if self.config.intensity.startswith("mean_std"):
-            mean, std = arrays.mean((1, 2, 3)), arrays.std((1, 2, 3))
-            arrays = np.clip(arrays, (mean - std)[:, None, None, None], (mean + 2 * std)[:, None, None, None])
-        arrays = (arrays - offset.astype(np.float32)[:, None, None, None]) / scale.astype(np.float32)[
-            :, None, None, None
-        ]
+        arrays, offset, scale = self._volume_intensity(arrays, volume.name)
 
-        # 2. Geometry: (C, X, Y, Z) to (N, C, H, W).
+        # 2. Geometry: (C, X, Y, Z) to (N, C, H, W). Padding is background: 0, and with "mean_std" the darkest value.
         geometry = self.geometry(volume.shape, volume.affine, brain)
-        slices = np.stack([geometry.to_network(array) for array in arrays], axis=1)
+        padding = arrays.min((1, 2, 3)) if self.config.intensity == "mean_std" else np.zeros(len(arrays), np.float32)
+        slices = np.stack([geometry.to_network(a - pad) + pad for a, pad in zip(arrays, padding, strict=True)], axis=1)
         network_brain = geometry.to_network(brain, nearest=True)
+        if not network_brain.any():
+            raise ValueError(
+                f"{volume.name}: no voxel of the brain is left in the slices. Check the brain mask, and `crop`, `spacing`"
+                " and `size` of the processor."
+            )
 
         # 3. Intensities of each slice: offset and scale become (N, C).
         offset = np.broadcast_to(offset, slices.shape[:2]).astype(np.float64)
@@ -194,7 +205,7 @@ class VolumeProcessor(ConfigMixin):
         if self.config.intensity == "slice_minmax":
             low, high = slices.min((2, 3)), slices.max((2, 3))
             slices = (slices - low[..., None, None]) / (high - low + 1e-5)[..., None, None]
-            offset, scale = low.astype(np.float64), (high - low + 1e-5).astype(np.float64)
+            offset, scale = low * scale, (high - low + 1e-5) * scale
         if self.config.clip:
             slices = np.clip(slices, 0.0, 1.0)
 
@@ -211,12 +222,10 @@ class VolumeProcessor(ConfigMixin):
         )
 
     def preprocess_mask(self, mask, geometry: Geometry) -> np.ndarray:
-        """Brings a reference mask (same kinds as a volume, or an array on the input's grid) to `(N, H, W)`, its labels kept
-        (nearest neighbour)."""
-        volume = read_volume(mask)
-        if len(volume.arrays) != 1 or volume.shape != geometry.input_shape:
-            raise ValueError(f"`mask` must have the volume's shape {geometry.input_shape}, got {volume.shape}.")
-        return geometry.to_network(next(iter(volume.arrays.values())), nearest=True)
+        """Brings a reference mask on the input's grid (same kinds as a volume; an array `(X, Y, Z)` has no affine of its own) to
+        `(N, H, W)` float32, its labels kept (nearest neighbour)."""
+        labels = _read_mask(mask, geometry.input_shape, geometry.input_affine, "`mask` must lie on the volume's grid")
+        return geometry.to_network(labels, nearest=True)
 
     def postprocess(self, maps: torch.Tensor, processed: ProcessedVolume) -> np.ndarray:
         """Brings maps `(N, H, W)` onto the grid of the input, `(X, Y, Z)` float32, linearly; outside the slices they are 0."""
@@ -250,6 +259,7 @@ class VolumeProcessor(ConfigMixin):
                     low, high = extent[axis] - high, extent[axis] - low
                 begin[axis], length[axis] = low, high - low
         count = np.maximum(np.rint(length / step), 1)
+        begin += (length - count * step) / 2
         if self.config.crop is not None and self.config.crop != "brain":
             for axis, wanted in zip((1, 0, 2), self.config.crop, strict=False):
                 begin[axis] += (count[axis] - wanted) // 2 * step[axis]
@@ -264,8 +274,10 @@ class VolumeProcessor(ConfigMixin):
                 square = max(field[0] / width, field[1] / height)
                 ratio = square / pixel
             for axis, wanted in ((0, width), (1, height)):
-                begin[axis] -= (wanted * ratio[axis] - count[axis]) / 2 * step[axis]
+                # In whole network pixels: without scaling, padding must not interpolate. 1e-6 is for rounding errors.
+                padding = np.floor((wanted - count[axis] / ratio[axis]) / 2 + 1e-6)
                 step[axis] *= ratio[axis]
+                begin[axis] -= padding * step[axis]
                 count[axis] = wanted
         start = begin + step / 2 - 0.5
         return Geometry(
@@ -279,13 +291,12 @@ class VolumeProcessor(ConfigMixin):
         )
 
     def _read(self, volume, brain_mask) -> tuple[InputVolume, np.ndarray]:
-        if isinstance(volume, dict) and "brain" in volume:
+        if isinstance(volume, Mapping) and "brain" in volume:
             if brain_mask is not None:
                 raise ValueError("The brain mask is given twice: as `brain_mask` and under the key 'brain'.")
             brain_mask = volume["brain"]
             volume = {name: image for name, image in volume.items() if name != "brain"}
-        if not isinstance(volume, InputVolume):
-            volume = read_volume(volume)
+        volume = read_volume(volume)
         modalities = tuple(self.config.modalities)
         if all(key == "" or key.isdigit() for key in volume.arrays):
             if len(volume.arrays) != len(modalities):
@@ -306,12 +317,10 @@ class VolumeProcessor(ConfigMixin):
         volume = InputVolume(arrays, volume.affine, volume.header, volume.is_picture, volume.ndim, volume.name)
 
         if brain_mask is not None:
-            mask = read_volume(brain_mask)
-            if mask.shape != volume.shape or not np.allclose(mask.affine, volume.affine, atol=1e-3):
-                raise ValueError(
-                    f"The brain mask must lie on the grid of {volume.name}: shape {volume.shape}, got {mask.shape}, or another affine."
-                )
-            return volume, next(iter(mask.arrays.values())) > 0
+            if volume.is_picture and isinstance(brain_mask, (np.ndarray, torch.Tensor)) and brain_mask.ndim == 2:
+                brain_mask = brain_mask.T  # (rows, columns), as the results of a picture are
+            what = f"The brain mask must lie on the grid of {volume.name}"
+            return volume, _read_mask(brain_mask, volume.shape, volume.affine, what) > 0
         if self.config.brain_mask == "given":
             raise ValueError("This checkpoint needs a brain mask: `brain_mask=...`, or the key 'brain' of the volume.")
         if self.config.brain_mask == "none":
@@ -321,29 +330,54 @@ class VolumeProcessor(ConfigMixin):
         slice_axis = int(np.argsort(orientation[:, 0])[2])
         return volume, _fill_holes(brain, slice_axis)
 
-    def _volume_intensity(self, arrays: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def _volume_intensity(self, arrays: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        # The rule of the whole volume on (C, X, Y, Z), and per channel the offset and scale that it took out.
         rule = self.config.intensity
-        channels = arrays.shape[0]
-        if rule == "percentile":
-            scale = np.empty(channels)
+        offset, scale = np.zeros(len(arrays)), np.ones(len(arrays))
+        if rule in ("percentile", "slice_minmax"):
             for index, array in enumerate(arrays):
                 positive = array[array > 0]
                 if positive.size == 0:
                     raise ValueError(f"{name}: modality `{self.config.modalities[index]}` has no value above 0.")
                 scale[index] = np.quantile(positive, self.config.quantile)
-            return np.zeros(channels), scale
-        if rule.startswith("mean_std"):
-            mean, std = arrays.mean((1, 2, 3), dtype=np.float64), arrays.std((1, 2, 3), dtype=np.float64)
-            return (mean - std if rule == "mean_std" else np.zeros(channels)), 3 * std
-        if rule == "given":
+        elif rule == "given":
             low, high = self.config.input_range
-            return np.full(channels, low), np.full(channels, high - low)
-        return np.zeros(channels), np.ones(channels)
+            offset, scale = offset + low, scale * (high - low)
+        else:
+            mean, std = arrays.mean((1, 2, 3), dtype=np.float64), arrays.std((1, 2, 3), dtype=np.float64)
+            arrays = np.clip(arrays, _per_channel(mean - std), _per_channel(mean + 2 * std))
+            offset, scale = mean - std if rule == "mean_std" else offset, 3 * std
+        return (arrays - _per_channel(offset)) / _per_channel(scale), offset, scale
+
+
+def _per_channel(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32)[:, None, None, None]
+
+
+def _read_mask(mask, shape: tuple[int, int, int], affine: np.ndarray, requirement: str) -> np.ndarray:
+    volume = read_volume(mask)
+    if len(volume.arrays) != 1:
+        raise ValueError(f"{requirement} and be one image, got {len(volume.arrays)} channels.")
+    if volume.shape != shape:
+        raise ValueError(f"{requirement}: shape {shape}, got {volume.shape}.")
+    if not isinstance(mask, (np.ndarray, torch.Tensor)) and not np.allclose(volume.affine, affine, atol=1e-3):
+        raise ValueError(
+            f"{requirement}: affine {affine.round(3).tolist()}, got {volume.affine.round(3).tolist()}. Resample it first."
+        )
+    return next(iter(volume.arrays.values()))
 
 
 def _fill_holes(mask: np.ndarray, slice_axis: int) -> np.ndarray:
     filled = [scipy.ndimage.binary_fill_holes(plane) for plane in np.moveaxis(mask, slice_axis, 0)]
     return np.moveaxis(np.stack(filled), 0, slice_axis)
+
+
+def _is_list(value, *lengths: int) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) in lengths
+
+
+def _are_counts(value, *lengths: int) -> bool:
+    return _is_list(value, *lengths) and all(isinstance(count, int) and count > 0 for count in value)
 
 
 def _tuples(value):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 # A picture's columns run to the patient's left and its rows to posterior, as in radiological convention.
 _PICTURE_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+# What a result takes over from the input's header, so that both lie at the same place for every reader.
+_GRID_FIELDS = (
+    "xyzt_units sform_code srow_x srow_y srow_z qform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z"
+).split()
 
 
 @dataclass(frozen=True)
@@ -53,25 +57,36 @@ class InputVolume:
         return array[..., 0] if self.ndim == 2 else array
 
     def image(self, array: np.ndarray) -> nib.Nifti1Image:
-        """A NIfTI image of a result (in the input's form) on this grid: affine, codes and units of the input, dtype of `array`."""
+        """A NIfTI image of a result (in the input's form, modalities last) on this grid: affine, sform, qform and units of the
+        input, dtype of `array`."""
+        if self.ndim == 2 and array.ndim == 3:
+            array = array[:, :, None]  # modalities belong on the fourth axis
         image_class = nib.Nifti2Image if isinstance(self.header, nib.Nifti2Header) else nib.Nifti1Image
         image = image_class(array, self.affine, dtype=array.dtype)
-        if self.header is not None:
-            image.header.set_xyzt_units(*self.header.get_xyzt_units())
-            image.set_sform(self.affine, code=int(self.header["sform_code"]) or 1)
-            if int(self.header["qform_code"]) and np.allclose(self.header.get_qform(), self.affine, atol=1e-3):
-                image.set_qform(self.affine, code=int(self.header["qform_code"]))
+        if self.header is None:
+            image.header.set_xyzt_units("mm")
+            return image
+        for field in _GRID_FIELDS:
+            image.header[field] = self.header[field]
+        image.header["pixdim"][:4] = self.header["pixdim"][:4]
+        image.update_header()  # where the input's own header gives another affine than the one in use, the latter counts
         return image
 
 
 def read_volume(source) -> InputVolume:
-    """Reads a path, nibabel image, array, PIL image, or a dict of those, into an [`InputVolume`].
+    """Reads a path, nibabel image, array or tensor `(X, Y)` or `(X, Y, Z)`, PIL image, or a dict of those, into an
+    [`InputVolume`].
 
     Raises:
+        FileNotFoundError: There is no such file.
         TypeError: `source` is none of the accepted kinds.
         ValueError: The content cannot be used: unreadable, empty, wrong number of dimensions, NaN, colour, or modalities that do
             not share one grid. The message names the input.
     """
+    import torch  # here, so that listing files does not wait for it
+
+    if isinstance(source, InputVolume):
+        return source
     if isinstance(source, Mapping):
         return _read_modalities(source)
     if isinstance(source, (str, os.PathLike)):
@@ -80,11 +95,13 @@ def read_volume(source) -> InputVolume:
         return _from_nibabel(source, source.get_filename() or "the nibabel image")
     if isinstance(source, PIL.Image.Image):
         return _from_picture(source, getattr(source, "filename", "") or "the PIL image")
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
         return _from_array(source)
     raise TypeError(
-        "A volume must be a path, a nibabel image, a numpy array, a PIL image, a dict of modalities or a tensor"
-        f" (N, C, H, W), got {type(source).__name__}."
+        "A volume must be a path, a nibabel image, an array, a tensor, a PIL image or a dict of modalities,"
+        f" got {type(source).__name__}."
     )
 
 
@@ -106,22 +123,27 @@ def _read_modalities(source: Mapping) -> InputVolume:
 
 
 def _read_file(path: Path) -> InputVolume:
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file {path}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is a folder, not a file." if path.is_dir() else f"There is no file {path}.")
     name = path.name.lower()
-    if name.endswith(IMAGE_SUFFIXES):
-        try:
-            with PIL.Image.open(path) as picture:
-                picture.load()
-                return _from_picture(picture, str(path))
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path} cannot be read as a picture: {error}.") from error
-    if name.endswith(VOLUME_SUFFIXES):
-        try:
-            return _from_nibabel(nib.load(path), str(path))
-        except (nib.filebasedimages.ImageFileError, OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} cannot be read to its end, it may be truncated or damaged: {error}.") from error
-    raise ValueError(f"{path} must end in one of {', '.join(VOLUME_SUFFIXES + IMAGE_SUFFIXES)}.")
+    if not name.endswith(VOLUME_SUFFIXES + IMAGE_SUFFIXES):
+        raise ValueError(f"{path} must end in one of {', '.join(VOLUME_SUFFIXES + IMAGE_SUFFIXES)}.")
+    try:
+        if name.endswith(VOLUME_SUFFIXES):
+            image = nib.load(path)
+        else:
+            image = PIL.Image.open(path)
+            image.load()
+    except Exception as error:  # a damaged header ends in any of nine kinds of error
+        raise _unreadable(path, error) from error
+    if isinstance(image, PIL.Image.Image):
+        return _from_picture(image, str(path))
+    return _from_nibabel(image, str(path))
+
+
+def _unreadable(name, error: Exception) -> ValueError:
+    reason = str(error).rstrip(".") or type(error).__name__
+    return ValueError(f"{name} cannot be read, it may be truncated or damaged: {reason}.")
 
 
 def _from_nibabel(image, name: str) -> InputVolume:
@@ -133,13 +155,16 @@ def _from_nibabel(image, name: str) -> InputVolume:
         raise ValueError(f"{name} must hold one real number per voxel, got data type {image.get_data_dtype()}.")
     if 0 in image.shape:
         raise ValueError(f"{name} holds no voxels, got shape {image.shape}.")
-    array = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
+    try:
+        array = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
+    except Exception as error:  # a damaged file ends in any of nine kinds of error
+        raise _unreadable(name, error) from error
     if array.ndim == 2:
         array = array[..., None]
     affine = np.asarray(image.affine, dtype=np.float64)
     header = image.header if isinstance(image.header, nib.Nifti1Header) else None
     no_codes = header is not None and not (int(header["sform_code"]) or int(header["qform_code"]))
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if not np.isfinite(affine).all() or not _is_regular(affine):
         zooms = [zoom if np.isfinite(zoom) and zoom > 0 else 1.0 for zoom in image.header.get_zooms()[:3]]
         affine = np.diag([*(zooms + [1.0] * 3)[:3], 1.0])
         no_codes = True
@@ -156,8 +181,17 @@ def _from_nibabel(image, name: str) -> InputVolume:
     return _checked(InputVolume(arrays, affine, header, False, min(image.ndim, 3), name))
 
 
+def _is_regular(affine: np.ndarray) -> bool:
+    # Relative to the voxel size, whatever its unit.
+    return abs(np.linalg.det(affine[:3, :3])) > 1e-6 * np.prod(np.linalg.norm(affine[:3, :3], axis=0))
+
+
 def _from_picture(picture: PIL.Image.Image, name: str) -> InputVolume:
-    if picture.mode not in ("1", "L", "I", "I;16", "F"):
+    if picture.mode == "F":
+        raise ValueError(
+            f"{name} holds decimal numbers (mode F), which picture files cannot; give an array: `np.asarray(picture).T`."
+        )
+    if picture.mode not in ("1", "L", "I", "I;16"):
         colours = np.asarray(picture.convert("RGB"))
         # Grey pictures are often stored with three equal channels; only real colour is refused.
         if not (colours[..., 0] == colours[..., 1]).all() or not (colours[..., 0] == colours[..., 2]).all():
@@ -174,8 +208,8 @@ def _from_picture(picture: PIL.Image.Image, name: str) -> InputVolume:
 def _from_array(array: np.ndarray) -> InputVolume:
     if array.ndim not in (2, 3):
         raise ValueError(
-            f"An array must have the shape (X, Y) or (X, Y, Z), got {array.shape}. Several modalities go into a dict of arrays;"
-            " colour pictures are not accepted."
+            f"An array or tensor must have the shape (X, Y) or (X, Y, Z), got {array.shape}. Several modalities go into a dict"
+            " of arrays; slices that are already processed, a tensor (N, C, H, W), go to the pipeline."
         )
     if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool) or np.iscomplexobj(array):
         raise TypeError(f"An array must hold real numbers, got data type {array.dtype}.")

@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from ..data.processor import VolumeProcessor
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from .pipeline_output import AnomalyOutput
-from .pipeline_utils import AnomalyPipeline, check_shared_settings, resolve_seed, slice_generator
+from .pipeline_utils import AnomalyPipeline, resolve_seed, slice_generator
 
 
 MODES = ("partial", "one_shot")
@@ -35,7 +35,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         mode (`str`, defaults to `"partial"`): `"partial"` or `"one_shot"`.
         num_draws (`int`, defaults to 1): Reconstructions per slice and level; their mean is compared with the slice.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
-            See [`AnomalyPipeline`]. AnoDDPM: threshold 0.5, no filter.
+            See [`AnomalyPipeline`] and [`PostProcessing`]. AnoDDPM: threshold 0.5, no filter.
     """
 
     model_cpu_offload_seq = "unet"
@@ -56,7 +56,6 @@ class AnoDDPMPipeline(AnomalyPipeline):
         slice_score: str = "mean",
     ):
         super().__init__()
-        check_shared_settings(slice_score, median_size, median_dimensions)
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
         self.check_inputs(noise_level, mode, num_draws)
         self.register_to_config(
@@ -70,6 +69,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
             min_component_size=min_component_size,
             slice_score=slice_score,
         )
+        _ = self.postprocessing  # checks its values
 
     @torch.no_grad()
     def __call__(
@@ -127,13 +127,12 @@ class AnoDDPMPipeline(AnomalyPipeline):
             return [self(item, **shared) for item in volume]
 
         # 0. Resolve defaults: what the checkpoint was tuned to.
-        noise_level = self.config.noise_level if noise_level is None else noise_level
-        mode = self.config.mode if mode is None else mode
-        num_draws = self.config.num_draws if num_draws is None else num_draws
+        given = dict(noise_level=noise_level, mode=mode, num_draws=num_draws)
+        settings = {**self.default_settings(), **{key: value for key, value in given.items() if value is not None}}
         threshold = self.config.threshold if threshold is None else threshold
 
         # 1. Check.
-        self.check_inputs(noise_level, mode, num_draws, batch_size)
+        self.check_inputs(**settings, batch_size=batch_size)
         if noise is not None and generator is not None:
             raise ValueError("Give either `noise` or `generator`, not both.")
         seed = resolve_seed(generator)
@@ -148,19 +147,21 @@ class AnoDDPMPipeline(AnomalyPipeline):
         maps[indices], reconstruction[indices] = self.compute_maps(
             prepared.slices[indices],
             indices,
-            noise_level=noise_level,
-            mode=mode,
-            num_draws=num_draws,
             seed=seed,
             batch_size=batch_size,
             noise=noise,
+            **settings,
         )
 
         # 5. Post-process, and back onto the grid of the input.
-        settings = dict(noise_level=noise_level, mode=mode, num_draws=num_draws, threshold=threshold, seed=seed)
-        output = self.finish_volume(prepared, maps, reconstruction, threshold, settings)
+        record = {**settings, "threshold": threshold, "seed": None if noise is not None else seed}
+        output = self.finish_volume(prepared, maps, reconstruction, threshold, record)
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
+
+    def default_settings(self) -> dict:
+        """The checkpoint's values of what `compute_maps` needs to be told."""
+        return {name: self.config[name] for name in ("noise_level", "mode", "num_draws")}
 
     @torch.no_grad()
     def compute_maps(

@@ -45,7 +45,9 @@ class AnomalyOutput(BaseOutput):
         Writes the result into `folder` (made if missing): `anomaly_map`, `pred_mask` and `reconstruction` as NIfTI with the affine
         of the input, or as PNG for a picture, and `result.json` with scores and settings.
 
-        A PNG map has 16 bits; `result.json` holds the factor `anomaly_map_per_grey_level` that gives the raw score back.
+        A PNG map has 16 bits; `result.json` holds the factor `anomaly_map_per_grey_level` that gives the raw score back. A
+        reconstructed picture has 8 bits, 16 where the input exceeds 255; of several modalities each has its own
+        `reconstruction_NAME.png`.
         """
         if self.source is None:
             raise ValueError(
@@ -66,8 +68,12 @@ class AnomalyOutput(BaseOutput):
             if self.pred_mask is not None:
                 PIL.Image.fromarray(self.pred_mask * np.uint8(255)).save(folder / "pred_mask.png")
             if self.reconstruction is not None:
-                grey = np.clip(np.rint(self.reconstruction), 0, 255).astype(np.uint8)
-                PIL.Image.fromarray(grey).save(folder / "reconstruction.png")
+                several = len(self.source.arrays) > 1
+                channels = np.moveaxis(self.reconstruction, -1, 0) if several else [self.reconstruction]
+                for (name, given), channel in zip(self.source.arrays.items(), channels, strict=True):
+                    levels = np.uint8 if given.max() <= 255 else np.uint16
+                    grey = np.clip(np.rint(channel), 0, np.iinfo(levels).max).astype(levels)
+                    PIL.Image.fromarray(grey).save(folder / f"reconstruction{f'_{name}' if several else ''}.png")
         else:
             for name in ("anomaly_map", "pred_mask", "reconstruction"):
                 array = getattr(self, name)

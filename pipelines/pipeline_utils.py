@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -13,10 +13,9 @@ from diffusers import DiffusionPipeline
 from ..data.processor import ProcessedVolume
 from ..data.volume import InputVolume
 from .pipeline_output import AnomalyOutput
-from .postprocessing import postprocess_maps, remove_small_components
+from .postprocessing import PostProcessing
 
 
-SLICE_SCORES = ("mean", "max", "p99")
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,15 +33,8 @@ class AnomalyPipeline(DiffusionPipeline):
     r"""
     Base of all pipelines. `AnomalyPipeline.from_pretrained(folder_or_id)` gives the pipeline class that the checkpoint names.
 
-    Shared settings of a checkpoint, stored in its configuration:
-
-    Args:
-        threshold (`float`, *optional*): Of `pred_mask`; without one there is no mask.
-        median_size (`int`): Side of the median filter of the maps in network pixels, odd, 0 for none.
-        median_dimensions (`int`): 2 (per slice) or 3.
-        erosion (`int`): Network pixels taken from the rim of the brain.
-        min_component_size (`int`): Smallest 3-D component of `pred_mask`, in network voxels.
-        slice_score (`str`): `"mean"`, `"max"` or `"p99"` of the map in the brain.
+    A pipeline's configuration holds `threshold` (of `pred_mask`; without one there is no mask) and the values of
+    [`PostProcessing`]. Its `compute_maps` is the method itself, slices in, maps out.
     """
 
     _autocast_dtype: torch.dtype | None = None
@@ -90,6 +82,11 @@ class AnomalyPipeline(DiffusionPipeline):
         if compile:
             self.unet.compile()
 
+    @property
+    def postprocessing(self) -> PostProcessing:
+        """The post-processing that the configuration holds."""
+        return PostProcessing(**{field.name: self.config[field.name] for field in fields(PostProcessing)})
+
     def predict_noise(self, sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """One evaluation of the network: `(B, C, H, W)` and `(B,)` to float32 `(B, C, H, W)`."""
         autocast = torch.autocast(sample.device.type, self._autocast_dtype) if self._autocast_dtype else nullcontext()
@@ -129,12 +126,13 @@ class AnomalyPipeline(DiffusionPipeline):
     ) -> AnomalyOutput:
         """Filters maps `(N, H, W)` as the checkpoint says, scores them, and brings everything onto the grid of the input."""
         brain = prepared.brain.cpu().numpy()
-        filtered = self.filter_maps(maps.cpu().numpy(), brain)
-        slice_scores = self.score_slices(filtered, brain)
-        volume_score = self.score_volume(filtered, brain)
+        postprocessing = self.postprocessing
+        filtered = postprocessing.filter(maps.cpu().numpy(), brain)
+        slice_scores = postprocessing.score_slices(filtered, brain)
+        volume_score = postprocessing.score(filtered, brain)
         if prepared.processed is None:
             anomaly_map = torch.from_numpy(filtered)
-            mask = None if threshold is None else self.threshold_map(filtered, threshold, 1.0)
+            mask = None if threshold is None else postprocessing.mask(filtered, threshold).astype(np.uint8)
             return AnomalyOutput(
                 anomaly_map=anomaly_map,
                 pred_score=torch.from_numpy(slice_scores),
@@ -149,7 +147,8 @@ class AnomalyPipeline(DiffusionPipeline):
         mask = None
         if threshold is not None:
             voxels_per_network_voxel = float(np.prod(processed.geometry.step))
-            mask = source.as_given(self.threshold_map(anomaly_map, threshold, voxels_per_network_voxel))
+            mask = postprocessing.mask(anomaly_map, threshold, voxels_per_network_voxel).astype(np.uint8)
+            mask = source.as_given(mask)
         if reconstruction is not None:
             channels = self.processor.postprocess_image(reconstruction, processed)
             given = [source.as_given(channel) for channel in channels]
@@ -163,44 +162,6 @@ class AnomalyPipeline(DiffusionPipeline):
             settings=settings,
             source=source,
         )
-
-    def filter_maps(self, maps: np.ndarray, brain: np.ndarray) -> np.ndarray:
-        """The checkpoint's post-processing of the maps of one volume, `(N, H, W)`; outside the brain they become 0."""
-        return postprocess_maps(
-            maps,
-            brain,
-            median_size=self.config.median_size,
-            median_dimensions=self.config.median_dimensions,
-            erosion=self.config.erosion,
-        )
-
-    def threshold_map(self, anomaly_map: np.ndarray, threshold: float, voxels_per_network_voxel: float) -> np.ndarray:
-        """`map > threshold` without components that are too small, uint8; sizes count network voxels."""
-        min_size = int(np.ceil(self.config.min_component_size * voxels_per_network_voxel))
-        return remove_small_components(anomaly_map > threshold, min_size, 3).astype(np.uint8)
-
-    def score_slices(self, maps: np.ndarray, brain: np.ndarray) -> np.ndarray:
-        """One score per slice, `(N,)` float64, from filtered maps; 0 where there is no brain."""
-        return np.array([self.score_volume(*pair) for pair in zip(maps, brain, strict=True)])
-
-    def score_volume(self, maps: np.ndarray, brain: np.ndarray) -> float:
-        """The score of all brain pixels of `maps`."""
-        values = maps[brain]
-        if values.size == 0:
-            return 0.0
-        if self.config.slice_score == "mean":
-            return float(values.mean(dtype=np.float64))
-        return float(values.max()) if self.config.slice_score == "max" else float(np.quantile(values, 0.99))
-
-
-def check_shared_settings(slice_score: str, median_size: int, median_dimensions: int) -> None:
-    """Checks the settings that every pipeline's constructor takes."""
-    if slice_score not in SLICE_SCORES:
-        raise ValueError(f"`slice_score` must be one of {', '.join(SLICE_SCORES)}, got {slice_score!r}.")
-    if median_size < 0 or (median_size and median_size % 2 == 0):
-        raise ValueError(f"`median_size` must be odd, or 0 for no filter, got {median_size}.")
-    if median_dimensions not in (2, 3):
-        raise ValueError(f"`median_dimensions` must be 2 or 3, got {median_dimensions}.")
 
 
 def resolve_seed(generator: int | torch.Generator | None) -> int:

@@ -1,10 +1,75 @@
 """Post-processing of the anomaly maps of one volume: named steps of the field, on the CPU, never min-max scaled."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from scipy import ndimage
 
 
+SLICE_SCORES = ("mean", "max", "p99")
+
+
 # N slices of one volume in anatomical order, H x W pixels.
+
+
+@dataclass(frozen=True)
+class PostProcessing:
+    """
+    What happens to the maps of one volume between the method and the result. A checkpoint stores these values in its
+    pipeline's configuration; evaluation gives its baselines the same.
+
+    Args:
+        median_size (`int`): Side of the median filter of the maps in network pixels, odd, 0 for none.
+        median_dimensions (`int`): 2 (per slice) or 3.
+        erosion (`int`): Network pixels taken from the rim of the brain.
+        min_component_size (`int`): Smallest 3-D component of a mask, in network voxels.
+        slice_score (`str`): Score of a slice or volume: `"mean"`, `"max"` or `"p99"` of the map in the brain.
+    """
+
+    median_size: int = 0
+    median_dimensions: int = 2
+    erosion: int = 0
+    min_component_size: int = 0
+    slice_score: str = "mean"
+
+    def __post_init__(self):
+        if self.slice_score not in SLICE_SCORES:
+            raise ValueError(f"`slice_score` must be one of {', '.join(SLICE_SCORES)}, got {self.slice_score!r}.")
+        if self.median_size < 0 or (self.median_size and self.median_size % 2 == 0):
+            raise ValueError(f"`median_size` must be odd, or 0 for no filter, got {self.median_size}.")
+        _check_dimensions(self.median_dimensions, "median_dimensions")
+        for name in ("erosion", "min_component_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+
+    def filter(self, maps: np.ndarray, brain: np.ndarray) -> np.ndarray:
+        """Filtered maps, `(N, H, W)` float32, 0 outside the brain."""
+        return postprocess_maps(
+            maps,
+            brain,
+            median_size=self.median_size,
+            median_dimensions=self.median_dimensions,
+            erosion=self.erosion,
+        )
+
+    def mask(self, maps: np.ndarray, threshold: float, voxels_per_network_voxel: float = 1.0) -> np.ndarray:
+        """`maps > threshold` without components that are too small, bool; for maps on another grid than the network's, tell
+        how many of their voxels one network voxel is."""
+        min_size = int(np.ceil(self.min_component_size * voxels_per_network_voxel))
+        return remove_small_components(maps > threshold, min_size, 3)
+
+    def score(self, maps: np.ndarray, brain: np.ndarray) -> float:
+        """Score of all brain pixels of filtered maps; 0 without brain."""
+        values = maps[brain]
+        if values.size == 0:
+            return 0.0
+        if self.slice_score == "mean":
+            return float(values.mean(dtype=np.float64))
+        return float(values.max()) if self.slice_score == "max" else float(np.quantile(values, 0.99))
+
+    def score_slices(self, maps: np.ndarray, brain: np.ndarray) -> np.ndarray:
+        """Score of every slice, `(N,)` float64."""
+        return np.array([self.score(*pair) for pair in zip(maps, brain, strict=True)])
 
 
 def median_filter(maps: np.ndarray, size: int, dimensions: int, *, border: str = "reflect") -> np.ndarray:
@@ -142,7 +207,7 @@ def _check_maps(maps: np.ndarray) -> np.ndarray:
     return maps
 
 
-def _check_dimensions(dimensions: int) -> int:
+def _check_dimensions(dimensions: int, name: str = "dimensions") -> int:
     if dimensions not in (2, 3):
-        raise ValueError(f"`dimensions` must be 2 or 3, got {dimensions}.")
+        raise ValueError(f"`{name}` must be 2 or 3, got {dimensions}.")
     return dimensions

@@ -28,8 +28,8 @@ STRETCH_3D, SQUISH_3D, NORM_3D = -1.0 / 6.0, 1.0 / 3.0, 103.0
 # Standard deviation over seeds of one octave of 3-D noise; the octaves are nearly independent, so their variances add.
 OCTAVE_STD = 0.314
 
-# First pixel (x, y) of fields with a random offset, in wavelengths. Near (0, 0) the octaves look up the same vertices, which
-# adds up their amplitudes; there no two of them do.
+# First pixel (x, y) of fields with a random offset, in wavelengths. Near (0, 0) all octaves look up the same vertices,
+# so that their values add up instead of averaging out.
 OFFSET_ORIGIN = (37, 113)
 
 Z_RULES = ("timestep", "timestep_unscaled")
@@ -349,11 +349,11 @@ class OctaveSimplexNoise:
             deviation, 0.314 sqrt(sum of `persistence`^(2i)).
         random_offset (`bool`, defaults to `False`):
             Move every field by a whole number of pixels per axis, uniform below the wavelength and derived from its
-            seed. Without it all fields share their lattice, and the standard deviation over seeds depends on the pixel
-            (with the defaults from 0 at the top left to 0.55). The wavelength has to be a whole number of pixels,
-            which makes it a multiple of the wavelength of every octave. What is left is a slow change by about 3 %,
-            since the lattice itself repeats only every 6 wavelengths along an axis. Costs (H + wavelength - 1) (W +
-            wavelength - 1) pixels per field instead of H W.
+            seed, and start far from the origin of the lattice. Without it all fields share their lattice, and the
+            standard deviation over seeds depends on the pixel: from 0 to 0.66 with the defaults. With it 0.49 to 0.52
+            are left, a slow change, since the lattice repeats only every 6 wavelengths along an axis. The wavelength
+            must be a whole number of pixels, so that the offsets cover whole periods of the halved wavelengths too.
+            Computes (H + `wavelength` - 1) (W + `wavelength` - 1) pixels per field.
     """
 
     def __init__(
@@ -454,10 +454,11 @@ class OctaveSimplexNoise:
 
     def _crops(self, seeds: torch.Tensor, height: int, width: int, columns: int) -> torch.Tensor:
         """Indices (B, H*W) into larger fields with `columns` columns, from an offset per seed."""
-        # Two steps of the generator after those of the permutation; its high bits, because the low ones have short
-        # periods.
+        # Two steps of the generator after those of the permutation, mixed: its states for neighbouring seeds are
+        # evenly spaced, and its low bits have short periods.
         multiplier, increment = _lcg_jumps(3 + 256 + 2, seeds.device)
         states = seeds * multiplier[-2:] + increment[-2:]
+        states = (states ^ (states >> 32)) * LCG_MULTIPLIER
         top, left = ((states >> 33) & (2**30 - 1)).remainder(int(self.wavelength))[..., None, None]
         y = torch.arange(height, device=seeds.device)[:, None] + top
         x = torch.arange(width, device=seeds.device) + left
@@ -470,10 +471,8 @@ class OctaveSimplexNoise:
             torch.arange(width, dtype=torch.float64, device=device),
             indexing="ij",
         )
-        pixels = torch.stack([x.flatten(), y.flatten()])
-        if self.random_offset:
-            pixels += self.wavelength * torch.tensor(OFFSET_ORIGIN, device=device)[:, None]
-        return pixels
+        first_x, first_y = OFFSET_ORIGIN if self.random_offset else (0, 0)
+        return torch.stack([x.flatten() + first_x * self.wavelength, y.flatten() + first_y * self.wavelength])
 
     def _from_timesteps(self, seeds: torch.Tensor, timesteps: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Fields (B, H*W) float64; fields of the same timestep share their geometry."""

@@ -131,7 +131,8 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         train_split = load_prepared(options.data.path, options.data.train_split)
         validation_split = load_prepared(options.data.path, options.data.validation_split)
     processor = VolumeProcessor.from_dict(train_split.processor_settings)
-    _check_processor(options.processor, processor)
+    VolumeProcessor.from_dict({**processor.settings(), **options.processor})  # unknown keys and values
+    processor.check_equal(options.processor, "the block `processor` of the configuration asks for")
 
     # 2. Objective, optimizer, average. The seed is set again, so that weights do not depend on what was drawn before.
     set_seed(loop.seed)
@@ -345,18 +346,6 @@ def _check_options(options: TrainOptions, output_dir: Path) -> None:
         raise FileExistsError(
             f"{output_dir} holds checkpoints of an earlier run. Go on with `--train.resume latest`, or choose another"
             " `--train.output_dir`."
-        )
-
-
-def _check_processor(wanted: dict, processor: VolumeProcessor) -> None:
-    found = processor.settings()
-    wanted = VolumeProcessor.from_dict({**found, **wanted}).settings()
-    different = [key for key in found if found[key] != wanted[key]]
-    if different:
-        raise ValueError(
-            "The prepared data set was made with another processor than the configuration asks for: "
-            + "; ".join(f"`{key}` is {found[key]!r} instead of {wanted[key]!r}" for key in different)
-            + ". Prepare the data again, or change the block `processor`."
         )
 
 

@@ -1,4 +1,4 @@
-"""Simplex noise of AnoDDPM and brain_damage against recorded arrays. Sizes, seeds and parameters come from the files."""
+"""Simplex noise of AnoDDPM and brain_damage against recorded arrays; sizes, seeds, parameters come from the files."""
 
 import os
 import re

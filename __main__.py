@@ -1,0 +1,43 @@
+"""The console command `anodiff`: the scripts' own mains."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+
+COMMANDS = {
+    "preprocess": "raw data set -> prepared data set",
+    "train": "fit one method",
+    "eval": "score methods under one protocol",
+    "predict": "maps for new scans",
+    "convert": "checkpoint of an original program -> pipeline folder",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a sub-command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(f"anodiff.{argv[0]}").main(argv[1:])
+    usage = "\n".join(
+        [
+            "usage: anodiff COMMAND [...]",
+            "",
+            "HuggingFace-style pipelines that find anomalies in medical images with diffusion models.",
+            "Research use, not a medical device.",
+            "",
+            "commands (anodiff COMMAND --help):",
+            *(f"  {name:<12}{purpose}" for name, purpose in COMMANDS.items()),
+        ]
+    )
+    if argv in (["--help"], ["-h"]):
+        print(usage)
+        return 0
+    wrong = f"unknown command {argv[0]!r}" if argv else "a command is missing"
+    print(f"{usage}\n\nerror: {wrong}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

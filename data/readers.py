@@ -1,0 +1,230 @@
+"""Finds the subjects of a raw data set: which files belong together, what is known about them, what a split must not divide."""
+
+from __future__ import annotations
+
+import csv
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .volume import IMAGE_SUFFIXES
+
+
+SPLITS = ("train", "validation", "test")
+
+_SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One subject of a raw data set. Nothing is read yet.
+
+    Args:
+        name (`str`): Unique in its data set.
+        volume (`dict[str, Path]` or `Path`): Modality to file, or one file.
+        masks (`tuple[Path, ...]`): Lesion masks on the volume's grid, one per annotator; empty if the subject is unlabelled.
+        brain (`Path`, *optional*): Brain mask on the volume's grid.
+        label (`int`, *optional*): 1 anomalous, 0 healthy, `None` unknown or to be seen from the masks.
+        split (`str`, *optional*): `"train"`, `"validation"` or `"test"`, where the data set says so.
+        group (`str`, *optional*): What no split may divide (a patient); the name by default.
+    """
+
+    name: str
+    volume: dict[str, Path] | Path
+    masks: tuple[Path, ...] = ()
+    brain: Path | None = None
+    label: int | None = None
+    split: str | None = None
+    group: str = ""
+
+    def __post_init__(self):
+        if self.label not in (0, 1, None):
+            raise ValueError(f"Subject {self.name}: `label` must be 0, 1 or None, got {self.label!r}.")
+        if self.split is not None and self.split not in SPLITS:
+            raise ValueError(f"Subject {self.name}: `split` must be one of {', '.join(SPLITS)}, got {self.split!r}.")
+        object.__setattr__(self, "group", self.group or self.name)
+
+
+def read_volume_folders(
+    root: str | Path,
+    modalities: Mapping[str, str],
+    masks: Sequence[str] = (),
+    brain: str | None = None,
+    splits: str | Path | None = None,
+) -> list[Subject]:
+    """
+    One folder per subject: `root/SUBJECT/...`. Folders that hold none of the modalities are no subjects.
+
+    Args:
+        root (`str` or `Path`): Folder of the data set.
+        modalities (`dict[str, str]`):
+            Name to glob pattern inside the subject's folder, e.g. `{"flair": "{subject}_flair.nii.gz"}`; `{subject}` is the folder's
+            name. A pattern must match one file.
+        masks (`list[str]`): Patterns of the lesion masks, one per annotator. None: the data set is unlabelled.
+        brain (`str`, *optional*): Pattern of the brain mask.
+        splits (`str` or `Path`, *optional*):
+            Folder (relative to `root`) with `train.csv`, `validation.csv`, `test.csv`, whose column `subject`, or else first column,
+            lists the subjects. Every subject must be in one of them.
+
+    Returns:
+        `list[Subject]`, sorted by name.
+
+    Raises:
+        ValueError: No subject; a file is missing or not unique; a subject is in two splits, in none, or does not exist.
+    """
+    root = _folder(root)
+    if not modalities:
+        raise ValueError("`modalities` must name at least one modality and its pattern, got none.")
+    subjects = {}
+    for folder in _folders(root):
+        if any(_matches(folder, pattern) for pattern in modalities.values()):
+            subjects[folder.name] = {
+                "volume": {name: _one_file(folder, pattern) for name, pattern in modalities.items()},
+                "masks": tuple(_one_file(folder, pattern) for pattern in masks),
+                "brain": _one_file(folder, brain) if brain is not None else None,
+            }
+    if not subjects:
+        patterns = ", ".join(modalities.values())
+        raise ValueError(f"No folder in {root} holds a file {patterns}; there are {_listing(root)}.")
+    split_of = {} if splits is None else _read_splits(root / splits, set(subjects))
+    return [Subject(name, **files, split=split_of.get(name)) for name, files in subjects.items()]
+
+
+def read_image_folders(
+    root: str | Path, healthy: Sequence[str], groups: str | Path | None = None, group_column: str = "group"
+) -> list[Subject]:
+    """
+    Labelled pictures: `root/SPLIT/CLASS/*` if the first level is called train, validation (or val) and test, else
+    `root/CLASS/*`. Every picture is a subject, named by its path without the suffix.
+
+    Args:
+        root (`str` or `Path`): Folder of the data set.
+        healthy (`list[str]`): Classes that are healthy; the others are anomalous.
+        groups (`str` or `Path`, *optional*):
+            CSV file (relative to `root`) with a column `file`, relative to `root`, and the column `group_column`: pictures of one group
+            (a patient, copies of one slice) stay in one split. Every picture must be listed.
+        group_column (`str`): Of `groups`.
+
+    Returns:
+        `list[Subject]`, sorted by name.
+
+    Raises:
+        ValueError: No pictures, an unknown class, a mixed layout, a picture without group, two pictures with one name.
+    """
+    root = _folder(root)
+    if isinstance(healthy, str) or not healthy:
+        raise ValueError(f"`healthy` must be a list of class names, got {healthy!r}.")
+    first_level = _folders(root)
+    has_splits = any(folder.name in _SPLIT_NAMES for folder in first_level)
+    if has_splits:
+        others = [folder.name for folder in first_level if folder.name not in _SPLIT_NAMES]
+        if others:
+            raise ValueError(
+                f"{root} mixes splits with other folders: {', '.join(others)}. The first level must be splits"
+                f" ({', '.join(_SPLIT_NAMES)}) or classes."
+            )
+        classes = [(_SPLIT_NAMES[split.name], folder) for split in first_level for folder in _folders(split)]
+    else:
+        classes = [(None, folder) for folder in first_level]
+    class_names = sorted({folder.name for _, folder in classes})
+    unknown = sorted(set(healthy) - set(class_names))
+    if unknown:
+        raise ValueError(
+            f"`healthy` names {', '.join(unknown)}; the classes in {root} are {', '.join(class_names) or 'none'}."
+        )
+
+    group_of = None if groups is None else _read_groups(root / groups, group_column)
+    subjects: dict[str, Subject] = {}
+    for split, folder in classes:
+        for path in sorted(folder.iterdir()):
+            if not path.name.lower().endswith(IMAGE_SUFFIXES) or path.name.startswith("."):
+                continue
+            file = path.relative_to(root).as_posix()
+            name = Path(file).with_suffix("").as_posix()
+            if name in subjects:
+                raise ValueError(f"Two pictures have the name {name}: {subjects[name].volume} and {path}.")
+            if group_of is not None and file not in group_of:
+                raise ValueError(f"{root / groups} does not list {file} in its column `file`.")
+            subjects[name] = Subject(
+                name,
+                volume=path,
+                label=0 if folder.name in healthy else 1,
+                split=split,
+                group="" if group_of is None else group_of[file],
+            )
+    if not subjects:
+        raise ValueError(
+            f"There is no picture ({', '.join(IMAGE_SUFFIXES)}) in the classes of {root}: {_listing(root)}."
+        )
+    return [subjects[name] for name in sorted(subjects)]
+
+
+def _folder(root: str | Path) -> Path:
+    root = Path(root)
+    if not root.is_dir():
+        raise NotADirectoryError(f"`root` must be a folder, and {root} is none.")
+    return root
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "no files"
+
+
+def _matches(folder: Path, pattern: str) -> list[Path]:
+    return sorted(folder.glob(pattern.replace("{subject}", glob.escape(folder.name))))
+
+
+def _one_file(folder: Path, pattern: str) -> Path:
+    found = _matches(folder, pattern)
+    if len(found) != 1:
+        what = ", ".join(path.name for path in found) if found else f"none; the folder holds {_listing(folder)}"
+        raise ValueError(f"Subject {folder.name}: the pattern {pattern!r} must match one file, it matches {what}.")
+    return found[0]
+
+
+def _read_splits(folder: Path, names: set[str]) -> dict[str, str]:
+    files = sorted(folder.glob("*.csv"))
+    if not files:
+        raise ValueError(f"`splits`: there is no CSV file in {folder}.")
+    split_of: dict[str, str] = {}
+    for path in files:
+        if path.stem not in _SPLIT_NAMES:
+            raise ValueError(f"`splits`: {path} must be named after a split: {', '.join(_SPLIT_NAMES)}.")
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if any(row)]
+        column = 0
+        if rows and "subject" in rows[0]:
+            column = rows.pop(0).index("subject")
+        elif rows and rows[0][0] not in names:
+            rows.pop(0)  # a header with another word for it
+        for row in rows:
+            name = row[column].strip()
+            if name not in names:
+                raise ValueError(f"{path} lists the subject {name!r}, which has no folder with the modalities.")
+            if split_of.setdefault(name, _SPLIT_NAMES[path.stem]) != _SPLIT_NAMES[path.stem]:
+                raise ValueError(f"Subject {name} is in two splits: {split_of[name]} and {_SPLIT_NAMES[path.stem]}.")
+    missing = sorted(names - set(split_of))
+    if missing:
+        raise ValueError(
+            f"No file in {folder} lists {', '.join(missing[:10])} ({len(missing)} of {len(names)} subjects)."
+        )
+    return split_of
+
+
+def _read_groups(path: Path, column: str) -> dict[str, str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"`groups`: there is no file {path}.")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in ("file", column) if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(
+                f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ()) or 'none'}."
+            )
+        return {row["file"]: row[column] for row in reader}

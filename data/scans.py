@@ -1,0 +1,95 @@
+"""Finds the scans that a person names by files and folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .volume import IMAGE_SUFFIXES, VOLUME_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan: a name for its results, what the pipeline is called with, and the path that a person gave."""
+
+    name: str
+    volume: dict | Path
+    source: Path
+
+
+def find_scans(
+    paths: list[str], modalities: list[str], brain: str | None = None
+) -> tuple[list[Scan], list[tuple[str, str]]]:
+    """
+    Args:
+        paths (`list[str]`):
+            Files (one scan each), or folders: one scan with a file per modality, or several scans in files or sub-folders. The file of
+            a modality is called after it, alone (`flair.nii.gz`) or at the end (`patient1_flair.nii.gz`).
+        modalities (`list[str]`): Of the checkpoint, in its order.
+        brain (`str`, *optional*): Name of the brain mask beside each scan.
+
+    Returns:
+        `tuple[list[Scan], list[tuple[str, str]]]`: Scans with different names, and paths without a scan with the reason.
+    """
+    found: list[tuple[Path, dict | Path]] = []
+    failed = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append((path, path))
+            continue
+        scans = _scans_of_folder(path, modalities, brain)
+        if not scans:
+            wanted = ", ".join(f"{name}.nii.gz" for name in modalities)
+            failed.append((str(path), f"holds no scan: neither {wanted}, nor scans in files or sub-folders."))
+        found += scans
+
+    stems = [_stem(source) for source, _ in found]
+    scans = []
+    for (source, volume), stem in zip(found, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else f"{source.resolve().parent.name}_{stem}"
+        mask = source / brain if brain and source.is_dir() else source.parent / brain if brain else None
+        if mask is not None and not isinstance(volume, dict):
+            volume = {modalities[0]: volume} if len(modalities) == 1 else volume
+        if mask is not None and isinstance(volume, dict):
+            volume = {**volume, "brain": mask}
+        scans.append(Scan(name, volume, source))
+    names = [scan.name for scan in scans]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"Several scans would be written into the same folder: {', '.join(twice)}. Predict them separately."
+        )
+    return scans, failed
+
+
+def _scans_of_folder(folder: Path, modalities: list[str], brain: str | None) -> list[tuple[Path, dict | Path]]:
+    one = _by_modality(folder, modalities)
+    if one:
+        return [(folder, one)]
+    subjects = [(child, _by_modality(child, modalities)) for child in sorted(folder.iterdir()) if child.is_dir()]
+    subjects = [(child, volume) for child, volume in subjects if volume]
+    files = [path for path in _files(folder) if path.name != brain]
+    return subjects or [(path, path) for path in files]
+
+
+def _by_modality(folder: Path, modalities: list[str]) -> dict[str, Path] | None:
+    files = _files(folder)
+    chosen = {}
+    for modality in modalities:
+        matches = [path for path in files if _stem(path) == modality or _stem(path).endswith(f"_{modality}")]
+        if len(matches) != 1:
+            return None
+        chosen[modality] = matches[0]
+    return chosen
+
+
+def _files(folder: Path) -> list[Path]:
+    suffixes = VOLUME_SUFFIXES + IMAGE_SUFFIXES
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name.lower().endswith(suffixes))
+
+
+def _stem(path: Path) -> str:
+    for suffix in sorted(VOLUME_SUFFIXES + IMAGE_SUFFIXES, key=len, reverse=True):
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.name

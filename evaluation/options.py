@@ -1,0 +1,48 @@
+"""What an evaluation can be told. No torch here: `--help` must be fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class EvalOptions:
+    """One evaluation: several models and the baselines on one prepared data set."""
+
+    model: list[str] = field(default_factory=list)
+    """Pipeline folder or Hub id; give the flag once per model."""
+    data: str = "phantom-mini"
+    """Folder or Hub id of a prepared data set, or the name of a phantom."""
+    split: str = "test"
+    """Split that is scored."""
+    validation_split: str = "validation"
+    """Split that thresholds are chosen on."""
+    output_dir: str = "outputs/eval"
+    """Folder of the report; must not hold one already."""
+    seed: int = 0
+    """Seed of the pipelines' draws."""
+    batch_size: int = 16
+    """Slices and draws that share one evaluation of the network."""
+    mixed_precision: str | None = None
+    """bf16 or fp16 for the networks."""
+    inference: dict[str, Any] = field(default_factory=dict)
+    """Inference values instead of the checkpoints', by their names in the pipeline: noise_level, mode, num_draws, ..."""
+    median_size: int | None = None
+    """Side of the median filter in pixels, odd, 0 for none; as the checkpoint says by default."""
+    median_dimensions: int | None = None
+    """2 or 3."""
+    erosion: int | None = None
+    """Pixels taken from the rim of the brain."""
+    min_component_size: int | None = None
+    """Smallest 3-D component of a mask, in voxels."""
+    slice_score: str | None = None
+    """mean, max or p99 of the map in the brain."""
+    healthy_fpr: float = 0.05
+    """Share of healthy validation voxels above the healthy-only threshold."""
+    baselines: bool = True
+    """Rows of the plain intensity and of trivial statistics, with the same post-processing."""
+    training_population: str | None = None
+    """Who the model was trained on, for the record; from the checkpoint's configuration by default."""
+    keep_maps: bool = False
+    """Keep the maps of every subject (npz) beside the report."""

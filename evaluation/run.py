@@ -1,0 +1,296 @@
+"""One evaluation: maps of every subject, spread over the processes, then the report of the first one."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+
+import anodiff
+
+from ..data.prepared import PreparedSplit, load_prepared
+from ..data.processor import VolumeProcessor
+from ..pipelines.pipeline_utils import AnomalyPipeline
+from ..pipelines.postprocessing import PostProcessing
+from .baselines import intensity_map, slice_statistics
+from .options import EvalOptions
+from .report import draw_cases, markdown_table
+from .scoring import Case, score_cases, score_statistic
+
+
+logger = get_logger(__name__)
+
+
+def evaluate(options: EvalOptions) -> dict:
+    """
+    Evaluates and writes `report.json`, `report.md` and `cases.png` into `options.output_dir`.
+
+    Subjects are dealt to the processes in turn. A slice's random numbers depend on the seed and on its number in its subject, so
+    that the maps do not depend on the number of processes. Maps go through files of the output folder, which all processes
+    must see.
+
+    Returns:
+        `dict`: The report, on every process.
+    """
+    accelerator = Accelerator(mixed_precision=None)
+    output_dir = Path(options.output_dir)
+    if (output_dir / "report.json").exists():
+        raise FileExistsError(f"{output_dir} already holds a report. Choose another `--output_dir`, or move it away.")
+    accelerator.wait_for_everyone()
+    with accelerator.main_process_first():
+        splits = {
+            "validation": load_prepared(options.data, options.validation_split),
+            "test": load_prepared(options.data, options.split),
+        }
+    maps_dir = output_dir / "maps"
+    rows = []
+
+    # 1. Pipelines.
+    postprocessing = None
+    for number, model in enumerate(options.model):
+        pipeline = _load_pipeline(model, options, accelerator.device)
+        pipeline.processor.check_equal(splits["test"].processor_settings, f"{model} was trained with")
+        postprocessing = postprocessing or pipeline.postprocessing
+        # Two models of one name must not share a folder.
+        folder = maps_dir / f"{number:02d}"
+        settings = {**asdict(pipeline.postprocessing), **pipeline.default_settings()}
+        seconds = _pipeline_cases(pipeline, splits, folder, options, accelerator, Path(model).name)
+        rows.append(
+            {
+                "name": _row_name(model, pipeline),
+                "kind": "pipeline",
+                "model": model,
+                "settings": settings,
+                "seconds_per_slice": seconds,
+                "maps": folder,
+            }
+        )
+        del pipeline
+
+    # 2. Baselines with the post-processing of the first model.
+    processor = VolumeProcessor.from_dict(splits["test"].processor_settings)
+    if options.baselines:
+        postprocessing = postprocessing or PostProcessing(**_postprocessing_changes(options))
+        for channel, modality in enumerate(processor.config.modalities):
+            folder = maps_dir / f"intensity-{channel}"
+            _baseline_cases(splits, folder, channel, processor, postprocessing, accelerator)
+            rows.append(
+                {
+                    "name": f"intensity of {modality}",
+                    "kind": "baseline",
+                    "settings": asdict(postprocessing),
+                    "maps": folder,
+                }
+            )
+    accelerator.wait_for_everyone()
+
+    # 3. Scores and report.
+    if accelerator.is_main_process:
+        for row in tqdm(rows, desc="scoring"):
+            files = {
+                split: [row["maps"] / split / f"{name}.npz" for name in splits[split].subjects] for split in splits
+            }
+            row["metrics"], row["subjects"] = score_cases(
+                files["test"],
+                files["validation"],
+                min_component_size=row["settings"]["min_component_size"],
+                healthy_fpr=options.healthy_fpr,
+            )
+        if options.baselines:
+            rows += _statistic_rows(splits)
+        report = _report(options, splits, processor, rows, accelerator)
+        draw_cases(report, rows, splits["test"], output_dir / "cases.png")
+        for row in rows:
+            row.pop("maps", None)
+        (output_dir / "report.md").write_text(markdown_table(report))
+        (output_dir / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False))
+        if not options.keep_maps:
+            shutil.rmtree(maps_dir, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return json.loads((output_dir / "report.json").read_text())
+
+
+def _load_pipeline(model: str, options: EvalOptions, device: torch.device) -> AnomalyPipeline:
+    pipeline = AnomalyPipeline.from_pretrained(model).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    if options.mixed_precision:
+        pipeline.enable_fast_inference(autocast=options.mixed_precision)
+    unknown = sorted(set(options.inference) - set(pipeline.default_settings()))
+    if unknown:
+        known = ", ".join(pipeline.default_settings())
+        raise ValueError(f"`inference` has no key {', '.join(unknown)}; {type(pipeline).__name__} takes {known}.")
+    # Built anew, so that its constructor checks the values.
+    return type(pipeline)(
+        **pipeline.components, **_own_settings(pipeline) | _postprocessing_changes(options) | options.inference
+    )
+
+
+def _postprocessing_changes(options: EvalOptions) -> dict:
+    values = {field.name: getattr(options, field.name) for field in fields(PostProcessing)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _own_settings(pipeline: AnomalyPipeline) -> dict:
+    components = pipeline.components
+    return {key: value for key, value in pipeline.config.items() if key not in components and not key.startswith("_")}
+
+
+@torch.no_grad()
+def _pipeline_cases(
+    pipeline, splits: dict[str, PreparedSplit], folder: Path, options, accelerator, name: str
+) -> float:
+    """Writes the cases of this process; returns seconds per slice, of all processes together."""
+    seconds, count = 0.0, 0
+    for split_name, split in splits.items():
+        mine = split.subjects[accelerator.process_index :: accelerator.num_processes]
+        progress = tqdm(
+            total=len(mine),
+            desc=f"{name}, {split_name}",
+            disable=not accelerator.is_local_main_process,
+            unit="subject",
+        )
+        # Subjects of few slices (pictures) are put together, so that batches are full.
+        waiting: list[dict] = []
+        for position, subject in enumerate(mine):
+            waiting.append({"subject": subject, **split.read_subject(subject)})
+            if sum(len(item["image"]) for item in waiting) < options.batch_size and position + 1 < len(mine):
+                continue
+            start = time.perf_counter()
+            images = torch.from_numpy(np.concatenate([item["image"] for item in waiting])).to(accelerator.device)
+            brain = np.concatenate([item["brain"] for item in waiting])
+            numbers = np.concatenate([np.arange(len(item["image"])) for item in waiting])
+            active = np.flatnonzero(brain.any((1, 2)))
+            maps = np.zeros(brain.shape, np.float32)
+            maps[active] = (
+                pipeline.compute_maps(
+                    images[active],
+                    numbers[active].tolist(),
+                    seed=options.seed,
+                    batch_size=options.batch_size,
+                    **pipeline.default_settings(),
+                )[0]
+                .float()
+                .cpu()
+                .numpy()
+            )
+            offset = 0
+            for item in waiting:
+                own = maps[offset : offset + len(item["image"])]
+                offset += len(own)
+                _case(item, own, pipeline.postprocessing).save(folder / split_name)
+            seconds += time.perf_counter() - start
+            count += len(images)
+            progress.update(len(waiting))
+            waiting = []
+        progress.close()
+    totals = accelerator.reduce(torch.tensor([seconds, count], device=accelerator.device, dtype=torch.float32), "sum")
+    return (totals[0] / totals[1].clamp(min=1)).item()
+
+
+def _baseline_cases(
+    splits, folder: Path, channel: int, processor, postprocessing: PostProcessing, accelerator
+) -> None:
+    for split_name, split in splits.items():
+        for subject in split.subjects[accelerator.process_index :: accelerator.num_processes]:
+            item = {"subject": subject, **split.read_subject(subject)}
+            maps = intensity_map(item["image"], channel, processor.config.value_range)
+            _case(item, maps, postprocessing).save(folder / split_name)
+
+
+def _case(item: dict, maps: np.ndarray, postprocessing: PostProcessing) -> Case:
+    brain = item["brain"]
+    filtered = postprocessing.filter(maps, brain)
+    # Several annotators: a voxel counts as lesion where at least half of them say so.
+    mask = item["mask"].mean(1) >= 0.5 if item["mask"].shape[1] and (item["label"] >= 0).all() else None
+    return Case(
+        subject=item["subject"],
+        maps=filtered,
+        brain=brain,
+        mask=mask,
+        labels=item["label"],
+        slice_scores=postprocessing.score_slices(filtered, brain),
+        volume_score=postprocessing.score(filtered, brain),
+    )
+
+
+def _statistic_rows(splits: dict[str, PreparedSplit]) -> list[dict]:
+    values: dict[str, dict[str, list]] = {}
+    for split_name, split in splits.items():
+        for subject in split.subjects:
+            item = split.read_subject(subject)
+            known = item["label"] >= 0
+            for name, statistic in slice_statistics(item["image"], item["brain"]).items():
+                values.setdefault(name, {}).setdefault(split_name, []).append((statistic[known], item["label"][known]))
+    rows = []
+    for name, by_split in values.items():
+        pooled = {
+            key: tuple(np.concatenate(part) for part in zip(*pairs, strict=True)) for key, pairs in by_split.items()
+        }
+        metrics = score_statistic(pooled["test"], pooled["validation"])
+        rows.append({"name": name, "kind": "statistic", "settings": {}, "metrics": metrics, "subjects": []})
+    return rows
+
+
+def _row_name(model: str, pipeline: AnomalyPipeline) -> str:
+    method = type(pipeline).__name__.removesuffix("Pipeline")
+    path = Path(model)
+    return f"{method} ({path.parent.name if path.name == 'pipeline' else path.name})"
+
+
+def _report(options: EvalOptions, splits, processor: VolumeProcessor, rows: list[dict], accelerator) -> dict:
+    split = splits["test"]
+    labels = split.labels
+    settings = processor.settings()
+    recipe = split.recipe
+    device = accelerator.device
+    return {
+        "anodiff": anodiff.__version__,
+        "data": {
+            "name": Path(options.data).name,
+            "split": options.split,
+            "subjects": len(split.subjects),
+            "slices": len(split),
+            "anomalous_slices": int((labels == 1).sum()),
+        },
+        "protocol": {
+            "training_population": options.training_population or _training_population(options, recipe),
+            "modality": ", ".join(settings["modalities"]),
+            "unit_of_averaging": "pooled brain voxels; volume_dice: mean over subjects with lesion; slices and subjects for AUROC",
+            "threshold_policy": "oracle: best pooled Dice on the test split; validation: best pooled Dice on the validation split;"
+            f" healthy: {options.healthy_fpr:g} of the voxels of healthy validation slices; yen: label-free, per subject",
+            "geometry": f"network grid {settings['size']}, plane {settings['plane']}, slices {recipe.get('slices', {})}",
+            "preprocessing": ", ".join(
+                f"{key} {settings[key]}" for key in ("intensity", "value_range", "clip", "resize", "brain_mask")
+            ),
+            "postprocessing": "; ".join(
+                f"{row['name']}: " + (", ".join(f"{key} {value}" for key, value in row["settings"].items()) or "none")
+                for row in rows
+            ),
+            "label_definition": "mask > 0; a slice is anomalous with one such pixel, a subject with one such slice",
+            "samples": f"{len(split.subjects)} subjects, {len(split)} slices, {int((labels == 1).sum())} of them anomalous",
+        },
+        "results": [{key: value for key, value in row.items() if key != "maps"} for row in rows],
+        "seed": options.seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "processes": accelerator.num_processes,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate", "numpy")},
+    }
+
+
+def _training_population(options: EvalOptions, recipe: dict) -> str:
+    rule = recipe.get("slices", {}).get("train", "all")
+    return {
+        "healthy_by_mask": "lesion-free slices of the training subjects, who may be ill",
+        "healthy_by_label": "healthy training subjects",
+        "all": "all slices of the training subjects",
+    }[rule]

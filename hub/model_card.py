@@ -1,0 +1,208 @@
+"""Writes the model card of a pipeline: everything in it comes from the pipeline, its training run and its evaluation."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import json
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .. import __version__
+
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_utils import AnomalyPipeline
+
+
+# Without these, a number cannot be compared with anybody's.
+PROTOCOL_FIELDS = (
+    "training_population",
+    "modality",
+    "unit_of_averaging",
+    "threshold_policy",
+    "geometry",
+    "preprocessing",
+    "postprocessing",
+    "label_definition",
+    "samples",
+)
+MRI_MODALITIES = {"t1", "t1c", "t1ce", "t1gd", "t2", "t2w", "t1w", "flair", "pd"}
+# What a report lists beside its metrics: it belongs into the card, not into a leaderboard.
+NO_METRIC = re.compile(r"threshold_.*|direction|.*_(low|high)")
+LIBRARIES = ("torch", "diffusers", "huggingface_hub", "numpy", "nibabel", "scipy")
+
+
+def make_card(
+    pipeline: AnomalyPipeline,
+    *,
+    repo_id: str | None = None,
+    config: dict | None = None,
+    recipe: dict | None = None,
+    data_summary: dict[str, dict[str, int]] | None = None,
+    evaluation: dict | None = None,
+    seconds_per_slice: float | None = None,
+    hardware: str | None = None,
+    licence: str = "other",
+) -> ModelCard:
+    """
+    Args:
+        pipeline ([`AnomalyPipeline`]): Method (from its docstring), preprocessing and inference values are read off it.
+        repo_id (`str`, *optional*):
+            Where the card will live; the quick start loads it from there. Without one it loads the folder it is run in.
+        config (`dict`, *optional*): Resolved configuration of the training run.
+        recipe (`dict`, *optional*): Of the prepared data: reader, slices, split, ... and `license`.
+        data_summary (`dict`, *optional*): Counts per split, such as `{"train": {"subjects": 20, "slices": 900}}`.
+        evaluation (`dict`, *optional*):
+            Report of `eval.py`. Every row stands in the card; the row of this pipeline, which is its only pipeline or the one
+            whose `model` is `repo_id`, also in the metadata (`model-index`).
+        seconds_per_slice (`float`, *optional*): Inference time; that of the evaluation if not given.
+        hardware (`str`, *optional*): What the time was measured on.
+        licence (`str`): Of the weights, an identifier of the Hub (https://hf.co/docs/hub/repositories-licenses).
+
+    Returns:
+        `huggingface_hub.ModelCard`: Its metadata is `card.data`, `str(card)` the text of `README.md`.
+
+    Raises:
+        ValueError: `evaluation` lacks a protocol field, or holds several pipelines and none is `repo_id`.
+    """
+    class_name = type(pipeline).__name__
+    name = repo_id.split("/")[-1] if repo_id else class_name
+    method, paper = _method_text(type(pipeline))
+    processor = pipeline.processor.settings()
+    modalities = processor["modalities"]
+    inference = {
+        key: value
+        for key, value in pipeline.config.items()
+        if not key.startswith("_") and key not in pipeline.components
+    }
+
+    results, table, eval_results = [], {}, None
+    if evaluation is not None:
+        missing = [field for field in PROTOCOL_FIELDS if field not in evaluation["protocol"]]
+        if missing:
+            raise ValueError(
+                f"`evaluation` lacks the protocol field(s) {', '.join(missing)}: evaluate again with eval.py."
+            )
+        own = _own_result(evaluation, repo_id)
+        eval_results = _eval_results(evaluation, own)
+        if seconds_per_slice is None:
+            seconds_per_slice, hardware = own["seconds_per_slice"], hardware or evaluation.get("device")
+        # One row per metric and one column per model: there are many metrics, and a baseline does not have all of them.
+        results = evaluation["results"]
+        for metric in dict.fromkeys(metric for row in results for metric in row["metrics"]):
+            table[metric.replace("_", " ")] = [_number(row["metrics"].get(metric)) for row in results]
+        table["seconds per slice"] = [_number(row.get("seconds_per_slice")) for row in results]
+    speed = None
+    if seconds_per_slice is not None:
+        speed = f"Inference takes {seconds_per_slice:.3g} s per slice" + (f" on {hardware}." if hardware else ".")
+
+    tags = ["anodiff", "anomaly-detection", "medical-imaging", "diffusion"]
+    tags += ["brain-mri"] if MRI_MODALITIES.issuperset(modalities) else []
+    tags += [modality for modality in modalities if modality != "image"]
+    card_data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="image-segmentation",
+        license=licence,
+        tags=tags,
+        model_name=name,
+        eval_results=eval_results,
+    )
+    recipe = recipe or {}
+    counts = data_summary or {}
+    count_names = list(dict.fromkeys(key for split in counts.values() for key in split))
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(Path(__file__).with_name("model_card_template.md")),
+        name=name,
+        class_name=class_name,
+        method=method,
+        paper=paper,
+        plane=processor["plane"],
+        size=processor["size"],
+        modalities=modalities,
+        source=repo_id or ".",
+        volume=_quick_start_volume(modalities, processor["brain_mask"] == "given"),
+        has_threshold=inference.get("threshold") is not None,
+        recipe={key: _cell(value) for key, value in recipe.items() if key != "processor"},
+        counts={split: [values.get(key, "-") for key in count_names] for split, values in counts.items()},
+        count_names=[key.replace("_", " ") for key in count_names],
+        population=evaluation["protocol"]["training_population"] if evaluation else None,
+        processor={key: _cell(value) for key, value in processor.items()},
+        inference={key: _cell(value) for key, value in inference.items()},
+        speed=speed,
+        evaluation=evaluation,
+        models=[_cell(row["name"]) + ("" if row["kind"] == "pipeline" else f" ({row['kind']})") for row in results],
+        table=table,
+        protocol={
+            key.replace("_", " "): _cell(value)
+            for key, value in (evaluation["protocol"] if evaluation else {}).items()
+        },
+        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip() if config else None,
+        licence=licence if licence != "other" else "none was chosen; ask whoever published them",
+        data_licence=recipe.get("license"),
+        versions=", ".join([f"anodiff {__version__}", *(f"{x} {importlib.metadata.version(x)}" for x in LIBRARIES)]),
+        library_version=__version__,
+    )
+
+
+def _method_text(pipeline_class: type) -> tuple[str, str]:
+    """The part of a class docstring above its arguments, and its paper."""
+    text = inspect.getdoc(pipeline_class).split("\nArgs:")[0]
+    # [`~module.Name`] links to a page of documentation; a card has none.
+    text = re.sub(r"\[`~?(?:[\w.]+\.)?(\w+)`\]", r"`\1`", text)
+    paragraphs = text.strip().split("\n\n")
+    paper = next(paragraph for paragraph in paragraphs if paragraph.startswith("Paper:"))
+    return "\n\n".join(paragraphs), " ".join(paper.removeprefix("Paper:").split())
+
+
+def _quick_start_volume(modalities: list[str], needs_brain_mask: bool) -> str:
+    if len(modalities) == 1 and not needs_brain_mask:
+        return '"scan.nii.gz"' if modalities == ["image"] else f'"scan_{modalities[0]}.nii.gz"'
+    names = [*modalities, "brain"] if needs_brain_mask else modalities
+    return "{" + ", ".join(f'"{name}": "scan_{name}.nii.gz"' for name in names) + "}"
+
+
+def _own_result(evaluation: dict, repo_id: str | None) -> dict:
+    pipelines = [row for row in evaluation["results"] if row["kind"] == "pipeline"]
+    own = pipelines if len(pipelines) == 1 else [row for row in pipelines if row["model"] == repo_id]
+    if len(own) != 1:
+        raise ValueError(
+            f"`evaluation` must hold this pipeline alone, or once under the name {repo_id}; it holds"
+            f" {', '.join(row['model'] for row in pipelines) or 'none'}."
+        )
+    return own[0]
+
+
+def _eval_results(evaluation: dict, row: dict) -> list[EvalResult]:
+    data = evaluation["data"]
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            task_name="Anomaly detection",
+            dataset_type=data["name"],
+            dataset_name=data["name"],
+            dataset_split=data["split"],
+            metric_type=metric,
+            metric_name=metric.replace("_", " "),
+            metric_value=value,
+            metric_args=dict(evaluation["protocol"]),
+        )
+        for metric, value in row["metrics"].items()
+        if value is not None and math.isfinite(value) and not NO_METRIC.fullmatch(metric)
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
+
+
+def _cell(value: Any) -> str:
+    """A value in a table: one line, its own bars escaped."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return " ".join(text.split()).replace("|", "\\|")

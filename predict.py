@@ -1,0 +1,95 @@
+"""Anomaly maps of new scans.
+
+    python predict.py --model owner/anoddpm-flair scan.nii.gz -o out
+    python predict.py --model outputs/train/pipeline scans/ -o out --brain brain.nii.gz
+    python predict.py --model owner/two-modalities patient1/ patient2/ -o out    # flair.nii.gz, t1.nii.gz in each folder
+
+A folder stands for the scans in it: its files, or its sub-folders with one file per modality.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anodiff.configs import parse_options
+
+
+@dataclass
+class PredictOptions:
+    """Which scans, which model, where to."""
+
+    scans: list[str] = field(default_factory=list)
+    model: str = ""
+    """Pipeline folder or Hub id."""
+    output: str = "outputs/predict"
+    """Folder that gets one folder per scan (also -o)."""
+    brain: str | None = None
+    """Name of the brain mask that lies beside each scan, such as brain.nii.gz."""
+    threshold: float | None = None
+    """Threshold of the mask instead of the checkpoint's."""
+    inference: dict[str, Any] = field(default_factory=dict)
+    """Inference values instead of the checkpoint's: noise_level, mode, num_draws, ..."""
+    seed: int = 0
+    """Seed of the draws."""
+    batch_size: int = 16
+    """Slices and draws that share one evaluation of the network."""
+    device: str | None = None
+    """cuda, cuda:1, cpu, ...; a GPU where there is one."""
+    overwrite: bool = False
+    """Replace results that are already there."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Predicts; returns 0, or 1 if a scan failed."""
+    options = parse_options(
+        PredictOptions,
+        argv,
+        prog="predict.py",
+        description=__doc__,
+        positional="scans",
+        shorthands={"-o": "--output"},
+    )
+    if not options.model:
+        raise SystemExit("error: `--model` is missing: a pipeline folder or a Hub id.")
+    if not options.scans:
+        raise SystemExit("error: no scan given: files, or folders of scans.")
+
+    import torch
+    from tqdm.auto import tqdm
+
+    from anodiff import AnomalyPipeline
+    from anodiff.data.scans import find_scans
+    from anodiff.evaluation.overview import draw_overview
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = AnomalyPipeline.from_pretrained(options.model).to(device)
+    pipeline.set_progress_bar_config(leave=False)
+    scans, failed = find_scans(options.scans, list(pipeline.processor.config.modalities), options.brain)
+    for scan in tqdm(scans, desc="scans", disable=len(scans) < 2):
+        folder = Path(options.output) / scan.name
+        try:
+            if (folder / "result.json").exists() and not options.overwrite:
+                raise FileExistsError(f"{folder} already holds a result; `--overwrite` replaces it.")
+            result = pipeline(
+                scan.volume,
+                generator=options.seed,
+                batch_size=options.batch_size,
+                threshold=options.threshold,
+                **options.inference,
+            )
+            result.save(folder)
+            draw_overview(result, folder / "overview.png", plane=pipeline.processor.config.plane)
+        except Exception as error:  # noqa: BLE001 (whatever is wrong with one scan, the others are still wanted)
+            failed.append((str(scan.source), f"{type(error).__name__}: {error}"))
+    done = len(scans) - sum(1 for scan in scans if str(scan.source) in dict(failed))
+    print(f"{done} scan(s) done, results in {options.output}")
+    for name, reason in failed:
+        print(f"FAILED {name}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Turns a raw data set into a prepared one: the slices that networks see, with a card, in a folder that `load_dataset` reads.
+
+python preprocess.py --phantom phantom-mini --out prepared/phantom-mini
+python preprocess.py --recipe tcga_lgg_flair --root raw/tcga_lgg_flair --out prepared/tcga-lgg
+python preprocess.py --recipe my_recipe.yaml --root raw/mine --out prepared/mine
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from anodiff.configs import parse_options
+
+
+@dataclass
+class PreprocessOptions:
+    """What to prepare."""
+
+    out: str
+    """Folder to write; must not exist."""
+    recipe: str | None = None
+    """YAML file, or the name of a recipe of the package (configs/recipes); phantom_mini for a phantom."""
+    root: str | None = None
+    """Folder of the raw data set."""
+    phantom: str | None = None
+    """Make this phantom (phantom-mini, phantom-std) instead of reading `root`."""
+    phantom_anatomy: Literal["mni152", "geometric"] = "mni152"
+    """Anatomy of the phantom; mni152 needs the extra `phantom`."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prepares one data set. Returns 0, or 1 if something was left out or nothing could be written."""
+    options = parse_options(PreprocessOptions, argv, prog="preprocess.py", description=__doc__)
+    try:
+        if options.phantom is not None and options.root is not None:
+            raise ValueError("`--phantom` makes its own raw data: leave `--root` out.")
+        if options.phantom is None and (options.recipe is None or options.root is None):
+            raise ValueError("Give `--recipe` and `--root` of a raw data set, or `--phantom`.")
+
+        from anodiff.data.prepared import prepare_phantom, prepare_recipe, read_recipe
+
+        recipe = None if options.recipe is None else read_recipe(options.recipe)
+        if options.phantom is not None:
+            failures = prepare_phantom(options.phantom, options.out, recipe=recipe, anatomy=options.phantom_anatomy)
+        else:
+            failures = prepare_recipe(recipe, options.root, options.out)
+    except (ValueError, OSError) as error:
+        print(f"preprocess.py: {error}", file=sys.stderr)
+        return 1
+    print(f"Wrote {options.out}.")
+    for subject, reason in failures.items():
+        print(f"Left out {subject}: {reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

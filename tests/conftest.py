@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .hub_server import HubServer
+
+
+@pytest.fixture
+def hub():
+    """A Hub on 127.0.0.1."""
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def hub_client(hub, tmp_path):
+    """`hub_client(script, *arguments)` runs Python code in a process of its own whose Hub is `hub`; returns what the script
+    printed last, as JSON. Clients of one test share a cache unless `home` names another one."""
+
+    def run(script: str, *arguments: str | Path, home: str = "home", **variables: str):
+        environment = {**os.environ, **hub.environment(tmp_path / home), "OMP_NUM_THREADS": "1", **variables}
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            env=environment,
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
