@@ -132,8 +132,8 @@ def _read_file(path: Path) -> InputVolume:
         if name.endswith(VOLUME_SUFFIXES):
             image = nib.load(path)
         else:
-            image = PIL.Image.open(path)
-            image.load()
+            with PIL.Image.open(path) as image:
+                image.load()
     except Exception as error:  # a damaged header ends in any of nine kinds of error
         raise _unreadable(path, error) from error
     if isinstance(image, PIL.Image.Image):

@@ -14,7 +14,7 @@ class UNet2DHeadsModel(UNet2DModel):
     `UNet2DModel` with the same number of attention heads at every level and with zero-initialised residual branches: the network
     of AnoDDPM (`UNet.py`, guided-diffusion style), which one `attention_head_dim` for all levels cannot say.
 
-    The defaults are AnoDDPM's at 256 px (131.65 M parameters). Arguments that are not listed here are as in [`UNet2DModel`].
+    The defaults are AnoDDPM's at 256 px (131.65 M parameters). All other arguments are those of [`UNet2DModel`].
 
     Args:
         num_attention_heads (`int`, defaults to 2):
@@ -28,38 +28,37 @@ class UNet2DHeadsModel(UNet2DModel):
         sample_size: int | tuple[int, int] | None = 256,
         in_channels: int = 1,
         out_channels: int = 1,
-        layers_per_block: int = 2,
-        block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512, 512),
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        freq_shift: int = 0,
+        flip_sin_to_cos: bool = False,
         down_block_types: tuple[str, ...] = ("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+        mid_block_type: str | None = "UNetMidBlock2D",
         up_block_types: tuple[str, ...] = ("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
+        block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512, 512),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
         downsample_type: str = "resnet",
         upsample_type: str = "resnet",
         dropout: float = 0.0,
+        act_fn: str = "silu",
         norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
         norm_eps: float = 1e-5,
-        flip_sin_to_cos: bool = False,
-        freq_shift: int = 0,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: str | None = None,
+        num_class_embeds: int | None = None,
+        num_train_timesteps: int | None = None,
         num_attention_heads: int = 2,
     ):
         own_config = self.config
-        super().__init__(
-            sample_size=sample_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            layers_per_block=layers_per_block,
-            block_out_channels=block_out_channels,
-            down_block_types=down_block_types,
-            up_block_types=up_block_types,
-            downsample_type=downsample_type,
-            upsample_type=upsample_type,
-            dropout=dropout,
-            norm_num_groups=norm_num_groups,
-            norm_eps=norm_eps,
-            flip_sin_to_cos=flip_sin_to_cos,
-            freq_shift=freq_shift,
-            attention_head_dim=None,
-        )
-        # The parent has added all its arguments to the configuration; only this class's belong into the saved file.
+        parent = {key: value for key, value in own_config.items() if not key.startswith("_")}
+        del parent["num_attention_heads"]
+        super().__init__(**parent, attention_head_dim=None)
+        # The parent has added `attention_head_dim`, which this class does not take.
         self._internal_dict = own_config
         for module in self.modules():
             if isinstance(module, Attention):

@@ -232,7 +232,8 @@ class AnoDDPMPipeline(AnomalyPipeline):
     def check_inputs(self, noise_level: int | list[int], mode: str, num_draws: int, batch_size: int = 1) -> None:
         """Raises a `ValueError` that names the argument."""
         steps = self.scheduler.config.num_train_timesteps
-        for level in [noise_level] if isinstance(noise_level, int) else noise_level or [None]:
+        levels = noise_level if isinstance(noise_level, (list, tuple)) else [noise_level]
+        for level in levels or [None]:
             if not isinstance(level, int) or not 1 <= level <= steps:
                 raise ValueError(
                     f"`noise_level` must be between 1 and {steps} (or a list of such), got {noise_level}."

@@ -82,7 +82,9 @@ def test_schedules(path):
 def test_single_steps(path, schedule):
     arrays = load(path)
     steps = int(arrays["toy_T"])
-    recorded = {name.removeprefix(f"{schedule}_"): array for name, array in arrays.items() if name.startswith(schedule)}
+    recorded = {
+        name.removeprefix(f"{schedule}_"): array for name, array in arrays.items() if name.startswith(schedule)
+    }
     scheduler = AnoDDPMScheduler(num_train_timesteps=steps, beta_schedule=schedule)
     x0, t = arrays["x0"], recorded["t"]
 
@@ -172,7 +174,9 @@ def test_simplex_noise_of_the_chain(path):
 @pytest.mark.parametrize("path", recordings("brain_damage_oneshot*.npz"), ids=lambda path: path.stem)
 def test_one_shot(path):
     arrays = load(path)
-    pipe = pipeline(arrays, beta_schedule="cosine_clipped", z="timestep_unscaled", wavelength=32, normalize="per_image")
+    pipe = pipeline(
+        arrays, beta_schedule="cosine_clipped", z="timestep_unscaled", wavelength=32, normalize="per_image"
+    )
     x0 = arrays["x0"]
     height, width = x0.shape[2:]
     noise = pipe.scheduler.simplex_noise(arrays["seeds"], arrays["t"], height, width)
@@ -206,7 +210,9 @@ def test_reverse_step_of_brain_damage(path):
             ratio = (scheduler.posterior_variance[t] / scheduler.variance[t]).sqrt()
             noise = 0.7 * ratio * arrays["rev_noise"][index]
         with torch.no_grad():
-            sample = scheduler.step(unet(sample, torch.tensor([t])).sample, t, sample, variance_noise=noise).prev_sample
+            sample = scheduler.step(
+                unet(sample, torch.tensor([t])).sample, t, sample, variance_noise=noise
+            ).prev_sample
         expected = arrays["rev_x"][index]
         torch.testing.assert_close(sample, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 

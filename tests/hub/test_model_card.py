@@ -1,0 +1,202 @@
+import re
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import UNet2DModel
+from huggingface_hub import ModelCard
+
+from anodiff import AnoDDPMPipeline, AnoDDPMScheduler, VolumeProcessor
+from anodiff.hub.model_card import PROTOCOL_FIELDS, make_card
+from anodiff.hub.publishing import complete_folder
+
+from ..hub_server import check_card
+
+
+def tiny_pipeline(modalities=("flair",), brain_mask="nonzero", **inference):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=len(modalities),
+        out_channels=len(modalities),
+        layers_per_block=1,
+        block_out_channels=(4, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    processor = VolumeProcessor(modalities=modalities, size=(8, 8), brain_mask=brain_mask)
+    pipeline = AnoDDPMPipeline(
+        unet, AnoDDPMScheduler(num_train_timesteps=10), processor, **{"noise_level": 2, **inference}
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def evaluation():
+    """What eval.py writes."""
+    metrics = {"voxel_average_precision": 0.61, "dice_validation": None, "slice_auroc": 0.87, "threshold_oracle": 0.25}
+    return {
+        "anodiff": "0.1.0",
+        "data": {"name": "lab/lesions", "split": "test", "subjects": 12, "slices": 340, "anomalous_slices": 77},
+        "protocol": {field: f"text of {field}" for field in PROTOCOL_FIELDS},
+        "results": [
+            {
+                "name": "AnoDDPM",
+                "kind": "pipeline",
+                "model": "outputs/pipeline",
+                "metrics": metrics,
+                "seconds_per_slice": 0.25,
+            },
+            {"name": "intensity of flair", "kind": "baseline", "metrics": {"voxel_average_precision": 0.66}},
+        ],
+        "versions": {"torch": "2.13.0"},
+        "seed": 0,
+    }
+
+
+def section(card, title):
+    parts = re.split(r"^## ", str(card), flags=re.MULTILINE)
+    return next(part for part in parts if part.startswith(f"{title}\n"))
+
+
+def test_metadata():
+    card = make_card(tiny_pipeline(), repo_id="owner/anoddpm-flair", licence="cc-by-nc-sa-4.0")
+    assert card.data.to_dict() == {
+        "library_name": "diffusers",
+        "license": "cc-by-nc-sa-4.0",
+        "model_name": "anoddpm-flair",
+        "pipeline_tag": "image-segmentation",
+        "tags": ["anodiff", "anomaly-detection", "medical-imaging", "diffusion", "brain-mri", "flair"],
+    }
+    assert check_card(str(card), "model") == ([], [])
+    assert "brain-mri" not in make_card(tiny_pipeline(("ct",))).data.tags
+
+
+def test_text():
+    config = {"method": "anoddpm", "optim": {"learning_rate": 1e-4}}
+    recipe = {"source": "a study", "license": "cc-by-4.0", "processor": {"size": [8, 8]}, "slices": {"rule": "a|b"}}
+    counts = {"train": {"subjects": 20, "slices": 900}, "test": {"subjects": 5, "slices": 200, "anomalous_slices": 31}}
+    card = make_card(
+        tiny_pipeline(threshold=0.5),
+        config=config,
+        recipe=recipe,
+        data_summary=counts,
+        seconds_per_slice=0.5,
+        hardware="a CPU",
+    )
+    text = str(card)
+    assert "denoise it with a network that knows healthy anatomy only" in text
+    assert "Training needs healthy images only, no masks." in text
+    assert "not a medical device" in text
+    data = section(card, "Training data")
+    assert "| split | subjects | slices | anomalous slices |\n| --- | --- | --- | --- |\n" in data
+    assert "| train | 20 | 900 | - |\n| test | 5 | 200 | 31 |\n" in data
+    assert '- source: a study\n- license: cc-by-4.0\n- slices: {"rule": "a\\|b"}\n' in data
+    assert "| `size` | [8, 8] |" in data
+    assert "| `noise_level` | 2 |" in section(card, "Inference defaults")
+    assert "0.5 s per slice on a CPU." in section(card, "Inference defaults")
+    assert "Not evaluated." in section(card, "Evaluation")
+    assert "Training data: cc-by-4.0;" in section(card, "Licence")
+    assert "CVPRW 2022" in section(card, "Citation")
+    block = re.search(r"```yaml\n(.*?)```", section(card, "Configuration and versions"), re.DOTALL)
+    assert yaml.safe_load(block.group(1)) == config
+    assert not re.search(r"\{\{|\{%|\bNone\b|\bUndefined\b", text)
+
+
+def test_a_card_without_anything_known_says_so():
+    card = make_card(tiny_pipeline())
+    assert section(card, "Training data").startswith("Training data\n\nNot recorded.\n\n")
+    assert section(card, "Evaluation") == "Evaluation\n\nNot evaluated.\n\n"
+    assert "not recorded; it may restrict" in section(card, "Licence")
+    assert "no threshold" in section(card, "Quick start")
+
+
+@pytest.mark.parametrize(
+    ("modalities", "brain_mask", "repo_id", "names"),
+    [
+        (("image",), "nonzero", "owner/name", ["scan"]),
+        (("flair",), "nonzero", None, ["scan_flair"]),
+        (("t1", "flair"), "nonzero", "owner/name", ["scan_t1", "scan_flair"]),
+        (("flair",), "given", "owner/name", ["scan_flair", "scan_brain"]),
+    ],
+)
+def test_quick_start_runs_as_printed(modalities, brain_mask, repo_id, names, tmp_path, monkeypatch):
+    pipeline = tiny_pipeline(modalities, brain_mask, threshold=0.01)
+    pipeline.save_pretrained(tmp_path / (repo_id or "."))
+    values = np.random.default_rng(0).uniform(1, 2, (10, 9, 3)).astype(np.float32)
+    for name in names:
+        nib.save(nib.Nifti1Image(values, np.diag([-1.0, -1, 1, 1])), tmp_path / f"{name}.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", str(make_card(pipeline, repo_id=repo_id)), re.DOTALL).group(1)
+    exec(code, {})
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["anomaly_map.nii.gz", "pred_mask.nii.gz", "reconstruction.nii.gz", "result.json"]
+    assert nib.load(tmp_path / "out" / "anomaly_map.nii.gz").shape == (10, 9, 3)
+
+
+def test_evaluation_stands_in_table_and_metadata():
+    report = evaluation()
+    card = make_card(tiny_pipeline(), repo_id="owner/name", evaluation=report)
+    text = section(card, "Evaluation")
+    assert "12 subjects, 340 slices,\n77 of them anomalous. Seed 0, anodiff 0.1.0, torch 2.13.0." in text
+    assert "| metric | AnoDDPM | intensity of flair (baseline) |" in text
+    assert "| voxel average precision | 0.610 | 0.660 |" in text
+    assert "| dice validation | - | - |" in text
+    assert "| threshold oracle | 0.250 | - |" in text
+    assert "| seconds per slice | 0.250 | - |" in text
+    for field in PROTOCOL_FIELDS:
+        assert f"| {field.replace('_', ' ')} | text of {field} |" in text
+    assert "0.25 s per slice." in section(card, "Inference defaults")
+    assert "Population: text of training_population." in section(card, "Training data")
+
+    # Only what this pipeline reached, only metrics, and each with its protocol.
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert {metric: result.metric_value for metric, result in results.items()} == {
+        "voxel_average_precision": 0.61,
+        "slice_auroc": 0.87,
+    }
+    assert results["slice_auroc"].metric_args == report["protocol"]
+    assert (results["slice_auroc"].dataset_type, results["slice_auroc"].dataset_split) == ("lab/lesions", "test")
+    assert check_card(str(card), "model") == ([], [])
+    assert ModelCard(str(card)).data.eval_results == card.data.eval_results
+
+
+def test_the_row_of_this_pipeline_among_several():
+    report = evaluation()
+    report["results"].append({**report["results"][0], "model": "owner/name", "metrics": {"slice_auroc": 0.5}})
+    card = make_card(tiny_pipeline(), repo_id="owner/name", evaluation=report)
+    assert [result.metric_value for result in card.data.eval_results] == [0.5]
+    with pytest.raises(ValueError, match="it holds outputs/pipeline, owner/name"):
+        make_card(tiny_pipeline(), repo_id="owner/other", evaluation=report)
+
+
+def test_an_evaluation_without_protocol_is_refused():
+    report = evaluation()
+    del report["protocol"]["geometry"]
+    with pytest.raises(ValueError, match="lacks the protocol field.* geometry"):
+        make_card(tiny_pipeline(), evaluation=report)
+
+
+def test_the_hub_accepts_the_card_and_gives_it_back(hub, hub_client, tmp_path):
+    pipeline = tiny_pipeline()
+    card = make_card(pipeline, repo_id="owner/name", config={"text": "ä | ö"}, evaluation=evaluation())
+    pipeline.save_pretrained(tmp_path / "folder")
+    complete_folder(tmp_path / "folder", str(card))
+    script = """
+import json, sys
+from huggingface_hub import ModelCard, create_repo
+
+card = ModelCard.load(sys.argv[1])
+card.validate()
+create_repo("owner/name")
+card.push_to_hub("owner/name")
+pulled = ModelCard.load("owner/name")
+print(json.dumps([str(pulled) == open(sys.argv[1], encoding="utf-8").read(), pulled.data.eval_results == card.data.eval_results]))
+"""
+    assert hub_client(script, tmp_path / "folder" / "README.md") == [True, True]
+    assert hub.requests.count("POST /api/validate-yaml") >= 2
+    broken = make_card(pipeline, licence="all mine")
+    assert any("license" in error for error in check_card(str(broken), "model")[0])

@@ -1,0 +1,124 @@
+"""What every scheduler that iterates keeps."""
+
+import pytest
+import torch
+
+from anodiff import AnoDDPMScheduler
+
+
+SHAPE = (3, 2, 16, 16)
+SCHEDULERS = {
+    "simplex": lambda: AnoDDPMScheduler(num_train_timesteps=20),
+    "simplex, timestep": lambda: AnoDDPMScheduler(num_train_timesteps=20, z="timestep"),
+    "gaussian, cosine": lambda: AnoDDPMScheduler(
+        num_train_timesteps=20, beta_schedule="cosine", noise_type="gaussian"
+    ),
+    "brain_damage": lambda: AnoDDPMScheduler(
+        num_train_timesteps=20, beta_schedule="cosine_clipped", wavelength=32, normalize="per_image"
+    ),
+}
+
+
+@pytest.fixture(params=SCHEDULERS, ids=str)
+def scheduler(request):
+    return SCHEDULERS[request.param]()
+
+
+def generators(count=3, first=0):
+    return [torch.Generator().manual_seed(first + index) for index in range(count)]
+
+
+def tensors():
+    torch.manual_seed(0)
+    return torch.randn(SHAPE), torch.randn(SHAPE)
+
+
+def walk(scheduler, generator, steps=4):
+    sample, model_output = tensors()
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        sample = scheduler.step(model_output, t, sample, generator=generator).prev_sample
+    return sample
+
+
+def test_save_load_and_from_config(scheduler, tmp_path):
+    scheduler.save_pretrained(tmp_path)
+    loaded = type(scheduler).from_pretrained(tmp_path)
+    for key, value in scheduler.config.items():
+        assert key.startswith("_") or loaded.config[key] == value
+    expected = walk(scheduler, generators())
+    torch.testing.assert_close(walk(loaded, generators()), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        walk(type(scheduler).from_config(scheduler.config), generators()), expected, rtol=0, atol=0
+    )
+
+
+def test_tuple_equals_output(scheduler):
+    sample, model_output = tensors()
+    output = scheduler.step(model_output, 3, sample, generator=generators())
+    pair = scheduler.step(model_output, 3, sample, generator=generators(), return_dict=False)
+    torch.testing.assert_close(pair[0], output.prev_sample, rtol=0, atol=0)
+    torch.testing.assert_close(pair[1], output.pred_original_sample, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shape_and_dtype_are_kept(scheduler, dtype):
+    sample, model_output = (tensor.to(dtype) for tensor in tensors())
+    output = scheduler.step(model_output, 3, sample, generator=generators())
+    noised = scheduler.add_noise(sample, model_output, torch.tensor([0, 5, 19]))
+    for tensor in (output.prev_sample, output.pred_original_sample, noised):
+        assert tensor.shape == SHAPE and tensor.dtype == dtype
+
+
+def test_generators_are_reproducible_and_independent_of_the_batch(scheduler):
+    together = walk(scheduler, generators())
+    torch.testing.assert_close(walk(scheduler, generators()), together, rtol=0, atol=0)
+    assert not torch.equal(walk(scheduler, generators(first=7)), together)
+    # One by one, each sample with its own generator.
+    sample, model_output = tensors()
+    for index in range(SHAPE[0]):
+        single = sample[index : index + 1]
+        generator = generators(1, first=index)
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            single = scheduler.step(model_output[index : index + 1], t, single, generator=generator).prev_sample
+        torch.testing.assert_close(single[0], together[index], rtol=0, atol=0)
+
+
+def test_grid_is_leading_and_zero_based(scheduler):
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps.tolist() == [4, 3, 2, 1, 0]
+    scheduler.set_timesteps()
+    assert scheduler.timesteps.tolist() == list(range(19, -1, -1))
+    assert len(scheduler) == 20
+
+
+def test_last_step_adds_no_noise(scheduler):
+    sample, model_output = tensors()
+    noisy = scheduler.step(model_output, 0, sample, variance_noise=torch.full(SHAPE, 1e3)).prev_sample
+    quiet = scheduler.step(model_output, 0, sample, variance_noise=torch.zeros(SHAPE)).prev_sample
+    torch.testing.assert_close(noisy, quiet, rtol=0, atol=0)
+
+
+def test_one_shot_inverts_add_noise(scheduler):
+    original, noise = tensors()
+    t = torch.tensor([0, 7, 15])
+    recovered = scheduler.predict_original_sample(noise, t, scheduler.add_noise(original, noise, t))
+    torch.testing.assert_close(recovered, original, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_arguments():
+    sample, model_output = tensors()
+    scheduler = AnoDDPMScheduler(20)
+    with pytest.raises(ValueError, match="either `variance_noise` or `generator`"):
+        scheduler.step(model_output, 3, sample, variance_noise=sample, generator=generators())
+    with pytest.raises(ValueError, match="needs a `generator`"):
+        scheduler.step(model_output, 3, sample)
+    with pytest.raises(ValueError, match="one entry per sample"):
+        scheduler.step(model_output, 3, sample, generator=generators(2))
+    with pytest.raises(ValueError, match="between 1 and 20, got 21"):
+        scheduler.set_timesteps(21)
+    with pytest.raises(ValueError, match="`beta_schedule` must be one of linear, cosine"):
+        AnoDDPMScheduler(beta_schedule="sigmoid")
+    with pytest.raises(ValueError, match="`noise_type` must be one of gaussian, simplex"):
+        AnoDDPMScheduler(noise_type="perlin")

@@ -1,0 +1,129 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+
+from anodiff.data.phantom import PHANTOM_SETS
+from anodiff.data.prepared import load_prepared
+from anodiff.preprocess import main
+
+
+SCRIPT = Path(__file__).parents[2] / "preprocess.py"
+RECIPE = {
+    "reader": "volume_folders",
+    "reader_options": {"modalities": {"flair": "flair.nii.gz"}, "masks": ["lesion.nii.gz"]},
+    "processor": {"modalities": ["flair"], "size": [8, 8]},
+    "slices": {"train": "healthy_by_mask"},
+    "split": {"fractions": {"train": 0.5, "test": 0.5}, "seed": 1},
+    "license": "cc0-1.0",
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Arrow copies of test data go away with it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def raw(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b", "c", "d"):
+        folder = tmp_path / "raw" / name
+        folder.mkdir(parents=True)
+        nib.save(nib.Nifti1Image(rng.uniform(1, 2, (9, 9, 5)).astype(np.float32), np.eye(4)), folder / "flair.nii.gz")
+        lesion = np.zeros((9, 9, 5), np.uint8)
+        lesion[2:6, 2:6, 3] = 1
+        nib.save(nib.Nifti1Image(lesion, np.eye(4)), folder / "lesion.nii.gz")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path / "raw"
+
+
+def script(tmp_path, *arguments):
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)], env=environment, cwd=tmp_path, text=True, capture_output=True
+    )
+
+
+def test_raw_data_to_prepared_data(raw, tmp_path):
+    done = script(tmp_path, "--recipe", "recipe.yaml", "--root", "raw", "--out", "prepared/set")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Wrote prepared/set.\n"
+    train, test = (load_prepared(tmp_path / "prepared" / "set", name) for name in ("train", "test"))
+    assert sorted(train.subjects + test.subjects) == ["a", "b", "c", "d"]
+    assert train.slices.tolist() == [0, 1, 2, 4] * 2
+    assert test.labels.tolist() == [0, 0, 0, 1, 0] * 2
+    assert train.recipe == RECIPE
+    assert sorted(path.name for path in (tmp_path / "prepared").iterdir()) == ["set"]
+
+
+def test_what_cannot_be_read_is_listed(raw, tmp_path):
+    file = raw / "b" / "flair.nii.gz"
+    file.write_bytes(file.read_bytes()[:300])
+    done = script(tmp_path, "--recipe", "recipe.yaml", "--root", "raw", "--out", "set")
+    assert done.returncode == 1
+    assert done.stdout == "Wrote set.\n"
+    assert "Left out b: raw/b/flair.nii.gz cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+    subjects = [load_prepared(tmp_path / "set", name).subjects for name in ("train", "test")]
+    assert sorted(sum(subjects, [])) == ["a", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "recipe.yaml"], "Give `--recipe` and `--root` of a raw data set, or `--phantom`."),
+        (["--phantom", "phantom-mini", "--root", "raw"], "leave `--root` out"),
+        (["--phantom", "phantom-maxi"], "`name` must be one of ('phantom-mini', 'phantom-std'), got 'phantom-maxi'"),
+        (["--recipe", "nothing", "--root", "raw"], "There is no recipe nothing. The package comes with anoddpm_nfbs"),
+        (["--recipe", "wrong.yaml", "--root", "raw"], "`recipe` has no key slice; known are source, license, reader"),
+        (["--recipe", "recipe.yaml", "--root", "nowhere"], "`root` must be a folder, and nowhere is none."),
+        (["--recipe", "tcga_lgg_flair", "--root", "raw"], "Subject a: the pattern 'brain.nii.gz' must match one file"),
+    ],
+)
+def test_one_clear_line_about_what_is_wrong(raw, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text(yaml.safe_dump({**RECIPE, "slice": {}}))
+    assert main([*arguments, "--out", "set"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("preprocess.py: ") and message in error and error.count("\n") == 1
+    assert not Path("set").exists()
+
+
+def test_an_existing_folder_is_never_written_into(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("set").mkdir()
+    assert main(["--phantom", "phantom-mini", "--out", "set"]) == 1
+    assert "`out` set exists" in capsys.readouterr().err
+    assert list(Path("set").iterdir()) == []
+
+
+def test_phantom(tmp_path, monkeypatch):
+    # Two subjects instead of 32.
+    monkeypatch.setitem(PHANTOM_SETS, "phantom-mini", {"train": ((None, 1),), "test": (("tumour", 1),)})
+    monkeypatch.chdir(tmp_path)
+    assert main(["--phantom", "phantom-mini", "--phantom_anatomy", "geometric", "--out", "set"]) == 0
+    for name, subject in (("train", "healthy_0000"), ("test", "tumour_0001")):
+        split = load_prepared("set", name)
+        assert split.modalities == ("flair", "t1") and split.subjects == [subject]
+        assert split[0]["image"].shape == (2, 64, 64) and 8 <= len(split) <= 14
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "set"]
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print(sorted({'torch', 'datasets', 'diffusers', 'nibabel'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, SCRIPT], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "--phantom_anatomy {mni152,geometric}" in done.stdout
+    assert done.stdout.endswith("[]\n")
