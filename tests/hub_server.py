@@ -1,6 +1,6 @@
 """A Hub on this machine: create, push, pull, tag and delete repositories over real HTTP, without an account.
 
-python -m tests.hub_server --port 8765
+python tests/hub_server.py --port 8765
 
 It speaks the part of the Hub's protocol that huggingface_hub, diffusers and datasets use, and keeps everything in memory
 until it stops. Tests make it fail on demand (`HubServer.fail`). Standard library only, except for the YAML of cards.
