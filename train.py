@@ -33,10 +33,17 @@ def main(argv: list[str] | None = None) -> int:
 
     import importlib
 
+    from anodiff.hub.publishing import PublishingError
     from anodiff.training.loop import fit
 
     module, name = OBJECTIVES[options.method]
-    fit(options, getattr(importlib.import_module(module), name))
+    try:
+        folder = fit(options, getattr(importlib.import_module(module), name))
+    except PublishingError as error:
+        # The training is done and on disk; only the upload is missing.
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"Pipeline written to {folder}")
     return 0
 
 

@@ -256,7 +256,8 @@ def _report(options: EvalOptions, splits, processor: VolumeProcessor, rows: list
     return {
         "anodiff": anodiff.__version__,
         "data": {
-            "name": Path(options.data).name,
+            # A Hub id stays whole: results belong to that data set.
+            "name": Path(options.data).name if Path(options.data).exists() else options.data,
             "split": options.split,
             "subjects": len(split.subjects),
             "slices": len(split),

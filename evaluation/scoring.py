@@ -37,9 +37,10 @@ class Case:
     volume_score: float
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays = {name: value for name, value in vars(self).items() if value is not None}
-        np.savez(folder / f"{self.subject}.npz", **arrays)
+        # A picture's name holds the folders it came from.
+        path = folder / f"{self.subject}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **{name: value for name, value in vars(self).items() if value is not None})
 
     @classmethod
     def load(cls, path: Path) -> Case:

@@ -46,8 +46,6 @@ class AnomalyPipeline(DiffusionPipeline):
         Raises:
             ValueError: The checkpoint is no pipeline of this library.
         """
-        if cls is not AnomalyPipeline:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         import anodiff
 
         hub_arguments = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
@@ -55,6 +53,13 @@ class AnomalyPipeline(DiffusionPipeline):
             pretrained_model_name_or_path, **{key: kwargs[key] for key in hub_arguments if key in kwargs}
         )
         name = config.get("_class_name")
+        if cls is not AnomalyPipeline:
+            if name != cls.__name__:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} holds a {name}, not a {cls.__name__}; `AnomalyPipeline.from_pretrained`"
+                    " loads whatever pipeline of this library a checkpoint names."
+                )
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipelines = [public for public in anodiff.__all__ if public.endswith("Pipeline") and public != cls.__name__]
         if name not in pipelines:
             raise ValueError(

@@ -27,6 +27,8 @@ from tqdm.auto import tqdm
 
 from ..data.prepared import PreparedSplit, load_prepared
 from ..data.processor import VolumeProcessor
+from ..hub.model_card import make_card
+from ..hub.publishing import complete_folder, push_folder
 from .augmentation import augment
 from .options import TrainOptions
 
@@ -168,7 +170,7 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         logger.info(f"Resumed from {checkpoint} at step {progress.step}.")
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        _write_config(options, output_dir / "config.yaml")
+        (output_dir / "config.yaml").write_text(yaml.safe_dump(_plain(options), sort_keys=False))
     if loop.report_to != "none":
         accelerator.init_trackers("logs")
     loader = torch.utils.data.DataLoader(
@@ -240,9 +242,23 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         ema.copy_to(unwrapped.parameters())
     if accelerator.is_main_process:
         unwrapped.eval()
-        objective.export(unwrapped, folder)
+        pipeline = objective.export(unwrapped, folder)
         shutil.copyfile(output_dir / "config.yaml", folder / "config.yaml")
+        card = make_card(
+            pipeline,
+            repo_id=loop.push_to_hub,
+            config=_plain(options),
+            recipe=train_split.recipe,
+            data_summary={
+                name: {"subjects": len(split.subjects), "slices": len(split)}
+                for name, split in (("train", train_split), ("validation", validation_split))
+            },
+        )
+        complete_folder(folder, str(card))
     accelerator.end_training()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and loop.push_to_hub:
+        logger.info(f"Pushed to {push_folder(folder, loop.push_to_hub)}")
     accelerator.wait_for_everyone()
     return folder
 
@@ -349,9 +365,9 @@ def _check_options(options: TrainOptions, output_dir: Path) -> None:
         )
 
 
-def _write_config(options: TrainOptions, path: Path) -> None:
+def _plain(options: TrainOptions) -> dict:
     # Through JSON: tuples become lists, as they are read.
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(options))), sort_keys=False))
+    return json.loads(json.dumps(dataclasses.asdict(options)))
 
 
 def _as_tensors(batch: dict) -> dict:
