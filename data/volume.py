@@ -66,10 +66,10 @@ class InputVolume:
         if self.header is None:
             image.header.set_xyzt_units("mm")
             return image
+        # Where the input's own header gives another affine than the one in use, saving replaces it by the latter.
         for field in _GRID_FIELDS:
             image.header[field] = self.header[field]
         image.header["pixdim"][:4] = self.header["pixdim"][:4]
-        image.update_header()  # where the input's own header gives another affine than the one in use, the latter counts
         return image
 
 

@@ -12,7 +12,8 @@ from anodiff.data.geometry import Geometry
 
 SHAPE = (9, 12, 7)
 ZOOMS = (0.8, 1.1, 3.0)
-RAS = np.diag([1.0, 1.0, 1.0, 1.0])
+RAS = np.eye(4)
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def all_affines(degrees=0.0):
@@ -130,14 +131,12 @@ def test_the_centroid_comes_back_within_half_a_network_pixel_from_coarser_slices
 
 
 @pytest.mark.parametrize("antialias", [True, False])
-@pytest.mark.parametrize("size", [(13, 9), (40, 31), (50, 62), (64, 20)])
+@pytest.mark.parametrize("size", [(13, 9), (40, 31), (50, 62), (64, 20), (20, 31)])
 def test_a_plain_resize_is_torchs(size, antialias):
     height, width = 40, 31
     image = torch.rand(height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     # LPS voxels (W, H, slice): nothing is turned.
-    geometry = make_geometry(
-        (width, height, 1), np.diag([-1.0, -1.0, 1.0, 1.0]), size=size, resize="stretch", antialias=antialias
-    )
+    geometry = make_geometry((width, height, 1), LPS, size=size, resize="stretch", antialias=antialias)
     slices = geometry.to_network(image.numpy().T[..., None])
     expected = interpolate(image[None, None], size, mode="bilinear", align_corners=False, antialias=antialias)
     torch.testing.assert_close(torch.from_numpy(slices), expected[0], atol=5e-7, rtol=0, check_dtype=False)
@@ -161,10 +160,9 @@ def test_padding_without_scaling_changes_no_value(shape):
 
 @pytest.mark.parametrize("crop, begin", [((8, 9), (0, 1, 0)), ((5, 4, 3), (3, 3, 2)), ((12, 10, 7), (0, -1, 0))])
 def test_crop_is_about_the_centre_and_zero_outside(crop, begin):
-    lps = np.diag([-1.0, -1.0, 1.0, 1.0])
     shape = (10, 11, 7)
     image = np.random.default_rng(4).random(shape, dtype=np.float32) + 1
-    geometry = make_geometry(shape, lps, crop=crop)
+    geometry = make_geometry(shape, LPS, crop=crop)
     slices = geometry.to_network(image)
     height, width, count = (*crop, 7)[:3]
     assert slices.shape == (count, height, width)
@@ -265,10 +263,14 @@ def test_wrong_shapes_are_errors():
         geometry.to_input(np.zeros((7, 9, 12)))
 
 
+def test_the_nearest_voxel_takes_every_voxel_once_at_half_voxel_offsets():
+    labels = np.arange(1, 17).reshape(4, 4, 1)
+    geometry = Geometry(labels.shape, LPS, "axial", (-0.5, 0.5, 0.0), (1.0, 1.0, 1.0), (4, 3, 1))
+    np.testing.assert_array_equal(geometry.to_network(labels, nearest=True)[0], labels[:, 1:, 0].T)
+
+
 def test_outside_the_input_is_zero():
-    geometry = Geometry(
-        (4, 4, 1), np.diag([-1.0, -1.0, 1.0, 1.0]), "axial", (-2.0, 0.0, 0.0), (1.0, 1.0, 1.0), (8, 4, 1)
-    )
+    geometry = Geometry((4, 4, 1), LPS, "axial", (-2.0, 0.0, 0.0), (1.0, 1.0, 1.0), (8, 4, 1))
     for nearest in (False, True):
         slices = geometry.to_network(np.ones((4, 4, 1), dtype=np.float32), nearest=nearest)
         np.testing.assert_array_equal(slices[0, 0], [0, 0, 1, 1, 1, 1, 0, 0])

@@ -182,6 +182,7 @@ def test_a_map_of_zeros_is_a_black_picture(tmp_path):
     picture = PIL.Image.fromarray(np.eye(4, dtype=np.uint8))
     save(picture, tmp_path, anomaly_map=np.zeros((4, 4), np.float32))
     assert not np.asarray(PIL.Image.open(tmp_path / "anomaly_map.png")).any()
+    assert json.loads((tmp_path / "result.json").read_text())["anomaly_map_per_grey_level"] == 1
 
 
 def test_several_pictures_give_a_reconstruction_each(tmp_path):

@@ -1,0 +1,134 @@
+"""Help, configurations and the console command."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from anodiff.__main__ import main
+from anodiff.configs import parse_options
+from anodiff.train import main as train
+from anodiff.training.options import TrainOptions
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ("preprocess", "train", "eval", "predict", "convert")
+
+
+def python(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, arguments)], text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_does_not_wait_for_torch(script):
+    start = time.perf_counter()
+    done = python("-X", "importtime", ROOT / f"{script}.py", "--help")
+    assert done.returncode == 0 and "usage:" in done.stdout
+    assert "research" in done.stdout.lower() or "--" in done.stdout
+    for heavy in ("torch", "diffusers", "datasets", "transformers", "scipy"):
+        assert f"| {heavy}\n" not in done.stderr.replace("|   ", "| "), heavy
+    assert time.perf_counter() - start < 10  # a loaded machine; what takes long is named above
+
+
+def test_console_command(capsys):
+    assert main(["--help"]) == 0
+    assert all(script in capsys.readouterr().out for script in ("preprocess",))
+    assert main([]) == 2 and "a command is missing" in capsys.readouterr().err
+    assert main(["dance"]) == 2 and "unknown command 'dance'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["predict", "--help"])
+    assert stopped.value.code == 0 and "usage: predict.py" in capsys.readouterr().out
+
+
+def options(*arguments) -> TrainOptions:
+    return parse_options(TrainOptions, list(arguments), prog="train.py", description="")
+
+
+def test_flags_win_over_the_file_whatever_their_order(tmp_path):
+    (tmp_path / "run.yaml").write_text("optim: {learning_rate: 0.5, warmup_steps: 3}\nunet: {layers_per_block: 2}")
+    for arguments in (
+        ["--config", str(tmp_path / "run.yaml"), "--optim.learning_rate", "7", "--unet.sample_size", "32"],
+        ["--optim.learning_rate", "7", "--unet.sample_size", "32", "--config", str(tmp_path / "run.yaml")],
+        ["--optim.learning_rate", "7", "--unet.sample_size", "32", f"--config={tmp_path / 'run.yaml'}"],
+    ):
+        parsed = options(*arguments)
+        assert parsed.optim.learning_rate == 7 and parsed.optim.warmup_steps == 3
+        assert parsed.unet == {"layers_per_block": 2, "sample_size": 32}
+
+
+@pytest.mark.parametrize("content", ["optimizer: {lr: 1}", "optim: {lr: 1}", "train: {ema: {deccay: 1}}"])
+def test_unknown_keys_are_errors(tmp_path, capsys, content):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        options("--config", str(tmp_path / "run.yaml"))
+    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--unet.layers", "2"], "`unet` has no key layers; UNet2DModel takes sample_size"),
+        (["--scheduler.octave", "2"], "`scheduler` has no key octave"),
+        (["--inference.level", "2"], "`inference` has no key level"),
+        (["--objective.los", "l1"], "`objective` has no key los"),
+        (["--processor.sizes", "[8, 8]"], "no setting sizes"),
+        (["--processor.size", "[8, 8]"], "`size` is"),
+        (["--unet.in_channels", "3"], "`unet.in_channels` must be 2"),
+        (["--optim.lr_scheduler", "zigzag"], "`optim.lr_scheduler` must be one of"),
+        (["--train.max_steps", "0"], "`train.max_steps` must be at least 1"),
+        (["--inference.noise_level", "2000"], "`noise_level` must be between 1 and 1000"),
+        (["--method", "magic"], "`method` must be one of anoddpm"),
+        (["--train.resume", "latest"], "holds no checkpoint"),
+    ],
+)
+def test_wrong_blocks_are_found_before_the_training(workplace, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(workplace.folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(["--config", "tiny.yaml", "--data", "prepared", "--train.output_dir", str(tmp_path), *arguments])
+    assert not (tmp_path / "pipeline").exists()
+
+
+def test_packaged_names():
+    assert options("--config", "anoddpm_nfbs.yaml").unet["num_attention_heads"] == 2
+    with pytest.raises(FileNotFoundError, match="comes with anoddpm_nfbs.yaml"):
+        options("--config", "nothing.yaml")
+
+
+@pytest.mark.parametrize("name", ["anoddpm_nfbs", "brain_damage"])
+def test_named_configurations_resolve_and_run_two_steps(name, tmp_path, monkeypatch):
+    """The authors' network in every respect but its width; pictures of the named size."""
+    import numpy as np
+    import PIL.Image
+
+    from anodiff.preprocess import main as preprocess
+
+    config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    height, width = config["processor"]["size"]
+    rng = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        for number in range(2):
+            path = tmp_path / "raw" / split / "healthy" / f"{split}{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(rng.integers(1, 255, (height, width), dtype=np.uint8)).save(path)
+    recipe = yaml.safe_load((ROOT / "configs" / "recipes" / f"{name}.yaml").read_text())
+    recipe |= {"reader": "image_folders", "reader_options": {"healthy": ["healthy"]}, "slices": {}, "split": {}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    assert preprocess(["--recipe", "recipe.yaml", "--root", "raw", "--out", "prepared"]) == 0
+    narrow = ["--unet.block_out_channels", str([8] * len(config["unet"]["block_out_channels"]))]
+    narrow += ["--unet.norm_num_groups", "4", "--unet.layers_per_block", "1"]
+    limits = ["--train.max_steps", "2", "--train.batch_size", "1", "--train.validate_every", "0"]
+    where = ["--data", "prepared", "--train.output_dir", "run", "--train.report_to", "none"]
+    assert train(["--config", f"{name}.yaml", *narrow, *limits, *where]) == 0
+
+    from anodiff import AnomalyPipeline
+
+    pipe = AnomalyPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    for key, value in config["inference"].items():
+        assert pipe.config[key] == value
+    for key, value in config["scheduler"].items():
+        assert pipe.scheduler.config[key] == value

@@ -1,0 +1,122 @@
+"""`eval.py` through `accelerate launch` with one and with two processes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from anodiff.evaluation.metrics import average_precision
+from anodiff.evaluation.scoring import Case
+
+
+PROTOCOL = {
+    "training_population",
+    "modality",
+    "unit_of_averaging",
+    "threshold_policy",
+    "geometry",
+    "preprocessing",
+    "postprocessing",
+    "label_definition",
+    "samples",
+}
+
+
+@pytest.fixture(scope="module")
+def reports(workplace, trained):
+    made = {}
+    for processes in (1, 2):
+        workplace.run(
+            "eval",
+            *["--model", f"{trained}/pipeline", "--data", "prepared", "--output_dir", f"eval{processes}"],
+            *["--keep_maps", "true", "--batch_size", 5],
+            processes=processes,
+        )
+        made[processes] = json.loads((workplace.folder / f"eval{processes}" / "report.json").read_text())
+    return made
+
+
+def test_report(workplace, reports):
+    report = reports[1]
+    assert set(report["protocol"]) == PROTOCOL and all(report["protocol"].values())
+    assert report["data"]["subjects"] == 3 and report["data"]["anomalous_slices"] > 0
+    rows = {row["name"]: row for row in report["results"]}
+    assert list(rows) == [
+        "AnoDDPM (one)",
+        "intensity of flair",
+        "intensity of t1",
+        "brain area",
+        "mean intensity",
+        "mean absolute Laplacian",
+    ]
+    metrics = rows["AnoDDPM (one)"]["metrics"]
+    for name in (
+        "voxel_average_precision",
+        "voxel_auroc",
+        "dice_oracle",
+        "dice_validation",
+        "dice_healthy",
+        "dice_yen",
+    ):
+        assert 0 <= metrics[name] <= 1, name
+    assert metrics["dice_oracle"] >= metrics["dice_validation"] - 1e-9
+    assert 0 <= metrics["slice_auroc"] <= 1 and 0 <= metrics["subject_auroc"] <= 1
+    # FLAIR lesions are bright: the threshold baseline must be far above chance.
+    assert rows["intensity of flair"]["metrics"]["voxel_auroc"] > 0.8
+    assert rows["intensity of flair"]["settings"]["median_size"] == 3
+    assert rows["AnoDDPM (one)"]["seconds_per_slice"] > 0
+    table = (workplace.folder / "eval1" / "report.md").read_text()
+    assert "| AnoDDPM (one) |" in table and "**training population**: healthy training subjects" in table
+    assert (workplace.folder / "eval1" / "cases.png").stat().st_size > 20_000
+
+
+def test_metrics_are_those_of_the_maps(workplace, reports):
+    cases = [Case.load(path) for path in sorted((workplace.folder / "eval1" / "maps" / "00" / "test").glob("*.npz"))]
+    assert len(cases) == 3
+    scores = np.concatenate([case.maps[case.brain] for case in cases])
+    labels = np.concatenate([case.mask[case.brain] for case in cases])
+    metrics = reports[1]["results"][0]["metrics"]
+    assert metrics["voxel_average_precision"] == pytest.approx(average_precision(scores, labels))
+    predicted = scores > np.float32(metrics["threshold_validation"])
+    dice = 2 * (predicted & labels).sum() / (predicted.sum() + labels.sum())
+    assert metrics["dice_validation"] == pytest.approx(dice)
+
+
+def test_two_processes_equal_one(workplace, reports):
+    one, two = reports[1], reports[2]
+    assert two["processes"] == 2
+    for row, other in zip(one["results"], two["results"], strict=True):
+        assert row["name"] == other["name"]
+        for name, value in row["metrics"].items():
+            if value is None:
+                assert other["metrics"][name] is None
+            else:
+                assert other["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-3), (row["name"], name)
+    for split in ("validation", "test"):
+        for path in (workplace.folder / "eval1" / "maps" / "00" / split).glob("*.npz"):
+            case = Case.load(path)
+            other = Case.load(workplace.folder / "eval2" / "maps" / "00" / split / path.name)
+            np.testing.assert_allclose(other.maps, case.maps, rtol=0, atol=1e-5 * case.maps.max())
+
+
+def test_overrides_two_models_and_refusals(workplace, trained, reports):
+    workplace.run(
+        "eval",
+        *["--model", f"{trained}/pipeline", "--model", f"{trained}/pipeline", "--data", "prepared"],
+        *["--output_dir", "again", "--median_size", 0, "--inference.mode", "one_shot", "--baselines", "false"],
+    )
+    report = json.loads((workplace.folder / "again" / "report.json").read_text())
+    assert len(report["results"]) == 2 and report["results"][0]["metrics"] == report["results"][1]["metrics"]
+    assert report["results"][0]["settings"]["median_size"] == 0
+    assert report["results"][0]["settings"]["mode"] == "one_shot"
+    assert not (workplace.folder / "again" / "maps").exists()
+
+    taken = workplace.run("eval", "--data", "prepared", "--output_dir", "again", check=False)
+    assert taken.returncode != 0 and "already holds a report" in taken.stderr
+    recipe = (workplace.folder / "recipe.yaml").read_text().replace("- 16\n  - 16", "- 12\n  - 12")
+    (workplace.folder / "recipe12.yaml").write_text(recipe)
+    workplace.run("preprocess", "--recipe", "recipe12.yaml", "--root", "raw", "--out", "prepared12")
+    other = workplace.run(
+        "eval", "--model", f"{trained}/pipeline", "--data", "prepared12", "--output_dir", "x", check=False
+    )
+    assert other.returncode != 0 and "`size` is [16, 16] there and [12, 12] here" in other.stderr

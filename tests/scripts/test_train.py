@@ -1,0 +1,109 @@
+"""`train.py` as a person runs it: real `accelerate launch`, real files."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from anodiff import AnoDDPMPipeline, AnomalyPipeline
+
+
+def log(workplace, run: str) -> dict[str, dict[int, float]]:
+    values: dict[str, dict[int, float]] = {}
+    for line in (workplace.folder / run / "log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        for name, value in entry.items():
+            values.setdefault(name, {})[entry["step"]] = value
+    return values
+
+
+def weights(workplace, run: str) -> dict[str, torch.Tensor]:
+    return load_file(workplace.folder / run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_run(workplace, actual: str, expected: str, tolerance: float = 1e-5):
+    for name in ("loss", "validation_loss", "lr"):
+        one, other = log(workplace, actual)[name], log(workplace, expected)[name]
+        assert one.keys() == other.keys()
+        for step in one:
+            assert one[step] == pytest.approx(other[step], rel=tolerance, abs=tolerance), (name, step)
+    expected_weights = weights(workplace, expected)
+    for name, tensor in weights(workplace, actual).items():
+        torch.testing.assert_close(tensor, expected_weights[name], rtol=tolerance, atol=tolerance)
+
+
+def test_a_run_leaves_a_complete_pipeline(workplace, trained):
+    run = workplace.folder / trained
+    folder = run / "pipeline"
+    pipe = AnomalyPipeline.from_pretrained(folder)
+    assert type(pipe) is AnoDDPMPipeline
+    assert pipe.config.noise_level == 3 and pipe.config.threshold == 0.2
+    assert pipe.scheduler.config.wavelength == 8.0
+    assert pipe.unet.config.in_channels == 2 and pipe.unet.config.sample_size == 16
+    assert list(pipe.processor.config.modalities) == ["flair", "t1"]
+    raw = workplace.folder / "raw" / "test_1"
+    pipe.set_progress_bar_config(disable=True)
+    result = pipe({name: raw / f"{name}.nii.gz" for name in ("t1", "flair", "brain")})
+    assert result.anomaly_map.shape == nib.load(raw / "flair.nii.gz").shape and result.pred_mask is not None
+
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["train"]["max_steps"] == 4 and config["optim"]["max_grad_norm"] == 1.0
+    card = (folder / "README.md").read_text()
+    assert "not a medical device" in card and "AnoDDPM" in card and "healthy_by_label" in card
+    assert (folder / "pipeline.py").read_text().startswith("from anodiff import AnoDDPMPipeline")
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
+    assert list((run / "logs").glob("events*"))
+    assert sorted(log(workplace, trained)["loss"]) == [1, 2, 3, 4]
+    # Warm-up for one step, then a cosine to zero, counted in optimizer steps.
+    rates = log(workplace, trained)["lr"]
+    assert rates[1] == pytest.approx(1e-3) and rates[4] == pytest.approx(0, abs=1e-9) and rates[2] > rates[3]
+
+
+def test_interrupted_equals_uninterrupted(workplace, trained):
+    options = ["--config", "tiny.yaml", "--data", "prepared", "--train.output_dir", "resumed"]
+    # The schedule is that of the whole run; the first part ends after two steps.
+    workplace.run("train", *options, "--train.max_steps", 2, "--optim.lr_total_steps", 4)
+    again = workplace.run("train", *options, check=False)
+    assert again.returncode != 0 and "--train.resume latest" in again.stderr
+    workplace.run("train", *options, "--train.resume", "latest")
+    assert_same_run(workplace, "resumed", trained, tolerance=1e-7)
+
+
+def test_two_processes_equal_one_with_resume_in_the_middle(workplace, trained):
+    options = ["--config", "tiny.yaml", "--data", "prepared", "--train.output_dir", "two", "--train.batch_size", 2]
+    workplace.run("train", *options, "--train.max_steps", 2, "--optim.lr_total_steps", 4, processes=2)
+    workplace.run("train", *options, "--train.resume", "latest", processes=2)
+    assert_same_run(workplace, "two", trained)
+
+
+def test_accumulation_equals_a_large_batch(workplace, trained):
+    workplace.run(
+        "train",
+        *["--config", "tiny.yaml", "--data", "prepared", "--train.output_dir", "accumulated"],
+        *["--train.batch_size", 1, "--train.gradient_accumulation_steps", 4, "--train.report_to", "none"],
+    )
+    assert_same_run(workplace, "accumulated", trained)
+    assert not (workplace.folder / "accumulated" / "logs").exists()
+
+
+def test_another_global_batch_cannot_resume(workplace, trained):
+    done = workplace.run(
+        "train",
+        *["--config", "tiny.yaml", "--data", "prepared", "--train.output_dir", trained],
+        *["--train.resume", "latest", "--train.batch_size", 3, "--train.max_steps", 6],
+        check=False,
+    )
+    assert done.returncode != 0 and "4 samples per step, this run has 3" in done.stderr
+
+
+def test_checkpoint_limit_and_ema(workplace, trained):
+    names = sorted(path.name for path in (workplace.folder / trained / "checkpoints").iterdir())
+    assert names == ["step-0000002", "step-0000004"]
+    raw = load_file(workplace.folder / trained / "checkpoints" / names[-1] / "model.safetensors")
+    saved = weights(workplace, trained)
+    moved = [not torch.equal(saved[name], raw[name]) for name in saved]
+    assert np.mean(moved) > 0.9  # what is exported is the average, not the last weights
