@@ -111,6 +111,7 @@ class AnomalyPipeline(DiffusionPipeline):
                 raise ValueError("The tensor holds NaN or infinite values.")
             if brain_mask is None:
                 brain_mask = torch.ones(volume.shape[0], *volume.shape[2:], dtype=torch.bool)
+            brain_mask = torch.as_tensor(brain_mask)
             if tuple(brain_mask.shape) != (volume.shape[0], *volume.shape[2:]):
                 raise ValueError(
                     f"`brain_mask` must have the shape {(volume.shape[0], *volume.shape[2:])}, got {tuple(brain_mask.shape)}."

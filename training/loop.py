@@ -255,11 +255,10 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
             },
         )
         complete_folder(folder, str(card))
-    accelerator.end_training()
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # takes the process group down: nothing waits for anybody from here on
     if accelerator.is_main_process and loop.push_to_hub:
         logger.info(f"Pushed to {push_folder(folder, loop.push_to_hub)}")
-    accelerator.wait_for_everyone()
     return folder
 
 
