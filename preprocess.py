@@ -23,9 +23,9 @@ class PreprocessOptions:
     recipe: str | None = None
     """YAML file, or the name of a recipe of the package (configs/recipes); phantom_mini for a phantom."""
     root: str | None = None
-    """Folder of the raw data set."""
+    """Folder of the raw data set; with `phantom`, where its raw volumes are kept (they are thrown away by default)."""
     phantom: str | None = None
-    """Make this phantom (phantom-mini, phantom-std) instead of reading `root`."""
+    """Make this phantom (phantom-mini, phantom-std) instead of reading a raw data set."""
     phantom_anatomy: Literal["mni152", "geometric"] = "mni152"
     """Anatomy of the phantom; mni152 needs the extra `phantom`."""
 
@@ -34,8 +34,6 @@ def main(argv: list[str] | None = None) -> int:
     """Prepares one data set. Returns 0, or 1 if something was left out or nothing could be written."""
     options = parse_options(PreprocessOptions, argv, prog="preprocess.py", description=__doc__)
     try:
-        if options.phantom is not None and options.root is not None:
-            raise ValueError("`--phantom` makes its own raw data: leave `--root` out.")
         if options.phantom is None and (options.recipe is None or options.root is None):
             raise ValueError("Give `--recipe` and `--root` of a raw data set, or `--phantom`.")
 
@@ -43,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
         recipe = None if options.recipe is None else read_recipe(options.recipe)
         if options.phantom is not None:
-            failures = prepare_phantom(options.phantom, options.out, recipe=recipe, anatomy=options.phantom_anatomy)
+            failures = prepare_phantom(
+                options.phantom, options.out, recipe=recipe, anatomy=options.phantom_anatomy, raw=options.root
+            )
         else:
             failures = prepare_recipe(recipe, options.root, options.out)
     except (ValueError, OSError) as error:

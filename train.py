@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="train.py",
         description=__doc__,
         shorthands={"--data": "--data.path", "--push_to_hub": "--train.push_to_hub"},
+        default_config="anoddpm_phantom.yaml",
     )
     if options.method not in OBJECTIVES:
         raise ValueError(f"`method` must be one of {', '.join(OBJECTIVES)}, got {options.method!r}.")

@@ -19,6 +19,7 @@ def parse_options(
     description: str,
     positional: str | None = None,
     shorthands: dict[str, str] | None = None,
+    default_config: str | None = None,
 ) -> Options:
     """
     Fills an options dataclass from `--config FILE` and the command line.
@@ -30,12 +31,13 @@ def parse_options(
         description (`str`): First lines of `--help`.
         positional (`str`, *optional*): A list-valued field that takes the arguments without a flag.
         shorthands (`dict[str, str]`, *optional*): Flags that stand for others, such as `{"--data": "--data.path"}`.
+        default_config (`str`, *optional*): File that is read where no `--config` is given.
     """
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--config", action="config", help="YAML file; a bare name is looked up in the package")
+    parser.add_argument("--config", action="config", help="YAML file; a bare name is looked up in the package" + (f" (default: {default_config})" if default_config else ""))
     parser.add_class_arguments(options_class, skip={positional} if positional else None)
     if positional:
         parser.add_argument(positional, nargs="*", default=[])
@@ -49,6 +51,8 @@ def parse_options(
             files += ["--config", str(config_path(value if equals else next(arguments, "")))]
         else:
             flags.append((shorthands or {}).get(flag, flag) + equals + value)
+    if default_config and not files:
+        files = ["--config", str(config_path(default_config))]
     options = parser.instantiate(parser.parse_args(files + flags))
     return options_class(**{field.name: options[field.name] for field in dataclasses.fields(options_class)})
 

@@ -315,16 +315,18 @@ def prepare_phantom(
     recipe: dict | None = None,
     anatomy: str = "mni152",
     seed: int = 0,
+    raw: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
     """
-    Makes a phantom and prepares it; the raw volumes are not kept.
+    Makes a phantom and prepares it.
 
     Args:
         name (`str`): A key of `PHANTOM_SETS`, such as `"phantom-mini"`.
         out (`str` or `Path`): As in [`prepare`].
         recipe (`dict`, *optional*): Instead of the packaged `phantom_mini`.
         anatomy (`str`), seed (`int`): As in [`~data.phantom.write_phantom`].
+        raw (`str` or `Path`, *optional*): Where the raw volumes are kept; must not exist. They are not kept by default.
         progress (`bool`): Show progress bars.
     """
     out = Path(out)
@@ -334,7 +336,7 @@ def prepare_phantom(
     recipe["source"] = f"{name} of anodiff.data.phantom, anatomy {anatomy}, seed {seed}"
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-raw-", dir=out.parent) as temporary:
-        raw = Path(temporary) / name
+        raw = Path(temporary) / name if raw is None else Path(raw)
         write_phantom(raw, name, seed=seed, anatomy=anatomy, progress=progress)
         return prepare_recipe(recipe, raw, out, progress=progress)
 

@@ -94,14 +94,17 @@ def draw_cases(report: dict, rows: list[dict], split: PreparedSplit, path: Path)
             axis.set_title(f"{row['name']}\n{key} {value:.2f}" if value is not None else row["name"], fontsize=7)
             threshold = row["metrics"].get(key.replace("dice_", "threshold_"))
             if threshold is not None and key.startswith("dice") and (case.maps[index] > threshold).any():
-                line[1].contour(case.maps[index] > threshold, [0.5], colors="tab:orange", linewidths=0.6)
+                axis.contour(case.maps[index] > threshold, [0.5], colors="tab:green", linewidths=0.9)
         if mask is not None and mask[index].any():
             for axis in line[1:]:
                 axis.contour(mask[index], [0.5], colors="tab:cyan", linewidths=0.8)
     for axis in axes.flat:
         axis.set_axis_off()
     data = report["data"]
-    figure.suptitle(f"{data['name']}, {data['split']}: cyan reference, orange prediction of every method", fontsize=8)
+    figure.suptitle(
+        f"{data['name']}, {data['split']}: maps from 0, one scale per method; cyan reference, green prediction",
+        fontsize=8,
+    )
     figure.savefig(path, dpi=130)
 
 

@@ -44,7 +44,7 @@ def test_console_command(capsys):
 
 
 def options(*arguments) -> TrainOptions:
-    return parse_options(TrainOptions, list(arguments), prog="train.py", description="")
+    return parse_options(TrainOptions, list(arguments), prog="train.py", description="", default_config="anoddpm_phantom.yaml")
 
 
 def test_flags_win_over_the_file_whatever_their_order(tmp_path):
@@ -92,6 +92,7 @@ def test_wrong_blocks_are_found_before_the_training(workplace, tmp_path, monkeyp
 
 
 def test_packaged_names():
+    assert options().data.path == "phantom-mini" and options().unet["layers_per_block"] == 1
     assert options("--config", "anoddpm_nfbs.yaml").unet["num_attention_heads"] == 2
     with pytest.raises(FileNotFoundError, match="comes with anoddpm_nfbs.yaml"):
         options("--config", "nothing.yaml")

@@ -1,0 +1,51 @@
+# `make demo` and `make test` each work on a fresh machine as the only command.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= outputs/demo
+
+.PHONY: demo test quality style types benchmark hub clean
+
+# The virtual environment, made anew whenever a pinned version changes.
+$(BIN)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# Trains and evaluates on the built-in phantom; pictures and NIfTI maps are in $(DEMO).
+demo: $(BIN)/.installed
+	rm -rf $(DEMO)
+	$(BIN)/python preprocess.py --phantom phantom-mini --root $(DEMO)/raw --out $(DEMO)/prepared
+	$(BIN)/accelerate launch --num_processes 1 train.py --data $(DEMO)/prepared --train.output_dir $(DEMO)/train
+	$(BIN)/accelerate launch --num_processes 1 eval.py --model $(DEMO)/train/pipeline --data $(DEMO)/prepared --output_dir $(DEMO)/eval
+	$(BIN)/python predict.py --model $(DEMO)/train/pipeline $(DEMO)/raw/tumour_0028 $(DEMO)/raw/stroke_0031 --brain brain.nii.gz -o $(DEMO)/maps
+	@cat $(DEMO)/eval/report.md
+	@echo "Pictures: $(DEMO)/eval/cases.png, $(DEMO)/maps/*/overview.png; NIfTI maps: $(DEMO)/maps/*/anomaly_map.nii.gz"
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest -q $(ARGS)
+
+quality: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(BIN)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The root is the package, so the type checker needs to see it under its name.
+types: $(BIN)/.installed
+	mkdir -p .types && ln -sfn .. .types/anodiff
+	$(BIN)/pyright
+
+benchmark: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
+	$(BIN)/python benchmarks/noise.py
+	$(BIN)/python benchmarks/overhead.py
+
+# A Hub on this machine to try push and pull with; docs/hub.md.
+hub: $(BIN)/.installed
+	$(BIN)/python tests/hub_server.py --port 8765
+
+clean:
+	rm -rf $(VENV) .types outputs
