@@ -1,0 +1,112 @@
+"""The order of samples and the noise of a sample, which exact resume and process counts rest on."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from anodiff import AnoDDPMScheduler, VolumeProcessor
+from anodiff.training.loop import PositionBatches, SampleStream, sample_generators
+from anodiff.training.objective_noise import NoiseObjective
+
+
+class Numbers:
+    """A split whose image is its row number."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitems__(self, rows):
+        return {"image": np.array(rows, dtype=np.float32)}
+
+
+def order(stream, batches):
+    return [int(row) for batch in batches for row in stream.__getitems__(batch)["image"]]
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    stream = SampleStream(Numbers(7), seed=3)
+    rows = order(stream, PositionBatches(0, 3, 7, 1, 1, 0))
+    epochs = [rows[start : start + 7] for start in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert order(SampleStream(Numbers(7), seed=4), PositionBatches(0, 1, 7, 1, 1, 0)) != epochs[0]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "processes"), [(12, 1, 1), (3, 4, 1), (3, 2, 2), (2, 2, 3)])
+def test_a_step_sees_the_same_samples_however_it_is_divided(batch_size, accumulation, processes):
+    steps = []
+    for process in range(processes):
+        batches = list(PositionBatches(0, 5, batch_size, accumulation, processes, process))
+        assert len(batches) == len(PositionBatches(0, 5, batch_size, accumulation, processes, process))
+        steps += [(step, sum(batches[step * accumulation : (step + 1) * accumulation], [])) for step in range(5)]
+    for step in range(5):
+        positions = sum((mine for number, mine in steps if number == step), [])
+        assert sorted(positions) == list(range(step * 12, (step + 1) * 12))
+
+
+def test_going_on_is_as_if_nothing_had_happened():
+    whole = list(PositionBatches(0, 6, 4, 2, 1, 0))
+    assert list(PositionBatches(0, 2, 4, 2, 1, 0)) + list(PositionBatches(2, 6, 4, 2, 1, 0)) == whole
+    stream, again = SampleStream(Numbers(5), seed=0), SampleStream(Numbers(5), seed=0)
+    assert order(stream, whole)[16:] == order(again, whole[4:])
+
+
+def objective(**options):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(4,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+    )
+    return NoiseObjective(unet, AnoDDPMScheduler(), VolumeProcessor(size=(8, 8)), **options)
+
+
+@pytest.mark.parametrize("loss", ["l2", "l1", "hybrid"])
+def test_loss_of_a_sample_does_not_depend_on_the_batch(loss):
+    built = objective(loss=loss)
+    images = torch.rand(6, 1, 8, 8) * 2 - 1
+    device = torch.device("cpu")
+    with torch.no_grad():
+        together = built.loss(built.model, images, sample_generators(0, 0, range(6), device))
+        alone = torch.cat(
+            [built.loss(built.model, images[i : i + 1], sample_generators(0, 0, [i], device)) for i in range(6)]
+        )
+        other_seed = built.loss(built.model, images, sample_generators(1, 0, range(6), device))
+        validation = built.loss(built.model, images, sample_generators(0, 1, range(6), device))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    assert (together - other_seed).abs().min() > 1e-6 and (together - validation).abs().min() > 1e-6
+
+
+def test_timesteps_are_uniform_below_the_limit():
+    built = objective(max_timestep=5)
+    seen = []
+    add_noise = built.scheduler.add_noise
+
+    def recording(images, noise, timesteps):
+        seen.extend(timesteps.tolist())
+        return add_noise(images, noise, timesteps)
+
+    built.scheduler.add_noise = recording
+    with torch.no_grad():
+        built.loss(built.model, torch.zeros(1000, 1, 8, 8), sample_generators(0, 0, range(1000), torch.device("cpu")))
+    counts = Counter(seen)
+    assert sorted(counts) == [0, 1, 2, 3, 4] and min(counts.values()) > 150
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="`loss` must be one of l2, l1, hybrid"):
+        objective(loss="l3")
+    with pytest.raises(ValueError, match="`max_timestep` must be between 1 and 1000"):
+        objective(max_timestep=0)
