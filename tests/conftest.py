@@ -4,11 +4,20 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from .hub_server import HubServer
+
+
+# Before anything imports torch or a Hugging Face library: networks here are tiny, so threads only get in each other's way, and
+# caches of tests go away with them. Processes that tests start inherit both.
+_CACHE = tempfile.TemporaryDirectory(prefix="anodiff-tests-")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HOME"] = _CACHE.name
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 @pytest.fixture
