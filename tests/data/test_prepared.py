@@ -13,16 +13,15 @@ import torch.utils.data
 import yaml
 
 from anodiff.data.phantom import PHANTOM_SETS
-from anodiff.data.prepared import (
-    PreparedSplit,
+from anodiff.data.preparation import (
     SliceRule,
     SplitRule,
-    load_prepared,
     prepare,
     prepare_phantom,
     prepare_recipe,
     read_recipe,
 )
+from anodiff.data.prepared import PreparedSplit, load_prepared
 from anodiff.data.processor import VolumeProcessor
 from anodiff.data.readers import SPLITS, Subject, read_volume_folders
 

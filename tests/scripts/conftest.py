@@ -71,10 +71,14 @@ class Workplace:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
         (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
 
-    def run(self, script: str, *arguments, processes: int = 0, check: bool = True) -> subprocess.CompletedProcess:
-        """Runs a script of the repository; with `processes`, through `accelerate launch` on the CPU."""
+    def run(
+        self, script: str, *arguments, processes: int = 0, check: bool = True, environment: dict | None = None
+    ) -> subprocess.CompletedProcess:
+        """Runs a script of the repository; with `processes`, through `accelerate launch` on the CPU. `environment` holds
+        variables beside those of this process."""
         command = [sys.executable, ROOT / f"{script}.py", *arguments]
-        environment = {**os.environ, "HF_HOME": str(self.folder / "home"), "OMP_NUM_THREADS": "1"}
+        own = {"HF_HOME": str(self.folder / "home"), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **own, **(environment or {})}
         if processes:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))

@@ -44,7 +44,9 @@ def test_console_command(capsys):
 
 
 def options(*arguments) -> TrainOptions:
-    return parse_options(TrainOptions, list(arguments), prog="train.py", description="", default_config="anoddpm_phantom.yaml")
+    return parse_options(
+        TrainOptions, list(arguments), prog="train.py", description="", default_config="anoddpm_phantom.yaml"
+    )
 
 
 def test_flags_win_over_the_file_whatever_their_order(tmp_path):

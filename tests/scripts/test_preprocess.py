@@ -108,12 +108,13 @@ def test_phantom(tmp_path, monkeypatch):
     # Two subjects instead of 32.
     monkeypatch.setitem(PHANTOM_SETS, "phantom-mini", {"train": ((None, 1),), "test": (("tumour", 1),)})
     monkeypatch.chdir(tmp_path)
-    assert main(["--phantom", "phantom-mini", "--phantom_anatomy", "geometric", "--out", "set"]) == 0
+    assert main(["--phantom", "phantom-mini", "--phantom_anatomy", "geometric", "--out", "set", "--root", "raw"]) == 0
     for name, subject in (("train", "healthy_0000"), ("test", "tumour_0001")):
         split = load_prepared("set", name)
         assert split.modalities == ("flair", "t1") and split.subjects == [subject]
-        assert split[0]["image"].shape == (2, 64, 64) and 8 <= len(split) <= 14
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "set"]
+        assert split[0]["image"].shape == (2, 64, 64) and 12 <= len(split) <= 22
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "raw", "set"]
+    assert sorted(path.name for path in Path("raw").iterdir()) == ["healthy_0000", "splits", "tumour_0001"]
 
 
 def test_help_does_not_wait_for_torch():
