@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from anodiff import VolumeProcessor
     from anodiff.configs import config_path
+    from anodiff.hub.model_card import make_card
+    from anodiff.hub.publishing import complete_folder
     from anodiff.training.objective_noise import NoiseObjective
     from anodiff.training.options import TrainOptions
 
@@ -53,7 +55,13 @@ def main(argv: list[str] | None = None) -> int:
     processor = VolumeProcessor.from_dict(config["processor"])
     objective = NoiseObjective.from_options(TrainOptions(**blocks), processor)
     # Only tensors are read: a pickle from elsewhere could run code.
+    if not Path(checkpoint).is_file():
+        raise SystemExit(f"error: there is no file {checkpoint}.")
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if options.key is not None and options.key not in state:
+        raise SystemExit(
+            f"error: {checkpoint} has no key {options.key!r}; it has {', '.join(map(str, list(state)[:8]))}."
+        )
     state = state if options.key is None else state[options.key]
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     try:
@@ -63,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
             f"error: {checkpoint} does not fit the network of {method}: {error}\nIf the weights lie under a key of the"
             f" checkpoint, name it with `--key`; keys there: {', '.join(map(str, list(state)[:8]))}, ..."
         ) from error
-    objective.export(objective.model.eval(), out)
+    pipeline = objective.export(objective.model.eval(), out)
+    complete_folder(out, str(make_card(pipeline, config=config)))
     print(f"Pipeline folder written to {out}")
     return 0
 

@@ -5,6 +5,7 @@
     python predict.py --model owner/two-modalities patient1/ patient2/ -o out    # flair.nii.gz, t1.nii.gz in each folder
 
 A folder stands for the scans in it: its files, or its sub-folders with one file per modality.
+Research use, not a medical device.
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = AnomalyPipeline.from_pretrained(options.model).to(device)
     pipeline.set_progress_bar_config(leave=False)
+    unknown = sorted(set(options.inference) - set(pipeline.default_settings()))
+    if unknown:
+        known = ", ".join(pipeline.default_settings())
+        raise SystemExit(
+            f"error: `inference` has no key {', '.join(unknown)}; {type(pipeline).__name__} takes {known}."
+        )
     scans, failed = find_scans(options.scans, list(pipeline.processor.config.modalities), options.brain)
     for scan in tqdm(scans, desc="scans", disable=len(scans) < 2):
         folder = Path(options.output) / scan.name
@@ -75,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise FileExistsError(f"{folder} already holds a result; `--overwrite` replaces it.")
             result = pipeline(
                 scan.volume,
+                brain_mask=scan.brain,
                 generator=options.seed,
                 batch_size=options.batch_size,
                 threshold=options.threshold,

@@ -39,12 +39,11 @@ def main(argv: list[str] | None = None) -> int:
 
     module, name = OBJECTIVES[options.method]
     try:
-        folder = fit(options, getattr(importlib.import_module(module), name))
+        fit(options, getattr(importlib.import_module(module), name))
     except PublishingError as error:
         # The training is done and on disk; only the upload is missing.
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"Pipeline written to {folder}")
     return 0
 
 

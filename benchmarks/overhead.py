@@ -68,7 +68,9 @@ def main() -> None:
         for t in range(evaluations):
             pipe.unet(sample, torch.full((batch,), t, device=options.device))
 
-    print(f"{options.device}, {torch.get_num_threads()} threads, {gflop:.1f} GFLOP per evaluation, {batch} slices in a batch")
+    print(
+        f"{options.device}, {torch.get_num_threads()} threads, {gflop:.1f} GFLOP per evaluation, {batch} slices in a batch"
+    )
     print("\n| noise | pipeline, s | bare network, s | overhead ratio |\n|---|---|---|---|")
     for noise_type in ("simplex", "gaussian"):
         pipe.scheduler = AnoDDPMScheduler(noise_type=noise_type)

@@ -37,12 +37,19 @@ def parse_options(
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--config", action="config", help="YAML file; a bare name is looked up in the package" + (f" (default: {default_config})" if default_config else ""))
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file; a bare name is looked up in the package"
+        + (f" (default: {default_config})" if default_config else ""),
+    )
     parser.add_class_arguments(options_class, skip={positional} if positional else None)
     if positional:
         parser.add_argument(positional, nargs="*", default=[])
 
     # jsonargparse lets the later of file and flag win; a file that comes first never overrides a flag.
+    # A switch may stand alone: `--overwrite` is `--overwrite=true`.
+    switches = {f"--{field.name}" for field in dataclasses.fields(options_class) if field.type in (bool, "bool")}
     files, flags = [], []
     arguments = iter(sys.argv[1:] if argv is None else argv)
     for argument in arguments:
@@ -51,6 +58,10 @@ def parse_options(
             files += ["--config", str(config_path(value if equals else next(arguments, "")))]
         else:
             flags.append((shorthands or {}).get(flag, flag) + equals + value)
+    flags = [
+        f"{flag}=true" if flag in switches and following.startswith("-") else flag
+        for flag, following in zip(flags, [*flags[1:], "-"], strict=True)
+    ]
     if default_config and not files:
         files = ["--config", str(config_path(default_config))]
     options = parser.instantiate(parser.parse_args(files + flags))

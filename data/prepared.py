@@ -221,7 +221,12 @@ def _cached_phantom(name: str) -> Path:
         made_by.update(module.read_bytes())
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "anodiff" / f"{name}-{made_by.hexdigest()[:16]}"
     if not folder.is_dir():
-        prepare_phantom(name, folder, recipe=recipe)
+        try:
+            prepare_phantom(name, folder, recipe=recipe)
+        except OSError:
+            # Another process may have been faster.
+            if not folder.is_dir():
+                raise
     return folder
 
 

@@ -10,10 +10,11 @@ from .volume import IMAGE_SUFFIXES, VOLUME_SUFFIXES
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan: a name for its results, what the pipeline is called with, and the path that a person gave."""
+    """One scan: a name for its results, what the pipeline is called with (volume and mask), the path that a person gave."""
 
     name: str
     volume: dict | Path
+    brain: Path | None
     source: Path
 
 
@@ -47,12 +48,8 @@ def find_scans(
     scans = []
     for (source, volume), stem in zip(found, stems, strict=True):
         name = stem if stems.count(stem) == 1 else f"{source.resolve().parent.name}_{stem}"
-        mask = source / brain if brain and source.is_dir() else source.parent / brain if brain else None
-        if mask is not None and not isinstance(volume, dict):
-            volume = {modalities[0]: volume} if len(modalities) == 1 else volume
-        if mask is not None and isinstance(volume, dict):
-            volume = {**volume, "brain": mask}
-        scans.append(Scan(name, volume, source))
+        folder = source if source.is_dir() else source.parent
+        scans.append(Scan(name, volume, folder / brain if brain else None, source))
     names = [scan.name for scan in scans]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

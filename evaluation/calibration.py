@@ -85,8 +85,9 @@ def yen_threshold(values: np.ndarray) -> float:
         `float`: centre of a bin; the value itself for a constant map, so that the mask is empty.
     """
     values = _finite("values", np.asarray(values).ravel())
-    if values.min() == values.max():
-        return float(values[0])
+    # Equal, or so nearly equal that 256 bins have no room between them.
+    if values.max() - values.min() <= 256 * np.spacing(max(abs(values.max()), abs(values.min()))):
+        return float(values.max())
     counts, edges = np.histogram(values, bins=256)
     share = counts / values.size
     # p: share of values up to a bin; square_low and square_high: sum of squared shares up to it and beyond it.

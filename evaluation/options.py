@@ -17,7 +17,7 @@ class EvalOptions:
     split: str = "test"
     """Split that is scored."""
     validation_split: str = "validation"
-    """Split that thresholds are chosen on."""
+    """Split that thresholds are chosen on; `none` for a set that has none."""
     output_dir: str = "outputs/eval"
     """Folder of the report; must not hold one already."""
     seed: int = 0
@@ -43,6 +43,6 @@ class EvalOptions:
     baselines: bool = True
     """Rows of the plain intensity and of trivial statistics, with the same post-processing."""
     training_population: str | None = None
-    """Who the model was trained on, for the record; from the checkpoint's configuration by default."""
+    """Who the models were trained on, for the record; from the recipe in the checkpoint by default."""
     keep_maps: bool = False
     """Keep the maps of every subject (npz) beside the report."""

@@ -72,22 +72,22 @@ def draw_cases(report: dict, rows: list[dict], split: PreparedSplit, path: Path)
     axes = figure.subplots(len(chosen), columns, squeeze=False)
     # One colour scale per method: cases stay comparable.
     cases = {
-        (row["name"], record["subject"]): Case.load(row["maps"] / "test" / f"{record['subject']}.npz")
-        for row in shown
+        (number, record["subject"]): Case.load(row["maps"] / "test" / f"{record['subject']}.npz")
+        for number, row in enumerate(shown)
         for _, record in chosen
     }
     for line, (title, record) in zip(axes, chosen, strict=True):
         item = split.read_subject(record["subject"])
-        first = cases[shown[0]["name"], record["subject"]]
+        first = cases[0, record["subject"]]
         mask = first.mask
         index = int(mask.sum((1, 2)).argmax()) if mask is not None and mask.any() else int(first.slice_scores.argmax())
         line[0].imshow(item["image"][index, 0], cmap="gray")
         line[0].set_title(f"{title}: {record['subject']}\nslice {item['slice'][index]}", fontsize=7)
         line[1].imshow(item["image"][index, 0], cmap="gray")
         line[1].set_title("reference" if mask is not None else "no reference mask", fontsize=7)
-        for axis, row in zip(line[2:], shown, strict=True):
-            case = cases[row["name"], record["subject"]]
-            top = max(np.quantile(cases[row["name"], other["subject"]].maps, 0.999) for _, other in chosen) or 1.0
+        for number, (axis, row) in enumerate(zip(line[2:], shown, strict=True)):
+            case = cases[number, record["subject"]]
+            top = max(np.quantile(cases[number, other["subject"]].maps, 0.999) for _, other in chosen) or 1.0
             axis.imshow(case.maps[index], cmap="inferno", vmin=0, vmax=top)
             own = next(entry for entry in row["subjects"] if entry["subject"] == record["subject"])
             value = own.get(key)

@@ -7,20 +7,23 @@ import platform
 import shutil
 import time
 from dataclasses import asdict, fields
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.logging import get_logger
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 import anodiff
 
 from ..data.prepared import PreparedSplit, load_prepared
 from ..data.processor import VolumeProcessor
-from ..pipelines.pipeline_utils import AnomalyPipeline
+from ..pipelines.pipeline_utils import NOT_FINITE, AnomalyPipeline
 from ..pipelines.postprocessing import PostProcessing
 from .baselines import intensity_map, slice_statistics
 from .options import EvalOptions
@@ -28,30 +31,27 @@ from .report import draw_cases, markdown_table
 from .scoring import Case, score_cases, score_statistic
 
 
-logger = get_logger(__name__)
-
-
 def evaluate(options: EvalOptions) -> dict:
     """
     Evaluates and writes `report.json`, `report.md` and `cases.png` into `options.output_dir`.
 
-    Subjects are dealt to the processes in turn. A slice's random numbers depend on the seed and on its number in its subject, so
-    that the maps do not depend on the number of processes. Maps go through files of the output folder, which all processes
+    Subjects are dealt to the processes in turn. A slice's random numbers depend on the seed and on its index in its volume, as in
+    a call of the pipeline, so that the maps do not depend on the number of processes. Maps go through files of the output folder, which all processes
     must see.
 
     Returns:
         `dict`: The report, on every process.
     """
-    accelerator = Accelerator(mixed_precision=None)
+    # The first process scores while the others wait; NCCL would give up after ten minutes.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
     output_dir = Path(options.output_dir)
     if (output_dir / "report.json").exists():
         raise FileExistsError(f"{output_dir} already holds a report. Choose another `--output_dir`, or move it away.")
     accelerator.wait_for_everyone()
     with accelerator.main_process_first():
-        splits = {
-            "validation": load_prepared(options.data, options.validation_split),
-            "test": load_prepared(options.data, options.split),
-        }
+        splits = {"test": load_prepared(options.data, options.split)}
+        if options.validation_split != "none":
+            splits["validation"] = load_prepared(options.data, options.validation_split)
     maps_dir = output_dir / "maps"
     rows = []
 
@@ -70,6 +70,7 @@ def evaluate(options: EvalOptions) -> dict:
                 "name": _row_name(model, pipeline),
                 "kind": "pipeline",
                 "model": model,
+                "training_population": options.training_population or _training_population(model),
                 "settings": settings,
                 "seconds_per_slice": seconds,
                 "maps": folder,
@@ -102,7 +103,7 @@ def evaluate(options: EvalOptions) -> dict:
             }
             row["metrics"], row["subjects"] = score_cases(
                 files["test"],
-                files["validation"],
+                files.get("validation", []),
                 min_component_size=row["settings"]["min_component_size"],
                 healthy_fpr=options.healthy_fpr,
             )
@@ -122,17 +123,16 @@ def evaluate(options: EvalOptions) -> dict:
 
 def _load_pipeline(model: str, options: EvalOptions, device: torch.device) -> AnomalyPipeline:
     pipeline = AnomalyPipeline.from_pretrained(model).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    if options.mixed_precision:
-        pipeline.enable_fast_inference(autocast=options.mixed_precision)
     unknown = sorted(set(options.inference) - set(pipeline.default_settings()))
     if unknown:
         known = ", ".join(pipeline.default_settings())
         raise ValueError(f"`inference` has no key {', '.join(unknown)}; {type(pipeline).__name__} takes {known}.")
     # Built anew, so that its constructor checks the values.
-    return type(pipeline)(
-        **pipeline.components, **_own_settings(pipeline) | _postprocessing_changes(options) | options.inference
-    )
+    settings = _own_settings(pipeline) | _postprocessing_changes(options) | options.inference
+    pipeline = type(pipeline)(**pipeline.components, **settings)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.enable_fast_inference(autocast=options.mixed_precision)
+    return pipeline
 
 
 def _postprocessing_changes(options: EvalOptions) -> dict:
@@ -168,7 +168,7 @@ def _pipeline_cases(
             start = time.perf_counter()
             images = torch.from_numpy(np.concatenate([item["image"] for item in waiting])).to(accelerator.device)
             brain = np.concatenate([item["brain"] for item in waiting])
-            numbers = np.concatenate([np.arange(len(item["image"])) for item in waiting])
+            numbers = np.concatenate([item["slice"] for item in waiting])
             active = np.flatnonzero(brain.any((1, 2)))
             maps = np.zeros(brain.shape, np.float32)
             maps[active] = (
@@ -183,6 +183,9 @@ def _pipeline_cases(
                 .cpu()
                 .numpy()
             )
+            if not np.isfinite(maps).all():
+                names = ", ".join(item["subject"] for item in waiting)
+                raise ValueError(f"{name}, {split_name}, subject(s) {names}: {NOT_FINITE}")
             offset = 0
             for item in waiting:
                 own = maps[offset : offset + len(item["image"])]
@@ -236,7 +239,7 @@ def _statistic_rows(splits: dict[str, PreparedSplit]) -> list[dict]:
         pooled = {
             key: tuple(np.concatenate(part) for part in zip(*pairs, strict=True)) for key, pairs in by_split.items()
         }
-        metrics = score_statistic(pooled["test"], pooled["validation"])
+        metrics = score_statistic(pooled["test"], pooled.get("validation"))
         rows.append({"name": name, "kind": "statistic", "settings": {}, "metrics": metrics, "subjects": []})
     return rows
 
@@ -264,11 +267,15 @@ def _report(options: EvalOptions, splits, processor: VolumeProcessor, rows: list
             "anomalous_slices": int((labels == 1).sum()),
         },
         "protocol": {
-            "training_population": options.training_population or _training_population(options, recipe),
+            "training_population": "; ".join(
+                f"{row['name']}: {row['training_population']}" for row in rows if row["kind"] == "pipeline"
+            )
+            or "no model was evaluated",
             "modality": ", ".join(settings["modalities"]),
             "unit_of_averaging": "pooled brain voxels; volume_dice: mean over subjects with lesion; slices and subjects for AUROC",
             "threshold_policy": "oracle: best pooled Dice on the test split; validation: best pooled Dice on the validation split;"
-            f" healthy: {options.healthy_fpr:g} of the voxels of healthy validation slices; yen: label-free, per subject",
+            f" healthy: {options.healthy_fpr:g} of the voxels of healthy validation slices; yen: label-free, per subject; all"
+            " chosen before small components are removed",
             "geometry": f"network grid {settings['size']}, plane {settings['plane']}, slices {recipe.get('slices', {})}",
             "preprocessing": ", ".join(
                 f"{key} {settings[key]}" for key in ("intensity", "value_range", "clip", "resize", "brain_mask")
@@ -277,7 +284,7 @@ def _report(options: EvalOptions, splits, processor: VolumeProcessor, rows: list
                 f"{row['name']}: " + (", ".join(f"{key} {value}" for key, value in row["settings"].items()) or "none")
                 for row in rows
             ),
-            "label_definition": "mask > 0; a slice is anomalous with one such pixel, a subject with one such slice",
+            "label_definition": _label_definition(split),
             "samples": f"{len(split.subjects)} subjects, {len(split)} slices, {int((labels == 1).sum())} of them anomalous",
         },
         "results": [{key: value for key, value in row.items() if key != "maps"} for row in rows],
@@ -288,10 +295,28 @@ def _report(options: EvalOptions, splits, processor: VolumeProcessor, rows: list
     }
 
 
-def _training_population(options: EvalOptions, recipe: dict) -> str:
-    rule = recipe.get("slices", {}).get("train", "all")
-    return {
+def _training_population(model: str) -> str:
+    """Who a checkpoint was trained on, from the recipe of its training data, which travels with the weights."""
+    path = Path(model) / "recipe.yaml"
+    if not Path(model).is_dir():
+        try:
+            path = Path(huggingface_hub.hf_hub_download(model, "recipe.yaml"))
+        except huggingface_hub.errors.EntryNotFoundError:
+            pass
+    if not path.is_file():
+        return "not recorded in the checkpoint; state it with --training_population"
+    recipe = yaml.safe_load(path.read_text())
+    rule = {
         "healthy_by_mask": "lesion-free slices of the training subjects, who may be ill",
         "healthy_by_label": "healthy training subjects",
         "all": "all slices of the training subjects",
-    }[rule]
+    }[recipe.get("slices", {}).get("train", "all")]
+    return f"{rule} ({recipe['source']})" if "source" in recipe else rule
+
+
+def _label_definition(split: PreparedSplit) -> str:
+    annotations = max(split.subject_info[subject]["annotations"] for subject in split.subjects)
+    if annotations == 0:
+        return "given per subject, no masks"
+    voxel = "mask > 0" if annotations == 1 else f"at least half of {annotations} annotations"
+    return f"voxel: {voxel}; a slice is anomalous with one annotated pixel, a subject with one such slice"

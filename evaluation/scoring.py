@@ -88,7 +88,7 @@ def score_cases(
     thresholds = _thresholds(pooled, validation, healthy_fpr)
     metrics = {
         "voxel_average_precision": pooled.average_precision() if pooled.num_positives else None,
-        "voxel_auroc": pooled.auroc() if pooled.num_positives else None,
+        "voxel_auroc": pooled.auroc() if pooled.num_positives and pooled.num_negatives else None,
     }
     totals = {policy: np.zeros(3) for policy in (*thresholds, "yen")}
     for case, record in zip(map(Case.load, test), records, strict=True):
@@ -120,9 +120,10 @@ def score_cases(
     return metrics, records
 
 
-def score_statistic(test: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray]) -> dict:
-    """Slice-level AUROC of a statistic `(scores, labels)`, in the direction that is better on the validation split."""
-    direction = _if_two_classes(auroc, *validation)
+def score_statistic(test: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray] | None) -> dict:
+    """Slice-level AUROC of a statistic `(scores, labels)`, in the direction that is better on the validation split (higher is
+    anomalous without one)."""
+    direction = None if validation is None else _if_two_classes(auroc, *validation)
     sign = -1.0 if direction is not None and direction < 0.5 else 1.0
     return {"slice_auroc": _if_two_classes(auroc, sign * test[0], test[1]), "direction": sign}
 

@@ -200,7 +200,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         evaluations = sum(members[batch[0][1]][0] if mode == "partial" else 1 for batch in batches)
 
         total = torch.zeros_like(slices)
-        with self.progress_bar(total=evaluations) as progress:
+        with self.progress_bar(total=evaluations) as progress, self.autocast():
             for batch in batches:
                 rows = torch.tensor([row for row, _ in batch], device=slices.device)
                 numbers = [indices[row] * len(members) + member for row, member in batch]

@@ -80,4 +80,4 @@ class AnomalyOutput(BaseOutput):
                 if array is not None:
                     nib.save(self.source.image(array), folder / f"{name}.nii.gz")
         with open(folder / "result.json", "w") as file:
-            json.dump(record, file, indent=2)
+            json.dump(record, file, indent=2, allow_nan=False)

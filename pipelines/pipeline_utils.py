@@ -16,6 +16,9 @@ from .pipeline_output import AnomalyOutput
 from .postprocessing import PostProcessing
 
 
+NOT_FINITE = (
+    "The network gave NaN or infinite values: the checkpoint is damaged, or float16 overflowed (use bf16 or float32)."
+)
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -92,11 +95,15 @@ class AnomalyPipeline(DiffusionPipeline):
         """The post-processing that the configuration holds."""
         return PostProcessing(**{field.name: self.config[field.name] for field in fields(PostProcessing)})
 
+    def autocast(self):
+        """Context of all evaluations of a call. Opened once: autocast then converts the weights once, and everything between two
+        evaluations is elementwise and stays float32."""
+        device = self._execution_device.type
+        return torch.autocast(device, self._autocast_dtype) if self._autocast_dtype else nullcontext()
+
     def predict_noise(self, sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """One evaluation of the network: `(B, C, H, W)` and `(B,)` to float32 `(B, C, H, W)`."""
-        autocast = torch.autocast(sample.device.type, self._autocast_dtype) if self._autocast_dtype else nullcontext()
-        with autocast:
-            return self.unet(sample.to(self.unet.dtype), timesteps).sample.to(sample.dtype)
+        return self.unet(sample.to(self.unet.dtype), timesteps).sample.to(sample.dtype)
 
     def prepare_volume(self, volume, brain_mask=None) -> PreparedSlices:
         """Brings whatever a volume may be to slices on the device. A tensor `(N, C, H, W)` counts as processed: all of it is
@@ -132,6 +139,8 @@ class AnomalyPipeline(DiffusionPipeline):
     ) -> AnomalyOutput:
         """Filters maps `(N, H, W)` as the checkpoint says, scores them, and brings everything onto the grid of the input."""
         brain = prepared.brain.cpu().numpy()
+        if not torch.isfinite(maps).all():
+            raise ValueError(NOT_FINITE)
         postprocessing = self.postprocessing
         filtered = postprocessing.filter(maps.cpu().numpy(), brain)
         slice_scores = postprocessing.score_slices(filtered, brain)
@@ -176,8 +185,8 @@ def resolve_seed(generator: int | torch.Generator | None) -> int:
         return 0
     if isinstance(generator, torch.Generator):
         return generator.initial_seed()
-    if isinstance(generator, int) and not isinstance(generator, bool) and generator >= 0:
-        return generator
+    if isinstance(generator, (int, np.integer)) and not isinstance(generator, bool) and generator >= 0:
+        return int(generator)
     raise TypeError(f"`generator` must be an integer >= 0, a torch.Generator or None, got {generator!r}.")
 
 

@@ -55,7 +55,8 @@ class PostProcessing:
     def mask(self, maps: np.ndarray, threshold: float, voxels_per_network_voxel: float = 1.0) -> np.ndarray:
         """`maps > threshold` without components that are too small, bool; for maps on another grid than the network's, tell
         how many of their voxels one network voxel is."""
-        min_size = int(np.ceil(self.min_component_size * voxels_per_network_voxel))
+        # Spacings of an affine are rarely exact: 10.000000000000002 voxels are 10.
+        min_size = int(np.ceil(self.min_component_size * voxels_per_network_voxel - 1e-6))
         return remove_small_components(maps > threshold, min_size, 3)
 
     def score(self, maps: np.ndarray, brain: np.ndarray) -> float:
@@ -145,6 +146,9 @@ def remove_small_components(mask: np.ndarray, min_size: int, dimensions: int) ->
         raise ValueError(f"`mask` must have shape (N, H, W), got {mask.shape}.")
     if min_size < 0:
         raise ValueError(f"`min_size` must not be negative, got {min_size}.")
+    if min_size <= 1:
+        _check_dimensions(dimensions)
+        return mask
     structure = np.ones((3, 3, 3)) if _check_dimensions(dimensions) == 3 else _in_slice(connectivity=2)
     labels, _ = ndimage.label(mask, structure=structure)
     keep = np.bincount(labels.ravel()) >= min_size

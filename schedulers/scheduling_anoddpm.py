@@ -30,7 +30,7 @@ class AnoDDPMSchedulerOutput(BaseOutput):
 
 class AnoDDPMScheduler(SchedulerMixin, ConfigMixin):
     r"""
-    The diffusion process of AnoDDPM (Wyatt et al., CVPRW 2022, https://arxiv.org/abs/2206.15174) and of brain_damage: an ordinary
+    The diffusion process of AnoDDPM (Wyatt et al., CVPRW 2022, pp. 650-656) and of brain_damage: an ordinary
     DDPM chain whose noise may be multi-octave simplex noise, walked from a part of the chain only.
 
     Timesteps are 0-based: t = 0, ..., T - 1, x_t holds the noise of t + 1 steps. A noise level of L noises to t = L - 1 and
@@ -71,9 +71,14 @@ class AnoDDPMScheduler(SchedulerMixin, ConfigMixin):
     ):
         if noise_type not in NOISE_TYPES:
             raise ValueError(f"`noise_type` must be one of {', '.join(NOISE_TYPES)}, got {noise_type!r}.")
-        if not num_train_timesteps >= 1:
-            raise ValueError(f"`num_train_timesteps` must be at least 1, got {num_train_timesteps}.")
+        if not num_train_timesteps >= 2:
+            raise ValueError(f"`num_train_timesteps` must be at least 2, got {num_train_timesteps}.")
         self.betas = _betas(beta_schedule, num_train_timesteps)
+        if not self.betas.max() < 1:
+            raise ValueError(
+                f"`num_train_timesteps` must be above 20 for the schedule {beta_schedule!r}, whose betas reach"
+                f" {self.betas.max():g} with {num_train_timesteps}; they must stay below 1."
+            )
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, 0)
         previous = torch.cat([torch.ones(1, dtype=self.betas.dtype), self.alphas_cumprod[:-1]])
         # DDPM eq. 7: the posterior q(x_{t-1} | x_t, x_0) has the mean original_weight * x_0 + sample_weight * x_t.

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,7 @@ import torch
 import torch.utils.data
 import yaml
 from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
@@ -31,9 +31,6 @@ from ..hub.model_card import make_card
 from ..hub.publishing import complete_folder, push_folder
 from .augmentation import augment
 from .options import TrainOptions
-
-
-logger = get_logger(__name__)
 
 
 class SampleStream(torch.utils.data.Dataset):
@@ -124,6 +121,8 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         log_with=None if loop.report_to == "none" else loop.report_to,
         project_dir=output_dir,
         step_scheduler_with_optimizer=False,
+        # The first process may be busy for long while the others wait: a phantom is made, a card is written.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     _check_options(options, output_dir)
     set_seed(loop.seed)
@@ -131,7 +130,14 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
     # 1. Data. The first process makes a phantom or fills a cache, the others then find it.
     with accelerator.main_process_first():
         train_split = load_prepared(options.data.path, options.data.train_split)
-        validation_split = load_prepared(options.data.path, options.data.validation_split)
+        validation_split = None
+        if loop.validate_every:
+            validation_split = load_prepared(options.data.path, options.data.validation_split)
+            if not (validation_split.labels != 1).any():
+                raise ValueError(
+                    f"The split `{options.data.validation_split}` holds no healthy slice to validate on: name another with"
+                    " `--data.validation_split`, or switch validation off with `--train.validate_every 0`."
+                )
     processor = VolumeProcessor.from_dict(train_split.processor_settings)
     VolumeProcessor.from_dict({**processor.settings(), **options.processor})  # unknown keys and values
     processor.check_equal(options.processor, "the block `processor` of the configuration asks for")
@@ -153,6 +159,7 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         num_training_steps=optim.lr_total_steps or loop.max_steps,
     )
     model, optimizer = accelerator.prepare(objective.model, optimizer)
+    set_seed(loop.seed, device_specific=True)  # dropout differs between processes
     progress = Progress(loop.batch_size * accelerator.num_processes * loop.gradient_accumulation_steps)
     accelerator.register_for_checkpointing(lr_scheduler, progress)
     ema = None
@@ -167,9 +174,15 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
     if loop.resume:
         checkpoint = _find_checkpoint(loop.resume, output_dir)
         accelerator.load_state(checkpoint)
-        logger.info(f"Resumed from {checkpoint} at step {progress.step}.")
+        # Checkpoints lie between optimizer steps; accelerate would go on counting forward passes where it was, which is
+        # wrong under another accumulation. And it loads the average to the CPU.
+        accelerator.step = 0
+        if ema is not None:
+            ema.to(accelerator.device)
+        accelerator.print(f"Resumed from {checkpoint} at step {progress.step}.")
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
+        _forget_later_entries(output_dir / "log.jsonl", progress.step)
         (output_dir / "config.yaml").write_text(yaml.safe_dump(_plain(options), sort_keys=False))
     if loop.report_to != "none":
         accelerator.init_trackers("logs")
@@ -184,6 +197,8 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
             accelerator.process_index,
         ),
         collate_fn=_as_tensors,
+        # A generator of its own: starting a loader draws from the global one, which dropout draws from too.
+        generator=torch.Generator(),
         num_workers=options.data.num_workers,
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=options.data.num_workers > 0,
@@ -218,7 +233,9 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         progress.step += 1
         bar.update()
 
-        if progress.step % loop.log_every == 0 or progress.step == loop.max_steps:
+        last = progress.step == loop.max_steps
+        saves = last or (loop.checkpoint_every and progress.step % loop.checkpoint_every == 0)
+        if saves or progress.step % loop.log_every == 0:
             value = accelerator.reduce(step_loss, "mean").item()
             if not np.isfinite(value):
                 raise FloatingPointError(
@@ -228,9 +245,9 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
             _log(accelerator, output_dir, progress.step, {"loss": value, "lr": lr_scheduler.get_last_lr()[0]})
             bar.set_postfix(loss=f"{value:.4f}")
         step_loss = torch.zeros_like(step_loss)
-        if loop.validate_every and (progress.step % loop.validate_every == 0 or progress.step == loop.max_steps):
+        if loop.validate_every and (last or progress.step % loop.validate_every == 0):
             _validate(accelerator, objective, model, ema, validation_split, options, progress.step)
-        if progress.step == loop.max_steps or (loop.checkpoint_every and progress.step % loop.checkpoint_every == 0):
+        if saves:
             _save_checkpoint(accelerator, output_dir, progress.step, loop.checkpoint_limit)
     bar.close()
 
@@ -243,22 +260,27 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
     if accelerator.is_main_process:
         unwrapped.eval()
         pipeline = objective.export(unwrapped, folder)
-        shutil.copyfile(output_dir / "config.yaml", folder / "config.yaml")
+        published = _published(options)
+        (folder / "config.yaml").write_text(yaml.safe_dump(published, sort_keys=False))
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(train_split.recipe, sort_keys=False))
         card = make_card(
             pipeline,
             repo_id=loop.push_to_hub,
-            config=_plain(options),
+            config=published,
             recipe=train_split.recipe,
             data_summary={
                 name: {"subjects": len(split.subjects), "slices": len(split)}
                 for name, split in (("train", train_split), ("validation", validation_split))
+                if split is not None
             },
         )
         complete_folder(folder, str(card))
     accelerator.wait_for_everyone()
     accelerator.end_training()  # takes the process group down: nothing waits for anybody from here on
-    if accelerator.is_main_process and loop.push_to_hub:
-        logger.info(f"Pushed to {push_folder(folder, loop.push_to_hub)}")
+    if accelerator.is_main_process:
+        print(f"Pipeline written to {folder}")
+        if loop.push_to_hub:
+            print(f"Pushed to {push_folder(folder, loop.push_to_hub)}")
     return folder
 
 
@@ -266,8 +288,6 @@ def _validate(accelerator, objective, model, ema, split: PreparedSplit, options:
     """Loss of the averaged weights on fixed healthy slices with fixed noise, spread over the processes, and a picture."""
     loop, device = options.train, accelerator.device
     healthy = np.flatnonzero(split.labels != 1)
-    if healthy.size == 0:
-        raise ValueError(f"The split `{options.data.validation_split}` holds no healthy slice to validate on.")
     chosen = healthy[np.linspace(0, healthy.size - 1, min(loop.validation_slices, healthy.size)).astype(int)]
     unwrapped = accelerator.unwrap_model(model)
     if ema is not None:
@@ -286,7 +306,8 @@ def _validate(accelerator, objective, model, ema, split: PreparedSplit, options:
             shown = chosen[np.linspace(0, len(chosen) - 1, min(6, len(chosen))).astype(int)].tolist()
             images = torch.from_numpy(split.__getitems__(shown)["image"]).float().to(device)
             rows = objective.preview(unwrapped, images, sample_generators(loop.seed, 2, shown, device))
-            _draw_preview(rows, Path(loop.output_dir) / "samples" / f"step-{step:07d}.png")
+            low, high = objective.processor.config.value_range
+            _draw_preview(rows, (low, high), Path(loop.output_dir) / "samples" / f"step-{step:07d}.png")
     if ema is not None:
         ema.restore(unwrapped.parameters())
     unwrapped.train()
@@ -294,7 +315,7 @@ def _validate(accelerator, objective, model, ema, split: PreparedSplit, options:
     _log(accelerator, Path(loop.output_dir), step, {"validation_loss": losses.mean().item()})
 
 
-def _draw_preview(rows: dict[str, torch.Tensor], path: Path) -> None:
+def _draw_preview(rows: dict[str, torch.Tensor], value_range: tuple[float, float], path: Path) -> None:
     from matplotlib.figure import Figure
 
     columns = len(next(iter(rows.values())))
@@ -303,7 +324,7 @@ def _draw_preview(rows: dict[str, torch.Tensor], path: Path) -> None:
     for row, (title, images) in zip(axes, rows.items(), strict=True):
         row[0].set_title(title, loc="left", fontsize=8)
         for axis, image in zip(row, images.float().cpu().numpy(), strict=True):
-            axis.imshow(image[0], cmap="gray", vmin=-1, vmax=1)
+            axis.imshow(image[0], cmap="gray", vmin=value_range[0], vmax=value_range[1])
             axis.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
@@ -351,9 +372,11 @@ def _find_checkpoint(resume: str, output_dir: Path) -> Path:
 
 def _check_options(options: TrainOptions, output_dir: Path) -> None:
     loop, optim = options.train, options.optim
-    for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_limit"):
-        if getattr(loop, name) < 1:
-            raise ValueError(f"`train.{name}` must be at least 1, got {getattr(loop, name)}.")
+    at_least_one = ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_limit")
+    for names, smallest in (((*at_least_one, "validation_slices"), 1), (("validate_every", "checkpoint_every"), 0)):
+        for name in names:
+            if getattr(loop, name) < smallest:
+                raise ValueError(f"`train.{name}` must be at least {smallest}, got {getattr(loop, name)}.")
     schedules = [schedule.value for schedule in SchedulerType]
     if optim.lr_scheduler not in schedules:
         raise ValueError(f"`optim.lr_scheduler` must be one of {', '.join(schedules)}, got {optim.lr_scheduler!r}.")
@@ -367,6 +390,22 @@ def _check_options(options: TrainOptions, output_dir: Path) -> None:
 def _plain(options: TrainOptions) -> dict:
     # Through JSON: tuples become lists, as they are read.
     return json.loads(json.dumps(dataclasses.asdict(options)))
+
+
+def _published(options: TrainOptions) -> dict:
+    """The configuration as it travels with the weights: without folders of this machine."""
+    config = _plain(options)
+    if Path(options.data.path).exists():
+        config["data"]["path"] = Path(options.data.path).name
+    config["train"] |= {"output_dir": Path(options.train.output_dir).name, "resume": None}
+    return config
+
+
+def _forget_later_entries(path: Path, step: int) -> None:
+    """Drops what a run logged after the checkpoint that it is resumed from: it will be logged again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def _as_tensors(batch: dict) -> dict:

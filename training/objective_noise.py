@@ -123,7 +123,7 @@ class NoiseObjective:
             "slice": images,
             f"noised, t = {level - 1}": sample,
             "one-shot reconstruction": reconstruction,
-            "difference": (images - reconstruction).abs() - 1,
+            "difference": (images - reconstruction).abs() + self.processor.config.value_range[0],
         }
 
     def export(self, model: torch.nn.Module, folder: str | Path) -> AnoDDPMPipeline:

@@ -29,7 +29,7 @@ def tiny_pipeline(modalities=("flair",), brain_mask="nonzero", **inference):
     )
     processor = VolumeProcessor(modalities=modalities, size=(8, 8), brain_mask=brain_mask)
     pipeline = AnoDDPMPipeline(
-        unet, AnoDDPMScheduler(num_train_timesteps=10), processor, **{"noise_level": 2, **inference}
+        unet, AnoDDPMScheduler(num_train_timesteps=100), processor, **{"noise_level": 2, **inference}
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -8,13 +8,13 @@ from anodiff import AnoDDPMScheduler
 
 SHAPE = (3, 2, 16, 16)
 SCHEDULERS = {
-    "simplex": lambda: AnoDDPMScheduler(num_train_timesteps=20),
-    "simplex, timestep": lambda: AnoDDPMScheduler(num_train_timesteps=20, z="timestep"),
+    "simplex": lambda: AnoDDPMScheduler(num_train_timesteps=25),
+    "simplex, timestep": lambda: AnoDDPMScheduler(num_train_timesteps=25, z="timestep"),
     "gaussian, cosine": lambda: AnoDDPMScheduler(
-        num_train_timesteps=20, beta_schedule="cosine", noise_type="gaussian"
+        num_train_timesteps=25, beta_schedule="cosine", noise_type="gaussian"
     ),
     "brain_damage": lambda: AnoDDPMScheduler(
-        num_train_timesteps=20, beta_schedule="cosine_clipped", wavelength=32, normalize="per_image"
+        num_train_timesteps=25, beta_schedule="cosine_clipped", wavelength=32, normalize="per_image"
     ),
 }
 
@@ -65,7 +65,7 @@ def test_tuple_equals_output(scheduler):
 def test_shape_and_dtype_are_kept(scheduler, dtype):
     sample, model_output = (tensor.to(dtype) for tensor in tensors())
     output = scheduler.step(model_output, 3, sample, generator=generators())
-    noised = scheduler.add_noise(sample, model_output, torch.tensor([0, 5, 19]))
+    noised = scheduler.add_noise(sample, model_output, torch.tensor([0, 5, 24]))
     for tensor in (output.prev_sample, output.pred_original_sample, noised):
         assert tensor.shape == SHAPE and tensor.dtype == dtype
 
@@ -89,8 +89,8 @@ def test_grid_is_leading_and_zero_based(scheduler):
     scheduler.set_timesteps(5)
     assert scheduler.timesteps.tolist() == [4, 3, 2, 1, 0]
     scheduler.set_timesteps()
-    assert scheduler.timesteps.tolist() == list(range(19, -1, -1))
-    assert len(scheduler) == 20
+    assert scheduler.timesteps.tolist() == list(range(24, -1, -1))
+    assert len(scheduler) == 25
 
 
 def test_last_step_adds_no_noise(scheduler):
@@ -109,15 +109,17 @@ def test_one_shot_inverts_add_noise(scheduler):
 
 def test_wrong_arguments():
     sample, model_output = tensors()
-    scheduler = AnoDDPMScheduler(20)
+    scheduler = AnoDDPMScheduler(num_train_timesteps=25)
     with pytest.raises(ValueError, match="either `variance_noise` or `generator`"):
         scheduler.step(model_output, 3, sample, variance_noise=sample, generator=generators())
     with pytest.raises(ValueError, match="needs a `generator`"):
         scheduler.step(model_output, 3, sample)
     with pytest.raises(ValueError, match="one entry per sample"):
         scheduler.step(model_output, 3, sample, generator=generators(2))
-    with pytest.raises(ValueError, match="between 1 and 20, got 21"):
-        scheduler.set_timesteps(21)
+    with pytest.raises(ValueError, match="between 1 and 25, got 26"):
+        scheduler.set_timesteps(26)
+    with pytest.raises(ValueError, match="must be above 20 for the schedule 'linear'"):
+        AnoDDPMScheduler(num_train_timesteps=10)
     with pytest.raises(ValueError, match="`beta_schedule` must be one of linear, cosine"):
         AnoDDPMScheduler(beta_schedule="sigmoid")
     with pytest.raises(ValueError, match="`noise_type` must be one of gaussian, simplex"):

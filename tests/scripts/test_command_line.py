@@ -135,3 +135,13 @@ def test_named_configurations_resolve_and_run_two_steps(name, tmp_path, monkeypa
         assert pipe.config[key] == value
     for key, value in config["scheduler"].items():
         assert pipe.scheduler.config[key] == value
+
+
+def test_switches_stand_alone_or_take_a_value():
+    from anodiff.predict import PredictOptions
+
+    def overwrite(*arguments):
+        return parse_options(PredictOptions, list(arguments), prog="", description="", positional="scans").overwrite
+
+    assert overwrite("--overwrite") and overwrite("--overwrite", "--seed", "1") and overwrite("--overwrite", "true")
+    assert overwrite("--overwrite=true") and not overwrite("--overwrite", "false") and not overwrite("a.nii")

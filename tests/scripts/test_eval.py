@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from anodiff.data.prepared import load_prepared
 from anodiff.evaluation.metrics import average_precision
 from anodiff.evaluation.scoring import Case
 
@@ -29,7 +30,7 @@ def reports(workplace, trained):
         workplace.run(
             "eval",
             *["--model", f"{trained}/pipeline", "--data", "prepared", "--output_dir", f"eval{processes}"],
-            *["--keep_maps", "true", "--batch_size", 5],
+            *["--keep_maps", "--batch_size", 5],
             processes=processes,
         )
         made[processes] = json.loads((workplace.folder / f"eval{processes}" / "report.json").read_text())
@@ -66,7 +67,9 @@ def test_report(workplace, reports):
     assert rows["intensity of flair"]["settings"]["median_size"] == 3
     assert rows["AnoDDPM (one)"]["seconds_per_slice"] > 0
     table = (workplace.folder / "eval1" / "report.md").read_text()
-    assert "| AnoDDPM (one) |" in table and "**training population**: healthy training subjects" in table
+    assert (
+        "| AnoDDPM (one) |" in table and "**training population**: AnoDDPM (one): healthy training subjects" in table
+    )
     assert (workplace.folder / "eval1" / "cases.png").stat().st_size > 20_000
 
 
@@ -80,6 +83,34 @@ def test_metrics_are_those_of_the_maps(workplace, reports):
     predicted = scores > np.float32(metrics["threshold_validation"])
     dice = 2 * (predicted & labels).sum() / (predicted.sum() + labels.sum())
     assert metrics["dice_validation"] == pytest.approx(dice)
+
+
+def test_maps_are_those_of_a_call_with_the_volume(workplace, trained, reports):
+    from anodiff import AnomalyPipeline
+
+    pipe = AnomalyPipeline.from_pretrained(workplace.folder / trained / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    raw = workplace.folder / "raw" / "test_1"
+    processed = pipe.processor.preprocess({name: raw / f"{name}.nii.gz" for name in ("flair", "t1", "brain")})
+    whole = pipe(processed.slices, brain_mask=processed.brain, threshold=None)
+    case = Case.load(workplace.folder / "eval1" / "maps" / "00" / "test" / "test_1.npz")
+    kept = load_prepared(workplace.folder / "prepared", "test").read_subject("test_1")["slice"]
+    # The filter is two-dimensional, so leaving slices out changes nothing.
+    expected = whole.anomaly_map.numpy()[kept]
+    np.testing.assert_allclose(case.maps, expected, rtol=0, atol=1e-5 * expected.max())
+
+
+def test_a_set_without_validation_split(workplace, trained):
+    workplace.run(
+        "eval",
+        *["--model", f"{trained}/pipeline", "--data", "prepared", "--validation_split", "none"],
+        *["--output_dir", "alone", "--mixed_precision", "bf16", "--inference.mode", "one_shot"],
+    )
+    report = json.loads((workplace.folder / "alone" / "report.json").read_text())
+    metrics = report["results"][0]["metrics"]
+    assert metrics["dice_validation"] is None and metrics["dice_healthy"] is None
+    assert metrics["dice_oracle"] is not None and metrics["dice_yen"] is not None
+    assert "healthy training subjects" in report["protocol"]["training_population"]
 
 
 def test_two_processes_equal_one(workplace, reports):

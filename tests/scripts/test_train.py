@@ -51,6 +51,10 @@ def test_a_run_leaves_a_complete_pipeline(workplace, trained):
     assert config["train"]["max_steps"] == 4 and config["optim"]["max_grad_norm"] == 1.0
     card = (folder / "README.md").read_text()
     assert "not a medical device" in card and "AnoDDPM" in card and "healthy_by_label" in card
+    # Nothing of this machine travels with the weights.
+    for path in folder.rglob("*"):
+        assert path.suffix == ".safetensors" or path.is_dir() or str(workplace.folder) not in path.read_text()
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["slices"]["train"] == "healthy_by_label"
     assert (folder / "pipeline.py").read_text().startswith("from anodiff import AnoDDPMPipeline")
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
     assert list((run / "logs").glob("events*"))
@@ -88,6 +92,46 @@ def test_accumulation_equals_a_large_batch(workplace, trained):
     )
     assert_same_losses(workplace, "accumulated", trained)
     assert not (workplace.folder / "accumulated" / "logs").exists()
+
+
+def test_another_division_of_the_same_batch_can_resume(workplace, trained):
+    options = ["--config", "tiny.yaml", "--data", "prepared", "--train.output_dir", "divided"]
+    # One step, so that accelerate's own count of forward passes would be out of step with the new division.
+    first = ["--train.max_steps", 1, "--optim.lr_total_steps", 4]
+    workplace.run("train", *options, *first)
+    again = ["--train.resume", "latest", "--train.batch_size", 1, "--train.gradient_accumulation_steps", 4]
+    done = workplace.run("train", *options, *again)
+    assert "Resumed from" in done.stdout
+    losses = log(workplace, "divided")["loss"]
+    for step, value in log(workplace, trained)["loss"].items():
+        assert losses[step] == pytest.approx(value, rel=1e-5, abs=1e-5)
+
+
+def test_dropout_is_resumed_exactly_and_the_log_has_every_step_once(workplace):
+    options = ["--config", "tiny.yaml", "--data", "prepared", "--unet.dropout", 0.5, "--train.validate_every", 0]
+    options += ["--train.report_to", "none"]
+    workplace.run("train", *options, "--train.output_dir", "dropout")
+    part = ["--train.output_dir", "dropout_part"]
+    workplace.run("train", *options, *part, "--train.max_steps", 3, "--optim.lr_total_steps", 4)
+    # As if the run had died in step 4, after its checkpoint of step 2.
+    middle = str(workplace.folder / "dropout_part" / "checkpoints" / "step-0000002")
+    workplace.run("train", *options, *part, "--train.resume", middle)
+    lines = (workplace.folder / "dropout_part" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert log(workplace, "dropout_part")["loss"] == log(workplace, "dropout")["loss"]
+
+
+def test_a_broken_loss_is_never_saved(workplace):
+    done = workplace.run(
+        "train",
+        *["--config", "tiny.yaml", "--data", "prepared", "--train.output_dir", "nan", "--train.checkpoint_every", 1],
+        *["--train.log_every", 100, "--optim.learning_rate", "1e30", "--optim.lr_scheduler", "constant"],
+        *["--train.validate_every", 0, "--optim.max_grad_norm", 0, "--train.report_to", "none"],
+        check=False,
+    )
+    assert done.returncode != 0 and "The loss is nan" in done.stderr
+    (saved,) = (workplace.folder / "nan" / "checkpoints").iterdir()
+    assert saved.name == "step-0000001"
 
 
 def test_another_global_batch_cannot_resume(workplace, trained):
