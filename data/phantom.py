@@ -33,6 +33,10 @@ CORE_MEANS = {"t1": 0.25, "t2": 0.95, "flair": 0.45}
 DISPLACEMENT = ((60.0, 3.0), (28.0, 1.5), (14.0, 0.6))  # knot spacing and standard deviation, mm
 
 # Number of subjects per split and kind, `None` is healthy: volume-level AUROC needs healthy ones in every test.
+# Seed of the data sets: with it the tumours and strokes of phantom-mini's validation and test splits have 2 to 29 ml, so that
+# they can be seen at 64 pixels; with others some have less than a millilitre.
+SET_SEED = 11
+
 PHANTOM_SETS = {
     "phantom-mini": {
         "train": ((None, 16),),
@@ -551,7 +555,7 @@ def write_phantom(
     folder: str | Path,
     name: str = "phantom-mini",
     *,
-    seed: int = 0,
+    seed: int = SET_SEED,
     anatomy: str = "mni152",
     spacing: float = 2.0,
     contrast: float = 1.0,

@@ -24,7 +24,7 @@ from datasets.features.features import numpy_to_pyarrow_listarray
 from tqdm.auto import tqdm
 
 from .geometry import Geometry
-from .phantom import write_phantom
+from .phantom import SET_SEED, write_phantom
 from .processor import VolumeProcessor
 from .readers import SPLITS, Subject, read_image_folders, read_volume_folders
 from .volume import read_volume
@@ -296,7 +296,7 @@ def prepare_phantom(
     *,
     recipe: dict | None = None,
     anatomy: str = "mni152",
-    seed: int = 0,
+    seed: int = SET_SEED,
     raw: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
