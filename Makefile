@@ -17,7 +17,7 @@ demo: $(BIN)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/python preprocess.py --phantom phantom-mini --root $(DEMO)/raw --out $(DEMO)/prepared
 	$(BIN)/accelerate launch --num_processes 1 train.py --data $(DEMO)/prepared --train.output_dir $(DEMO)/train
-	$(BIN)/accelerate launch --num_processes 1 eval.py --model $(DEMO)/train/pipeline --data $(DEMO)/prepared --output_dir $(DEMO)/eval
+	$(BIN)/accelerate launch --num_processes 1 eval.py --model $(DEMO)/train/pipeline --data $(DEMO)/prepared --output_dir $(DEMO)/eval --set_threshold validation
 	$(BIN)/python predict.py --model $(DEMO)/train/pipeline $(DEMO)/raw/tumour_0028 $(DEMO)/raw/stroke_0031 --brain brain.nii.gz -o $(DEMO)/maps
 	@cat $(DEMO)/eval/report.md
 	@echo "Pictures: $(DEMO)/eval/cases.png, $(DEMO)/maps/*/overview.png; NIfTI maps: $(DEMO)/maps/*/anomaly_map.nii.gz"

@@ -44,5 +44,7 @@ class EvalOptions:
     """Rows of the plain intensity and of trivial statistics, with the same post-processing."""
     training_population: str | None = None
     """Who the models were trained on, for the record; from the recipe in the checkpoint by default."""
+    set_threshold: str | None = None
+    """Store the threshold of this policy (validation or healthy) in the checkpoint folders."""
     keep_maps: bool = False
     """Keep the maps of every subject (npz) beside the report."""

@@ -47,6 +47,7 @@ def evaluate(options: EvalOptions) -> dict:
     output_dir = Path(options.output_dir)
     if (output_dir / "report.json").exists():
         raise FileExistsError(f"{output_dir} already holds a report. Choose another `--output_dir`, or move it away.")
+    _check_set_threshold(options)
     accelerator.wait_for_everyone()
     with accelerator.main_process_first():
         splits = {"test": load_prepared(options.data, options.split)}
@@ -115,10 +116,35 @@ def evaluate(options: EvalOptions) -> dict:
             row.pop("maps", None)
         (output_dir / "report.md").write_text(markdown_table(report))
         (output_dir / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False))
+        if options.set_threshold:
+            for row in rows:
+                if row["kind"] == "pipeline":
+                    _set_threshold(Path(row["model"]), row["metrics"][f"threshold_{options.set_threshold}"])
         if not options.keep_maps:
             shutil.rmtree(maps_dir, ignore_errors=True)
     accelerator.wait_for_everyone()
     return json.loads((output_dir / "report.json").read_text())
+
+
+def _check_set_threshold(options: EvalOptions) -> None:
+    if options.set_threshold is None:
+        return
+    if options.set_threshold not in ("validation", "healthy"):
+        raise ValueError(f"`set_threshold` must be validation or healthy, got {options.set_threshold!r}.")
+    if options.inference or _postprocessing_changes(options):
+        raise ValueError(
+            "`set_threshold` needs the checkpoint's own settings: leave `inference` and post-processing out."
+        )
+    remote = [model for model in options.model if not Path(model).is_dir()]
+    if remote:
+        raise ValueError(f"`set_threshold` needs checkpoint folders, got {', '.join(remote)}.")
+
+
+def _set_threshold(folder: Path, threshold: float | None) -> None:
+    if threshold is None:
+        raise ValueError("`set_threshold`: the validation split does not allow this policy, no threshold was stored.")
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"threshold": threshold}, indent=2) + "\n")
 
 
 def _load_pipeline(model: str, options: EvalOptions, device: torch.device) -> AnomalyPipeline:

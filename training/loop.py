@@ -125,7 +125,6 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     _check_options(options, output_dir)
-    set_seed(loop.seed)
 
     # 1. Data. The first process makes a phantom or fills a cache, the others then find it.
     with accelerator.main_process_first():
@@ -142,7 +141,7 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
     VolumeProcessor.from_dict({**processor.settings(), **options.processor})  # unknown keys and values
     processor.check_equal(options.processor, "the block `processor` of the configuration asks for")
 
-    # 2. Objective, optimizer, average. The seed is set again, so that weights do not depend on what was drawn before.
+    # 2. Objective, optimizer, average.
     set_seed(loop.seed)
     objective = objective_class.from_options(options, processor)
     optimizer = torch.optim.AdamW(

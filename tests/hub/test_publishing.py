@@ -89,7 +89,9 @@ def folder(tmp_path):
         norm_num_groups=4,
     )
     processor = VolumeProcessor(modalities=("flair",), size=(8, 8))
-    pipeline = AnoDDPMPipeline(unet, AnoDDPMScheduler(num_train_timesteps=100), processor, noise_level=2, threshold=0.5)
+    pipeline = AnoDDPMPipeline(
+        unet, AnoDDPMScheduler(num_train_timesteps=100), processor, noise_level=2, threshold=0.5
+    )
     pipeline.save_pretrained(tmp_path / "pipeline")
     complete_folder(tmp_path / "pipeline", CARD)
     return tmp_path / "pipeline"

@@ -113,6 +113,21 @@ def test_a_set_without_validation_split(workplace, trained):
     assert "healthy training subjects" in report["protocol"]["training_population"]
 
 
+def test_a_threshold_for_the_checkpoint(workplace, trained):
+    import shutil
+
+    from anodiff import AnomalyPipeline
+
+    shutil.copytree(workplace.folder / trained / "pipeline", workplace.folder / "calibrated")
+    options = ["--model", "calibrated", "--data", "prepared", "--baselines", "false", "--set_threshold", "healthy"]
+    workplace.run("eval", *options, "--output_dir", "set")
+    report = json.loads((workplace.folder / "set" / "report.json").read_text())
+    pipe = AnomalyPipeline.from_pretrained(workplace.folder / "calibrated")
+    assert pipe.config.threshold == report["results"][0]["metrics"]["threshold_healthy"] != 0.2
+    wrong = workplace.run("eval", *options, "--output_dir", "set2", "--erosion", 1, check=False)
+    assert wrong.returncode != 0 and "needs the checkpoint's own settings" in wrong.stderr
+
+
 def test_two_processes_equal_one(workplace, reports):
     one, two = reports[1], reports[2]
     assert two["processes"] == 2
