@@ -7,20 +7,33 @@ import numpy as np
 from scipy import ndimage
 
 
-def intensity_map(image: np.ndarray, channel: int, value_range: tuple[float, float]) -> np.ndarray:
+def intensity_map(
+    image: np.ndarray,
+    brain: np.ndarray,
+    channel: int,
+    value_range: tuple[float, float],
+    over_median: bool = False,
+) -> np.ndarray:
     """
     The intensity of one modality as an anomaly map: bright is anomalous.
 
     Args:
-        image (`np.ndarray` of shape `(N, C, H, W)`): Slices in the processor's value range.
+        image (`np.ndarray` of shape `(N, C, H, W)`): Slices of one subject in the processor's value range.
+        brain (`np.ndarray` of shape `(N, H, W)`, boolean): Brain masks.
         channel (`int`): Modality.
         value_range (`tuple[float, float]`): What the map's 0 and 1 are.
+        over_median (`bool`, *optional*, defaults to `False`):
+            Divide by the median of the subject's brain. A bright lesion moves the percentile that the processor divides by, but
+            hardly the median: the stronger baseline.
 
     Returns:
         `np.ndarray` of shape `(N, H, W)`, float32, >= 0.
     """
     low, high = value_range
-    return np.clip((image[:, channel] - low) / (high - low), 0.0, None).astype(np.float32)
+    maps = np.clip((image[:, channel] - low) / (high - low), 0.0, None).astype(np.float32)
+    if over_median and brain.any():
+        maps /= max(float(np.median(maps[brain])), 1e-6)
+    return maps
 
 
 def slice_statistics(image: np.ndarray, brain: np.ndarray) -> dict[str, np.ndarray]:

@@ -60,7 +60,7 @@ def draw_cases(report: dict, rows: list[dict], split: PreparedSplit, path: Path)
     """
     from matplotlib.figure import Figure
 
-    shown = [row for row in rows if row.get("subjects")]
+    shown = [row for row in rows if row.get("subjects") and not row["name"].endswith("over its median")]
     if not shown:
         return
     key, ranked = _rank(shown[0]["subjects"])

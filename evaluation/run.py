@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from datetime import timedelta
 from importlib.metadata import version
@@ -84,16 +85,20 @@ def evaluate(options: EvalOptions) -> dict:
     if options.baselines:
         postprocessing = postprocessing or PostProcessing(**_postprocessing_changes(options))
         for channel, modality in enumerate(processor.config.modalities):
-            folder = maps_dir / f"intensity-{channel}"
-            _baseline_cases(splits, folder, channel, processor, postprocessing, accelerator)
-            rows.append(
-                {
-                    "name": f"intensity of {modality}",
-                    "kind": "baseline",
-                    "settings": asdict(postprocessing),
-                    "maps": folder,
-                }
-            )
+            for over_median in (False, True):
+                folder = maps_dir / f"intensity-{channel}{'-over-median' * over_median}"
+                low_high = processor.config.value_range
+                for item, target in _own_subjects(splits, folder, accelerator):
+                    maps = intensity_map(item["image"], item["brain"], channel, low_high, over_median)
+                    _case(item, maps, postprocessing).save(target)
+                rows.append(
+                    {
+                        "name": f"intensity of {modality}{' over its median' * over_median}",
+                        "kind": "baseline",
+                        "settings": asdict(postprocessing),
+                        "maps": folder,
+                    }
+                )
     accelerator.wait_for_everyone()
 
     # 3. Scores and report.
@@ -226,14 +231,11 @@ def _pipeline_cases(
     return (totals[0] / totals[1].clamp(min=1)).item()
 
 
-def _baseline_cases(
-    splits, folder: Path, channel: int, processor, postprocessing: PostProcessing, accelerator
-) -> None:
+def _own_subjects(splits: dict[str, PreparedSplit], folder: Path, accelerator) -> Iterator[tuple[dict, Path]]:
+    """The subjects of this process, read, each with the folder that its case goes to."""
     for split_name, split in splits.items():
         for subject in split.subjects[accelerator.process_index :: accelerator.num_processes]:
-            item = {"subject": subject, **split.read_subject(subject)}
-            maps = intensity_map(item["image"], channel, processor.config.value_range)
-            _case(item, maps, postprocessing).save(folder / split_name)
+            yield {"subject": subject, **split.read_subject(subject)}, folder / split_name
 
 
 def _case(item: dict, maps: np.ndarray, postprocessing: PostProcessing) -> Case:

@@ -45,7 +45,9 @@ def test_report(workplace, reports):
     assert list(rows) == [
         "AnoDDPM (one)",
         "intensity of flair",
+        "intensity of flair over its median",
         "intensity of t1",
+        "intensity of t1 over its median",
         "brain area",
         "mean intensity",
         "mean absolute Laplacian",
