@@ -60,7 +60,7 @@ def parse_options(
             flags.append((shorthands or {}).get(flag, flag) + equals + value)
     flags = [
         f"{flag}=true" if flag in switches and following.startswith("-") else flag
-        for flag, following in zip(flags, [*flags[1:], "-"], strict=True)
+        for flag, following in zip(flags, [*flags[1:], "-"], strict=False)
     ]
     if default_config and not files:
         files = ["--config", str(config_path(default_config))]

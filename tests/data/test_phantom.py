@@ -228,7 +228,7 @@ def test_sets():
 
 
 def test_write_phantom(tmp_path):
-    write_phantom(tmp_path / "set", anatomy="geometric", spacing=6.0, progress=False)
+    write_phantom(tmp_path / "set", seed=3, anatomy="geometric", spacing=6.0, progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
     subjects = []
     for split, size in (("train", 16), ("validation", 8), ("test", 8)):
@@ -238,7 +238,7 @@ def test_write_phantom(tmp_path):
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == sorted([*subjects, "splits"])
     # The set is made of the same subjects as single calls.
     kind, index = subjects[-1].rsplit("_", 1)
-    expected = geometric(int(index), lesion=kind, spacing=6.0)
+    expected = geometric(int(index), lesion=kind, seed=3, spacing=6.0)
     lesion = nib.load(tmp_path / "set" / subjects[-1] / "lesion.nii.gz")
     np.testing.assert_array_equal(np.asarray(lesion.dataobj), expected.lesion)
     with pytest.raises(FileExistsError, match="`folder`"):
