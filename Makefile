@@ -12,6 +12,8 @@ $(BIN)/.installed: setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# accelerate gives a process one thread unless it is told otherwise.
+demo: export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 # Trains and evaluates on the built-in phantom; pictures and NIfTI maps are in $(DEMO).
 demo: $(BIN)/.installed
 	rm -rf $(DEMO)
