@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
                 **options.inference,
             )
             result.save(folder)
-            draw_overview(result, folder / "overview.png", plane=pipeline.processor.config.plane)
+            draw_overview(result, folder / "overview.png", scan.name, plane=pipeline.processor.config.plane)
         except Exception as error:  # noqa: BLE001 (whatever is wrong with one scan, the others are still wanted)
             failed.append((str(scan.source), f"{type(error).__name__}: {error}"))
     done = len(scans) - sum(1 for scan in scans if str(scan.source) in dict(failed))

@@ -27,8 +27,8 @@ def make_pipeline(size: int, device: str) -> tuple[AnoDDPMPipeline, float]:
         in_channels=1,
         out_channels=1,
         layers_per_block=2,
-        block_out_channels=(32, 64, 128),
-        norm_num_groups=16,
+        block_out_channels=(40, 80, 120),
+        norm_num_groups=20,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     ).eval()

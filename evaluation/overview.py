@@ -11,7 +11,7 @@ from ..data.geometry import plane_orientation
 from ..pipelines.pipeline_output import AnomalyOutput
 
 
-def draw_overview(output: AnomalyOutput, path: Path, *, plane: str = "axial", slices: int = 5) -> None:
+def draw_overview(output: AnomalyOutput, path: Path, title: str, *, plane: str = "axial", slices: int = 5) -> None:
     """
     Draws the `slices` highest scored slices of a result, in radiological convention: image, pseudo-healthy image, map over
     the image (one colour scale for all slices, from 0), mask.
@@ -19,6 +19,7 @@ def draw_overview(output: AnomalyOutput, path: Path, *, plane: str = "axial", sl
     Args:
         output ([`AnomalyOutput`]): Result of a volume (not of a tensor).
         path (`Path`): PNG file to write.
+        title (`str`): What the scan is called.
         plane (`str`): Plane of the checkpoint's processor.
         slices (`int`): Columns at most.
     """
@@ -68,8 +69,8 @@ def draw_overview(output: AnomalyOutput, path: Path, *, plane: str = "axial", sl
         line[0].set_ylabel(title, fontsize=8)
     for axis_, index in zip(axes[0], chosen, strict=True):
         axis_.set_title(f"slice {index}, score {scores[index]:.3g}", fontsize=7)
-    figure.colorbar(overlay, ax=axes[-1], shrink=0.8).ax.tick_params(labelsize=6)
+    figure.colorbar(overlay, ax=axes, shrink=0.4, label="score").ax.tick_params(labelsize=6)
     threshold = (output.settings or {}).get("threshold")
-    note = "" if mask is None else f"; cyan: map > {threshold:g}"
-    figure.suptitle(f"{Path(source.name).name}: highest scored slices{note}. Research use only.", fontsize=8)
+    note = "" if mask is None else f"; cyan: score > {threshold:.3g}"
+    figure.suptitle(f"{title}: highest scored slices{note}. Research use only.", fontsize=8)
     figure.savefig(path, dpi=120)

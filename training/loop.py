@@ -126,17 +126,8 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
     )
     _check_options(options, output_dir)
 
-    # 1. Data. The first process makes a phantom or fills a cache, the others then find it.
-    with accelerator.main_process_first():
-        train_split = load_prepared(options.data.path, options.data.train_split)
-        validation_split = None
-        if loop.validate_every:
-            validation_split = load_prepared(options.data.path, options.data.validation_split)
-            if not (validation_split.labels != 1).any():
-                raise ValueError(
-                    f"The split `{options.data.validation_split}` holds no healthy slice to validate on: name another with"
-                    " `--data.validation_split`, or switch validation off with `--train.validate_every 0`."
-                )
+    # 1. Data.
+    train_split, validation_split = _load_splits(accelerator, options)
     processor = VolumeProcessor.from_dict(train_split.processor_settings)
     VolumeProcessor.from_dict({**processor.settings(), **options.processor})  # unknown keys and values
     processor.check_equal(options.processor, "the block `processor` of the configuration asks for")
@@ -257,23 +248,7 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
     if ema is not None:
         ema.copy_to(unwrapped.parameters())
     if accelerator.is_main_process:
-        unwrapped.eval()
-        pipeline = objective.export(unwrapped, folder)
-        published = _published(options)
-        (folder / "config.yaml").write_text(yaml.safe_dump(published, sort_keys=False))
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(train_split.recipe, sort_keys=False))
-        card = make_card(
-            pipeline,
-            repo_id=loop.push_to_hub,
-            config=published,
-            recipe=train_split.recipe,
-            data_summary={
-                name: {"subjects": len(split.subjects), "slices": len(split)}
-                for name, split in (("train", train_split), ("validation", validation_split))
-                if split is not None
-            },
-        )
-        complete_folder(folder, str(card))
+        _export(objective, unwrapped.eval(), folder, options, train_split, validation_split)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # takes the process group down: nothing waits for anybody from here on
     if accelerator.is_main_process:
@@ -281,6 +256,41 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         if loop.push_to_hub:
             print(f"Pushed to {push_folder(folder, loop.push_to_hub)}")
     return folder
+
+
+def _load_splits(accelerator: Accelerator, options: TrainOptions) -> tuple[PreparedSplit, PreparedSplit | None]:
+    # The first process makes a phantom or fills a cache, the others then find it.
+    with accelerator.main_process_first():
+        train_split = load_prepared(options.data.path, options.data.train_split)
+        if not options.train.validate_every:
+            return train_split, None
+        validation_split = load_prepared(options.data.path, options.data.validation_split)
+    if not (validation_split.labels != 1).any():
+        raise ValueError(
+            f"The split `{options.data.validation_split}` holds no healthy slice to validate on: name another with"
+            " `--data.validation_split`, or switch validation off with `--train.validate_every 0`."
+        )
+    return train_split, validation_split
+
+
+def _export(objective, model, folder: Path, options: TrainOptions, train_split, validation_split) -> None:
+    """Writes the pipeline, and what somebody who finds the folder wants to know of its training."""
+    pipeline = objective.export(model, folder)
+    published = _published(options)
+    (folder / "config.yaml").write_text(yaml.safe_dump(published, sort_keys=False))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(train_split.recipe, sort_keys=False))
+    card = make_card(
+        pipeline,
+        repo_id=options.train.push_to_hub,
+        config=published,
+        recipe=train_split.recipe,
+        data_summary={
+            name: {"subjects": len(split.subjects), "slices": len(split)}
+            for name, split in (("train", train_split), ("validation", validation_split))
+            if split is not None
+        },
+    )
+    complete_folder(folder, str(card))
 
 
 def _validate(accelerator, objective, model, ema, split: PreparedSplit, options: TrainOptions, step: int) -> None:

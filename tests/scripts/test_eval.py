@@ -8,19 +8,7 @@ import pytest
 from anodiff.data.prepared import load_prepared
 from anodiff.evaluation.metrics import average_precision
 from anodiff.evaluation.scoring import Case
-
-
-PROTOCOL = {
-    "training_population",
-    "modality",
-    "unit_of_averaging",
-    "threshold_policy",
-    "geometry",
-    "preprocessing",
-    "postprocessing",
-    "label_definition",
-    "samples",
-}
+from anodiff.hub.model_card import PROTOCOL_FIELDS
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +27,7 @@ def reports(workplace, trained):
 
 def test_report(workplace, reports):
     report = reports[1]
-    assert set(report["protocol"]) == PROTOCOL and all(report["protocol"].values())
+    assert set(report["protocol"]) == set(PROTOCOL_FIELDS) and all(report["protocol"].values())
     assert report["data"]["subjects"] == 3 and report["data"]["anomalous_slices"] > 0
     rows = {row["name"]: row for row in report["results"]}
     assert list(rows) == [
