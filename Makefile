@@ -38,7 +38,7 @@ style: $(BIN)/.installed
 # The root is the package, so the type checker needs to see it under its name.
 types: $(BIN)/.installed
 	mkdir -p .types && ln -sfn .. .types/anodiff
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 benchmark: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
