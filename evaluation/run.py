@@ -37,8 +37,8 @@ def evaluate(options: EvalOptions) -> dict:
     Evaluates and writes `report.json`, `report.md` and `cases.png` into `options.output_dir`.
 
     Subjects are dealt to the processes in turn. A slice's random numbers depend on the seed and on its index in its volume, as in
-    a call of the pipeline, so that the maps do not depend on the number of processes. Maps go through files of the output folder, which all processes
-    must see.
+    a call of the pipeline, so that the maps do not depend on the number of processes. Maps go through files of the output
+    folder, which all processes must see.
 
     Returns:
         `dict`: The report, on every process.

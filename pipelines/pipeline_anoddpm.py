@@ -186,17 +186,11 @@ class AnoDDPMPipeline(AnomalyPipeline):
         levels = [noise_level] if isinstance(noise_level, int) else list(noise_level)
         members = [(level, draw) for level in levels for draw in range(num_draws)]
         items = [(row, member) for row in range(len(slices)) for member in range(len(members))]
+        groups = [items]
         if mode == "partial":
             # Items of one batch walk the same timesteps.
-            items.sort(key=lambda item: -members[item[1]][0])
-            batches = [
-                group[start : start + batch_size]
-                for level in dict.fromkeys(sorted(levels, reverse=True))
-                for group in [[item for item in items if members[item[1]][0] == level]]
-                for start in range(0, len(group), batch_size)
-            ]
-        else:
-            batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+            groups = [[item for item in items if members[item[1]][0] == level] for level in sorted(set(levels))]
+        batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
         evaluations = sum(members[batch[0][1]][0] if mode == "partial" else 1 for batch in batches)
 
         total = torch.zeros_like(slices)
