@@ -66,7 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     from anodiff.evaluation.overview import draw_overview
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = AnomalyPipeline.from_pretrained(options.model).to(device)
+    try:
+        pipeline = AnomalyPipeline.from_pretrained(options.model).to(device)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
     pipeline.set_progress_bar_config(leave=False)
     unknown = sorted(set(options.inference) - set(pipeline.default_settings()))
     if unknown:

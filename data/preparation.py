@@ -37,6 +37,7 @@ TRAIN_RULES = ("all", "healthy_by_mask", "healthy_by_label")
 READERS = {"volume_folders": read_volume_folders, "image_folders": read_image_folders}
 RECIPE_KEYS = ("source", "license", "reader", "reader_options", "processor", "slices", "split", "dtype")
 
+_PHANTOM_SOURCE = "anodiff.data.phantom"
 _ROW_GROUP = 128  # rows that streaming reads at a time
 
 
@@ -315,12 +316,17 @@ def prepare_phantom(
     if out.exists():
         raise FileExistsError(f"`out` {out} exists: choose another folder or delete it first.")
     recipe = dict(recipe or read_recipe("phantom_mini"))
-    recipe["source"] = f"{name} of anodiff.data.phantom, anatomy {anatomy}, seed {seed}"
+    recipe["source"] = f"{name} of {_PHANTOM_SOURCE}, anatomy {anatomy}, seed {seed}"
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-raw-", dir=out.parent) as temporary:
         raw = Path(temporary) / name if raw is None else Path(raw)
         write_phantom(raw, name, seed=seed, anatomy=anatomy, progress=progress)
         return prepare_recipe(recipe, raw, out, progress=progress)
+
+
+def is_phantom(recipe: dict) -> bool:
+    """Whether everybody may see the images that were prepared with `recipe`: nobody's head is in them."""
+    return _PHANTOM_SOURCE in recipe.get("source", "")
 
 
 def _check_keys(block: str, given: dict, known: Iterable[str], required: Iterable[str] = ()) -> None:

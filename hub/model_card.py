@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -33,6 +34,8 @@ PROTOCOL_FIELDS = (
     "samples",
 )
 MRI_MODALITIES = {"t1", "t1c", "t1ce", "t1gd", "t2", "t2w", "t1w", "flair", "pd"}
+NOT_EVALUATED = "Not evaluated."
+END_OF_EVALUATIONS = "<!-- end of evaluations -->"
 # What a report lists beside its metrics: it belongs into the card, not into a leaderboard.
 NO_METRIC = re.compile(r"threshold_.*|direction|.*_(low|high)")
 LIBRARIES = ("torch", "diffusers", "huggingface_hub", "numpy", "nibabel", "scipy")
@@ -46,11 +49,13 @@ def make_card(
     recipe: dict | None = None,
     data_summary: dict[str, dict[str, int]] | None = None,
     evaluation: dict | None = None,
-    seconds_per_slice: float | None = None,
-    hardware: str | None = None,
+    training: str | None = None,
+    picture: tuple[str, str] | None = None,
     licence: str = "other",
 ) -> ModelCard:
     """
+    The card of a pipeline.
+
     Args:
         pipeline ([`AnomalyPipeline`]): Method (from its docstring), preprocessing and inference values are read off it.
         repo_id (`str`, *optional*):
@@ -58,11 +63,10 @@ def make_card(
         config (`dict`, *optional*): Resolved configuration of the training run.
         recipe (`dict`, *optional*): Of the prepared data: reader, slices, split, ... and `license`.
         data_summary (`dict`, *optional*): Counts per split, such as `{"train": {"subjects": 20, "slices": 900}}`.
-        evaluation (`dict`, *optional*):
-            Report of `eval.py`. Every row stands in the card; the row of this pipeline, which is its only pipeline or the one
-            whose `model` is `repo_id`, also in the metadata (`model-index`).
-        seconds_per_slice (`float`, *optional*): Inference time; that of the evaluation if not given.
-        hardware (`str`, *optional*): What the time was measured on.
+        evaluation (`dict`, *optional*): Report of `eval.py`; [`add_evaluation`] adds more of them.
+        training (`str`, *optional*): A sentence on steps, time and hardware of the training.
+        picture (`tuple[str, str]`, *optional*):
+            File in the repository and what it shows. Nothing but phantoms and images that everybody may see.
         licence (`str`): Of the weights, an identifier of the Hub (https://hf.co/docs/hub/repositories-licenses).
 
     Returns:
@@ -82,26 +86,6 @@ def make_card(
         if not key.startswith("_") and key not in pipeline.components
     }
 
-    results, table, eval_results = [], {}, None
-    if evaluation is not None:
-        missing = [field for field in PROTOCOL_FIELDS if field not in evaluation["protocol"]]
-        if missing:
-            raise ValueError(
-                f"`evaluation` lacks the protocol field(s) {', '.join(missing)}: evaluate again with eval.py."
-            )
-        own = _own_result(evaluation, repo_id)
-        eval_results = _eval_results(evaluation, own)
-        if seconds_per_slice is None:
-            seconds_per_slice, hardware = own["seconds_per_slice"], hardware or evaluation.get("device")
-        # One row per metric and one column per model: there are many metrics, and a baseline does not have all of them.
-        results = evaluation["results"]
-        for metric in dict.fromkeys(metric for row in results for metric in row["metrics"]):
-            table[metric.replace("_", " ")] = [_number(row["metrics"].get(metric)) for row in results]
-        table["seconds per slice"] = [_number(row.get("seconds_per_slice")) for row in results]
-    speed = None
-    if seconds_per_slice is not None:
-        speed = f"Inference takes {seconds_per_slice:.3g} s per slice" + (f" on {hardware}." if hardware else ".")
-
     tags = ["anodiff", "anomaly-detection", "medical-imaging", "diffusion"]
     tags += ["brain-mri"] if MRI_MODALITIES.issuperset(modalities) else []
     tags += [modality for modality in modalities if modality != "image"]
@@ -111,12 +95,12 @@ def make_card(
         license=licence,
         tags=tags,
         model_name=name,
-        eval_results=eval_results,
+        anodiff_version=__version__,
     )
     recipe = recipe or {}
     counts = data_summary or {}
     count_names = list(dict.fromkeys(key for split in counts.values() for key in split))
-    return ModelCard.from_template(
+    card = ModelCard.from_template(
         card_data,
         template_path=str(Path(__file__).with_name("model_card_template.md")),
         name=name,
@@ -128,27 +112,92 @@ def make_card(
         modalities=modalities,
         source=repo_id or ".",
         volume=_quick_start_volume(modalities, processor["brain_mask"] == "given"),
-        has_threshold=inference.get("threshold") is not None,
         recipe={key: _cell(value) for key, value in recipe.items() if key != "processor"},
         counts={split: [values.get(key, "-") for key in count_names] for split, values in counts.items()},
         count_names=[key.replace("_", " ") for key in count_names],
         population=evaluation["protocol"]["training_population"] if evaluation else None,
         processor={key: _cell(value) for key, value in processor.items()},
         inference={key: _cell(value) for key, value in inference.items()},
-        speed=speed,
-        evaluation=evaluation,
-        models=[_cell(row["name"]) + ("" if row["kind"] == "pipeline" else f" ({row['kind']})") for row in results],
-        table=table,
-        protocol={
-            key.replace("_", " "): _cell(value)
-            for key, value in (evaluation["protocol"] if evaluation else {}).items()
-        },
+        evaluation=NOT_EVALUATED,
+        training=training,
+        picture=picture,
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip() if config else None,
         licence=licence if licence != "other" else "none was chosen; ask whoever published them",
         data_licence=recipe.get("license"),
         versions=", ".join([f"anodiff {__version__}", *(f"{x} {importlib.metadata.version(x)}" for x in LIBRARIES)]),
         library_version=__version__,
     )
+    return card if evaluation is None else add_evaluation(card, evaluation, repo_id=repo_id)
+
+
+def add_evaluation(
+    card: ModelCard, evaluation: dict, *, repo_id: str | None = None, picture: str | None = None
+) -> ModelCard:
+    """
+    A card with one more evaluation, in the text and in the metadata. An earlier one of the same data set and split is replaced;
+    everything else stays as it is, whoever wrote it.
+
+    Args:
+        card (`ModelCard`): Of this library, or anybody's.
+        evaluation (`dict`):
+            Report of `eval.py`. Every row stands in the card; the row of this pipeline, which is its only pipeline or the one
+            whose `model` is `repo_id`, also in the metadata (`model-index`).
+        repo_id (`str`, *optional*): Where the card lives.
+        picture (`str`, *optional*): File in the repository: the cases of the report. Nothing that not everybody may see.
+
+    Returns:
+        `huggingface_hub.ModelCard`
+
+    Raises:
+        ValueError: `evaluation` lacks a protocol field, or holds several pipelines and none is `repo_id`.
+    """
+    missing = [field for field in PROTOCOL_FIELDS if field not in evaluation["protocol"]]
+    if missing:
+        raise ValueError(
+            f"`evaluation` lacks the protocol field(s) {', '.join(missing)}: evaluate again with eval.py."
+        )
+    own, results, data = _own_result(evaluation, repo_id), evaluation["results"], evaluation["data"]
+    # One row per metric and one column per model: there are many metrics, and a baseline does not have all of them.
+    table = {
+        metric.replace("_", " "): [_number(row["metrics"].get(metric)) for row in results]
+        for metric in dict.fromkeys(metric for row in results for metric in row["metrics"])
+    }
+    table["seconds per slice"] = [_number(row.get("seconds_per_slice")) for row in results]
+    hardware = f" on {evaluation['device']}" if evaluation.get("device") else ""
+    section = jinja2.Template(Path(__file__).with_name("evaluation_template.md").read_text(encoding="utf-8")).render(
+        evaluation=evaluation,
+        data=data,
+        speed=f"Inference takes {own['seconds_per_slice']:.3g} s per slice{hardware}.",
+        settings=", ".join(f"`{key}` {_cell(value)}" for key, value in own.get("settings", {}).items()),
+        models=[_cell(row["name"]) + ("" if row["kind"] == "pipeline" else f" ({row['kind']})") for row in results],
+        table=table,
+        picture=picture,
+        protocol={key.replace("_", " "): _cell(value) for key, value in evaluation["protocol"].items()},
+    )
+
+    text = card.text
+    start = f"<!-- evaluation of {data['name']}, {data['split']} -->"
+    earlier = re.compile(re.escape(start) + ".*?<!-- end of evaluation -->", re.DOTALL)
+    if earlier.search(text):
+        text = earlier.sub(lambda _: section, text)
+    else:
+        if END_OF_EVALUATIONS not in text:
+            text = f"{text.rstrip()}\n\n## Evaluation\n\n{END_OF_EVALUATIONS}\n"
+        text = text.replace(f"{NOT_EVALUATED}\n\n{END_OF_EVALUATIONS}", END_OF_EVALUATIONS)
+        text = text.replace(END_OF_EVALUATIONS, f"{section}\n\n{END_OF_EVALUATIONS}")
+    if repo_id:
+        # A card that was made before the pipeline had an address.
+        text = text.replace('.from_pretrained(".")', f'.from_pretrained("{repo_id}")')
+    metadata = card.data
+    others = [
+        result
+        for result in metadata.eval_results or []
+        if (result.dataset_name, result.dataset_split) != (data["name"], data["split"])
+    ]
+    metadata.eval_results = others + _eval_results(evaluation, own)
+    if repo_id or metadata.get("model_name") is None:
+        metadata.model_name = (repo_id or own["name"]).split("/")[-1]
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}")
 
 
 def _method_text(pipeline_class: type) -> tuple[str, str]:
@@ -157,7 +206,9 @@ def _method_text(pipeline_class: type) -> tuple[str, str]:
     # [`~module.Name`] links to a page of documentation; a card has none.
     text = re.sub(r"\[`~?(?:[\w.]+\.)?(\w+)`\]", r"`\1`", text)
     paragraphs = text.strip().split("\n\n")
-    paper = next(paragraph for paragraph in paragraphs if paragraph.startswith("Paper:"))
+    paper = next((paragraph for paragraph in paragraphs if paragraph.startswith("Paper:")), None)
+    if paper is None:
+        raise ValueError(f"The docstring of {pipeline_class.__name__} needs a paragraph that begins with `Paper:`.")
     return "\n\n".join(paragraphs), " ".join(paper.removeprefix("Paper:").split())
 
 
@@ -191,7 +242,8 @@ def _eval_results(evaluation: dict, row: dict) -> list[EvalResult]:
             metric_type=metric,
             metric_name=metric.replace("_", " "),
             metric_value=value,
-            metric_args=dict(evaluation["protocol"]),
+            # Once per data set; as arguments of a metric it would be repeated for each.
+            dataset_args=dict(evaluation["protocol"]),
         )
         for metric, value in row["metrics"].items()
         if value is not None and math.isfinite(value) and not NO_METRIC.fullmatch(metric)

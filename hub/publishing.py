@@ -1,19 +1,24 @@
-"""Brings a saved pipeline to the Hub. No torch here."""
+"""Brings pipelines, data sets and results to the Hub. No torch here."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
 from huggingface_hub import (
     EvalResultEntry,
+    HfApi,
     ModelCard,
-    create_repo,
+    ModelCardData,
+    errors,
     eval_result_entries_to_yaml,
     get_token,
+    hf_hub_download,
     upload_folder,
 )
 
@@ -24,9 +29,8 @@ class PublishingError(RuntimeError):
 
 def complete_folder(folder: str | os.PathLike, card: str) -> None:
     """
-    Adds to a saved pipeline what every repository holds besides: the card; a `pipeline.py` of one line, with which
-    `DiffusionPipeline.from_pretrained(id, custom_pipeline=id, trust_remote_code=True)` gives our class; and the results of the
-    card's metadata as `.eval_results/*.yaml`, if they are of a data set on the Hub, whose leaderboard then shows them.
+    Adds to a saved pipeline what every repository holds besides: the card and its results ([`write_card`]), and a `pipeline.py` of
+    one line, with which `DiffusionPipeline.from_pretrained(id, custom_pipeline=id, trust_remote_code=True)` gives our class.
 
     Args:
         folder (`str` or `os.PathLike`): What `save_pretrained` wrote.
@@ -40,14 +44,28 @@ def complete_folder(folder: str | os.PathLike, card: str) -> None:
     if not index.exists():
         raise FileNotFoundError(f"{folder} is no saved pipeline: there is no {index.name} in it.")
     class_name = json.loads(index.read_text())["_class_name"]
-    (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "pipeline.py").write_text(f"from anodiff import {class_name}  # noqa: F401\n")
+    for config in (index, *folder.glob("*/config.json")):
+        _forget_local_path(config)
+    write_card(folder, card)
 
+
+def write_card(folder: str | os.PathLike, card: str) -> None:
+    """
+    Writes `README.md`, and the results of its metadata as `.eval_results/*.yaml`, if they are of a data set on the Hub, whose
+    leaderboard then shows them.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of the repository.
+        card (`str`): Text of `README.md`.
+    """
+    folder = Path(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     entries: dict[str, list[EvalResultEntry]] = {}
     for result in ModelCard(card).data.eval_results or []:
         # A local folder or the bare name of a phantom would claim the results for somebody else's data set.
         if result.dataset_type.count("/") == 1 and not Path(result.dataset_type).exists():
-            protocol = "; ".join(f"{key}: {value}" for key, value in (result.metric_args or {}).items())
+            protocol = "; ".join(f"{key}: {value}" for key, value in (result.dataset_args or {}).items())
             entry = EvalResultEntry(result.dataset_type, result.metric_type, result.metric_value, notes=protocol)
             entries.setdefault(result.dataset_type, []).append(entry)
     for data_set, results in entries.items():
@@ -55,6 +73,63 @@ def complete_folder(folder: str | os.PathLike, card: str) -> None:
         target.parent.mkdir(exist_ok=True)
         rows = eval_result_entries_to_yaml(results)
         target.write_text(yaml.safe_dump(rows, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def read_card(repo_id: str, *, token: str | None = None) -> str | None:
+    """The card of a repository of the Hub as it is now; `None` if there is none, or if the Hub does not answer."""
+    try:
+        # Not from the cache: somebody may have changed it.
+        return Path(hf_hub_download(repo_id, "README.md", token=token)).read_text(encoding="utf-8")
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.HFValidationError):
+        return None
+
+
+def open_repository(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    repo_type: str = "model",
+    licence: str | None = None,
+) -> str:
+    """
+    Creates a repository if need be, and makes sure that a push to it will be accepted: to be asked before hours of work.
+
+    Args:
+        repo_id (`str`): `"owner/name"`.
+        private (`bool`, *optional*):
+            Visibility of a new repository, the account's default if not given. `True` refuses one that exists and is public.
+        token (`str`, *optional*): Write token; by default `HF_TOKEN`, or that of `hf auth login`.
+        repo_type (`str`): `"model"` or `"dataset"`.
+        licence (`str`, *optional*): Is this one that the Hub knows?
+
+    Returns:
+        `str`: URL of the repository.
+
+    Raises:
+        PublishingError: No token, no right to write, no connection, a public repository, an unknown licence.
+    """
+    if token is None and get_token() is None:
+        raise PublishingError(
+            "There is no token. Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+        )
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+        # An existing repository is no error above even if it is somebody else's.
+        api.auth_check(repo_id, repo_type=repo_type, write=True)
+        is_public = private and not api.repo_info(repo_id, repo_type=repo_type).private
+        if licence is not None:
+            ModelCard(f"---\n{ModelCardData(license=licence).to_yaml()}\n---\n").validate(repo_type=repo_type)
+    except Exception as error:
+        # Whatever broke, from a name that the Hub refuses to a cable: nobody wants to read a stack of HTTP calls.
+        raise PublishingError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    if is_public:
+        raise PublishingError(
+            f"{repo_id} exists and is public, and a private repository was asked for. Choose another name, or make it private"
+            " in its settings."
+        )
+    return str(url)
 
 
 def push_folder(
@@ -71,11 +146,8 @@ def push_folder(
 
     Args:
         folder (`str` or `os.PathLike`): What is uploaded.
-        repo_id (`str`): `"owner/name"`.
-        private (`bool`, *optional*): Visibility of a new repository; the account's default if not given.
-        token (`str`, *optional*): Write token; by default `HF_TOKEN`, or that of `hf auth login`.
+        repo_id, private, token, repo_type: As in [`open_repository`].
         commit_message (`str`): Title of the commit.
-        repo_type (`str`): `"model"` or `"dataset"`.
 
     Returns:
         `str`: URL of the repository.
@@ -87,22 +159,58 @@ def push_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    command = ["hf", "upload", repo_id, str(folder.resolve())]
-    command += ["--repo-type", repo_type] if repo_type != "model" else []
-    command += ["--private"] if private else []
-    later = f"All files are safe in {folder.resolve()}. To push them later:\n\n    {shlex.join(command)}\n"
-    if token is None and get_token() is None:
-        raise PublishingError(
-            f"{repo_id} was not pushed: there is no token. Log in with `hf auth login`, or set HF_TOKEN to a token that may"
-            f" write. {later}"
-        )
     try:
-        url = create_repo(repo_id, repo_type=repo_type, private=private, token=token, exist_ok=True)
+        url = open_repository(repo_id, private=private, token=token, repo_type=repo_type)
         upload_folder(
             repo_id=repo_id, folder_path=folder, repo_type=repo_type, token=token, commit_message=commit_message
         )
     except Exception as error:
-        # Whatever broke, from a name that the Hub refuses to a cable: hours of training must not end in a stack of HTTP calls.
+        # Hours of training must not end in a stack of HTTP calls.
         reason = " ".join(str(error).split())
-        raise PublishingError(f"{repo_id} was not pushed: {type(error).__name__}: {reason} {later}") from error
-    return str(url)
+        if not isinstance(error, PublishingError):
+            reason = f"{type(error).__name__}: {reason}"
+        command = ["hf", "upload", repo_id, str(folder.resolve())]
+        command += ["--repo-type", repo_type] if repo_type != "model" else []
+        command += ["--private"] if private else []
+        raise PublishingError(
+            f"{repo_id} was not pushed: {reason} All files are safe in {folder.resolve()}. To push them later:\n\n"
+            f"    {shlex.join(command)}\n"
+        ) from error
+    return url
+
+
+class BackgroundPush:
+    """Pushes of a training that goes on: one at a time, in a thread. One that fails is reported and forgotten, because the next
+    one brings everything again."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(1)
+        self._running: Future | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a push is under way: its folder must not be changed."""
+        return self._running is not None and not self._running.done()
+
+    def start(self, folder: str | os.PathLike, repo_id: str, **arguments) -> None:
+        """As [`push_folder`], without waiting."""
+        self.wait()
+        self._running = self._pool.submit(push_folder, folder, repo_id, **arguments)
+
+    def wait(self) -> None:
+        """Returns when no push is under way."""
+        if self._running is None:
+            return
+        try:
+            self._running.result()
+        except PublishingError as error:
+            print(f"warning: {error}The training goes on.", file=sys.stderr)
+        self._running = None
+
+
+def _forget_local_path(config: Path) -> None:
+    """diffusers notes where a component was loaded from; a folder of this machine is nobody's business."""
+    values = json.loads(config.read_text())
+    if Path(values.get("_name_or_path", "")).is_absolute():
+        del values["_name_or_path"]
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

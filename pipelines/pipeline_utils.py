@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
+import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +16,7 @@ from diffusers import DiffusionPipeline
 
 from ..data.processor import ProcessedVolume
 from ..data.volume import InputVolume
+from ..hub.checkpoint import check_processor, read_model_index
 from .pipeline_output import AnomalyOutput
 from .postprocessing import PostProcessing
 
@@ -47,21 +52,23 @@ class AnomalyPipeline(DiffusionPipeline):
         """As `DiffusionPipeline.from_pretrained`; on this base class it returns the subclass that the checkpoint names.
 
         Raises:
-            ValueError: The checkpoint is no pipeline of this library.
+            FileNotFoundError: There is no such folder or repository, or no pipeline in it.
+            ValueError: The checkpoint is no pipeline of this library, has no processor, or was made by a newer version.
         """
         import anodiff
 
-        hub_arguments = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
-        config = cls.load_config(
-            pretrained_model_name_or_path, **{key: kwargs[key] for key in hub_arguments if key in kwargs}
-        )
-        name = config.get("_class_name")
+        known = ("cache_dir", "force_download", "token", "local_files_only", "revision")
+        hub_arguments = {key: kwargs[key] for key in known if key in kwargs}
+        index = read_model_index(pretrained_model_name_or_path, **hub_arguments)
+        name = index.get("_class_name")
         if cls is not AnomalyPipeline:
             if name != cls.__name__:
                 raise ValueError(
                     f"{pretrained_model_name_or_path} holds a {name}, not a {cls.__name__}; `AnomalyPipeline.from_pretrained`"
                     " loads whatever pipeline of this library a checkpoint names."
                 )
+            if "processor" not in kwargs:
+                check_processor(pretrained_model_name_or_path, index, **hub_arguments)
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipelines = [public for public in anodiff.__all__ if public.endswith("Pipeline") and public != cls.__name__]
         if name not in pipelines:
@@ -70,6 +77,70 @@ class AnomalyPipeline(DiffusionPipeline):
                 f" ({', '.join(pipelines)})."
             )
         return getattr(anodiff, name).from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, **kwargs) -> None:
+        """As `DiffusionPipeline.save_pretrained`. With `push_to_hub=True` and `repo_id` the folder gets a card and is pushed; the
+        other arguments of [`push_to_hub`] are taken as well."""
+        hub_arguments = ("repo_id", "card", "licence", "private", "token", "commit_message")
+        pushing = {key: kwargs.pop(key) for key in hub_arguments if key in kwargs}
+        super().save_pretrained(str(save_directory), **kwargs)
+        if push_to_hub:
+            self._push(save_directory, **{"repo_id": Path(save_directory).name, **pushing})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: str | None = None,
+        licence: str = "other",
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload with anodiff",
+        variant: str | None = None,
+    ) -> str:
+        """
+        Pushes weights, scheduler, processor, configuration and card as one repository, which is created if need be.
+
+        Args:
+            repo_id (`str`): `"owner/name"`.
+            card (`str`, *optional*):
+                Text of `README.md`. By default the one that the repository has, or one made of this pipeline
+                ([`~hub.model_card.make_card`]).
+            licence (`str`): Of the weights, for a card that is made.
+            private (`bool`, *optional*): Visibility of a new repository; the account's default if not given.
+            token (`str`, *optional*): Write token; by default `HF_TOKEN`, or that of `hf auth login`.
+            commit_message (`str`): Title of the commit.
+            variant (`str`, *optional*): Part of the names of the weight files, such as `"fp16"`.
+
+        Returns:
+            `str`: URL of the repository.
+
+        Raises:
+            PublishingError: The push failed; the message names the folder that everything was saved to.
+        """
+        folder = tempfile.mkdtemp(prefix=f"{type(self).__name__}-")
+        self.save_pretrained(folder, variant=variant)
+        url = self._push(folder, repo_id, card, licence, private, token, commit_message)
+        shutil.rmtree(folder)
+        return url
+
+    def _push(
+        self,
+        folder: str | os.PathLike,
+        repo_id: str,
+        card: str | None = None,
+        licence: str = "other",
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload with anodiff",
+    ) -> str:
+        from ..hub.model_card import make_card
+        from ..hub.publishing import complete_folder, push_folder, read_card
+
+        # A card that somebody has written, or that holds results, is not replaced by a bare one.
+        card = card or read_card(repo_id, token=token) or str(make_card(self, repo_id=repo_id, licence=licence))
+        complete_folder(folder, card)
+        return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
     def enable_fast_inference(
         self, *, channels_last: bool = False, autocast: str | None = None, compile: bool = False
@@ -177,6 +248,11 @@ class AnomalyPipeline(DiffusionPipeline):
             settings=settings,
             source=source,
         )
+
+
+def device_name(device: torch.device) -> str:
+    """What a time was measured on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
 
 
 def resolve_seed(generator: int | torch.Generator | None) -> int:

@@ -23,6 +23,7 @@ import yaml
 
 
 TOKEN = "hf_local"
+READ_TOKEN = "hf_local_read"
 # What the Hub's .gitattributes declares as large, and the size above which everything is.
 LFS_SUFFIXES = (".safetensors", ".parquet", ".bin", ".pt", ".npz", ".png", ".gz", ".zip", ".arrow")
 LFS_SIZE = 10 * 2**20
@@ -221,11 +222,19 @@ class _Handler(BaseHTTPRequestHandler):
     # Access
 
     def _authorised(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        return self.headers.get("Authorization") in (f"Bearer {TOKEN}", f"Bearer {READ_TOKEN}")
 
     def _need_token(self) -> None:
         if not self._authorised():
             raise _Error(401, None, f"Invalid username or password. The token of this Hub is {TOKEN}.")
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            raise _Error(403, None, "Forbidden: this token may read, not write.")
+
+    def auth_check(self, plural: str, repo_id: str, write: str | None) -> None:
+        self._repository(plural, repo_id)
+        if write:
+            self._need_token()
+        self._reply(200, {})
 
     def _repository(self, plural: str | None, repo_id: str) -> Repository:
         repository = self.hub.repositories.get((PLURALS[plural or "models"], repo_id))
@@ -486,6 +495,7 @@ _ROUTES = (
     ("POST", r"/api/validate-yaml", _Handler.validate),
     ("GET", rf"/api/{_TYPE}/{_REPO}", _Handler.info),
     ("GET", rf"/api/{_TYPE}/{_REPO}/revision/{_REVISION}", _Handler.info),
+    ("GET", rf"/api/{_TYPE}/{_REPO}/auth-check(/write)?", _Handler.auth_check),
     ("GET", rf"/api/{_TYPE}/{_REPO}/refs", _Handler.refs),
     ("GET", rf"/api/{_TYPE}/{_REPO}/commits/{_REVISION}", _Handler.commits),
     ("GET", rf"/api/{_TYPE}/{_REPO}/tree/{_REVISION}", _Handler.tree),

@@ -8,8 +8,9 @@ import yaml
 from diffusers import UNet2DModel
 from huggingface_hub import ModelCard
 
+import anodiff
 from anodiff import AnoDDPMPipeline, AnoDDPMScheduler, VolumeProcessor
-from anodiff.hub.model_card import PROTOCOL_FIELDS, make_card
+from anodiff.hub.model_card import PROTOCOL_FIELDS, add_evaluation, make_card
 from anodiff.hub.publishing import complete_folder
 
 from ..hub_server import check_card
@@ -47,11 +48,13 @@ def evaluation():
                 "name": "AnoDDPM",
                 "kind": "pipeline",
                 "model": "outputs/pipeline",
+                "settings": {"noise_level": 2, "mode": "one_shot"},
                 "metrics": metrics,
                 "seconds_per_slice": 0.25,
             },
             {"name": "intensity of flair", "kind": "baseline", "metrics": {"voxel_average_precision": 0.66}},
         ],
+        "device": "a CPU",
         "versions": {"torch": "2.13.0"},
         "seed": 0,
     }
@@ -65,6 +68,7 @@ def section(card, title):
 def test_metadata():
     card = make_card(tiny_pipeline(), repo_id="owner/anoddpm-flair", licence="cc-by-nc-sa-4.0")
     assert card.data.to_dict() == {
+        "anodiff_version": anodiff.__version__,
         "library_name": "diffusers",
         "license": "cc-by-nc-sa-4.0",
         "model_name": "anoddpm-flair",
@@ -84,8 +88,8 @@ def test_text():
         config=config,
         recipe=recipe,
         data_summary=counts,
-        seconds_per_slice=0.5,
-        hardware="a CPU",
+        training="Trained to step 300 in 7 minutes.",
+        picture=("example.png", "Slices of the phantom"),
     )
     text = str(card)
     assert "denoise it with a network that knows healthy anatomy only" in text
@@ -97,7 +101,8 @@ def test_text():
     assert '- source: a study\n- license: cc-by-4.0\n- slices: {"rule": "a\\|b"}\n' in data
     assert "| `size` | [8, 8] |" in data
     assert "| `noise_level` | 2 |" in section(card, "Inference defaults")
-    assert "0.5 s per slice on a CPU." in section(card, "Inference defaults")
+    assert "![Slices of the phantom](example.png)" in section(card, "Example")
+    assert "Trained to step 300 in 7 minutes." in section(card, "Configuration and versions")
     assert "Not evaluated." in section(card, "Evaluation")
     assert "Training data: cc-by-4.0;" in section(card, "Licence")
     assert "CVPRW 2022" in section(card, "Citation")
@@ -109,9 +114,9 @@ def test_text():
 def test_a_card_without_anything_known_says_so():
     card = make_card(tiny_pipeline())
     assert section(card, "Training data").startswith("Training data\n\nNot recorded.\n\n")
-    assert section(card, "Evaluation") == "Evaluation\n\nNot evaluated.\n\n"
+    assert section(card, "Evaluation") == "Evaluation\n\nNot evaluated.\n\n<!-- end of evaluations -->\n\n"
+    assert "## Example" not in str(card)
     assert "not recorded; it may restrict" in section(card, "Licence")
-    assert "no threshold" in section(card, "Quick start")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +146,8 @@ def test_evaluation_stands_in_table_and_metadata():
     report = evaluation()
     card = make_card(tiny_pipeline(), repo_id="owner/name", evaluation=report)
     text = section(card, "Evaluation")
-    assert "12 subjects, 340 slices,\n77 of them anomalous. Seed 0, anodiff 0.1.0, torch 2.13.0." in text
+    assert "12 subjects, 340 slices, 77 of them anomalous. Seed 0, anodiff 0.1.0, torch 2.13.0." in text
+    assert "Not evaluated" not in text
     assert "| metric | AnoDDPM | intensity of flair (baseline) |" in text
     assert "| voxel average precision | 0.610 | 0.660 |" in text
     assert "| dice validation | - | - |" in text
@@ -149,8 +155,8 @@ def test_evaluation_stands_in_table_and_metadata():
     assert "| seconds per slice | 0.250 | - |" in text
     for field in PROTOCOL_FIELDS:
         assert f"| {field.replace('_', ' ')} | text of {field} |" in text
-    assert "0.25 s per slice." in section(card, "Inference defaults")
-    assert "Population: text of training_population." in section(card, "Training data")
+    assert "Inference takes 0.25 s per slice on a CPU." in text
+    assert "With `noise_level` 2, `mode` one_shot." in text
 
     # Only what this pipeline reached, only metrics, and each with its protocol.
     results = {result.metric_type: result for result in card.data.eval_results}
@@ -158,7 +164,7 @@ def test_evaluation_stands_in_table_and_metadata():
         "voxel_average_precision": 0.61,
         "slice_auroc": 0.87,
     }
-    assert results["slice_auroc"].metric_args == report["protocol"]
+    assert results["slice_auroc"].dataset_args == report["protocol"]
     assert (results["slice_auroc"].dataset_type, results["slice_auroc"].dataset_split) == ("lab/lesions", "test")
     assert check_card(str(card), "model") == ([], [])
     assert ModelCard(str(card)).data.eval_results == card.data.eval_results
@@ -171,6 +177,64 @@ def test_the_row_of_this_pipeline_among_several():
     assert [result.metric_value for result in card.data.eval_results] == [0.5]
     with pytest.raises(ValueError, match="it holds outputs/pipeline, owner/name"):
         make_card(tiny_pipeline(), repo_id="owner/other", evaluation=report)
+
+
+def results_of(card):
+    return {(r.dataset_name, r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
+
+
+def test_evaluations_are_added_and_replaced_and_nothing_else_changes():
+    by_hand = str(make_card(tiny_pipeline(), repo_id="owner/name")).replace(
+        "## Citation", "## Thanks\n\nTo all.\n\n## Citation"
+    )
+    first = add_evaluation(ModelCard(by_hand), evaluation(), repo_id="owner/name", picture="cases.png")
+    assert "](cases.png)" in section(first, "Evaluation") and "To all." in str(first)
+    assert str(first).count("text of geometry") == 2  # in the metadata and in the table
+    assert results_of(first) == {
+        ("lab/lesions", "test", "voxel_average_precision"): 0.61,
+        ("lab/lesions", "test", "slice_auroc"): 0.87,
+    }
+
+    other = evaluation()
+    other["data"]["name"] = "lab/strokes"
+    second = add_evaluation(ModelCard(str(first)), other)
+    again = evaluation()
+    again["results"][0]["metrics"] = {"slice_auroc": 0.9}
+    third = add_evaluation(ModelCard(str(second)), again)
+    assert results_of(third) == {
+        ("lab/lesions", "test", "slice_auroc"): 0.9,
+        ("lab/strokes", "test", "voxel_average_precision"): 0.61,
+        ("lab/strokes", "test", "slice_auroc"): 0.87,
+    }
+    text = section(third, "Evaluation")
+    assert text.index("### lab/lesions, split `test`") < text.index("### lab/strokes, split `test`")
+    assert text.count("### ") == 2 and "0.870" in text and "0.900" in text
+    assert str(third).replace(text, "") == str(second).replace(section(second, "Evaluation"), "").replace(
+        second.data.to_yaml(), third.data.to_yaml()
+    )
+    assert check_card(str(third), "model") == ([], [])
+
+
+def test_an_evaluation_in_a_card_that_somebody_else_wrote():
+    card = add_evaluation(ModelCard("---\nlicense: mit\n---\n# Mine\n\nWords.\n"), evaluation(), repo_id="owner/name")
+    assert "# Mine\n\nWords.\n\n## Evaluation\n\n<!-- evaluation of" in str(card)
+    assert card.data.license == "mit" and card.data.model_name == "name" and len(card.data.eval_results) == 2
+    assert check_card(str(card), "model") == ([], [])
+
+
+def test_a_card_learns_its_address():
+    card = add_evaluation(make_card(tiny_pipeline()), evaluation(), repo_id="owner/name")
+    assert card.data.model_name == "name" and 'from_pretrained("owner/name")' in section(card, "Quick start")
+
+
+def test_a_pipeline_without_paper_is_refused():
+    class Undocumented(AnoDDPMPipeline):
+        """Nothing."""
+
+    pipeline = tiny_pipeline()
+    pipeline.__class__ = Undocumented
+    with pytest.raises(ValueError, match="Undocumented needs a paragraph that begins with `Paper:`"):
+        make_card(pipeline)
 
 
 def test_an_evaluation_without_protocol_is_refused():

@@ -3,17 +3,21 @@
 import json
 import re
 import shlex
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, parse_eval_result_entries
 
 from anodiff import AnoDDPMPipeline, AnoDDPMScheduler, VolumeProcessor
 from anodiff.hub.publishing import PublishingError, complete_folder, push_folder
+
+from ..hub_server import READ_TOKEN
 
 
 CARD = "---\nlicense: mit\ntags:\n- anodiff\n---\n\n# Tiny\n"
@@ -57,20 +61,6 @@ if custom:
     pipeline = DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)
     answers["remote code"] = compare(pipeline)
 answers |= {revision: compare(AnomalyPipeline.from_pretrained(repo, revision=revision)) for revision in revisions}
-print(json.dumps(answers))
-"""
-
-PULL_WHAT_IS_NOT_OURS = """
-import json, sys
-from anodiff import AnoDDPMPipeline, AnomalyPipeline
-
-answers = {}
-for repo in sys.argv[1:]:
-    for name, pipeline_class in {"base": AnomalyPipeline, "own": AnoDDPMPipeline}.items():
-        try:
-            pipeline_class.from_pretrained(repo)
-        except (OSError, ValueError) as error:
-            answers[f"{repo} {name}"] = f"{type(error).__name__}: {error}"
 print(json.dumps(answers))
 """
 
@@ -128,7 +118,7 @@ def test_results_of_a_data_set_of_the_hub(folder, data_set, is_written, tmp_path
     (tmp_path / "data" / "local").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     result = EvalResult(
-        "image-segmentation", data_set, data_set, "slice_auroc", 0.87, metric_args={"modality": "flair"}
+        "image-segmentation", data_set, data_set, "slice_auroc", 0.87, dataset_args={"modality": "flair"}
     )
     data = ModelCardData(license="mit", model_name="tiny", eval_results=[result])
     complete_folder(folder, str(ModelCard(f"---\n{data.to_yaml()}\n---\n# Tiny\n")))
@@ -171,21 +161,6 @@ def test_push_and_pull(hub, hub_client, folder):
     assert hub.requests == []
 
 
-def test_repositories_that_are_no_pipeline_of_ours(hub, hub_client, folder, tmp_path):
-    hub.put("owner/notes", {"README.md": b"# Notes"})
-    unet = AnoDDPMPipeline.from_pretrained(folder).unet
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    hub.put("owner/ddpm", contents(tmp_path / "ddpm"))
-    answers = hub_client(PULL_WHAT_IS_NOT_OURS, "owner/missing", "owner/notes", "owner/ddpm")
-    assert len(answers) == 6
-    assert re.search(r"owner/missing is not a local folder.*model identifier", answers["owner/missing base"])
-    assert re.search(r"owner/notes does not appear to have a file named model_index.json", answers["owner/notes base"])
-    assert "ValueError: owner/ddpm holds a DDPMPipeline, which is no pipeline of anodiff" in answers["owner/ddpm base"]
-    assert "owner/missing" in answers["owner/missing own"]
-    assert "owner/notes" in answers["owner/notes own"]
-    assert "owner/ddpm holds a DDPMPipeline, not a AnoDDPMPipeline" in answers["owner/ddpm own"]
-
-
 def test_a_push_that_fails_says_how_to_do_it_later(hub, hub_client, folder):
     before = contents(folder)
     # The Hub breaks at the first request, at the end of the upload, and with a cut line.
@@ -217,13 +192,102 @@ def test_a_push_that_the_hub_refuses(hub, hub_client, folder):
     assert "401" in message and "All files are safe" in message
     hub.requests.clear()
     [message] = hub_client(PUSH, folder, "owner/tiny", "1", HF_TOKEN="")
-    assert "there is no token" in message and "hf auth login" in message and "All files are safe" in message
+    assert "There is no token" in message and "hf auth login" in message and "All files are safe" in message
     [message] = hub_client(PUSH, folder, "no such name", "1")
     assert "Repo id must use alphanumeric chars" in message
     assert hub.requests == []
     (folder / "README.md").write_text(CARD.replace("mit", "all mine"))
     [message] = hub_client(PUSH, folder, "owner/tiny", "1")
     assert '"license" must be one of' in message and "All files are safe" in message
+
+
+PUSH_PIPELINE = """
+import json, sys
+from anodiff import AnoDDPMPipeline
+from anodiff.hub.publishing import PublishingError
+
+pipeline = AnoDDPMPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+answers = []
+for arguments in json.loads(sys.argv[2]):
+    try:
+        answers.append(pipeline.push_to_hub(**arguments))
+    except PublishingError as error:
+        answers.append(str(error))
+pipeline.save_pretrained("saved", push_to_hub=True, repo_id="owner/saved", private=True)
+print(json.dumps(answers))
+"""
+
+
+def test_a_pipeline_pushes_itself(hub, hub_client, folder, tmp_path):
+    hub.put("owner/carded", {"README.md": b"---\nlicense: mit\n---\n# Written by hand\n"})
+    arguments = [
+        {"repo_id": "owner/tiny", "licence": "cc-by-4.0", "private": True},
+        {"repo_id": "owner/carded"},
+        {"repo_id": "owner/half", "variant": "fp16"},
+    ]
+    answers = hub_client(PUSH_PIPELINE, folder, json.dumps(arguments))
+    assert answers == [f"{hub.url}/owner/{name}" for name in ("tiny", "carded", "half")]
+    assert hub.repositories["model", "owner/tiny"].private and hub.repositories["model", "owner/saved"].private
+    assert not list(Path(tempfile.gettempdir()).glob("AnoDDPMPipeline-*"))
+    pushed = hub.files("owner/tiny")
+    wanted = contents(folder)
+    card = pushed["README.md"].decode()
+    assert "license: cc-by-4.0" in card and 'from_pretrained("owner/tiny")' in card
+    assert set(pushed) - {".gitattributes"} == set(wanted)
+    assert pushed["unet/diffusion_pytorch_model.safetensors"] == wanted["unet/diffusion_pytorch_model.safetensors"]
+    # What was loaded from a folder does not tell where.
+    assert not any(str(tmp_path).encode() in content for content in pushed.values())
+    # A card that is there stays.
+    assert b"# Written by hand" in hub.files("owner/carded")["README.md"]
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in hub.files("owner/half")
+    assert hub.files("owner/saved")["pipeline.py"] == wanted["pipeline.py"]
+
+
+def test_a_pipeline_that_cannot_push_itself_is_safe(hub, hub_client, folder, tmp_path):
+    hub.fail("POST", "/commit/", status=500, times=1)
+    [message] = hub_client(PUSH_PIPELINE, folder, json.dumps([{"repo_id": "owner/tiny"}]))
+    kept = Path(re.search(r"All files are safe in (\S+)\.", message)[1])
+    assert AnoDDPMPipeline.from_pretrained(kept).config.threshold == 0.5
+    shutil.rmtree(kept)
+
+
+OPEN = """
+import json, sys
+from anodiff.hub.publishing import PublishingError, open_repository
+
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    try:
+        answers.append(open_repository(**arguments))
+    except PublishingError as error:
+        answers.append(str(error))
+print(json.dumps(answers))
+"""
+
+
+def test_a_repository_is_opened_before_the_work(hub, hub_client):
+    hub.put("owner/public", {"README.md": b"# Public"})
+    asked = [
+        {"repo_id": "owner/new", "private": True, "licence": "mit"},
+        {"repo_id": "owner/new", "private": True},
+        {"repo_id": "owner/public", "private": True},
+        {"repo_id": "owner/public"},
+        {"repo_id": "owner/new", "licence": "all mine"},
+        {"repo_id": "no such name"},
+    ]
+    new, again, public, as_it_is, licence, name = hub_client(OPEN, json.dumps(asked))
+    assert new == again == f"{hub.url}/owner/new" and hub.repositories["model", "owner/new"].private
+    assert "owner/public exists and is public, and a private repository was asked for" in public
+    assert as_it_is == f"{hub.url}/owner/public"
+    assert "must be one of apache-2.0" in licence
+    assert "Repo id must use alphanumeric chars" in name
+
+    # A token that may only read: a new repository, one that exists.
+    refused = hub_client(
+        OPEN, json.dumps([{"repo_id": "owner/newer"}, {"repo_id": "owner/public"}]), HF_TOKEN=READ_TOKEN
+    )
+    assert all("403" in answer and "may read, not write" in answer for answer in refused)
 
 
 def test_a_private_data_set(hub, hub_client, tmp_path):
