@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -43,7 +43,19 @@ COLUMNS = ("image", "mask", "brain", "label", "subject", "slice")
 _SIDE_FILES = ("subjects.parquet", "processor/processor_config.json", "recipe.yaml")
 
 
-class PreparedSplit:
+class _DescribedSplit:
+    """What the files beside the rows say of a split."""
+
+    def __init__(self, folder: Path, split: str):
+        settings = json.loads((folder / "processor" / "processor_config.json").read_text())
+        self.processor_settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+        self.modalities = tuple(self.processor_settings["modalities"])
+        self.recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        info = pq.read_table(folder / "subjects.parquet").to_pylist()
+        self.subject_info = {row["subject"]: row for row in info if row["split"] == split}
+
+
+class PreparedSplit(_DescribedSplit):
     """
     One split of a prepared data set; made by [`load_prepared`].
 
@@ -66,14 +78,8 @@ class PreparedSplit:
     """
 
     def __init__(self, dataset: datasets.Dataset, folder: Path, split: str):
+        super().__init__(folder, split)
         self.dataset = dataset
-        settings = json.loads((folder / "processor" / "processor_config.json").read_text())
-        self.processor_settings = {key: value for key, value in settings.items() if not key.startswith("_")}
-        self.modalities = tuple(self.processor_settings["modalities"])
-        self.recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-        info = pq.read_table(folder / "subjects.parquet").to_pylist()
-        self.subject_info = {row["subject"]: row for row in info if row["split"] == split}
-
         names = dataset.data.column("subject").combine_chunks().dictionary_encode()
         self._subject_of_row = names.indices.to_numpy()
         self.subjects = names.dictionary.to_pylist()
@@ -148,9 +154,64 @@ class PreparedSplit:
         self._map_columns()
 
 
-def load_prepared(
-    path: str | Path, split: str, *, streaming: bool = False
-) -> PreparedSplit | datasets.IterableDataset:
+class StreamedSplit(_DescribedSplit):
+    """
+    One split of a prepared data set that is read from start to end and never stored; made by [`load_prepared`] with `streaming`.
+
+    Iterating gives the rows in their order, as dicts of arrays of one row. The length comes from `subjects.parquet`.
+
+    Attributes:
+        subjects (`list[str]`): Names of the subjects with at least one row.
+        subject_info, processor_settings, modalities, recipe: As of [`PreparedSplit`].
+    """
+
+    def __init__(self, shards: list[str], folder: Path, split: str):
+        super().__init__(folder, split)
+        self.subjects = [name for name, row in self.subject_info.items() if row["rows"]]
+        self._length = sum(row["rows"] for row in self.subject_info.values())
+        self._shards, self._split = shards, split
+        self._images = _open(shards, split, ["image"], streaming=True)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(_open(self._shards, self._split, streaming=True).with_format("numpy"))
+
+    def shuffled_images(self, seed: Sequence[int], buffer_size: int) -> Iterator[np.ndarray]:
+        """
+        One pass over the slices in an order that `seed` decides. Other columns are not read.
+
+        Args:
+            seed (`Sequence[int]`): As of `numpy.random.default_rng`.
+            buffer_size (`int`):
+                Slices in memory to shuffle among. The order of the files is shuffled too, and up to ten are read in turn.
+
+        Returns:
+            `Iterator[np.ndarray]`:
+                Arrays `(C, H, W)` in the processor's value range, read-only, of the stored type. A slice that is passed over costs its
+                way through the network and no more.
+
+        Raises:
+            ConnectionError: The rows could not be read any further.
+            ValueError: There are fewer rows than `subjects.parquet` says.
+        """
+        stream = self._images.shuffle(generator=np.random.default_rng(seed), buffer_size=buffer_size)
+        count = 0
+        try:
+            for table in stream.with_format("arrow").iter(batch_size=64):  # views; the size changes nothing
+                for chunk in table.column("image").chunks:
+                    yield from _pixels(chunk)
+                count += len(table)
+        except (OSError, huggingface_hub.errors.HTTPError) as error:
+            raise ConnectionError(f"A stream broke off: {type(error).__name__}: {error}") from error
+        if count < len(self):
+            raise ValueError(
+                f"{self._shards[0]} and the files beside it hold {count} rows where subjects.parquet says {len(self)}: prepare them again."
+            )
+
+
+def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> PreparedSplit | StreamedSplit:
     """
     Opens one split of a prepared data set. `datasets` keeps an Arrow copy in its own cache, which is mapped into memory.
 
@@ -158,16 +219,18 @@ def load_prepared(
         path (`str` or `Path`):
             Folder, or id of a data set on the Hub. The name of a phantom (`"phantom-mini"`) makes it on first use, in the same cache.
         split (`str`): `"train"`, `"validation"` or `"test"`.
-        streaming (`bool`): Return an iterable data set in numpy format instead, which reads from the Hub as it goes.
+        streaming (`bool`): Return a [`StreamedSplit`] instead, which reads the rows as it goes. Only the other files are downloaded.
 
     Raises:
         FileNotFoundError: There is no such folder or Hub data set.
+        ConnectionError: With `streaming`, the Hub cannot be reached.
         ValueError: It is no prepared data set, is incomplete, or has no such split.
     """
     if path in PHANTOM_SETS and not Path(path).is_dir():
         path = _cached_phantom(path)
     folder = Path(path)
-    if not folder.is_dir():
+    remote = not folder.is_dir()
+    if remote:
         folder = _download(str(path), split, streaming)
     missing = [name for name in _SIDE_FILES if not (folder / name).is_file()]
     if missing:
@@ -180,19 +243,37 @@ def load_prepared(
     ]
     if split not in available:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(available)}.")
-    if streaming:
-        return datasets.load_dataset(str(path), split=split, streaming=True).with_format("numpy")
-    shards = sorted((folder / "data").glob(f"{split}-*-of-*.parquet"))
-    count = int(re.search(r"-of-(\d+)\.parquet$", shards[0].name)[1]) if shards else 1
+    names = f"data/{split}-*-of-*.parquet"
+    if streaming and remote:
+        # The commit that the other files are of, whatever is pushed while the rows are read.
+        try:
+            found = huggingface_hub.HfFileSystem().glob(f"datasets/{path}@{folder.name}/{names}")
+        except huggingface_hub.errors.HTTPError as error:
+            raise ConnectionError(
+                f"The rows of {path} cannot be streamed: the Hub does not answer ({type(error).__name__}: {error})."
+            ) from error
+        shards = sorted(f"hf://{name}" for name in found)
+    else:
+        shards = sorted(str(shard) for shard in folder.glob(names))
+    count = int(re.search(r"-of-(\d+)\.parquet$", shards[0])[1]) if shards else 1
     if len(shards) != count:
         raise ValueError(f"{path} is incomplete: the split {split} has {len(shards)} of {count} files in data/.")
-    dataset = datasets.load_dataset("parquet", data_files={split: [str(shard) for shard in shards]}, split=split)
-    absent = [name for name in COLUMNS if name not in dataset.column_names]
+    return StreamedSplit(shards, folder, split) if streaming else PreparedSplit(_open(shards, split), folder, split)
+
+
+def _open(
+    shards: list[str], split: str, columns: list[str] | None = None, *, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows of the shards, with all columns or those that are named."""
+    dataset = datasets.load_dataset(
+        "parquet", data_files={split: shards}, split=split, columns=columns, streaming=streaming
+    )
+    absent = [name for name in columns or COLUMNS if name not in dataset.features]
     if absent:
         raise ValueError(
-            f"{path} is no prepared data set: column {', '.join(absent)} is missing, it has {', '.join(dataset.column_names)}."
+            f"{shards[0]} is of no prepared data set: column {', '.join(absent)} is missing, it has {', '.join(dataset.features)}."
         )
-    return PreparedSplit(dataset, folder, split)
+    return dataset
 
 
 def _download(repo_id: str, split: str, streaming: bool) -> Path:

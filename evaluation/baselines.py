@@ -36,6 +36,46 @@ def intensity_map(
     return maps
 
 
+def equalised_map(image: np.ndarray, brain: np.ndarray, channel: int, value_range: tuple[float, float]) -> np.ndarray:
+    """
+    The histogram-equalised intensity of one modality as an anomaly map: ANDi's thresholding baseline, there of the FLAIR image.
+
+    The authors equalise the volume before they bring it to the network's size, with [`equalise`]; here it is the prepared
+    slices, so that the values differ a little where resizing mixes them.
+
+    Args:
+        image, brain, channel, value_range: As in [`intensity_map`].
+
+    Returns:
+        `np.ndarray` of shape `(N, H, W)`, float32, 0 to 1.
+    """
+    low, high = value_range
+    return np.where(brain, equalise(np.clip((image[:, channel] - low) / (high - low), 0.0, None)), np.float32(0))
+
+
+def equalise(values: np.ndarray, bins: int = 256) -> np.ndarray:
+    """
+    Histogram equalisation of the voxels > 0 of a volume, as scikit-image's `equalize_hist` with a mask: the share of these voxels
+    below a value, interpolated between the centres of equal bins.
+
+    Args:
+        values (`np.ndarray`): Volume of any shape, used as float32 and divided by its maximum.
+        bins (`int`, *optional*, defaults to 256): Bins between the smallest and the largest value above 0.
+
+    Returns:
+        `np.ndarray` of the same shape, float32, 0 to 1, 0 where `values` is not above 0.
+    """
+    values = np.asarray(values, np.float32)
+    positive = values > 0
+    if not positive.any():
+        return np.zeros_like(values)
+    values = values / values.max()
+    counts, edges = np.histogram(values[positive], bins)
+    shares = counts.cumsum() / counts.sum()
+    equalised = np.interp(values, (edges[:-1] + edges[1:]) / 2, shares)
+    return np.where(positive, equalised, 0).astype(np.float32)
+
+
 def slice_statistics(image: np.ndarray, brain: np.ndarray) -> dict[str, np.ndarray]:
     """
     Statistics of every slice that know nothing of anatomy, `(N,)` each: brain area in pixels, mean intensity and mean absolute

@@ -29,7 +29,7 @@ class EvalOptions:
     inference: dict[str, Any] = field(default_factory=dict)
     """Inference values instead of the checkpoints', by their names in the pipeline: noise_level, mode, num_draws, ..."""
     median_size: int | None = None
-    """Side of the median filter in pixels, odd, 0 for none; as the checkpoint says by default."""
+    """Side of the median filter in pixels, 0 for none; as the checkpoint says by default."""
     median_dimensions: int | None = None
     """2 or 3."""
     erosion: int | None = None
@@ -40,11 +40,23 @@ class EvalOptions:
     """mean, max or p99 of the map in the brain."""
     healthy_fpr: float = 0.05
     """Share of healthy validation voxels above the healthy-only threshold."""
+    protocol: str = "pooled"
+    """Columns beside our own: none with `pooled`; `andi`: AP, Dice and Yen's threshold as ANDi's authors measure them, with a row of
+    the equalised FLAIR; `uad_imag`: AP, Dice at validation thresholds and false positive rates of the benchmark UAD-IMAG."""
+    sweep: tuple[float, float, float] | None = None
+    """First, last and step of the thresholds that these protocols try: of maps scaled to [0, 1] for `andi` (0.01, 0.299, 0.001 by
+    default), of the maps themselves for `uad_imag` (100 of their scores by default)."""
     baselines: bool = True
     """Rows of the plain intensity and of trivial statistics, with the same post-processing."""
     training_population: str | None = None
     """Who the models were trained on, for the record; from the recipe in the checkpoint by default."""
     set_threshold: str | None = None
     """Store the threshold of this policy (validation or healthy) in the checkpoint folders."""
+    push_to_hub: str | None = None
+    """Hub id of an evaluated model: the results are added to its card. A folder's whole pipeline is pushed with it."""
+    hub_private: bool | None = None
+    """Visibility of a new repository; the account's default if not given."""
+    hub_picture: str | None = None
+    """Picture for the card; on phantoms it is cases.png, on scans only what you give."""
     keep_maps: bool = False
     """Keep the maps of every subject (npz) beside the report."""

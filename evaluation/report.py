@@ -22,21 +22,36 @@ COLUMNS = {
     "subject_auroc": "AUROC (subjects)",
 }
 
+# Of other protocols, shown where a row has them.
+PROTOCOL_COLUMNS = {
+    "andi_average_precision": "AP (ANDi)",
+    "andi_dice_oracle": "Dice, oracle (ANDi)",
+    "andi_dice_yen": "Dice, Yen (ANDi)",
+    "uad_imag_average_precision": "AP (UAD-IMAG)",
+    "uad_imag_dice_oracle": "Dice, oracle (UAD-IMAG)",
+    "uad_imag_dice_validation": "Dice, validation (UAD-IMAG)",
+    "uad_imag_fpr_validation": "FPR, validation (UAD-IMAG)",
+    "uad_imag_dice_healthy": "Dice, healthy only (UAD-IMAG)",
+    "uad_imag_fpr_healthy": "FPR, healthy only (UAD-IMAG)",
+}
+
 
 def markdown_table(report: dict) -> str:
     """The report as Markdown: a table of every row, and the nine protocol fields below it."""
     data = report["data"]
+    shown = {name for row in report["results"] for name in row["metrics"]}
+    columns = COLUMNS | {name: title for name, title in PROTOCOL_COLUMNS.items() if name in shown}
     lines = [
         f"# {data['name']}, {data['split']}",
         "",
         f"{data['subjects']} subjects, {data['slices']} slices, {data['anomalous_slices']} of them anomalous.",
         "Research use, not a medical device.",
         "",
-        "| | " + " | ".join([*COLUMNS.values(), "s per slice"]) + " |",
-        "|---" * (len(COLUMNS) + 2) + "|",
+        "| | " + " | ".join([*columns.values(), "s per slice"]) + " |",
+        "|---" * (len(columns) + 2) + "|",
     ]
     for row in report["results"]:
-        values = [row["metrics"].get(name) for name in COLUMNS]
+        values = [row["metrics"].get(name) for name in columns]
         seconds = row.get("seconds_per_slice")
         cells = ["" if value is None else f"{value:.3f}" for value in values]
         lines.append(f"| {row['name']} | " + " | ".join([*cells, "" if seconds is None else f"{seconds:.3g}"]) + " |")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,18 +18,34 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from huggingface_hub import ModelCard
 from tqdm.auto import tqdm
 
 import anodiff
 
+from ..data.preparation import is_phantom
 from ..data.prepared import PreparedSplit, load_prepared
 from ..data.processor import VolumeProcessor
-from ..pipelines.pipeline_utils import NOT_FINITE, AnomalyPipeline
+from ..hub.model_card import add_evaluation, make_card
+from ..hub.publishing import PublishingError, complete_folder, open_repository, push_folder, read_card, write_card
+from ..pipelines.pipeline_utils import NOT_FINITE, AnomalyPipeline, device_name
 from ..pipelines.postprocessing import PostProcessing
-from .baselines import intensity_map, slice_statistics
+from .baselines import equalised_map, intensity_map, slice_statistics
 from .options import EvalOptions
+from .protocol_andi import (
+    ANDI_SWEEP,
+    EQUALISED_SWEEP,
+    PROTOCOL_TEXT,
+    check_protocol,
+    score_andi,
+    score_uad_imag,
+    sweep_thresholds,
+)
 from .report import draw_cases, markdown_table
 from .scoring import Case, score_cases, score_statistic
+
+
+EQUALISED = "equalised flair"
 
 
 def evaluate(options: EvalOptions) -> dict:
@@ -49,6 +65,9 @@ def evaluate(options: EvalOptions) -> dict:
     if (output_dir / "report.json").exists():
         raise FileExistsError(f"{output_dir} already holds a report. Choose another `--output_dir`, or move it away.")
     _check_set_threshold(options)
+    check_protocol(options.protocol, options.sweep)
+    if options.push_to_hub:
+        _check_hub(options, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     with accelerator.main_process_first():
         splits = {"test": load_prepared(options.data, options.split)}
@@ -99,6 +118,15 @@ def evaluate(options: EvalOptions) -> dict:
                         "maps": folder,
                     }
                 )
+        if options.protocol == "andi" and "flair" in processor.config.modalities:
+            folder = maps_dir / "equalised-flair"
+            channel = processor.config.modalities.index("flair")
+            for item, target in _own_subjects(splits, folder, accelerator):
+                maps = equalised_map(item["image"], item["brain"], channel, processor.config.value_range)
+                _case(item, maps, postprocessing).save(target)
+            rows.append(
+                {"name": EQUALISED, "kind": "baseline", "settings": asdict(postprocessing), "maps": folder},
+            )
     accelerator.wait_for_everyone()
 
     # 3. Scores and report.
@@ -113,6 +141,7 @@ def evaluate(options: EvalOptions) -> dict:
                 min_component_size=row["settings"]["min_component_size"],
                 healthy_fpr=options.healthy_fpr,
             )
+            _score_protocol(row, files, options)
         if options.baselines:
             rows += _statistic_rows(splits)
         report = _report(options, splits, processor, rows, accelerator)
@@ -128,7 +157,75 @@ def evaluate(options: EvalOptions) -> dict:
         if not options.keep_maps:
             shutil.rmtree(maps_dir, ignore_errors=True)
     accelerator.wait_for_everyone()
-    return json.loads((output_dir / "report.json").read_text())
+    report = json.loads((output_dir / "report.json").read_text())
+    accelerator.end_training()  # takes the process group down: nothing waits for anybody from here on
+    if accelerator.is_main_process and options.push_to_hub:
+        print(f"Pushed to {_push(options, report, splits['test'].recipe, output_dir)}")
+    return report
+
+
+def _check_hub(options: EvalOptions, is_main_process: bool) -> None:
+    """What a push at the end would fail at, found before the evaluation."""
+    remote = [model for model in options.model if not Path(model).is_dir()]
+    if options.push_to_hub not in remote and not (len(options.model) == 1 and not remote):
+        raise ValueError(
+            f"`push_to_hub` must be the one of `model` that is a Hub id, or the id for the only folder in `model`, got"
+            f" {options.push_to_hub} for {', '.join(options.model) or 'no model'}."
+        )
+    if options.hub_picture and not Path(options.hub_picture).is_file():
+        raise FileNotFoundError(f"`hub_picture`: there is no file {options.hub_picture}.")
+    if is_main_process:
+        try:
+            open_repository(options.push_to_hub, private=options.hub_private)
+        except PublishingError as error:
+            raise PublishingError(
+                f"{options.push_to_hub} cannot be pushed to: {error} Nothing was evaluated."
+            ) from error
+
+
+def _push(options: EvalOptions, report: dict, recipe: dict, output_dir: Path) -> str:
+    """Adds the report to the card of the model: a folder goes up as a whole, of a repository only what changes."""
+    local = options.push_to_hub not in options.model
+    folder = Path(options.model[0]) if local else output_dir / "card"
+    folder.mkdir(exist_ok=True)
+    picture, source = None, options.hub_picture
+    if source is None and is_phantom(recipe) and (output_dir / "cases.png").exists():
+        source = output_dir / "cases.png"
+    if source is not None:
+        data = report["data"]
+        picture = f"evaluation-{data['name'].replace('/', '--')}-{data['split']}{Path(source).suffix}"
+        shutil.copy(source, folder / picture)
+    own = (folder / "README.md").read_text(encoding="utf-8") if local and (folder / "README.md").exists() else None
+    card = own or read_card(options.push_to_hub)
+    if card is None:
+        card = str(make_card(AnomalyPipeline.from_pretrained(options.model[0]), repo_id=options.push_to_hub))
+    card = add_evaluation(ModelCard(card), report, repo_id=options.push_to_hub, picture=picture)
+    (complete_folder if local else write_card)(folder, str(card))
+    data = report["data"]
+    return push_folder(
+        folder,
+        options.push_to_hub,
+        private=options.hub_private,
+        commit_message=f"Results on {data['name']}, {data['split']}",
+    )
+
+
+def _score_protocol(row: dict, files: dict[str, list[Path]], options: EvalOptions) -> None:
+    """Adds the columns of another protocol to a scored row, and the Dice of its sweep."""
+    if options.protocol == "andi":
+        # The authors do not scale the equalised FLAIR, whose lesions lie near 1.
+        equalised = row["name"] == EQUALISED
+        thresholds = sweep_thresholds(options.sweep or (EQUALISED_SWEEP if equalised else ANDI_SWEEP))
+        metrics, row["sweep"], records = score_andi(files["test"], thresholds, scale=not equalised)
+        for subject, record in zip(row["subjects"], records, strict=True):
+            subject.update(record)
+        row["metrics"] |= metrics
+    elif options.protocol == "uad_imag":
+        thresholds = None if options.sweep is None else sweep_thresholds(options.sweep)
+        metrics, row["sweep"] = score_uad_imag(
+            files["test"], files.get("validation", []), thresholds, healthy_fpr=options.healthy_fpr
+        )
+        row["metrics"] |= metrics
 
 
 def _check_set_threshold(options: EvalOptions) -> None:
@@ -150,6 +247,10 @@ def _set_threshold(folder: Path, threshold: float | None) -> None:
         raise ValueError("`set_threshold`: the validation split does not allow this policy, no threshold was stored.")
     index = folder / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"threshold": threshold}, indent=2) + "\n")
+    card = folder / "README.md"
+    if card.exists():
+        text = re.sub(r"^\| `threshold` \|.*\|$", f"| `threshold` | {threshold} |", card.read_text(), flags=re.M)
+        card.write_text(text)
 
 
 def _load_pipeline(model: str, options: EvalOptions, device: torch.device) -> AnomalyPipeline:
@@ -283,7 +384,6 @@ def _report(options: EvalOptions, splits, processor: VolumeProcessor, rows: list
     labels = split.labels
     settings = processor.settings()
     recipe = split.recipe
-    device = accelerator.device
     return {
         "anodiff": anodiff.__version__,
         "data": {
@@ -300,10 +400,12 @@ def _report(options: EvalOptions, splits, processor: VolumeProcessor, rows: list
             )
             or "no model was evaluated",
             "modality": ", ".join(settings["modalities"]),
-            "unit_of_averaging": "pooled brain voxels; volume_dice: mean over subjects with lesion; slices and subjects for AUROC",
+            "unit_of_averaging": "pooled brain voxels; volume_dice: mean over subjects with lesion; slices and subjects for AUROC"
+            + PROTOCOL_TEXT[options.protocol].get("unit_of_averaging", ""),
             "threshold_policy": "oracle: best pooled Dice on the test split; validation: best pooled Dice on the validation split;"
             f" healthy: {options.healthy_fpr:g} of the voxels of healthy validation slices; yen: label-free, per subject; all"
-            " chosen before small components are removed",
+            " chosen before small components are removed"
+            + PROTOCOL_TEXT[options.protocol].get("threshold_policy", ""),
             "geometry": f"network grid {settings['size']}, plane {settings['plane']}, slices {recipe.get('slices', {})}",
             "preprocessing": ", ".join(
                 f"{key} {settings[key]}" for key in ("intensity", "value_range", "clip", "resize", "brain_mask")
@@ -317,7 +419,7 @@ def _report(options: EvalOptions, splits, processor: VolumeProcessor, rows: list
         },
         "results": [{key: value for key, value in row.items() if key != "maps"} for row in rows],
         "seed": options.seed,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
         "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate", "numpy")},
     }

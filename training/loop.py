@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,58 +22,19 @@ import torch.utils.data
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from ..data.prepared import PreparedSplit, load_prepared
+from ..data.phantom import PHANTOM_SETS
+from ..data.preparation import is_phantom
+from ..data.prepared import PreparedSplit, StreamedSplit, load_prepared
 from ..data.processor import VolumeProcessor
 from ..hub.model_card import make_card
-from ..hub.publishing import complete_folder, push_folder
+from ..hub.publishing import BackgroundPush, PublishingError, complete_folder, open_repository, push_folder
+from ..pipelines.pipeline_utils import device_name
 from .augmentation import augment
-from .options import TrainOptions
-
-
-class SampleStream(torch.utils.data.Dataset):
-    """Samples by number: the slices of an endless sequence of permutations of a split."""
-
-    def __init__(self, split: PreparedSplit, seed: int):
-        self.split = split
-        self.seed = seed
-        self._epoch, self._order = -1, None
-
-    def __getitems__(self, positions: list[int]) -> dict:
-        rows = [self._row(position) for position in positions]
-        return {"image": self.split.__getitems__(rows)["image"], "position": np.array(positions)}
-
-    def _row(self, position: int) -> int:
-        epoch, index = divmod(position, len(self.split))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.split))
-        return int(self._order[index])
-
-
-class PositionBatches:
-    """Sample numbers of each forward pass of one process, from optimizer step `first_step` on."""
-
-    def __init__(
-        self, first_step: int, last_step: int, batch_size: int, accumulation: int, processes: int, process: int
-    ):
-        self.steps = range(first_step, last_step)
-        self.batch_size = batch_size
-        self.accumulation = accumulation
-        self.processes = processes
-        self.process = process
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.accumulation
-
-    def __iter__(self):
-        for step in self.steps:
-            for micro in range(self.accumulation):
-                start = ((step * self.accumulation + micro) * self.processes + self.process) * self.batch_size
-                yield list(range(start, start + self.batch_size))
+from .optimization import check_optim, make_ema, make_lr_scheduler, make_optimizer
+from .options import LoopOptions, TrainOptions
+from .samples import PositionBatches, SampleStream, StreamedSamples, sample_generators
 
 
 class Progress:
@@ -92,12 +54,6 @@ class Progress:
                 f" {self.samples_per_step} (batch size x processes x accumulation). Make them equal, or start a new run."
             )
         self.step = state["step"]
-
-
-def sample_generators(seed: int, stream: int, positions, device: torch.device) -> list[torch.Generator]:
-    """One generator per sample; `stream` 0 is training, 1 validation."""
-    keys = [np.random.SeedSequence([seed, stream, int(p)]).generate_state(1, np.uint64)[0] for p in positions]
-    return [torch.Generator(device).manual_seed(int(key)) for key in keys]
 
 
 def fit(options: TrainOptions, objective_class: type) -> Path:
@@ -125,6 +81,8 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     _check_options(options, output_dir)
+    if loop.push_to_hub and accelerator.is_main_process:
+        _check_hub(loop)
 
     # 1. Data.
     train_split, validation_split = _load_splits(accelerator, options)
@@ -135,28 +93,16 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
     # 2. Objective, optimizer, average.
     set_seed(loop.seed)
     objective = objective_class.from_options(options, processor)
-    optimizer = torch.optim.AdamW(
-        objective.model.parameters(),
-        lr=optim.learning_rate,
-        betas=tuple(optim.betas),
-        weight_decay=optim.weight_decay,
-    )
+    optimizer = make_optimizer(objective.model.parameters(), optim)
     # Stepped by hand once per optimizer step and not prepared: accelerate would count processes as steps.
-    lr_scheduler = get_scheduler(
-        optim.lr_scheduler,
-        optimizer,
-        num_warmup_steps=optim.warmup_steps,
-        num_training_steps=optim.lr_total_steps or loop.max_steps,
-    )
+    lr_scheduler = make_lr_scheduler(optimizer, optim, loop.max_steps)
     model, optimizer = accelerator.prepare(objective.model, optimizer)
     set_seed(loop.seed, device_specific=True)  # dropout differs between processes
     progress = Progress(loop.batch_size * accelerator.num_processes * loop.gradient_accumulation_steps)
     accelerator.register_for_checkpointing(lr_scheduler, progress)
     ema = None
     if loop.ema.enabled:
-        # diffusers' average has its own warm-up, (1 + step) / (10 + step); a fixed decay needs both arguments below.
-        fixed = {} if loop.ema.warmup else {"min_decay": loop.ema.decay, "update_after_step": -1}
-        ema = EMAModel(accelerator.unwrap_model(model).parameters(), decay=loop.ema.decay, **fixed)
+        ema = make_ema(accelerator.unwrap_model(model).parameters(), loop.ema)
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
 
@@ -176,16 +122,21 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         (output_dir / "config.yaml").write_text(yaml.safe_dump(_plain(options), sort_keys=False))
     if loop.report_to != "none":
         accelerator.init_trackers("logs")
+    batches = PositionBatches(
+        progress.step,
+        loop.max_steps,
+        loop.batch_size,
+        loop.gradient_accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
+    if isinstance(train_split, StreamedSplit):
+        samples = StreamedSamples(train_split, loop.seed, options.data.shuffle_buffer, batches)
+        source: dict = {"dataset": samples, "batch_size": None}  # it makes whole batches
+    else:
+        source = {"dataset": SampleStream(train_split, loop.seed), "batch_sampler": batches}
     loader = torch.utils.data.DataLoader(
-        SampleStream(train_split, loop.seed),
-        batch_sampler=PositionBatches(
-            progress.step,
-            loop.max_steps,
-            loop.batch_size,
-            loop.gradient_accumulation_steps,
-            accelerator.num_processes,
-            accelerator.process_index,
-        ),
+        **source,
         collate_fn=_as_tensors,
         # A generator of its own: starting a loader draws from the global one, which dropout draws from too.
         generator=torch.Generator(),
@@ -195,6 +146,17 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
     )
 
     # 4. Steps.
+    folder, upload = output_dir / "pipeline", BackgroundPush()
+    hub_arguments = {"private": loop.hub_private}
+    start, first_step = time.perf_counter(), progress.step
+
+    def run() -> str:
+        seconds = time.perf_counter() - start
+        return (
+            f"Trained to step {progress.step} with {progress.samples_per_step} slices a step; the steps from {first_step} on took"
+            f" {seconds / 60:.3g} minutes on {accelerator.num_processes} x {device_name(accelerator.device)}."
+        )
+
     background = processor.config.value_range[0]
     bar = tqdm(
         total=loop.max_steps, initial=progress.step, desc="training", disable=not accelerator.is_local_main_process
@@ -239,32 +201,61 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
             _validate(accelerator, objective, model, ema, validation_split, options, progress.step)
         if saves:
             _save_checkpoint(accelerator, output_dir, progress.step, loop.checkpoint_limit)
+            pushes = loop.push_to_hub and loop.hub_strategy == "every_save" and accelerator.is_main_process
+            # A push that takes longer than the way to the next checkpoint makes that one wait for the one after it.
+            if pushes and not last and not upload.busy:
+                unwrapped = accelerator.unwrap_model(model).eval()
+                if ema is not None:
+                    ema.store(unwrapped.parameters())
+                    ema.copy_to(unwrapped.parameters())
+                _export(objective, unwrapped, folder, options, train_split, validation_split, run())
+                if ema is not None:
+                    ema.restore(unwrapped.parameters())
+                unwrapped.train()
+                upload.start(folder, loop.push_to_hub, commit_message=f"Step {progress.step}", **hub_arguments)
     bar.close()
 
     # 5. The finished pipeline, with the averaged weights.
+    upload.wait()
     accelerator.wait_for_everyone()
-    folder = output_dir / "pipeline"
     unwrapped = accelerator.unwrap_model(model)
     if ema is not None:
         ema.copy_to(unwrapped.parameters())
     if accelerator.is_main_process:
-        _export(objective, unwrapped.eval(), folder, options, train_split, validation_split)
+        _export(objective, unwrapped.eval(), folder, options, train_split, validation_split, run())
     accelerator.wait_for_everyone()
     accelerator.end_training()  # takes the process group down: nothing waits for anybody from here on
     if accelerator.is_main_process:
         print(f"Pipeline written to {folder}")
         if loop.push_to_hub:
-            print(f"Pushed to {push_folder(folder, loop.push_to_hub)}")
+            message = f"Step {progress.step}, the end of the training"
+            print(f"Pushed to {push_folder(folder, loop.push_to_hub, commit_message=message, **hub_arguments)}")
     return folder
 
 
-def _load_splits(accelerator: Accelerator, options: TrainOptions) -> tuple[PreparedSplit, PreparedSplit | None]:
+def _load_splits(
+    accelerator: Accelerator, options: TrainOptions
+) -> tuple[PreparedSplit | StreamedSplit, PreparedSplit | None]:
+    data = options.data
+    if data.streaming:
+        if data.path in PHANTOM_SETS and not Path(data.path).is_dir():
+            raise ValueError(
+                f"`data.streaming` is for a folder or a data set on the Hub, got the phantom {data.path!r}, which is made on this"
+                " machine: leave `data.streaming` out, or name other data with `--data`."
+            )
+        if data.num_workers not in (0, 1):
+            raise ValueError(
+                f"`data.num_workers` must be 0 or 1 with `data.streaming`, got {data.num_workers}: every worker would read the whole"
+                " data set."
+            )
+        if data.shuffle_buffer < 1:
+            raise ValueError(f"`data.shuffle_buffer` must be at least 1, got {data.shuffle_buffer}.")
     # The first process makes a phantom or fills a cache, the others then find it.
     with accelerator.main_process_first():
-        train_split = load_prepared(options.data.path, options.data.train_split)
+        train_split = load_prepared(data.path, data.train_split, streaming=data.streaming)
         if not options.train.validate_every:
             return train_split, None
-        validation_split = load_prepared(options.data.path, options.data.validation_split)
+        validation_split = load_prepared(data.path, data.validation_split)
     if not (validation_split.labels != 1).any():
         raise ValueError(
             f"The split `{options.data.validation_split}` holds no healthy slice to validate on: name another with"
@@ -273,9 +264,25 @@ def _load_splits(accelerator: Accelerator, options: TrainOptions) -> tuple[Prepa
     return train_split, validation_split
 
 
-def _export(objective, model, folder: Path, options: TrainOptions, train_split, validation_split) -> None:
+def _check_hub(loop: LoopOptions) -> None:
+    """What a push at the end would fail at, found before the training."""
+    if loop.hub_picture and not Path(loop.hub_picture).is_file():
+        raise FileNotFoundError(f"`train.hub_picture`: there is no file {loop.hub_picture}.")
+    try:
+        open_repository(loop.push_to_hub, private=loop.hub_private, licence=loop.hub_licence)
+    except PublishingError as error:
+        raise PublishingError(
+            f"{loop.push_to_hub} cannot be pushed to: {error} Nothing was trained; repair it, or leave `--push_to_hub` out and"
+            " push later."
+        ) from error
+
+
+def _export(
+    objective, model, folder: Path, options: TrainOptions, train_split, validation_split, training: str
+) -> None:
     """Writes the pipeline, and what somebody who finds the folder wants to know of its training."""
     pipeline = objective.export(model, folder)
+    picture = _example(folder, options, train_split)
     published = _published(options)
     (folder / "config.yaml").write_text(yaml.safe_dump(published, sort_keys=False))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(train_split.recipe, sort_keys=False))
@@ -289,8 +296,23 @@ def _export(objective, model, folder: Path, options: TrainOptions, train_split, 
             for name, split in (("train", train_split), ("validation", validation_split))
             if split is not None
         },
+        training=training,
+        picture=picture,
+        licence=options.train.hub_licence,
     )
     complete_folder(folder, str(card))
+
+
+def _example(folder: Path, options: TrainOptions, split) -> tuple[str, str] | None:
+    """Copies the picture of the card: the user's, or the last validation of a phantom. Scans of people are nobody's example."""
+    given, samples = options.train.hub_picture, sorted(Path(options.train.output_dir, "samples").glob("*.png"))
+    if given:
+        shutil.copy(given, folder / f"example{Path(given).suffix}")
+        return f"example{Path(given).suffix}", "An example"
+    if not is_phantom(split.recipe) or not samples:
+        return None
+    shutil.copy(samples[-1], folder / "example.png")
+    return "example.png", "Healthy slices of the phantom that the network has not seen in training"
 
 
 def _validate(accelerator, objective, model, ema, split: PreparedSplit, options: TrainOptions, step: int) -> None:
@@ -386,9 +408,9 @@ def _check_options(options: TrainOptions, output_dir: Path) -> None:
         for name in names:
             if getattr(loop, name) < smallest:
                 raise ValueError(f"`train.{name}` must be at least {smallest}, got {getattr(loop, name)}.")
-    schedules = [schedule.value for schedule in SchedulerType]
-    if optim.lr_scheduler not in schedules:
-        raise ValueError(f"`optim.lr_scheduler` must be one of {', '.join(schedules)}, got {optim.lr_scheduler!r}.")
+    if loop.ema.start_step < 0:
+        raise ValueError(f"`train.ema.start_step` must not be negative, got {loop.ema.start_step}.")
+    check_optim(optim)
     if not loop.resume and _checkpoints(output_dir):
         raise FileExistsError(
             f"{output_dir} holds checkpoints of an earlier run. Go on with `--train.resume latest`, or choose another"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass
@@ -30,27 +30,37 @@ class DataOptions:
     """Split to learn from; what it holds is what counts as healthy."""
     validation_split: str = "validation"
     """Split whose healthy slices the validation loss is computed on."""
+    streaming: bool = False
+    """Read the training split from the Hub in every epoch instead of downloading it once; every process reads all of it."""
+    shuffle_buffer: int = 1000
+    """With streaming: slices in memory that the next one is drawn from."""
     num_workers: int = 0
-    """Processes that read slices."""
+    """Processes that read slices; with streaming, 0 or 1."""
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
 
 
 @dataclass
 class OptimOptions:
-    """AdamW and its learning rate, counted in optimizer steps."""
+    """The optimizer and its learning rate, counted in optimizer steps."""
 
+    algorithm: str = "adamw"
+    """adamw, or adam, whose weight decay is part of the gradient."""
+    amsgrad: bool = False
+    """Divide by the largest second moment so far (Reddi et al. 2018)."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the moments."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Weight decay, decoupled with adamw."""
     max_grad_norm: float = 1.0
     """Norm that gradients are clipped to; 0 for no clipping."""
     lr_scheduler: str = "constant_with_warmup"
     """A schedule of diffusers: constant, constant_with_warmup, linear, cosine, ..."""
     warmup_steps: int = 0
     """Optimizer steps until the peak."""
+    start_lr: float = 0.0
+    """Where the schedule begins and ends instead of 0, as ANDi's: with `cosine`, up from it and down to it."""
     lr_total_steps: int | None = None
     """Optimizer steps of the whole schedule; `train.max_steps` by default."""
 
@@ -65,6 +75,8 @@ class EMAOptions:
     """Largest decay."""
     warmup: bool = True
     """Decay min(decay, (1 + step) / (10 + step)), so that short runs forget their start; off: `decay` from step 1."""
+    start_step: int = 0
+    """Steps at first in which the average is a copy of the weights; the warm-up counts from there."""
 
 
 @dataclass
@@ -99,7 +111,15 @@ class LoopOptions:
     report_to: str = "tensorboard"
     """Tracker of accelerate: tensorboard, trackio, wandb, ... or none."""
     push_to_hub: str | None = None
-    """Hub id that the finished pipeline is pushed to."""
+    """Hub id that the pipeline is pushed to."""
+    hub_strategy: Literal["end", "every_save"] = "end"
+    """When: once it is finished, or in the background at every checkpoint as well."""
+    hub_private: bool | None = None
+    """Visibility of a new repository; the account's default if not given."""
+    hub_licence: str = "other"
+    """Licence of the weights, an identifier of the Hub such as cc-by-nc-sa-4.0."""
+    hub_picture: str | None = None
+    """Example picture of the card; phantoms get one by themselves, scans only where you give it."""
 
 
 @dataclass

@@ -434,7 +434,10 @@ def test_wrong_recipes(tmp_path, changes, message):
 def test_recipes_of_the_package(tmp_path):
     folder = Path(__file__).parents[2] / "configs" / "recipes"
     names = sorted(file.stem for file in folder.glob("*.yaml"))
-    assert names == ["anoddpm_nfbs", "brain_damage", "brain_tumor_mri", "phantom_mini", "tcga_lgg_flair"]
+    assert names == [
+        *["anoddpm_nfbs", "brain_damage", "brain_tumor_mri", "brats21_andi", "brats21_flair", "phantom_mini"],
+        "tcga_lgg_flair",
+    ]
     for name in names:
         # An empty root: everything of the recipe is read, then there is no subject.
         with pytest.raises(ValueError, match="No folder in|the classes in .* are none"):

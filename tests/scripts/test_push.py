@@ -1,7 +1,9 @@
 """`train.py --push_to_hub` over real HTTP, and the pipeline that others then get. Every client is a process of its own."""
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from anodiff import AnoDDPMPipeline, AnomalyPipeline
 
@@ -34,12 +37,12 @@ print(json.dumps(type(pipeline).__name__))
 def train(hub, workplace):
     """`train(run)` trains two steps and pushes them to owner/tiny."""
 
-    def run(output: str, *, check: bool = True) -> subprocess.CompletedProcess:
+    def run(output: str, *arguments, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
         return workplace.run(
             "train",
             *["--config", "tiny.yaml", "--data", "prepared", "--train.output_dir", output],
-            *["--train.max_steps", 2, "--push_to_hub", "owner/tiny"],
-            environment=hub.environment(workplace.folder / "home"),
+            *["--train.max_steps", 2, "--push_to_hub", "owner/tiny", *arguments],
+            environment={**hub.environment(workplace.folder / "home"), **variables},
             check=check,
         )
 
@@ -77,6 +80,148 @@ def test_what_is_pushed_is_what_others_get(hub, hub_client, workplace, train, tm
     )
     image = nib.load(workplace.folder / "remote" / "test_1" / "anomaly_map.nii.gz")
     np.testing.assert_array_equal(np.asarray(image.dataobj), local)
+
+
+def titles(hub):
+    return [title for _, title, _ in hub.repositories["model", "owner/tiny"].commits[1:]]
+
+
+def test_every_checkpoint_is_pushed(hub, hub_client, train):
+    arguments = ["--train.max_steps", 6, "--train.checkpoint_every", 2, "--train.hub_strategy", "every_save"]
+    done = train("often", *arguments, "--train.hub_private", "true", "--train.hub_licence", "cc-by-4.0")
+    assert titles(hub)[-1] == "Step 6, the end of the training"
+    assert "Step 2" in titles(hub) and set(titles(hub)[:-1]) <= {"Step 2", "Step 4"}
+    assert hub.repositories["model", "owner/tiny"].private
+    assert "Pushed to" in done.stdout and "warning" not in done.stderr
+    card = hub.files("owner/tiny")["README.md"].decode()
+    assert "license: cc-by-4.0" in card and re.search(
+        r"Trained to step 6 with 4 slices a step; .* minutes on 1 x", card
+    )
+
+    # What was pushed on the way is a whole pipeline with the weights of that step.
+    repository = hub.repositories["model", "owner/tiny"]
+    sha = next(sha for sha, title, _ in repository.commits if title == "Step 2")
+    script = "import sys; from anodiff import AnomalyPipeline; print(AnomalyPipeline.from_pretrained('owner/tiny', revision=sys.argv[1]).config.noise_level)"
+    assert hub_client(script, sha) == 3
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert hub.files("owner/tiny", revision=sha)[weights] != hub.files("owner/tiny")[weights]
+
+
+def test_a_push_on_the_way_that_fails_is_a_warning(hub, train):
+    hub.fail("POST", "/commit/", status=500, times=1)
+    arguments = ["--train.max_steps", 4, "--train.checkpoint_every", 2, "--train.hub_strategy", "every_save"]
+    done = train("bumpy", *arguments)
+    assert "warning: owner/tiny was not pushed" in done.stderr and "The training goes on." in done.stderr
+    assert titles(hub) == ["Step 4, the end of the training"]
+
+
+def test_what_cannot_be_pushed_is_not_trained(hub, train, workplace):
+    for arguments, variables, reason in (
+        ([], {"HF_TOKEN": "hf_wrong"}, "401"),
+        ([], {"HF_TOKEN": ""}, "There is no token"),
+        (["--train.hub_licence", "mine"], {}, "must be one of"),
+    ):
+        done = train("never", *arguments, check=False, **variables)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "error: owner/tiny cannot be pushed to: " in done.stderr and reason in done.stderr
+        assert "Nothing was trained" in done.stderr
+        assert not (workplace.folder / "never").exists()
+
+
+def evaluate(hub, workplace, output, *arguments, check=True):
+    return workplace.run(
+        "eval",
+        *["--data", "prepared", "--output_dir", output, *arguments],
+        environment=hub.environment(workplace.folder / "home"),
+        check=check,
+    )
+
+
+def test_results_go_into_the_card(hub, hub_client, workplace, trained):
+    # A folder goes up as a whole.
+    folder = workplace.folder / "evaluated"
+    shutil.copytree(workplace.folder / trained / "pipeline", folder)
+    before = contents(folder)
+    evaluate(
+        hub, workplace, "eval-folder", "--model", "evaluated", "--push_to_hub", "owner/tiny", "--baselines", "false"
+    )
+    assert pushed(hub) == contents(folder)
+    changed = {path for path, content in contents(folder).items() if before.get(path) != content}
+    assert changed == {"README.md"}
+    report = json.loads((workplace.folder / "eval-folder" / "report.json").read_text())
+    card = ModelCard(pushed(hub)["README.md"].decode())
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values["slice_auroc"] == report["results"][0]["metrics"]["slice_auroc"]
+    assert "### prepared, split `test`" in card.text and "Not evaluated." not in card.text
+
+    # Of a repository only the card changes, and somebody's words in it stay.
+    hub.put("owner/tiny", {"README.md": (str(card) + "\nThanks to all.\n").encode()})
+    before = pushed(hub)
+    picture = workplace.folder / "mine.png"
+    picture.write_bytes(b"a picture")
+    other = ["--split", "validation", "--validation_split", "none", "--hub_picture", picture]
+    evaluate(hub, workplace, "eval-id", "--model", "owner/tiny", "--push_to_hub", "owner/tiny", *other)
+    after = pushed(hub)
+    changed = {path for path, content in after.items() if before.get(path) != content}
+    assert changed == {"README.md", "evaluation-prepared-validation.png"}
+    text = after["README.md"].decode()
+    assert (
+        "Thanks to all." in text
+        and "### prepared, split `validation`" in text
+        and "### prepared, split `test`" in text
+    )
+    assert "](evaluation-prepared-validation.png)" in text
+    assert {result.dataset_split for result in ModelCard(text).data.eval_results} == {"test", "validation"}
+    script = "import json; from anodiff import AnomalyPipeline; print(json.dumps(AnomalyPipeline.from_pretrained('owner/tiny').config.threshold))"
+    assert hub_client(script) == 0.2
+
+
+def test_results_that_cannot_be_pushed(hub, workplace, trained):
+    model = f"{trained}/pipeline"
+    done = evaluate(hub, workplace, "eval-no", "--model", "owner/a", "--push_to_hub", "owner/b", check=False)
+    assert done.returncode == 1 and "`push_to_hub` must be the one of `model` that is a Hub id" in done.stderr
+    hub.fail("POST", "/api/repos/create", status=403)
+    done = evaluate(hub, workplace, "eval-no", "--model", model, "--push_to_hub", "owner/tiny", check=False)
+    assert done.returncode == 1 and "Nothing was evaluated." in done.stderr and "Traceback" not in done.stderr
+    assert not (workplace.folder / "eval-no" / "report.json").exists()
+    hub.failures.clear()
+    hub.fail("POST", "/commit/", status=None)
+    done = evaluate(hub, workplace, "eval-no", "--model", model, "--push_to_hub", "owner/tiny", check=False)
+    assert done.returncode == 1 and "was not pushed" in done.stderr and "hf upload owner/tiny" in done.stderr
+    assert (workplace.folder / "eval-no" / "report.json").exists()
+
+
+def test_a_prepared_data_set_is_pushed(hub, workplace, tmp_path):
+    def preprocess(out, *arguments, check=True):
+        return workplace.run(
+            "preprocess",
+            *["--recipe", "recipe.yaml", "--root", "raw", "--out", out, "--push_to_hub", "owner/rows", *arguments],
+            environment=hub.environment(workplace.folder / "home"),
+            check=check,
+        )
+
+    hub.fail("POST", "/commit/", status=500)
+    done = preprocess("pushed-rows", check=False)
+    assert done.returncode == 1 and "All files are safe in" in done.stderr
+    [line] = re.findall(r"^ +(hf upload .*)$", done.stderr, re.MULTILINE)
+    assert line.endswith("--repo-type dataset --private")
+    hub.failures.clear()
+    preprocess(tmp_path / "rows")
+    files = {path: content for path, content in hub.files("owner/rows", "dataset").items() if path != ".gitattributes"}
+    assert files == contents(tmp_path / "rows")
+    # Images of people are nobody's to give away: private unless asked for.
+    assert hub.repositories["dataset", "owner/rows"].private
+    done = preprocess(tmp_path / "more", "--hub_private", "false", check=False)
+    assert done.returncode == 0, done.stderr
+
+    # And read by its id, with an empty cache.
+    workplace.run(
+        "train",
+        *["--config", "tiny.yaml", "--data", "owner/rows", "--train.max_steps", 2],
+        *["--train.output_dir", tmp_path / "of-rows"],
+        environment=hub.environment(tmp_path / "empty"),
+    )
+    assert (tmp_path / "of-rows" / "pipeline" / "model_index.json").exists()
 
 
 def test_a_push_that_fails_loses_nothing(hub, hub_client, workplace, train):

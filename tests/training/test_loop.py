@@ -8,8 +8,8 @@ import torch
 from diffusers import UNet2DModel
 
 from anodiff import AnoDDPMScheduler, VolumeProcessor
-from anodiff.training.loop import PositionBatches, SampleStream, sample_generators
 from anodiff.training.objective_noise import NoiseObjective
+from anodiff.training.samples import PositionBatches, SampleStream, sample_generators
 
 
 class Numbers:

@@ -1,0 +1,104 @@
+"""Samples by number: which slices a training step sees, in which order, and what is random about them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.utils.data
+
+from ..data.prepared import PreparedSplit, StreamedSplit
+
+
+class SampleStream(torch.utils.data.Dataset):
+    """Samples by number: the slices of an endless sequence of permutations of a split."""
+
+    def __init__(self, split: PreparedSplit, seed: int):
+        self.split = split
+        self.seed = seed
+        self._epoch, self._order = -1, None
+
+    def __getitems__(self, positions: list[int]) -> dict:
+        rows = [self._row(position) for position in positions]
+        return {"image": self.split.__getitems__(rows)["image"], "position": np.array(positions)}
+
+    def _row(self, position: int) -> int:
+        epoch, index = divmod(position, len(self.split))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.split))
+        return int(self._order[index])
+
+
+class StreamedSamples(torch.utils.data.IterableDataset):
+    """
+    Samples by number of a split that is read as it comes: the slices of an endless sequence of shuffled passes over it.
+
+    Slices that are not in `batches` are passed over: those of other processes, and those of the begun pass before the first batch.
+    Whole passes before it are not read.
+
+    Args:
+        split ([`StreamedSplit`]): The slices.
+        seed (`int`): Decides, with the number of the pass, its order.
+        buffer_size (`int`): Slices in memory to shuffle among. Another size is another order.
+        batches (`Iterable[list[int]]`): Numbers of the samples of each batch, rising.
+
+    Yields:
+        `dict`: A whole batch, `image (N, C, H, W)` float32 in the processor's value range and `position (N,)` int64.
+
+    Raises:
+        ConnectionError: The split could not be read any further.
+    """
+
+    def __init__(self, split: StreamedSplit, seed: int, buffer_size: int, batches: Iterable[list[int]]):
+        self.split = split
+        self.seed = seed
+        self.buffer_size = buffer_size
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[dict]:
+        current, images, done = -1, iter(()), 0
+        for positions in self.batches:
+            batch = []
+            for position in positions:
+                epoch, index = divmod(position, len(self.split))
+                if epoch != current:
+                    current, images, done = epoch, self.split.shuffled_images([self.seed, epoch], self.buffer_size), 0
+                try:
+                    batch.append(next(itertools.islice(images, index - done, None)))
+                except ConnectionError as error:
+                    raise ConnectionError(
+                        f"{error}. The last checkpoint is unharmed: go on with `--train.resume latest`."
+                    ) from error
+                done = index + 1
+            yield {"image": np.stack(batch).astype(np.float32), "position": np.array(positions)}
+
+
+class PositionBatches:
+    """Sample numbers of each forward pass of one process, from optimizer step `first_step` on."""
+
+    def __init__(
+        self, first_step: int, last_step: int, batch_size: int, accumulation: int, processes: int, process: int
+    ):
+        self.steps = range(first_step, last_step)
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.processes = processes
+        self.process = process
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.accumulation
+
+    def __iter__(self):
+        for step in self.steps:
+            for micro in range(self.accumulation):
+                start = ((step * self.accumulation + micro) * self.processes + self.process) * self.batch_size
+                yield list(range(start, start + self.batch_size))
+
+
+def sample_generators(seed: int, stream: int, positions, device: torch.device) -> list[torch.Generator]:
+    """One generator per sample; `stream` 0 is training, 1 validation."""
+    keys = [np.random.SeedSequence([seed, stream, int(p)]).generate_state(1, np.uint64)[0] for p in positions]
+    return [torch.Generator(device).manual_seed(int(key)) for key in keys]
