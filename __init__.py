@@ -14,10 +14,17 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "data.processor": ["VolumeProcessor"],
         "hub.registration": ["ModelMixin", "SchedulerMixin"],
+        "models.unet_2d_andi": ["ANDiUNet2DModel"],
+        "models.unet_2d_dae": ["DAEUNet2DModel"],
         "models.unet_2d_heads": ["UNet2DHeadsModel"],
+        "pipelines.pipeline_andi": ["ANDiPipeline"],
         "pipelines.pipeline_anoddpm": ["AnoDDPMPipeline"],
+        "pipelines.pipeline_autoddpm": ["AutoDDPMPipeline"],
+        "pipelines.pipeline_dae": ["DAEPipeline"],
         "pipelines.pipeline_output": ["AnomalyOutput"],
         "pipelines.pipeline_utils": ["AnomalyPipeline"],
+        "schedulers.scheduling_andi": ["ANDiScheduler"],
         "schedulers.scheduling_anoddpm": ["AnoDDPMScheduler"],
+        "schedulers.scheduling_dae": ["DAEScheduler"],
     },
 )

@@ -1,8 +1,10 @@
 """Turns a checkpoint of an original program into a pipeline folder.
 
     python convert.py brain_damage model.pth out/
+    python convert.py andi ema_ckpt.pt out/
 
-`brain_damage`: the state dict of its `UNet2DModel`, with the notebook's schedule, noise and preprocessing.
+`brain_damage`: the state dict of its `UNet2DModel`, with the notebook's schedule, noise and preprocessing. `andi`: the state dict of
+ANDi's `UNet` for FLAIR, T1, T1ce and T2, with the preprocessing of the recipe `brats21_andi`.
 """
 
 from __future__ import annotations
@@ -14,8 +16,7 @@ from pathlib import Path
 from anodiff.configs import parse_options
 
 
-# Method -> configuration of the package whose blocks describe network, scheduler and inference of the original.
-CONFIGS = {"brain_damage": "brain_damage.yaml"}
+METHODS = ("brain_damage", "andi")
 
 
 @dataclass
@@ -32,28 +33,20 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(
         ConvertOptions, argv, prog="convert.py METHOD CHECKPOINT OUT", description=__doc__, positional="arguments"
     )
-    if len(options.arguments) != 3 or options.arguments[0] not in CONFIGS:
+    if len(options.arguments) != 3 or options.arguments[0] not in METHODS:
         raise SystemExit(
-            f"error: three arguments are needed, METHOD ({', '.join(CONFIGS)}) CHECKPOINT OUT, got {options.arguments}."
+            f"error: three arguments are needed, METHOD ({', '.join(METHODS)}) CHECKPOINT OUT, got {options.arguments}."
         )
     method, checkpoint, out = options.arguments
     if Path(out).exists():
         raise SystemExit(f"error: {out} exists already; choose another folder.")
 
     import torch
-    import yaml
 
-    from anodiff import VolumeProcessor
-    from anodiff.configs import config_path
     from anodiff.hub.model_card import make_card
     from anodiff.hub.publishing import complete_folder
-    from anodiff.training.objective_noise import NoiseObjective
-    from anodiff.training.options import TrainOptions
 
-    config = yaml.safe_load(config_path(CONFIGS[method]).read_text())
-    blocks = {name: config[name] for name in ("unet", "scheduler", "inference", "objective") if name in config}
-    processor = VolumeProcessor.from_dict(config["processor"])
-    objective = NoiseObjective.from_options(TrainOptions(**blocks), processor)
+    pipeline, config = _brain_damage() if method == "brain_damage" else _andi()
     # Only tensors are read: a pickle from elsewhere could run code.
     if not Path(checkpoint).is_file():
         raise SystemExit(f"error: there is no file {checkpoint}.")
@@ -64,17 +57,45 @@ def main(argv: list[str] | None = None) -> int:
         )
     state = state if options.key is None else state[options.key]
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if method == "andi":
+        state = pipeline.unet.convert_original_state_dict(state)
     try:
-        objective.model.load_state_dict(state)
+        pipeline.unet.load_state_dict(state)
     except (RuntimeError, AttributeError) as error:
         raise SystemExit(
             f"error: {checkpoint} does not fit the network of {method}: {error}\nIf the weights lie under a key of the"
             f" checkpoint, name it with `--key`; keys there: {', '.join(map(str, list(state)[:8]))}, ..."
         ) from error
-    pipeline = objective.export(objective.model.eval(), out)
+    pipeline.unet.eval()
+    pipeline.save_pretrained(out)
     complete_folder(out, str(make_card(pipeline, config=config)))
     print(f"Pipeline folder written to {out}")
     return 0
+
+
+def _brain_damage():
+    """Pipeline with untrained weights, and its configuration."""
+    import yaml
+
+    from anodiff import AnoDDPMPipeline, VolumeProcessor
+    from anodiff.configs import config_path
+    from anodiff.training.objective_noise import NoiseObjective
+    from anodiff.training.options import TrainOptions
+
+    config = yaml.safe_load(config_path("brain_damage.yaml").read_text())
+    blocks = {name: config[name] for name in ("unet", "scheduler", "inference", "objective") if name in config}
+    processor = VolumeProcessor.from_dict(config["processor"])
+    objective = NoiseObjective.from_options(TrainOptions(**blocks), processor)
+    return AnoDDPMPipeline(objective.model, objective.scheduler, processor, **objective.inference), config
+
+
+def _andi():
+    """Pipeline with untrained weights; its configuration is that of the classes."""
+    from anodiff import ANDiPipeline, ANDiScheduler, ANDiUNet2DModel, VolumeProcessor
+    from anodiff.data.preparation import read_recipe
+
+    processor = VolumeProcessor.from_dict(read_recipe("brats21_andi")["processor"])
+    return ANDiPipeline(ANDiUNet2DModel(), ANDiScheduler(), processor), None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from anodiff.training.options import TrainOptions
 # Method -> module and class of its objective.
 OBJECTIVES = {
     "anoddpm": ("anodiff.training.objective_noise", "NoiseObjective"),
+    "andi": ("anodiff.training.objective_noise", "ANDiObjective"),
+    "autoddpm": ("anodiff.training.objective_noise", "AutoDDPMObjective"),
+    "dae": ("anodiff.training.objective_dae", "DAEObjective"),
 }
 
 

@@ -64,8 +64,8 @@ def read_volume_folders(
         masks (`list[str]`): Patterns of the lesion masks, one per annotator. None: the data set is unlabelled.
         brain (`str`, *optional*): Pattern of the brain mask.
         splits (`str` or `Path`, *optional*):
-            Folder (relative to `root`) with `train.csv`, `validation.csv`, `test.csv`, whose column `subject`, or else first column,
-            lists the subjects. Every subject must be in one of them.
+            Folder (relative to `root`) with `train.csv`, `validation.csv` (or `val.csv`), `test.csv`, whose column `subject`, or else
+            first column, lists the subjects; `scans_train.csv` (ANDi's) is a name too. Every subject must be in one of them.
 
     Returns:
         `list[Subject]`, sorted by name.
@@ -194,7 +194,8 @@ def _read_splits(folder: Path, names: set[str]) -> dict[str, str]:
         raise ValueError(f"`splits`: there is no CSV file in {folder}.")
     split_of: dict[str, str] = {}
     for path in files:
-        if path.stem not in _SPLIT_NAMES:
+        split = _SPLIT_NAMES.get(path.stem.rpartition("_")[2])
+        if split is None:
             raise ValueError(f"`splits`: {path} must be named after a split: {', '.join(_SPLIT_NAMES)}.")
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if any(row)]
@@ -207,8 +208,8 @@ def _read_splits(folder: Path, names: set[str]) -> dict[str, str]:
             name = row[column].strip()
             if name not in names:
                 raise ValueError(f"{path} lists the subject {name!r}, which has no folder with the modalities.")
-            if split_of.setdefault(name, _SPLIT_NAMES[path.stem]) != _SPLIT_NAMES[path.stem]:
-                raise ValueError(f"Subject {name} is in two splits: {split_of[name]} and {_SPLIT_NAMES[path.stem]}.")
+            if split_of.setdefault(name, split) != split:
+                raise ValueError(f"Subject {name} is in two splits: {split_of[name]} and {split}.")
     missing = sorted(names - set(split_of))
     if missing:
         raise ValueError(

@@ -19,7 +19,7 @@ class PostProcessing:
     pipeline's configuration; evaluation gives its baselines the same.
 
     Args:
-        median_size (`int`): Side of the median filter of the maps in network pixels, odd, 0 for none.
+        median_size (`int`): Side of the median filter of the maps in network pixels, 0 for none; see [`median_filter`].
         median_dimensions (`int`): 2 (per slice) or 3.
         erosion (`int`): Network pixels taken from the rim of the brain.
         min_component_size (`int`): Smallest 3-D component of a mask, in network voxels.
@@ -35,10 +35,8 @@ class PostProcessing:
     def __post_init__(self):
         if self.slice_score not in SLICE_SCORES:
             raise ValueError(f"`slice_score` must be one of {', '.join(SLICE_SCORES)}, got {self.slice_score!r}.")
-        if self.median_size < 0 or (self.median_size and self.median_size % 2 == 0):
-            raise ValueError(f"`median_size` must be odd, or 0 for no filter, got {self.median_size}.")
         _check_dimensions(self.median_dimensions, "median_dimensions")
-        for name in ("erosion", "min_component_size"):
+        for name in ("median_size", "erosion", "min_component_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
 
@@ -81,7 +79,8 @@ def median_filter(maps: np.ndarray, size: int, dimensions: int, *, border: str =
         maps (`np.ndarray` of shape `(N, H, W)`):
             Anomaly maps, used as float32.
         size (`int`):
-            Odd side of the window in pixels, for example 5.
+            Side of the window in pixels, for example 5. An even window begins `size / 2` pixels before its pixel and takes the
+            upper one of the two middle values, as scipy does; UAD-IMAG uses 4.
         dimensions (`int`):
             2 for `(size, size)` in each slice, 3 for `(size, size, size)` across slices.
         border (`str`, *optional*, defaults to `"reflect"`):
@@ -92,8 +91,8 @@ def median_filter(maps: np.ndarray, size: int, dimensions: int, *, border: str =
         `np.ndarray` of shape `(N, H, W)`, float32.
     """
     maps = _check_maps(maps)
-    if size < 1 or size % 2 == 0:
-        raise ValueError(f"`size` must be odd and positive, got {size}.")
+    if size < 1:
+        raise ValueError(f"`size` must be positive, got {size}.")
     if border not in ("reflect", "mirror"):
         raise ValueError(f"`border` must be 'reflect' or 'mirror', got {border!r}.")
     window = (size if _check_dimensions(dimensions) == 3 else 1, size, size)
@@ -178,7 +177,7 @@ def postprocess_maps(
         brain (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1):
             Brain mask.
         median_size (`int`, *optional*, defaults to 0):
-            Odd side of the median window in pixels, 0 for no filter.
+            Side of the median window in pixels, 0 for no filter.
         median_dimensions (`int`, *optional*, defaults to 2):
             2 or 3, see [`median_filter`].
         erosion (`int`, *optional*, defaults to 0):
@@ -190,8 +189,8 @@ def postprocess_maps(
     maps = _check_maps(maps)
     if np.shape(brain) != maps.shape:
         raise ValueError(f"`brain` must have the shape of `maps`, got {np.shape(brain)} and {maps.shape}.")
-    if median_size < 0 or (median_size > 0 and median_size % 2 == 0):
-        raise ValueError(f"`median_size` must be odd, or 0 for no filter, got {median_size}.")
+    if median_size < 0:
+        raise ValueError(f"`median_size` must not be negative, got {median_size}.")
     brain = erode_brain(brain, erosion)
     maps = np.where(brain, maps, np.float32(0))
     if median_size > 1:

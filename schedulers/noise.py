@@ -1,4 +1,4 @@
-"""Noise fields for the schedulers: octaves of OpenSimplex noise, and draws with one generator per image.
+"""Noise fields for the schedulers: octaves of OpenSimplex noise, pyramids, and draws with one generator per image.
 
 OpenSimplex is the 2014 function by Kurt Spencer, as in the PyPI package `opensimplex` and in AnoDDPM (Wyatt et al.,
 CVPR Workshops 2022). Everything that decides where a point lies is computed in float64: in float32 a point on the
@@ -559,3 +559,142 @@ def draw_seeds(channels: int, generators: list[torch.Generator], device: torch.d
     """
     draws = [torch.randint(2**62, (channels,), generator=g, device=g.device) for g in generators]
     return torch.stack(draws).to(device)
+
+
+def pyramid_sizes(height: int, width: int, rates: torch.Tensor) -> torch.Tensor:
+    """
+    Sizes of the levels of pyramid noise: level i has the size of level i - 1 over `rates[i]`^i, rounded down and at
+    least 1 (ANDi method card 4.2). Level 0 is as large as the image; the level of one pixel is the last.
+
+    Args:
+        height, width (`int`):
+            Size of the image in pixels.
+        rates (`torch.Tensor` of shape `(..., L)`):
+            r of each level, within [2, 4). The first one has no effect.
+
+    Returns:
+        `torch.Tensor` of shape `(..., L, 2)`, int64, height and width of each level; 0 after the last one.
+    """
+    size = torch.stack([torch.full_like(rates[..., 0], height), torch.full_like(rates[..., 0], width)], -1)
+    sizes = []
+    for level in range(rates.shape[-1]):
+        ended = (size <= 1).all(-1, keepdim=True) & (level > 0)
+        size = (size / rates[..., level, None] ** level).floor().clamp(min=1).masked_fill(ended, 0)
+        sizes.append(size)
+    return torch.stack(sizes, -2).long()
+
+
+def pyramid_noise(
+    base: torch.Tensor, levels: list[torch.Tensor], sizes: torch.Tensor, discount: float, per_image: bool
+) -> torch.Tensor:
+    """
+    Pyramid noise of ANDi from given draws: `base` plus the levels, brought to the size of the image by bilinear
+    interpolation and weighted with `discount`^i, over their standard deviation. Nothing but elementwise operations, so
+    that an image has the same bits in any batch.
+
+    Args:
+        base (`torch.Tensor` of shape `(N, C, H, W)`):
+            Standard normal draw.
+        levels (`list[torch.Tensor]`):
+            Standard normal draw of each level, `(N, C, h, w)` with h and w of `sizes` or larger: the upper left part is
+            used. Level 0 is `(N, C, H, W)`.
+        sizes (`torch.Tensor` of shape `(N, L, 2)` or `(L, 2)`):
+            From [`pyramid_sizes`]; for each image, or for all of them.
+        discount (`float`):
+            Weight of a level relative to the one before it.
+        per_image (`bool`):
+            Whether every image is divided by its own standard deviation, or all by that of the whole batch (ANDi).
+
+    Returns:
+        `torch.Tensor` of shape `(N, C, H, W)`.
+    """
+    count, channels, height, width = base.shape
+    sizes = sizes.to(base.dtype).expand(count, len(levels), 2)
+    noise = base + levels[0]
+    for level in range(1, len(levels)):
+        weight = (discount**level * (sizes[:, level, 0] > 0))[:, None, None, None]
+        field = levels[level] * weight
+        if field.shape[2:] != (1, 1):
+            # Columns, then whole rows, which are fast to fetch.
+            low, high, fraction = _neighbours(sizes[:, level, 1], width)
+            columns = [index[:, None, None].expand(-1, channels, field.shape[2], -1) for index in (low, high)]
+            field = _mix(field.gather(3, columns[0]), field.gather(3, columns[1]), fraction[:, None, None])
+            low, high, fraction = _neighbours(sizes[:, level, 0], height)
+            first_row = torch.arange(count * channels, device=base.device).view(count, channels, 1) * field.shape[2]
+            rows = [(first_row + index[:, None]).flatten() for index in (low, high)]
+            field = _mix(
+                *(field.view(-1, width).index_select(0, index).view_as(base) for index in rows),
+                fraction[:, None, :, None],
+            )
+        noise += field
+    if not per_image:
+        return noise / noise.std()
+    flat = noise.flatten(1)
+    flat = flat - _sum_pixels(flat) / flat.shape[1]
+    return noise / (_sum_pixels(flat.square_()) / (flat.shape[1] - 1)).sqrt()[..., None, None]
+
+
+def _neighbours(counts: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Linear interpolation of `counts[n]` values to `length`, half-pixel centres: both neighbours and the weight of the
+    second, each `(N, length)`."""
+    last = counts.clamp(min=1)[:, None] - 1
+    pixels = torch.arange(length, dtype=counts.dtype, device=counts.device)
+    position = ((pixels + 0.5) * ((last + 1) / length) - 0.5).clamp(min=0).minimum(last)
+    low = position.floor()
+    return low.long(), (low + 1).minimum(last).long(), position - low
+
+
+def _mix(first: torch.Tensor, second: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
+    """`first` + `fraction` (`second` - `first`), in the memory of `second`."""
+    return second.sub_(first).mul_(fraction).add_(first)
+
+
+def draw_pyramid(
+    shape_per_image: tuple[int, int, int],
+    generators: list[torch.Generator],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    discount: float = 0.8,
+    per_image: bool = True,
+) -> torch.Tensor:
+    """
+    Pyramid noise of ANDi, draws of fixed size per generator: white noise plus white noise of ever coarser grids, so that
+    slow changes over the image are as likely as a lesion is large. Made on the device without waiting for it.
+
+    Args:
+        shape_per_image (`tuple[int, int, int]`):
+            `(C, H, W)`.
+        generators (`list[torch.Generator]`):
+            One per image.
+        discount (`float`, defaults to 0.8):
+            Weight of a level relative to the one before it. ANDi: 0.8, UAD-IMAG: 0.9.
+        per_image (`bool`, defaults to `True`):
+            Image i depends on `generators[i]` alone. `False` is the authors' rule: the batch shares its sizes, which the
+            first generator decides, and one standard deviation.
+
+    Returns:
+        `torch.Tensor` of shape `(N, C, H, W)`. Images have the standard deviation 1 (the batch as a whole without
+        `per_image`), and offsets of about 0.3.
+    """
+    channels, height, width = shape_per_image
+    # The largest sizes there can be, from the smallest rate, 2: what is drawn does not depend on the rates.
+    largest = [(height, width)]
+    while largest[-1] != (1, 1):
+        shift = len(largest)
+        largest.append((max(1, largest[-1][0] >> shift), max(1, largest[-1][1] >> shift)))
+    numbers = [channels * rows * columns for rows, columns in (largest[0], *largest)]
+    values_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    rates, draws = [], []
+    for generator in generators:
+        rates.append(torch.rand(len(largest), generator=generator, device=generator.device))
+        draws.append(draw_gaussian((sum(numbers),), [generator], generator.device, values_dtype)[0])
+    rates = 2 + 2 * torch.stack(rates).to(device)
+    if not per_image:
+        rates = rates[:1]
+    base, *levels = [
+        part.unflatten(1, (channels, *size))
+        for part, size in zip(torch.stack(draws).to(device).split(numbers, 1), (largest[0], *largest), strict=True)
+    ]
+    return pyramid_noise(base, levels, pyramid_sizes(height, width, rates), discount, per_image).to(dtype)

@@ -12,8 +12,9 @@ from ..hub import registration  # noqa: F401  (the class below is a component of
 from .noise import OctaveSimplexNoise, draw_gaussian, draw_seeds
 
 
-BETA_SCHEDULES = ("linear", "cosine", "cosine_clipped")
+BETA_SCHEDULES = ("linear", "cosine", "cosine_clipped", "linear_float32")
 NOISE_TYPES = ("gaussian", "simplex")
+VARIANCE_TYPES = ("fixed_large", "fixed_small")
 
 
 @dataclass
@@ -39,7 +40,8 @@ class AnoDDPMScheduler(SchedulerMixin, ConfigMixin):
     Args:
         num_train_timesteps (`int`, defaults to 1000): T.
         beta_schedule (`str`, defaults to `"linear"`):
-            `"linear"`: 1e-4 to 0.02, both times 1000 / T. `"cosine"`: Nichol and Dhariwal, betas at most 0.999.
+            `"linear"`: `beta_start` to `beta_end`, both times 1000 / T. `"linear_float32"`: the same with betas and abar in float32,
+            as in the ANDi authors' program (and diffusers): 1 - abar has few right digits at small t. `"cosine"`: Nichol and Dhariwal, betas at most 0.999.
             `"cosine_clipped"`: brain_damage's, in float32, betas limited to [1e-4, 0.999].
         noise_type (`str`, defaults to `"simplex"`): `"simplex"` or `"gaussian"`.
         octaves (`int`, defaults to 6), persistence (`float`, defaults to 0.8), wavelength (`float`, defaults to 64.0):
@@ -51,6 +53,10 @@ class AnoDDPMScheduler(SchedulerMixin, ConfigMixin):
             `"none"` (AnoDDPM: standard deviation about 0.5), `"per_image"` (brain_damage: mean 0, standard deviation 1), `"analytic"`.
         random_offset (`bool`, defaults to `False`): Shift every field by a random offset, which makes the noise stationary.
         clip_sample (`bool`, defaults to `True`): Limit the x_0 estimate of `step` to [-1, 1].
+        variance_type (`str`, defaults to `"fixed_large"`):
+            sigma_t^2 of `step`: `"fixed_large"`, beta_t (AnoDDPM), or `"fixed_small"`, the variance of q(x_{t-1} | x_t, x_0) (the
+            ANDi authors, in AnoDDPM and AutoDDPM alike).
+        beta_start (`float`, defaults to 1e-4), beta_end (`float`, defaults to 0.02): Of the linear schedules, for T = 1000.
     """
 
     order = 1
@@ -68,32 +74,44 @@ class AnoDDPMScheduler(SchedulerMixin, ConfigMixin):
         normalize: str = "none",
         random_offset: bool = False,
         clip_sample: bool = True,
+        variance_type: str = "fixed_large",
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
     ):
         if noise_type not in NOISE_TYPES:
             raise ValueError(f"`noise_type` must be one of {', '.join(NOISE_TYPES)}, got {noise_type!r}.")
+        if variance_type not in VARIANCE_TYPES:
+            raise ValueError(f"`variance_type` must be one of {', '.join(VARIANCE_TYPES)}, got {variance_type!r}.")
+        if not 0 < beta_start <= beta_end:
+            raise ValueError(f"`beta_start` must be above 0 and at most `beta_end`, got {beta_start} and {beta_end}.")
         if not num_train_timesteps >= 2:
             raise ValueError(f"`num_train_timesteps` must be at least 2, got {num_train_timesteps}.")
-        self.betas = _betas(beta_schedule, num_train_timesteps)
+        self.betas = _betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
         if not self.betas.max() < 1:
             raise ValueError(
-                f"`num_train_timesteps` must be above 20 for the schedule {beta_schedule!r}, whose betas reach"
+                f"`num_train_timesteps` must be above {1000 * beta_end:g} for the schedule {beta_schedule!r}, whose betas reach"
                 f" {self.betas.max():g} with {num_train_timesteps}; they must stay below 1."
             )
-        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, 0)
+        alphas = 1.0 - self.betas
+        if beta_schedule == "linear_float32":
+            alphas = alphas.float()
+        self.alphas_cumprod, alphas = torch.cumprod(alphas, 0).double(), alphas.double()
         previous = torch.cat([torch.ones(1, dtype=self.betas.dtype), self.alphas_cumprod[:-1]])
         # DDPM eq. 7: the posterior q(x_{t-1} | x_t, x_0) has the mean original_weight * x_0 + sample_weight * x_t.
         self.original_weight = self.betas * previous.sqrt() / (1.0 - self.alphas_cumprod)
-        self.sample_weight = (1.0 - previous) * (1.0 - self.betas).sqrt() / (1.0 - self.alphas_cumprod)
+        self.sample_weight = (1.0 - previous) * alphas.sqrt() / (1.0 - self.alphas_cumprod)
         self.posterior_variance = self.betas * (1.0 - previous) / (1.0 - self.alphas_cumprod)
-        # "Fixed large": beta_t, but the posterior variance of t = 1 at t = 0, where no noise is added.
-        self.variance = torch.cat([self.posterior_variance[1:2], self.betas[1:]])
+        # The posterior variance of t = 1 at t = 0 as well: no noise is added there, but the variational bound takes its logarithm.
+        variance = self.betas if variance_type == "fixed_large" else self.posterior_variance
+        self.variance = torch.cat([self.posterior_variance[1:2], variance[1:]])
         self._tables = {
             "original_scale": self.alphas_cumprod.sqrt(),
             "noise_scale": (1.0 - self.alphas_cumprod).sqrt(),
-            "step_scale": (1.0 - self.betas).sqrt(),
+            "step_scale": alphas.sqrt(),
             "step_noise_scale": self.betas.sqrt(),
             "original_weight": self.original_weight,
             "sample_weight": self.sample_weight,
+            "model_output_weight": (1.0 - alphas) / (1.0 - self.alphas_cumprod).sqrt(),
             "sigma": self.variance.sqrt(),
         }
         self._device_tables = {}
@@ -136,10 +154,11 @@ class AnoDDPMScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         variance_noise: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        clip_sample: bool | None = None,
         return_dict: bool = True,
     ) -> AnoDDPMSchedulerOutput | tuple:
         """
-        One reverse step of DDPM with fixed-large variance and this process's own noise.
+        One reverse step of DDPM with this process's own variance and noise.
 
         Args:
             model_output (`torch.Tensor` of shape `(N, C, H, W)`): Predicted noise.
@@ -147,10 +166,11 @@ class AnoDDPMScheduler(SchedulerMixin, ConfigMixin):
             sample (`torch.Tensor` of shape `(N, C, H, W)`): x_t.
             variance_noise (`torch.Tensor`, *optional*): Noise of the step, instead of a generator.
             generator (`torch.Generator` or a list of one per sample, *optional*): Where the noise is drawn from.
+            clip_sample (`bool`, *optional*): Instead of the configuration's (AutoDDPM clips in one of its two chains only).
             return_dict (`bool`, defaults to `True`): Whether to return an [`AnoDDPMSchedulerOutput`] or a tuple.
         """
         # Notation: sample -> x_t, model_output -> eps_theta(x_t, t), prev_sample -> x_{t-1},
-        # pred_original_sample -> x_0 estimate, variance -> sigma_t^2 = beta_t (DDPM section 3.2).
+        # pred_original_sample -> x_0 estimate, variance -> sigma_t^2 (DDPM section 3.2).
         timestep = torch.as_tensor(timestep, device=sample.device)
 
         # 1. Noise of the step. Drawn at t = 0 as well, so that the number of draws does not depend on t.
@@ -159,13 +179,16 @@ class AnoDDPMScheduler(SchedulerMixin, ConfigMixin):
         elif generator is not None:
             raise ValueError("Give either `variance_noise` or `generator`, not both.")
 
-        # 2. Estimate of x_0 (DDPM eq. 15), limited to the range of images.
+        # 2. Estimate of x_0 (DDPM eq. 15).
         pred_original_sample = self.predict_original_sample(model_output, timestep, sample)
-        if self.config.clip_sample:
+        # 3. Posterior mean (DDPM eq. 7); without limits it is one of x_t and eps (eq. 11), which does not divide by sqrt(abar_t).
+        if self.config.clip_sample if clip_sample is None else clip_sample:
             pred_original_sample = pred_original_sample.clamp(-1.0, 1.0)
+            mean = self.posterior_mean(pred_original_sample, timestep, sample)
+        else:
+            mean = self.predicted_mean(model_output, timestep, sample)
 
-        # 3. Posterior mean (DDPM eq. 7), then sigma_t z for t > 0.
-        mean = self.posterior_mean(pred_original_sample, timestep, sample)
+        # 4. sigma_t z for t > 0.
         sigma = self._gather("sigma", timestep, sample) * (timestep > 0).to(sample.dtype).reshape(-1, 1, 1, 1)
         prev_sample = mean + sigma * variance_noise
         if not return_dict:
@@ -206,6 +229,13 @@ class AnoDDPMScheduler(SchedulerMixin, ConfigMixin):
             self._gather("original_weight", timestep, sample) * original_sample
             + self._gather("sample_weight", timestep, sample) * sample
         )
+
+    def predicted_mean(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean of p_theta(x_{t-1} | x_t), nothing limited: (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(1 - beta_t), DDPM eq. 11."""
+        weight = self._gather("model_output_weight", timestep, sample)
+        return (sample - weight * model_output) / self._gather("step_scale", timestep, sample)
 
     def draw_noise(
         self,
@@ -253,11 +283,12 @@ class AnoDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self._device_tables[key][timesteps].to(sample.dtype).reshape(-1, 1, 1, 1)
 
 
-def _betas(schedule: str, steps: int) -> torch.Tensor:
+def _betas(schedule: str, steps: int, start: float, end: float) -> torch.Tensor:
     """Betas, `(steps,)` float64."""
-    if schedule == "linear":
+    if schedule in ("linear", "linear_float32"):
         scale = 1000 / steps
-        return torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64)
+        dtype = torch.float64 if schedule == "linear" else torch.float32
+        return torch.linspace(scale * start, scale * end, steps, dtype=dtype).double()
     if schedule == "cosine":
 
         def alpha_bar(u: float) -> float:

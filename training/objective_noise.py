@@ -1,4 +1,4 @@
-"""Predict the noise of a diffusion process: the training objective of AnoDDPM and brain_damage."""
+"""Predict the noise of a diffusion process: the training objective of AnoDDPM, brain_damage, ANDi and AutoDDPM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from diffusers import UNet2DModel
 import anodiff
 
 from ..data.processor import VolumeProcessor
+from ..pipelines.pipeline_andi import ANDiPipeline
 from ..pipelines.pipeline_anoddpm import AnoDDPMPipeline
+from ..pipelines.pipeline_autoddpm import AutoDDPMPipeline
+from ..pipelines.pipeline_utils import AnomalyPipeline
+from ..schedulers.scheduling_andi import ANDiScheduler
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from .options import TrainOptions
 
@@ -28,16 +32,18 @@ class NoiseObjective:
 
     Args:
         unet ([`~diffusers.UNet2DModel`]): Predicts the noise.
-        scheduler ([`AnoDDPMScheduler`]): Noises the slices.
+        scheduler ([`AnoDDPMScheduler`] or [`ANDiScheduler`]): Noises the slices.
         processor ([`VolumeProcessor`]): Of the prepared data, exported with the weights.
-        inference (`dict`): Inference values of [`AnoDDPMPipeline`] that are exported.
+        inference (`dict`): Inference values of the pipeline that are exported.
         loss (`str`, defaults to `"l2"`):
             `"l2"`, `"l1"`, or `"hybrid"`: l2 plus the variational bound of the step in bits per dimension.
         max_timestep (`int`, *optional*):
-            Timesteps are drawn from 0 to `max_timestep - 1`; all of them by default. AnoDDPM: 800.
+            Timesteps are drawn from `min_timestep` to `max_timestep - 1`; all of them by default. AnoDDPM: 800.
+        min_timestep (`int`, defaults to 0): The smallest one. ANDi: 1.
     """
 
     pipeline_class = AnoDDPMPipeline
+    scheduler_class = AnoDDPMScheduler
 
     def __init__(
         self,
@@ -48,27 +54,45 @@ class NoiseObjective:
         *,
         loss: str = "l2",
         max_timestep: int | None = None,
+        min_timestep: int = 0,
     ):
         steps = scheduler.config.num_train_timesteps
         if loss not in LOSSES:
             raise ValueError(f"`loss` must be one of {', '.join(LOSSES)}, got {loss!r}.")
         if max_timestep is not None and not 1 <= max_timestep <= steps:
             raise ValueError(f"`max_timestep` must be between 1 and {steps}, got {max_timestep}.")
+        if not 0 <= min_timestep < (max_timestep or steps):
+            raise ValueError(
+                f"`min_timestep` must be at least 0 and below `max_timestep` {max_timestep or steps}, got {min_timestep}."
+            )
+        if loss == "hybrid" and self.scheduler_class is not AnoDDPMScheduler:
+            raise ValueError(
+                f"`loss` 'hybrid' needs the posterior variances of AnoDDPMScheduler, not {type(scheduler).__name__}."
+            )
+        if scheduler.config.get("prediction_type", "epsilon") != "epsilon":
+            raise ValueError(
+                f"`scheduler.prediction_type` must be epsilon to be trained here, got {scheduler.config.prediction_type!r}."
+            )
         self.model = unet
         self.scheduler = scheduler
         self.processor = processor
         self.inference = inference or {}
         self.loss_type = loss
+        self.min_timestep = min_timestep
         self.max_timestep = max_timestep or steps
         # Built once here, so that a wrong inference value is found before the training and not after it.
-        AnoDDPMPipeline(unet, scheduler, processor, **self.inference)
+        self.pipeline_class(unet, scheduler, processor, **self.inference)
 
     @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> NoiseObjective:
         """Builds network, scheduler and objective from the blocks of a configuration."""
         unet = dict(options.unet)
         unet_class = unet.pop("_class_name", "UNet2DModel")
-        unet_classes = {"UNet2DModel": UNet2DModel, "UNet2DHeadsModel": anodiff.UNet2DHeadsModel}
+        unet_classes = {
+            "UNet2DModel": UNet2DModel,
+            "UNet2DHeadsModel": anodiff.UNet2DHeadsModel,
+            "ANDiUNet2DModel": anodiff.ANDiUNet2DModel,
+        }
         if unet_class not in unet_classes:
             raise ValueError(f"`unet._class_name` must be one of {', '.join(unet_classes)}, got {unet_class!r}.")
         channels, size = len(processor.config.modalities), processor.config.size
@@ -79,14 +103,14 @@ class NoiseObjective:
             unet.setdefault("sample_size", size[0] if size[0] == size[1] else tuple(size))
         for block, target in (
             ("unet", unet_classes[unet_class]),
-            ("scheduler", AnoDDPMScheduler),
-            ("inference", AnoDDPMPipeline),
+            ("scheduler", cls.scheduler_class),
+            ("inference", cls.pipeline_class),
             ("objective", cls),
         ):
             check_keys(block, unet if block == "unet" else getattr(options, block), target)
         return cls(
             unet_classes[unet_class](**unet),
-            AnoDDPMScheduler(**options.scheduler),
+            cls.scheduler_class(**options.scheduler),
             processor,
             options.inference,
             **options.objective,
@@ -102,7 +126,10 @@ class NoiseObjective:
             generators (`list[torch.Generator]`): One per slice; timestep and noise are drawn from it.
         """
         timesteps = torch.cat(
-            [torch.randint(self.max_timestep, (1,), generator=g, device=images.device) for g in generators]
+            [
+                torch.randint(self.min_timestep, self.max_timestep, (1,), generator=g, device=images.device)
+                for g in generators
+            ]
         )
         noise = self.scheduler.draw_noise(images.shape, timesteps, generators, images.device)
         sample = self.scheduler.add_noise(images, noise, timesteps)
@@ -113,7 +140,7 @@ class NoiseObjective:
     def preview(self, model: torch.nn.Module, images: torch.Tensor, generators: list[torch.Generator]) -> dict:
         """Rows of a validation picture, each `(N, C, H, W)`: slice, noised slice, its one-shot reconstruction, their difference."""
         level = self.inference.get("noise_level", self.max_timestep // 4)
-        level = level if isinstance(level, int) else level[0]
+        level = max(level if isinstance(level, int) else level[0], 1)
         timesteps = torch.full((len(images),), level - 1, device=images.device)
         noise = self.scheduler.draw_noise(images.shape, timesteps, generators, images.device)
         sample = self.scheduler.add_noise(images, noise, timesteps)
@@ -126,11 +153,29 @@ class NoiseObjective:
             "difference": (images - reconstruction).abs() + self.processor.config.value_range[0],
         }
 
-    def export(self, model: torch.nn.Module, folder: str | Path) -> AnoDDPMPipeline:
+    def export(self, model: torch.nn.Module, folder: str | Path) -> AnomalyPipeline:
         """Writes a complete pipeline folder with the weights of `model`."""
-        pipeline = AnoDDPMPipeline(model, self.scheduler, self.processor, **self.inference)
+        pipeline = self.pipeline_class(model, self.scheduler, self.processor, **self.inference)
         pipeline.save_pretrained(folder)
         return pipeline
+
+
+class ANDiObjective(NoiseObjective):
+    r"""
+    As [`NoiseObjective`], with the noise of [`ANDiScheduler`], pyramidal by default: exports an [`ANDiPipeline`].
+
+    With `normalize="per_batch"` of the scheduler, the authors' rule, the slices of one forward pass share a standard deviation and
+    pyramid sizes, so that equal losses need equal forward passes, not only equal steps.
+    """
+
+    pipeline_class = ANDiPipeline
+    scheduler_class = ANDiScheduler
+
+
+class AutoDDPMObjective(NoiseObjective):
+    """As [`NoiseObjective`]: exports an [`AutoDDPMPipeline`]."""
+
+    pipeline_class = AutoDDPMPipeline
 
 
 def check_keys(block: str, given: dict, target: type) -> None:

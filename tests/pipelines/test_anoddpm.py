@@ -44,7 +44,7 @@ def assert_same_map(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("mode", ["partial", "one_shot"])
+@pytest.mark.parametrize("mode", ["partial", "partial_offset", "one_shot"])
 @pytest.mark.parametrize("noise_type", ["simplex", "gaussian"])
 def test_batch_size_does_not_matter(mode, noise_type):
     pipe = make_pipeline(scheduler=AnoDDPMScheduler(noise_type=noise_type), mode=mode, noise_level=[3, 5], num_draws=2)
@@ -220,6 +220,15 @@ def test_map_is_the_squared_difference_and_mask_is_above_the_threshold():
     assert result.volume_score == pytest.approx(result.anomaly_map.double().mean().item())
 
 
+def test_modalities_are_reduced_as_asked():
+    pipe = make_pipeline(("flair", "t1"))
+    slices = torch.rand(3, 2, SIZE, SIZE) * 2 - 1
+    for reduction, reduce in (("mean", torch.mean), ("max", torch.amax)):
+        result = pipe(slices, modality_reduction=reduction)
+        expected = reduce((slices - result.reconstruction).square(), 1)
+        torch.testing.assert_close(result.anomaly_map, expected)
+
+
 def test_draws_are_averaged_before_the_difference():
     pipe = make_pipeline(mode="one_shot", noise_level=30)
     slices = torch.rand(2, 1, SIZE, SIZE) * 2 - 1
@@ -296,7 +305,10 @@ def test_return_tuple():
         ({"noise_level": 1001}, "`noise_level` must be between 1 and 1000"),
         ({"noise_level": []}, "`noise_level` must be between 1 and 1000"),
         ({"noise_level": 2.5}, "`noise_level` must be between 1 and 1000"),
+        ({"noise_level": 1, "mode": "partial_offset"}, "`noise_level` must be between 2 and 999"),
+        ({"noise_level": 1000, "mode": "partial_offset"}, "`noise_level` must be between 2 and 999"),
         ({"mode": "two_shot"}, "`mode` must be one of partial, one_shot"),
+        ({"modality_reduction": "median"}, "`modality_reduction` must be one of mean, max"),
         ({"num_draws": 0}, "`num_draws` must be an integer of at least 1"),
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
         ({"noise": torch.zeros(5, 5, 1, SIZE, SIZE), "generator": 1}, "either `noise` or `generator`"),
@@ -330,7 +342,7 @@ def test_wrong_volumes(tmp_path):
     ("settings", "message"),
     [
         ({"slice_score": "median"}, "`slice_score` must be one of mean, max, p99"),
-        ({"median_size": 4}, "`median_size` must be odd"),
+        ({"median_size": -1}, "`median_size` must not be negative"),
         ({"median_dimensions": 4}, "`median_dimensions` must be 2 or 3"),
         ({"erosion": -1}, "`erosion` must not be negative"),
         ({"mode": "both"}, "`mode` must be one of"),

@@ -13,6 +13,9 @@ SCHEDULERS = {
     "gaussian, cosine": lambda: AnoDDPMScheduler(
         num_train_timesteps=25, beta_schedule="cosine", noise_type="gaussian"
     ),
+    "ANDi authors": lambda: AnoDDPMScheduler(
+        num_train_timesteps=25, beta_schedule="linear_float32", noise_type="gaussian", variance_type="fixed_small"
+    ),
     "brain_damage": lambda: AnoDDPMScheduler(
         num_train_timesteps=25, beta_schedule="cosine_clipped", wavelength=32, normalize="per_image"
     ),
@@ -100,6 +103,18 @@ def test_last_step_adds_no_noise(scheduler):
     torch.testing.assert_close(noisy, quiet, rtol=0, atol=0)
 
 
+def test_clipping_of_one_step_wins_over_the_configuration(scheduler):
+    sample, model_output = tensors()
+    clipped, free = (
+        scheduler.step(model_output, 20, sample, variance_noise=torch.zeros(SHAPE), clip_sample=clip)
+        for clip in (True, False)
+    )
+    assert clipped.pred_original_sample.abs().max() == 1 and free.pred_original_sample.abs().max() > 1
+    # Both forms of the mean are the same where nothing is limited.
+    expected = scheduler.posterior_mean(free.pred_original_sample, 20, sample)
+    torch.testing.assert_close(free.prev_sample, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_one_shot_inverts_add_noise(scheduler):
     original, noise = tensors()
     t = torch.tensor([0, 7, 15])
@@ -122,5 +137,9 @@ def test_wrong_arguments():
         AnoDDPMScheduler(num_train_timesteps=10)
     with pytest.raises(ValueError, match="`beta_schedule` must be one of linear, cosine"):
         AnoDDPMScheduler(beta_schedule="sigmoid")
+    with pytest.raises(ValueError, match="`variance_type` must be one of fixed_large, fixed_small"):
+        AnoDDPMScheduler(variance_type="learned")
+    with pytest.raises(ValueError, match="`beta_start` must be above 0 and at most `beta_end`"):
+        AnoDDPMScheduler(beta_start=0.03)
     with pytest.raises(ValueError, match="`noise_type` must be one of gaussian, simplex"):
         AnoDDPMScheduler(noise_type="perlin")

@@ -9,10 +9,13 @@ from anodiff.schedulers.noise import (
     OFFSET_ORIGIN,
     OctaveSimplexNoise,
     draw_gaussian,
+    draw_pyramid,
     draw_seeds,
     opensimplex2,
     opensimplex3,
     permutation_tables,
+    pyramid_noise,
+    pyramid_sizes,
 )
 
 
@@ -248,3 +251,83 @@ def test_an_accelerator_gives_the_same_fields(variant):
     assert_close(together.cpu(), expected, rtol=0, atol=1e-11)
     alone = noise(device_seeds[7:8], timesteps[7:8].to("cuda"), 24, 40, dtype=torch.float64)
     assert torch.equal(bits(alone), bits(together[7:8]))
+
+
+@pytest.mark.parametrize("size", [(24, 24), (33, 33), (40, 12), (7, 5), (1, 9)])
+def test_pyramid_noise_does_not_depend_on_its_batch(size):
+    def draw(*seeds):
+        return draw_pyramid((3, *size), generators(*seeds), "cpu", torch.float32)
+
+    together = draw(*range(20))
+    assert together.shape == (20, 3, *size)
+    assert torch.equal(bits(torch.cat([draw(seed) for seed in range(20)])), bits(together))
+    assert torch.equal(bits(torch.cat([draw(*range(start, start + 4)) for start in range(0, 20, 4)])), bits(together))
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(bits(draw(*order.tolist())), bits(together[order]))
+    assert_close(together.flatten(1).std(1), torch.ones(20), rtol=0, atol=1e-5)
+
+
+def test_pyramid_noise_draws_have_a_fixed_size():
+    # 24, at most 12, 3 and 1 pixels, whatever the rates of a seed are.
+    for seed in range(8):
+        generator, expected = generators(seed, seed)
+        draw_pyramid((2, 24, 24), [generator], "cpu", torch.float32)
+        torch.rand(4, generator=expected)
+        torch.randn(2 * (2 * 24**2 + 12**2 + 3**2 + 1), generator=expected)
+        assert torch.equal(torch.rand(4, generator=generator), torch.rand(4, generator=expected))
+
+
+def test_pyramid_noise_is_a_sum_of_resized_levels():
+    torch.manual_seed(0)
+    rates = torch.tensor([[2.3, 3.1, 2.5, 3.9], [2.0, 2.0, 2.1, 2.2]])
+    sizes = pyramid_sizes(30, 20, rates)
+    # Each level divides the one before it; one pixel is the last.
+    assert sizes.tolist() == [
+        [[30, 20], [9, 6], [1, 1], [0, 0]],
+        [[30, 20], [15, 10], [3, 2], [1, 1]],
+    ]
+    base = torch.randn(2, 3, 30, 20)
+    levels = [torch.randn(2, 3, *size) for size in ((30, 20), (15, 10), (4, 3), (2, 1))]
+    for image in range(2):
+        expected = base[image]
+        for level, (rows, columns) in enumerate(sizes[image].tolist()):
+            if rows:
+                part = levels[level][image : image + 1, :, :rows, :columns]
+                expected = expected + 0.7**level * torch.nn.functional.interpolate(
+                    part, size=(30, 20), mode="bilinear", align_corners=False
+                ).squeeze(0)
+        noise = pyramid_noise(base, levels, sizes, 0.7, per_image=True)
+        assert_close(noise[image], expected / expected.std(), rtol=0, atol=3e-6)
+    # One size for all, one standard deviation for all.
+    shared = pyramid_noise(base, levels, sizes[1], 0.7, per_image=False)
+    assert_close(shared.std(), torch.tensor(1.0), rtol=0, atol=1e-6)
+    own = pyramid_noise(base, levels, sizes[1:].expand(2, -1, -1), 0.7, per_image=True)
+    ratio = shared / own
+    assert_close(ratio[1], ratio[1, 0, 0, 0].expand(3, 30, 20), rtol=1e-4, atol=0)
+    assert (ratio[0] - ratio[1]).abs().min() > 1e-4
+
+
+def test_pyramid_noise_sizes_of_the_card():
+    # Section 4.2: at 128 pixels there are 4 levels, 32 to 63 pixels in the second, 2 to 15 in the third, then 1.
+    rates = 2 + 2 * torch.rand(300, 5, generator=torch.Generator().manual_seed(0))
+    sizes = pyramid_sizes(128, 128, rates)
+    assert (sizes[..., 0] == sizes[..., 1]).all() and (sizes[:, 0] == 128).all()
+    assert 32 <= sizes[:, 1].min() and sizes[:, 1].max() <= 63
+    assert 2 <= sizes[:, 2].min() and sizes[:, 2].max() <= 15
+    assert (sizes[:, 3] == 1).all() and (sizes[:, 4] == 0).all()
+
+
+@pytest.mark.gpu
+def test_pyramid_noise_on_an_accelerator():
+    def draw(*seeds):
+        chosen = [torch.Generator("cuda").manual_seed(seed) for seed in seeds]
+        return draw_pyramid((2, 33, 40), chosen, "cuda", torch.float32)
+
+    draw(0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        together = draw(*range(9))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(bits(torch.cat([draw(seed) for seed in range(9)])), bits(together))
+    assert_close(together.flatten(1).std(1).cpu(), torch.ones(9), rtol=0, atol=1e-5)

@@ -156,3 +156,49 @@ def test_overrides_two_models_and_refusals(workplace, trained, reports):
         "eval", "--model", f"{trained}/pipeline", "--data", "prepared12", "--output_dir", "x", check=False
     )
     assert other.returncode != 0 and "`size` is [16, 16] there and [12, 12] here" in other.stderr
+
+
+def test_protocols_of_others(workplace):
+    """The baselines under ANDi's and UAD-IMAG's protocols, against their maps."""
+    from scipy import ndimage
+
+    from anodiff.evaluation.calibration import yen_threshold
+
+    common = ["--data", "prepared", "--keep_maps", "--median_size", 0]
+    workplace.run("eval", *common, "--protocol", "andi", "--output_dir", "eval_andi")
+    folder = workplace.folder / "eval_andi"
+    report = json.loads((folder / "report.json").read_text())
+    rows = {row["name"]: row for row in report["results"]}
+    cases = [Case.load(folder / "maps" / "intensity-0" / "test" / f"test_{number}.npz") for number in range(3)]
+    low, high = min(case.maps.min() for case in cases), max(case.maps.max() for case in cases)
+    maps, masks = [(case.maps - low) / (high - low) for case in cases], [case.mask for case in cases]
+    assert not masks[0].any() and masks[1].any() and masks[2].any()
+    dices = [
+        2 * (predicted & mask).sum() / (predicted.sum() + mask.sum())
+        for predicted, mask in zip((ndimage.binary_dilation(m > yen_threshold(m)) for m in maps), masks, strict=True)
+    ]
+    row = rows["intensity of flair"]
+    assert row["metrics"]["andi_dice_yen"] == pytest.approx(np.mean(dices))
+    scores, labels = (np.concatenate([array.ravel() for array in arrays]) for arrays in (maps, masks))
+    assert row["metrics"]["andi_average_precision"] == pytest.approx(average_precision(scores, labels))
+    assert len(row["sweep"]["dice"]) == 290 and row["metrics"]["andi_dice_oracle"] == max(row["sweep"]["dice"])
+    assert rows["equalised flair"]["sweep"]["thresholds"][0] == 0.8
+    assert rows["equalised flair"]["metrics"]["voxel_auroc"] > 0.8
+    assert set(report["protocol"]) == set(PROTOCOL_FIELDS) and "Yen" in report["protocol"]["threshold_policy"]
+    assert "Dice, Yen (ANDi)" in (folder / "report.md").read_text()
+
+    sweep = ["--protocol", "uad_imag", "--sweep", "[0.1, 1.5, 0.05]", "--healthy_fpr", 0.01]
+    workplace.run("eval", *common, *sweep, "--output_dir", "eval_uad_imag")
+    report = json.loads((workplace.folder / "eval_uad_imag" / "report.json").read_text())
+    metrics = report["results"][0]["metrics"]
+    threshold = np.float32(metrics["uad_imag_threshold_validation"])
+    healthy = np.concatenate([case.maps[case.brain & ~case.mask] for case in cases])
+    assert metrics["uad_imag_fpr_validation"] == pytest.approx((healthy > threshold).mean())
+    assert metrics["uad_imag_dice_oracle"] >= metrics["uad_imag_dice_validation"] > 0
+    assert "FPR, validation (UAD-IMAG)" in (workplace.folder / "eval_uad_imag" / "report.md").read_text()
+    for options, message in (
+        (["--protocol", "best"], "`protocol` must be one of pooled, andi, uad_imag"),
+        (["--sweep", "[0.1, 0.2, 0.01]"], "`sweep` needs `protocol` andi or uad_imag"),
+    ):
+        wrong = workplace.run("eval", "--data", "prepared", "--output_dir", "x", *options, check=False)
+        assert wrong.returncode != 0 and message in wrong.stderr

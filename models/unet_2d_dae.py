@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import nn
+
+from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+
+
+class DAEUNet2DModel(ModelMixin, ConfigMixin):
+    r"""
+    The network of the denoising autoencoder (Kascenas et al., MIDL 2022) as the ANDi authors ran it: a U-Net of
+    weight-standardised convolutions with reflect padding, without a timestep.
+
+    Every block is twice: convolution 3 x 3, SiLU, group normalisation. Mean pooling on the way down, transposed convolutions 2 x 2
+    on the way up, `[up, skip]` concatenated, a convolution 1 x 1 at the end. Parameters are named as in the original
+    (`down_path.0.block.1.weight`), whose weights fit as they are.
+
+    Args:
+        in_channels (`int`, defaults to 4), out_channels (`int`, defaults to 4): Number of modalities.
+        block_out_channels (`tuple[int, ...]`, defaults to `(64, 128, 256, 512)`):
+            Channels of the levels. A level has as many groups as the upper middle divisor of its channels: 8, 16, 16, 32.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        block_out_channels: tuple[int, ...] = (64, 128, 256, 512),
+    ):
+        super().__init__()
+        if not block_out_channels:
+            raise ValueError("`block_out_channels` must name the channels of at least one level, got none.")
+        self.down_path = nn.ModuleList()
+        for before, channels in zip((in_channels, *block_out_channels), block_out_channels, strict=False):
+            self.down_path.append(_ConvBlock(before, channels))
+        self.up_path = nn.ModuleList()
+        for before, channels in zip(block_out_channels[:0:-1], block_out_channels[-2::-1], strict=True):
+            self.up_path.append(_UpBlock(before, channels))
+        self.last = nn.Conv2d(block_out_channels[0], out_channels, kernel_size=1)
+
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> UNet2DOutput | tuple:
+        """
+        Args:
+            sample (`torch.Tensor` of shape `(N, C, H, W)`): Noisy slices; H and W are multiples of 2^(levels - 1).
+            return_dict (`bool`, defaults to `True`): Whether to return a [`UNet2DOutput`] or a tuple.
+
+        Returns:
+            The denoised slices, `(N, C, H, W)`.
+        """
+        multiple = 2 ** len(self.up_path)
+        if sample.shape[2] % multiple or sample.shape[3] % multiple:
+            raise ValueError(f"`sample` must have H and W that {multiple} divides, got {tuple(sample.shape[2:])}.")
+        skips = []
+        for level, block in enumerate(self.down_path):
+            if level:
+                skips.append(sample)
+                sample = nn.functional.avg_pool2d(sample, 2)
+            sample = block(sample)
+        for block, skip in zip(self.up_path, reversed(skips), strict=True):
+            sample = block(sample, skip)
+        sample = self.last(sample)
+        return UNet2DOutput(sample=sample) if return_dict else (sample,)
+
+
+class _StandardizedConv2d(nn.Conv2d):
+    """Convolution whose weights have mean 0 and standard deviation 1 over the inputs of every output channel."""
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        mean = self.weight.mean((1, 2, 3), keepdim=True)
+        deviation = self.weight.std((1, 2, 3), keepdim=True)  # unbiased, as in the original
+        return self._conv_forward(sample, (self.weight - mean) / (deviation + 1e-5), self.bias)
+
+
+class _ConvBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        divisors = [number for number in range(1, out_channels + 1) if out_channels % number == 0]
+        groups = divisors[len(divisors) // 2]
+        layers = []
+        for channels in (in_channels, out_channels):
+            layers += [
+                nn.ReflectionPad2d(1),
+                _StandardizedConv2d(channels, out_channels, kernel_size=3),
+                nn.SiLU(),
+                nn.GroupNorm(groups, out_channels),
+            ]
+        self.block = nn.Sequential(*layers)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return self.block(sample)
+
+
+class _UpBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
+        self.conv_block = _ConvBlock(2 * out_channels, out_channels)
+
+    def forward(self, sample: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        return self.conv_block(torch.cat([self.up(sample), skip], 1))

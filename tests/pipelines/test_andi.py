@@ -1,0 +1,404 @@
+"""Properties of `ANDiPipeline` with real, tiny components."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from anodiff import ANDiPipeline, ANDiScheduler, AnomalyPipeline, VolumeProcessor
+
+
+SIZE = 16
+
+
+def make_pipeline(modalities=("image",), scheduler=None, value_range=(-1.0, 1.0), **settings) -> ANDiPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=SIZE,
+        in_channels=len(modalities),
+        out_channels=len(modalities),
+        layers_per_block=1,
+        block_out_channels=(4, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+    processor = VolumeProcessor(modalities=modalities, size=(SIZE, SIZE), value_range=value_range)
+    settings = {"start": 75, "stop": 79, "median_size": 0, **settings}
+    pipe = ANDiPipeline(unet, scheduler or ANDiScheduler(), processor, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_volume(shape=(18, 20, 5), seed=0) -> np.ndarray:
+    volume = np.random.default_rng(seed).random(shape).astype(np.float32) + 0.1
+    volume[:3] = 0
+    return volume
+
+
+def make_slices(count=3, channels=1) -> torch.Tensor:
+    return torch.rand(count, channels, SIZE, SIZE, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def assert_same_map(actual, expected):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+
+
+def evaluated_batches(pipe) -> list[torch.Tensor]:
+    """The timesteps of every evaluation from now on."""
+    batches, forward = [], pipe.unet.forward
+
+    def counting(sample, timesteps, *args, **kwargs):
+        assert len(sample) == len(timesteps)
+        batches.append(timesteps.clone())
+        return forward(sample, timesteps, *args, **kwargs)
+
+    pipe.unet.forward = counting
+    return batches
+
+
+def test_published_defaults():
+    pipe = ANDiPipeline(make_pipeline().unet, ANDiScheduler(), VolumeProcessor())
+    assert pipe.config.start == 75 and pipe.config.stop == 200 and pipe.config.num_timesteps is None
+    assert pipe.config.noise_type == "gaussian" and pipe.config.aggregation == "geometric"
+    assert pipe.config.modality_reduction == "max" and not pipe.config.normative_blocks
+    assert pipe.postprocessing.median_size == 5 and pipe.postprocessing.median_dimensions == 3
+    assert pipe.scheduler.config.noise_type == "pyramid" and pipe.scheduler.config.discount == 0.8
+
+
+@pytest.mark.parametrize("aggregation", ["geometric", "arithmetic", "prob"])
+@pytest.mark.parametrize("noise_type", ["gaussian", "pyramid"])
+def test_batch_size_does_not_matter(aggregation, noise_type):
+    pipe = make_pipeline(aggregation=aggregation, noise_type=noise_type)
+    maps = [pipe(make_volume(), batch_size=size).anomaly_map for size in (1, 3, 16, 100)]
+    for other in maps[1:]:
+        assert_same_map(other, maps[0])
+
+
+@pytest.mark.parametrize("length", [3, 4])
+def test_batch_size_does_not_matter_for_blocks(length):
+    pipe = make_pipeline(normative_blocks=True, block_length=length)
+    maps = [pipe(make_volume(), batch_size=size).anomaly_map for size in (1, 3, 100)]
+    for other in maps[1:]:
+        assert_same_map(other, maps[0])
+
+
+@pytest.mark.parametrize("noise_type", ["gaussian", "pyramid"])
+def test_draws_are_bit_identical_for_any_batch_size(noise_type):
+    pipe = make_pipeline(noise_type=noise_type)
+    original = pipe.scheduler.draw_noise
+    drawn = {}
+    for batch_size in (1, 4, 100):
+        seen = {}
+
+        def recording(shape, timesteps, generator, *args, seen=seen, **kwargs):
+            noise = original(shape, timesteps, generator, *args, **kwargs)
+            for one, image in zip(generator, noise, strict=True):
+                assert one.initial_seed() not in seen
+                seen[one.initial_seed()] = image.numpy().tobytes()
+            return noise
+
+        pipe.scheduler.draw_noise = recording
+        pipe(make_volume(), batch_size=batch_size)
+        drawn[batch_size] = seen
+    # One draw per slice and timestep, no two alike.
+    assert len(drawn[1]) == len(set(drawn[1].values())) == 5 * 4
+    assert drawn[1] == drawn[4] == drawn[100]
+
+
+def test_batches_are_full_across_slices_and_timesteps():
+    pipe = make_pipeline()
+    batches = evaluated_batches(pipe)
+    volume = make_volume()
+    volume[..., 2] = 0  # no brain: not computed
+    result = pipe(volume, batch_size=6)
+    assert [len(batch) for batch in batches] == [6, 6, 4]
+    assert torch.cat(batches).bincount().tolist() == [0] * 75 + [4] * 4
+    assert (result.anomaly_map[..., 2] == 0).all() and result.pred_score[2] == 0
+    assert (result.pred_score[[0, 1, 3, 4]] > 0).all()
+
+
+def test_a_slice_does_not_depend_on_its_neighbours():
+    pipe = make_pipeline(noise_type="pyramid")
+    whole = make_slices(5)
+    maps = pipe(whole).anomaly_map
+    single, reconstruction = pipe.compute_maps(whole[3:4], [3], seed=0, batch_size=1, **pipe.default_settings())
+    assert reconstruction is None
+    torch.testing.assert_close(single[0], maps[3], rtol=0, atol=1e-5 * maps.max().item())
+
+
+def test_seed_decides():
+    pipe = make_pipeline()
+    default = pipe(make_volume()).anomaly_map
+    np.testing.assert_array_equal(pipe(make_volume(), generator=0).anomaly_map, default)
+    np.testing.assert_array_equal(pipe(make_volume(), generator=torch.Generator().manual_seed(0)).anomaly_map, default)
+    other = pipe(make_volume(), generator=1).anomaly_map
+    assert np.abs(other - default).max() > 0.01 * default.max()
+
+
+def test_map_is_the_geometric_mean_of_the_deviations():
+    pipe = make_pipeline(("flair", "t1"))
+    slices, noise = make_slices(3, 2), torch.randn(4, 3, 2, SIZE, SIZE)
+    deviations = []
+    for t, drawn in zip((78, 77, 76, 75), noise, strict=True):
+        sample = pipe.scheduler.add_noise(slices, drawn, t)
+        with torch.no_grad():
+            model_output = pipe.unet(sample, t).sample
+        weight = pipe.scheduler.deviation_weight[t].item()
+        deviations.append(weight * (model_output - drawn).square())
+    deviations = torch.stack(deviations).clamp(min=1e-10)
+    geometric = deviations.log().mean(0).exp()
+    assert_same_map(pipe(slices, noise=noise).anomaly_map, geometric.amax(1))
+    assert_same_map(pipe(slices, noise=noise, modality_reduction="mean").anomaly_map, geometric.mean(1))
+    assert_same_map(pipe(slices, noise=noise, aggregation="arithmetic").anomaly_map, deviations.mean(0).amax(1))
+    beta = pipe.scheduler.betas[[78, 77, 76, 75]].float().reshape(-1, 1, 1, 1, 1)
+    probability = 1 - (-deviations / (2 * beta)).exp().prod(0)
+    assert_same_map(pipe(slices, noise=noise, aggregation="prob").anomaly_map, probability.amax(1))
+    assert pipe(slices, noise=noise).reconstruction is None
+
+
+def test_noise_may_be_a_callable():
+    pipe = make_pipeline()
+    slices, noise = make_slices(), torch.randn(4, 3, 1, SIZE, SIZE)
+    brain = torch.ones(3, SIZE, SIZE, dtype=torch.bool)
+    brain[1] = False  # slices keep their numbers
+
+    def draw(draws, items, shape):
+        assert len(draws) == len(items) == shape[0] and 1 not in items
+        return noise[draws, items]
+
+    expected = pipe(slices, noise=noise, brain_mask=brain).anomaly_map
+    assert_same_map(pipe(slices, noise=draw, brain_mask=brain, batch_size=3).anomaly_map, expected)
+    assert_same_map(expected[2], pipe(slices, noise=noise).anomaly_map[2])
+
+
+def test_one_exact_zero_does_not_erase_a_pixel():
+    # A network that predicts 0 is exactly right where the noise is 0.
+    slices = make_slices()
+    noise = torch.randn(4, 3, 1, SIZE, SIZE)
+    noise[2, 1, 0, 5, 6] = 0
+    maps = {}
+    for floor in (1e-10, 0.0):
+        pipe = make_pipeline(scheduler=ANDiScheduler(log_floor=floor))
+        for parameter in pipe.unet.conv_out.parameters():
+            torch.nn.init.zeros_(parameter)
+        maps[floor] = pipe(slices, noise=noise).anomaly_map
+    assert maps[0.0][1, 5, 6] == 0 and (maps[0.0] == 0).sum() == 1
+    others = pipe.scheduler.deviation_weight[[78, 77, 75]] * noise[[0, 1, 3], 1, 0, 5, 6].square()
+    expected = (others.log().sum() + np.log(1e-10)) / 4
+    torch.testing.assert_close(maps[1e-10][1, 5, 6].double(), expected.exp(), rtol=1e-4, atol=0)
+    # Pixels without a deviation below the floor keep their value.
+    weights = pipe.scheduler.deviation_weight[[78, 77, 76, 75]].float().reshape(-1, 1, 1, 1)
+    untouched = (weights * noise[:, :, 0].square() > 1.01e-10).all(0)
+    assert untouched.float().mean() > 0.9
+    torch.testing.assert_close(maps[1e-10][untouched], maps[0.0][untouched], rtol=1e-6, atol=0)
+
+
+def test_fewer_timesteps():
+    pipe = make_pipeline(stop=95)
+    batches = evaluated_batches(pipe)
+    noise = torch.randn(5, 2, 1, SIZE, SIZE)
+    thinned = pipe(make_slices(2), num_timesteps=5, noise=noise).anomaly_map
+    assert sorted(set(torch.cat(batches).tolist())) == [77, 81, 85, 89, 93]
+    assert sum(map(len, batches)) == 10
+    # The same timesteps, whoever asks for them, have the same random numbers.
+    alone = pipe(make_slices(2), start=85, stop=86).anomaly_map
+    np.testing.assert_array_equal(alone, pipe(make_slices(2), num_timesteps=1).anomaly_map)
+    assert_same_map(
+        pipe(make_slices(2), start=85, stop=86, noise=noise[2:3]).anomaly_map,
+        pipe(make_slices(2), num_timesteps=1, noise=noise[2:3]).anomaly_map,
+    )
+    assert (thinned - alone).abs().max() > 0
+    np.testing.assert_array_equal(pipe(make_slices(2), num_timesteps=20).anomaly_map, pipe(make_slices(2)).anomaly_map)
+
+
+def test_blocks_of_one_step_are_the_timesteps():
+    pipe = make_pipeline()
+    expected = pipe(make_slices()).anomaly_map
+    assert_same_map(pipe(make_slices(), normative_blocks=True, block_length=1).anomaly_map, expected)
+
+
+@pytest.mark.parametrize("length", [2, 3, 25])
+def test_blocks_walk_every_timestep_once(length):
+    pipe = make_pipeline(normative_blocks=True, block_length=length)
+    batches = evaluated_batches(pipe)
+    slices = make_slices()
+    tops = {2: [78, 76], 3: [78, 77], 25: [78]}[length]
+    noise = torch.randn(len(tops), 3, 1, SIZE, SIZE)
+    result = pipe(slices, noise=noise, aggregation="arithmetic").anomaly_map
+    assert torch.cat(batches).bincount().tolist() == [0] * 75 + [3] * 4
+
+    # Both chains, walked by the scheduler's own means.
+    scheduler, expected = pipe.scheduler, []
+    for number, top in enumerate(tops):
+        true = predicted = scheduler.add_noise(slices, noise[number], top)
+        end = tops[number + 1] + 1 if number + 1 < len(tops) else 75
+        for t in range(top, end - 1, -1):
+            with torch.no_grad():
+                model_output = pipe.unet(predicted, torch.full((3,), t)).sample
+            predicted = scheduler.predicted_mean(model_output, t, predicted)
+            true = scheduler.posterior_mean(slices, t, true)
+        expected.append((true - predicted).square())
+    torch.testing.assert_close(result, torch.stack(expected).mean(0)[:, 0], rtol=1e-2, atol=1e-8)
+
+
+def test_background_can_be_zero():
+    pipe = make_pipeline(("flair", "t1"), value_range=(0.0, 1.0))
+    slices = make_slices(3, 2).abs()
+    slices[:, :, :4] = 0
+    slices[:, 0, 4:8] = 0
+    plain, zeroed = (pipe(slices, zero_background=flag).anomaly_map for flag in (False, True))
+    assert (plain[:, :4] > 0).all() and (zeroed[:, :4] == 0).all()
+    assert (zeroed[:, 4:8] > 0).all() and (zeroed[:, 4:8] < plain[:, 4:8]).any()
+    torch.testing.assert_close(zeroed[:, 8:], plain[:, 8:], rtol=0, atol=0)
+
+
+def test_sums_do_not_grow_with_the_timesteps():
+    pipe = make_pipeline(stop=175)
+    largest = []
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest.append(result.numel())
+            return result
+
+    numbers = {}
+    for count in (4, 100):
+        largest.clear()
+        with Largest():
+            pipe.compute_maps(
+                make_slices(), [0, 1, 2], seed=0, batch_size=4, **{**pipe.default_settings(), "num_timesteps": count}
+            )
+        numbers[count] = max(largest)
+    assert numbers[4] == numbers[100]
+
+
+def test_save_and_load_gives_the_same_map(tmp_path):
+    pipe = make_pipeline(threshold=0.3, median_size=3, aggregation="arithmetic", num_timesteps=3)
+    expected = pipe(make_volume())
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["anodiff", "ANDiScheduler"]
+    for loaded in (ANDiPipeline.from_pretrained(tmp_path), AnomalyPipeline.from_pretrained(tmp_path)):
+        assert type(loaded) is ANDiPipeline
+        loaded.set_progress_bar_config(disable=True)
+        assert_same_map(loaded(make_volume()).anomaly_map, expected.anomaly_map)
+        settings = [key for key in pipe.config if not key.startswith("_") and key not in pipe.components]
+        assert settings and all(loaded.config[key] == pipe.config[key] for key in settings)
+
+
+def test_every_kind_of_volume_gives_the_same_map(tmp_path):
+    pipe = make_pipeline()
+    array = make_volume()
+    image = nib.Nifti1Image(array, np.eye(4))
+    nib.save(image, tmp_path / "scan.nii.gz")
+    expected = pipe(array).anomaly_map
+    assert expected.shape == array.shape and expected.dtype == np.float32 and expected.min() >= 0
+    for volume in (image, tmp_path / "scan.nii.gz", str(tmp_path / "scan.nii.gz"), {"image": image}):
+        np.testing.assert_allclose(pipe(volume).anomaly_map, expected, rtol=0, atol=1e-6 * expected.max())
+    listed = pipe([array, image])
+    assert len(listed) == 2
+    np.testing.assert_array_equal(listed[0].anomaly_map, expected)
+
+
+def test_results_without_a_reconstruction_are_saved(tmp_path):
+    pipe = make_pipeline()
+    volume = make_volume()
+    result = pipe(nib.Nifti1Image(volume, np.eye(4)), threshold=1e-6)
+    assert result.reconstruction is None and result.pred_mask.any()
+    result.save(tmp_path / "volume")
+    names = sorted(path.name for path in (tmp_path / "volume").iterdir())
+    assert names == ["anomaly_map.nii.gz", "pred_mask.nii.gz", "result.json"]
+    assert json.loads((tmp_path / "volume" / "result.json").read_text())["settings"]["start"] == 75
+    picture = PIL.Image.fromarray((volume[..., 0] * 200).astype(np.uint8))
+    pipe(picture).save(tmp_path / "picture")
+    assert sorted(path.name for path in (tmp_path / "picture").iterdir()) == ["anomaly_map.png", "result.json"]
+
+
+def test_modalities_in_any_order():
+    pipe = make_pipeline(("flair", "t1"))
+    flair, t1 = make_volume(seed=1), make_volume(seed=2)
+    expected = pipe({"flair": flair, "t1": t1})
+    np.testing.assert_array_equal(pipe({"t1": t1, "flair": flair}).anomaly_map, expected.anomaly_map)
+    with pytest.raises(ValueError, match="missing: t1"):
+        pipe({"flair": flair})
+
+
+def test_median_is_that_of_the_checkpoint():
+    from scipy import ndimage
+
+    slices = make_slices(6)
+    raw = make_pipeline()(slices).anomaly_map
+    filtered = make_pipeline(median_size=5, median_dimensions=3)(slices).anomaly_map
+    assert_same_map(filtered, ndimage.median_filter(raw.numpy(), size=5, mode="reflect"))
+
+
+def test_speed_options_change_little():
+    pipe = make_pipeline()
+    expected = pipe(make_volume()).anomaly_map
+    pipe.enable_fast_inference(channels_last=True)
+    assert_same_map(pipe(make_volume()).anomaly_map, expected)
+    pipe.enable_fast_inference(autocast="bf16")
+    coarse = pipe(make_volume()).anomaly_map
+    assert coarse.dtype == np.float32
+    assert 0 < np.abs(coarse - expected).max() < 0.2 * expected.max()
+
+
+def test_progress_bar_is_silent_when_asked(capfd):
+    pipe = make_pipeline()
+    pipe(make_volume(), batch_size=3)
+    assert capfd.readouterr().err == ""
+    pipe.set_progress_bar_config(disable=False)
+    pipe(make_volume(), batch_size=3)
+    assert "7/7" in capfd.readouterr().err
+    pipe(make_volume(), batch_size=3, normative_blocks=True, block_length=3)
+    assert "8/8" in capfd.readouterr().err
+
+
+def test_return_tuple():
+    pipe = make_pipeline()
+    result = pipe(make_volume(), return_dict=False)
+    assert isinstance(result, tuple)
+    np.testing.assert_array_equal(result[0], pipe(make_volume()).anomaly_map)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"start": 0}, "1 <= start < stop <= 1000, got 0 and 79. t = 0 has no reverse transition"),
+        ({"start": 79}, "1 <= start < stop <= 1000, got 79 and 79"),
+        ({"stop": 1001}, "1 <= start < stop <= 1000, got 75 and 1001"),
+        ({"stop": 78.0}, "`start` and `stop` must be integers"),
+        ({"num_timesteps": 5}, "`num_timesteps` must be an integer between 1 and 4, got 5"),
+        ({"num_timesteps": 0}, "`num_timesteps` must be an integer between 1 and 4, got 0"),
+        ({"noise_type": "simplex"}, "`noise_type` must be one of pyramid, gaussian, got 'simplex'"),
+        ({"aggregation": "median"}, "`aggregation` must be one of geometric, arithmetic, prob, got 'median'"),
+        ({"modality_reduction": "sum"}, "`modality_reduction` must be one of max, mean, got 'sum'"),
+        ({"block_length": 0}, "`block_length` must be an integer between 1 and 1000, got 0"),
+        ({"normative_blocks": True, "num_timesteps": 2}, "`num_timesteps` must be None with `normative_blocks`"),
+        ({"normative_blocks": True, "aggregation": "prob"}, "`aggregation` must be geometric or arithmetic with"),
+        ({"normative_blocks": "yes"}, "`normative_blocks` must be one of False, True, got 'yes'"),
+        ({"zero_background": 2}, "`zero_background` must be one of False, True, got 2"),
+        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
+        ({"noise": torch.zeros(4, 5, 1, SIZE, SIZE), "generator": 1}, "either `noise` or `generator`"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline()(make_volume(), **arguments)
+
+
+def test_wrong_settings():
+    with pytest.raises(ValueError, match="`aggregation` must be one of"):
+        make_pipeline(aggregation="sum")
+    with pytest.raises(ValueError, match="1 <= start < stop <= 100, got 75 and 200"):
+        make_pipeline(scheduler=ANDiScheduler(num_train_timesteps=100), stop=200)
+    with pytest.raises(ValueError, match="under the key 'brain'"):
+        make_pipeline()([make_volume()], brain_mask=make_volume())
