@@ -310,8 +310,8 @@ def _pipeline_cases(
                     seed=options.seed,
                     batch_size=options.batch_size,
                     **pipeline.default_settings(),
-                )[0]
-                .float()
+                )
+                .maps.float()
                 .cpu()
                 .numpy()
             )

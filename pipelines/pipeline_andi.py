@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from ..data.processor import VolumeProcessor
 from ..schedulers.scheduling_andi import NOISE_TYPES, ANDiScheduler
 from .pipeline_output import AnomalyOutput
-from .pipeline_utils import AnomalyPipeline, resolve_seed, slice_generator
+from .pipeline_utils import AnomalyPipeline, SliceResults, resolve_seed, slice_generator
 
 
 AGGREGATIONS = ("geometric", "arithmetic", "prob")
@@ -193,25 +193,14 @@ class ANDiPipeline(AnomalyPipeline):
             raise ValueError("Give either `noise` or `generator`, not both.")
         seed = resolve_seed(generator)
 
-        # 2. Prepare: slices (N, C, H, W), brain (N, H, W). Slices without brain are not computed.
+        # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
         prepared = self.prepare_volume(volume, brain_mask)
-        indices = torch.nonzero(prepared.brain.flatten(1).any(1)).flatten().tolist()
 
-        # 3., 4. Evaluate and aggregate: maps (N, H, W).
-        maps = torch.zeros_like(prepared.slices[:, 0])
-        maps[indices], _ = self.compute_maps(
-            prepared.slices[indices],
-            indices,
-            seed=seed,
-            batch_size=batch_size,
-            noise=noise,
-            **settings,
-        )
-
-        # 5. Post-process, and back onto the grid of the input.
+        # 3., 4., 5. The maps of slices with brain (`compute_maps`), post-processing, and back onto the grid of the input.
         record = {**settings, "threshold": threshold, "seed": None if noise is not None else seed}
-        output = self.finish_volume(prepared, maps, None, threshold, record)
-        self.maybe_free_model_hooks()
+        output = self.map_volume(
+            prepared, threshold, record, seed=seed, batch_size=batch_size, noise=noise, **settings
+        )
         return output if return_dict else output.to_tuple()
 
     def default_settings(self) -> dict:
@@ -236,7 +225,7 @@ class ANDiPipeline(AnomalyPipeline):
         seed: int,
         batch_size: int,
         noise: torch.Tensor | Callable | None = None,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> SliceResults:
         """
         The method itself: slices `(N, C, H, W)` to maps `(N, H, W)`, unfiltered, and no reconstruction.
 
@@ -315,7 +304,7 @@ class ANDiPipeline(AnomalyPipeline):
             maps = maps.exp() if aggregation == "geometric" else maps
         if zero_background:
             maps = maps.masked_fill(slices == self.processor.config.value_range[0], 0.0)
-        return maps.amax(1) if modality_reduction == "max" else maps.mean(1), None
+        return SliceResults(maps.amax(1) if modality_reduction == "max" else maps.mean(1))
 
     def check_inputs(
         self,

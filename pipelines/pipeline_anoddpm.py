@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from ..data.processor import VolumeProcessor
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from .pipeline_output import AnomalyOutput
-from .pipeline_utils import AnomalyPipeline, resolve_seed, slice_generator
+from .pipeline_utils import AnomalyPipeline, SliceResults, resolve_seed, slice_generator
 
 
 MODES = ("partial", "one_shot", "partial_offset")
@@ -148,26 +148,14 @@ class AnoDDPMPipeline(AnomalyPipeline):
             raise ValueError("Give either `noise` or `generator`, not both.")
         seed = resolve_seed(generator)
 
-        # 2. Prepare: slices (N, C, H, W), brain (N, H, W). Slices without brain are not computed.
+        # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
         prepared = self.prepare_volume(volume, brain_mask)
-        indices = torch.nonzero(prepared.brain.flatten(1).any(1)).flatten().tolist()
 
-        # 3., 4. Denoise and compare: maps (N, H, W), reconstruction (N, C, H, W).
-        maps = torch.zeros_like(prepared.slices[:, 0])
-        reconstruction = prepared.slices.clone()
-        maps[indices], reconstruction[indices] = self.compute_maps(
-            prepared.slices[indices],
-            indices,
-            seed=seed,
-            batch_size=batch_size,
-            noise=noise,
-            **settings,
-        )
-
-        # 5. Post-process, and back onto the grid of the input.
+        # 3., 4., 5. The maps of slices with brain (`compute_maps`), post-processing, and back onto the grid of the input.
         record = {**settings, "threshold": threshold, "seed": None if noise is not None else seed}
-        output = self.finish_volume(prepared, maps, reconstruction, threshold, record)
-        self.maybe_free_model_hooks()
+        output = self.map_volume(
+            prepared, threshold, record, seed=seed, batch_size=batch_size, noise=noise, **settings
+        )
         return output if return_dict else output.to_tuple()
 
     def default_settings(self) -> dict:
@@ -187,7 +175,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         seed: int,
         batch_size: int,
         noise: torch.Tensor | Callable | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> SliceResults:
         """
         The method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and mean reconstructions `(N, C, H, W)`, unfiltered.
 
@@ -244,7 +232,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
                 total.index_add_(0, rows, sample)
         reconstruction = total / len(members)
         squared = (slices - reconstruction).square()
-        return squared.amax(1) if modality_reduction == "max" else squared.mean(1), reconstruction
+        return SliceResults(squared.amax(1) if modality_reduction == "max" else squared.mean(1), reconstruction)
 
     def check_inputs(
         self,

@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from ..data.processor import VolumeProcessor
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from .pipeline_output import AnomalyOutput
-from .pipeline_utils import AnomalyPipeline, resolve_seed, slice_generator
+from .pipeline_utils import AnomalyPipeline, SliceResults, resolve_seed, slice_generator
 
 
 MASK_DISTANCES = ("lpips", "residual")
@@ -169,27 +169,21 @@ class AutoDDPMPipeline(AnomalyPipeline):
             raise ValueError("`perceptual_distance` is not used with `mask_distance` 'residual': give one of the two.")
         seed = resolve_seed(generator)
 
-        # 2. Prepare: slices (N, C, H, W), brain (N, H, W). Slices without brain are not computed.
+        # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
         prepared = self.prepare_volume(volume, brain_mask)
-        indices = torch.nonzero(prepared.brain.flatten(1).any(1)).flatten().tolist()
 
-        # 3., 4. Denoise and compare: maps (N, H, W), reconstruction (N, C, H, W).
-        maps = torch.zeros_like(prepared.slices[:, 0])
-        reconstruction = prepared.slices.clone()
-        maps[indices], reconstruction[indices] = self.compute_maps(
-            prepared.slices[indices],
-            indices,
+        # 3., 4., 5. The maps of slices with brain (`compute_maps`), post-processing, and back onto the grid of the input.
+        record = {**settings, "threshold": threshold, "seed": None if noise is not None else seed}
+        output = self.map_volume(
+            prepared,
+            threshold,
+            record,
             seed=seed,
             batch_size=batch_size,
             noise=noise,
             perceptual_distance=perceptual_distance,
             **settings,
         )
-
-        # 5. Post-process, and back onto the grid of the input.
-        record = {**settings, "threshold": threshold, "seed": None if noise is not None else seed}
-        output = self.finish_volume(prepared, maps, reconstruction, threshold, record)
-        self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
 
     def default_settings(self) -> dict:
@@ -213,7 +207,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
         batch_size: int,
         noise: torch.Tensor | Callable | None = None,
         perceptual_distance: Callable | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> SliceResults:
         """
         The method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and reconstructions `(N, C, H, W)` in [-1, 1], unfiltered.
 
@@ -250,7 +244,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
 
         # 3. Map: limited to the range of images as the reconstruction is, so that values above it always differ.
         reconstruction = inpainted.clamp(-1.0, 1.0)
-        return ((slices - reconstruction).abs() * mask_maps).amax(1), reconstruction
+        return SliceResults(((slices - reconstruction).abs() * mask_maps).amax(1), reconstruction)
 
     def reconstruct(self, images: torch.Tensor, noise_level: int, draw: Callable, progress) -> torch.Tensor:
         """Partial diffusion of images `(B, C, H, W)`, not limited. `draw(sample, t)` gives the noise, `(B, C, H, W)`."""

@@ -6,7 +6,7 @@ from ..data.processor import VolumeProcessor
 from ..models.unet_2d_dae import DAEUNet2DModel
 from ..schedulers.scheduling_dae import DAEScheduler
 from .pipeline_output import AnomalyOutput
-from .pipeline_utils import AnomalyPipeline
+from .pipeline_utils import AnomalyPipeline, SliceResults
 
 
 # A window of the foreground that is filled by more than this counts as its inside (the ANDi authors' value).
@@ -106,20 +106,12 @@ class DAEPipeline(AnomalyPipeline):
         # 1. Check.
         self.check_inputs(**settings, batch_size=batch_size)
 
-        # 2. Prepare: slices (N, C, H, W), brain (N, H, W). Slices without brain are not computed.
+        # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
         prepared = self.prepare_volume(volume, brain_mask)
-        indices = torch.nonzero(prepared.brain.flatten(1).any(1)).flatten().tolist()
 
-        # 3., 4. Denoise and compare: maps (N, H, W), reconstruction (N, C, H, W).
-        maps = torch.zeros_like(prepared.slices[:, 0])
-        reconstruction = prepared.slices.clone()
-        maps[indices], reconstruction[indices] = self.compute_maps(
-            prepared.slices[indices], indices, batch_size=batch_size, **settings
-        )
-
-        # 5. Post-process, and back onto the grid of the input.
-        output = self.finish_volume(prepared, maps, reconstruction, threshold, {**settings, "threshold": threshold})
-        self.maybe_free_model_hooks()
+        # 3., 4., 5. The maps of slices with brain (`compute_maps`), post-processing, and back onto the grid of the input.
+        record = {**settings, "threshold": threshold}
+        output = self.map_volume(prepared, threshold, record, batch_size=batch_size, **settings)
         return output if return_dict else output.to_tuple()
 
     def default_settings(self) -> dict:
@@ -135,7 +127,7 @@ class DAEPipeline(AnomalyPipeline):
         rim_window: int,
         batch_size: int,
         seed: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> SliceResults:
         """
         The method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and reconstructions `(N, C, H, W)`, unfiltered. The map is
         the maximum over modalities of |slice - reconstruction| inside the foreground. `indices` and `seed` change nothing.
@@ -154,7 +146,7 @@ class DAEPipeline(AnomalyPipeline):
         foreground = self.scheduler.foreground(slices).to(slices.dtype)
         filled = torch.nn.functional.avg_pool2d(foreground, rim_window, stride=1, padding=rim_window // 2)
         maps = ((slices - reconstruction).abs() * (filled > FILLED)).amax(1)
-        return maps, reconstruction * (high - low) + low
+        return SliceResults(maps, reconstruction * (high - low) + low)
 
     def check_inputs(self, rim_window: int, batch_size: int = 1) -> None:
         """Raises a `ValueError` that names the argument."""

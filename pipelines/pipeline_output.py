@@ -28,6 +28,8 @@ class AnomalyOutput(BaseOutput):
         pred_mask (`np.ndarray` of the input's shape, *optional*): uint8, `anomaly_map > threshold`. `None` without a threshold.
         reconstruction (`np.ndarray` of the input's shape, *optional*):
             Pseudo-healthy image in the input's units; `(..., C)` for several modalities.
+        slice_details (`dict[str, np.ndarray]`, *optional*):
+            What else a method says of each slice, `(N, ...)` by the input's slices; NaN or -1 where a slice holds no brain.
         settings (`dict`): Every value that the result depends on, for the record.
         source ([`InputVolume`], *optional*): The input that results are written like; `None` for tensors.
     """
@@ -37,6 +39,7 @@ class AnomalyOutput(BaseOutput):
     volume_score: float
     pred_mask: np.ndarray | torch.Tensor | None = None
     reconstruction: np.ndarray | torch.Tensor | None = None
+    slice_details: dict[str, np.ndarray] | None = None
     settings: dict | None = None
     source: InputVolume | None = None
 
@@ -58,6 +61,7 @@ class AnomalyOutput(BaseOutput):
         record = {
             "volume_score": self.volume_score,
             "pred_score": self.pred_score.tolist(),
+            **{name: _no_nan(values.tolist()) for name, values in (self.slice_details or {}).items()},
             "settings": self.settings,
         }
         if self.source.is_picture:
@@ -81,3 +85,10 @@ class AnomalyOutput(BaseOutput):
                     nib.save(self.source.image(array), folder / f"{name}.nii.gz")
         with open(folder / "result.json", "w") as file:
             json.dump(record, file, indent=2, allow_nan=False)
+
+
+def _no_nan(values):
+    """JSON has no NaN: null instead."""
+    if isinstance(values, list):
+        return [_no_nan(value) for value in values]
+    return None if values != values else values

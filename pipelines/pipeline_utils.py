@@ -9,6 +9,8 @@ import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +37,23 @@ class PreparedSlices:
     slices: torch.Tensor
     brain: torch.Tensor
     processed: ProcessedVolume | None
+
+
+class SliceResults(NamedTuple):
+    """
+    What a method makes of N slices, unfiltered and on the network's grid.
+
+    Args:
+        maps (`torch.Tensor` of shape `(N, H, W)`): Scores >= 0.
+        reconstruction (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): Pseudo-healthy slices, if the method makes any.
+        masks (`torch.Tensor` of shape `(N, H, W)`, bool, *optional*): The method's own segmentation, if it chooses its thresholds itself.
+        details (`dict[str, torch.Tensor]`): What else it says of each slice, `(N, ...)`.
+    """
+
+    maps: torch.Tensor
+    reconstruction: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+    details: dict[str, torch.Tensor] = MappingProxyType({})
 
 
 class AnomalyPipeline(DiffusionPipeline):
@@ -200,15 +219,40 @@ class AnomalyPipeline(DiffusionPipeline):
             slices, brain = processed.slices, processed.brain
         return PreparedSlices(slices.to(self._execution_device), brain.to(self._execution_device), processed)
 
-    def finish_volume(
-        self,
-        prepared: PreparedSlices,
-        maps: torch.Tensor,
-        reconstruction: torch.Tensor | None,
-        threshold: float | None,
-        settings: dict,
+    def map_volume(
+        self, prepared: PreparedSlices, threshold: float | None, settings: dict, **arguments
     ) -> AnomalyOutput:
-        """Filters maps `(N, H, W)` as the checkpoint says, scores them, and brings everything onto the grid of the input."""
+        """Computes the slices that hold brain, with `arguments` of `compute_maps`, and finishes the volume. Slices without brain have
+        the map 0, their own image as reconstruction, an empty mask, and NaN or -1 as details."""
+        rows = torch.nonzero(prepared.brain.flatten(1).any(1)).flatten()
+        results = self.compute_maps(prepared.slices[rows], rows.tolist(), **arguments)
+
+        def to_all(values: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+            everything = fill.to(values).expand(len(prepared.slices), *values.shape[1:]).clone()
+            everything[rows] = values
+            return everything
+
+        nothing = torch.zeros(())
+        results = SliceResults(
+            to_all(results.maps, nothing),
+            None if results.reconstruction is None else to_all(results.reconstruction, prepared.slices),
+            None if results.masks is None else to_all(results.masks, nothing),
+            {
+                name: to_all(values, torch.tensor(float("nan") if values.is_floating_point() else -1))
+                for name, values in results.details.items()
+            },
+        )
+        output = self.finish_volume(prepared, results, threshold, settings)
+        self.maybe_free_model_hooks()
+        return output
+
+    def finish_volume(
+        self, prepared: PreparedSlices, results: SliceResults, threshold: float | None, settings: dict
+    ) -> AnomalyOutput:
+        """Filters maps as the checkpoint says, scores them, and brings everything onto the grid of the input. A `threshold` wins over
+        the method's own masks."""
+        maps, reconstruction, masks, details = results
+        details = {name: values.cpu().numpy() for name, values in details.items()}
         brain = prepared.brain.cpu().numpy()
         if not torch.isfinite(maps).all():
             raise ValueError(NOT_FINITE)
@@ -218,20 +262,25 @@ class AnomalyPipeline(DiffusionPipeline):
         volume_score = postprocessing.score(filtered, brain)
         if prepared.processed is None:
             anomaly_map = torch.from_numpy(filtered)
-            mask = None if threshold is None else postprocessing.mask(filtered, threshold).astype(np.uint8)
+            mask = None if masks is None else masks.cpu().numpy().astype(np.uint8)
+            if threshold is not None:
+                mask = postprocessing.mask(filtered, threshold).astype(np.uint8)
             return AnomalyOutput(
                 anomaly_map=anomaly_map,
                 pred_score=torch.from_numpy(slice_scores),
                 volume_score=volume_score,
                 pred_mask=None if mask is None else torch.from_numpy(mask),
                 reconstruction=None if reconstruction is None else reconstruction.cpu(),
+                slice_details=details or None,
                 settings=settings,
             )
         processed = prepared.processed
         source: InputVolume = processed.source
         anomaly_map = self.processor.postprocess(torch.from_numpy(filtered), processed)
         mask = None
-        if threshold is not None:
+        if threshold is None and masks is not None:
+            mask = source.as_given(processed.geometry.to_input(masks.cpu().numpy().astype(np.uint8), nearest=True))
+        elif threshold is not None:
             voxels_per_network_voxel = float(np.prod(processed.geometry.step))
             mask = postprocessing.mask(anomaly_map, threshold, voxels_per_network_voxel).astype(np.uint8)
             mask = source.as_given(mask)
@@ -245,6 +294,8 @@ class AnomalyPipeline(DiffusionPipeline):
             volume_score=volume_score,
             pred_mask=mask,
             reconstruction=reconstruction,
+            slice_details={name: processed.geometry.slices_to_input(values) for name, values in details.items()}
+            or None,
             settings=settings,
             source=source,
         )

@@ -127,9 +127,9 @@ def test_a_slice_does_not_depend_on_its_neighbours():
     pipe = make_pipeline(noise_type="pyramid")
     whole = make_slices(5)
     maps = pipe(whole).anomaly_map
-    single, reconstruction = pipe.compute_maps(whole[3:4], [3], seed=0, batch_size=1, **pipe.default_settings())
-    assert reconstruction is None
-    torch.testing.assert_close(single[0], maps[3], rtol=0, atol=1e-5 * maps.max().item())
+    single = pipe.compute_maps(whole[3:4], [3], seed=0, batch_size=1, **pipe.default_settings())
+    assert single.reconstruction is None and single.masks is None and not single.details
+    torch.testing.assert_close(single.maps[0], maps[3], rtol=0, atol=1e-5 * maps.max().item())
 
 
 def test_seed_decides():
