@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -170,7 +170,7 @@ class StreamedSplit(_DescribedSplit):
         self.subjects = [name for name, row in self.subject_info.items() if row["rows"]]
         self._length = sum(row["rows"] for row in self.subject_info.values())
         self._shards, self._split = shards, split
-        self._images = _open(shards, split, ["image"], streaming=True)
+        self._images = _open(shards, split, ["image"], streaming=True).reshard()  # row groups, not files
 
     def __len__(self) -> int:
         return self._length
@@ -185,7 +185,7 @@ class StreamedSplit(_DescribedSplit):
         Args:
             seed (`Sequence[int]`): As of `numpy.random.default_rng`.
             buffer_size (`int`):
-                Slices in memory to shuffle among. The order of the files is shuffled too, and up to ten are read in turn.
+                Slices in memory to shuffle among. They are read in groups of 128 neighbours, whose order is shuffled too.
 
         Returns:
             `Iterator[np.ndarray]`:
@@ -196,7 +196,11 @@ class StreamedSplit(_DescribedSplit):
             ConnectionError: The rows could not be read any further.
             ValueError: There are fewer rows than `subjects.parquet` says.
         """
-        stream = self._images.shuffle(generator=np.random.default_rng(seed), buffer_size=buffer_size)
+        # One group after the other: reading several in turn is a thread for each, and 5 seconds of sleep in `datasets` when a pass
+        # ends.
+        stream = self._images.shuffle(
+            generator=np.random.default_rng(seed), buffer_size=buffer_size, max_buffer_input_shards=1
+        )
         count = 0
         try:
             for table in stream.with_format("arrow").iter(batch_size=64):  # views; the size changes nothing
@@ -244,21 +248,28 @@ def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> P
     if split not in available:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(available)}.")
     names = f"data/{split}-*-of-*.parquet"
-    if streaming and remote:
-        # The commit that the other files are of, whatever is pushed while the rows are read.
-        try:
+    if not streaming:
+        shards = _complete(path, split, map(str, folder.glob(names)))
+        return PreparedSplit(_open(shards, split), folder, split)
+    try:
+        if remote:
+            # The commit that the other files are of, whatever is pushed while the rows are read.
             found = huggingface_hub.HfFileSystem().glob(f"datasets/{path}@{folder.name}/{names}")
-        except huggingface_hub.errors.HTTPError as error:
-            raise ConnectionError(
-                f"The rows of {path} cannot be streamed: the Hub does not answer ({type(error).__name__}: {error})."
-            ) from error
-        shards = sorted(f"hf://{name}" for name in found)
-    else:
-        shards = sorted(str(shard) for shard in folder.glob(names))
+            shards = _complete(path, split, (f"hf://{name}" for name in found))
+        else:
+            shards = _complete(path, split, map(str, folder.glob(names)))
+        return StreamedSplit(shards, folder, split)
+    except huggingface_hub.errors.HTTPError as error:
+        raise ConnectionError(f"The rows of {path} cannot be streamed: {type(error).__name__}: {error}") from error
+
+
+def _complete(path: str | Path, split: str, shards: Iterable[str]) -> list[str]:
+    """The shards in their order, all of them."""
+    shards = sorted(shards)
     count = int(re.search(r"-of-(\d+)\.parquet$", shards[0])[1]) if shards else 1
     if len(shards) != count:
         raise ValueError(f"{path} is incomplete: the split {split} has {len(shards)} of {count} files in data/.")
-    return StreamedSplit(shards, folder, split) if streaming else PreparedSplit(_open(shards, split), folder, split)
+    return shards
 
 
 def _open(
@@ -266,7 +277,13 @@ def _open(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """The rows of the shards, with all columns or those that are named."""
     dataset = datasets.load_dataset(
-        "parquet", data_files={split: shards}, split=split, columns=columns, streaming=streaming
+        "parquet",
+        data_files={split: shards},
+        split=split,
+        columns=columns,
+        streaming=streaming,
+        # Bytes that every read takes too many; the default of 5 MB is more than a row group of small slices.
+        storage_options={"hf": {"block_size": 2**16}} if streaming else None,
     )
     absent = [name for name in columns or COLUMNS if name not in dataset.features]
     if absent:

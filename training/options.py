@@ -32,7 +32,7 @@ class DataOptions:
     """Split whose healthy slices the validation loss is computed on."""
     streaming: bool = False
     """Read the training split from the Hub in every epoch instead of downloading it once; every process reads all of it."""
-    shuffle_buffer: int = 1000
+    shuffle_buffer: int = 256
     """With streaming: slices in memory that the next one is drawn from."""
     num_workers: int = 0
     """Processes that read slices; with streaming, 0 or 1."""

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ def stream(hub, hub_client, workplace, tmp_path):
         return workplace.run(
             "train",
             *["--config", "tiny.yaml", "--data", "owner/set", "--data.streaming", "true", "--train.report_to", "none"],
-            # Fewer than a pass has, and a pass ends between two steps.
+            # Less than the whole split.
             *["--data.shuffle_buffer", 5, "--train.output_dir", tmp_path / output, *options],
             environment=hub.environment(tmp_path / home),
             **how,
@@ -85,14 +87,23 @@ def test_resume_and_two_processes(stream, tmp_path):
 
 
 def test_a_stream_that_breaks_off(hub, stream, tmp_path):
-    stream("broken", "--train.max_steps", 2, "--optim.lr_total_steps", 4)
-    # One answer, the schema; then the files are gone.
-    reads = r"/data/train-.*\.parquet"
-    before = sum(request.endswith(".parquet") and "/data/train-" in request for request in hub.requests)
-    hub.requests.clear()
-    hub.fail("GET", reads, status=404)
-    done = stream("broken", "--train.resume", "latest", check=False)
-    assert done.returncode != 0 and before
+    checkpoints = tmp_path / "broken" / "checkpoints"
+    options = ["--optim.lr_total_steps", 1000, "--train.checkpoint_every", 50, "--train.validate_every", 0]
+
+    def take_away():
+        while not list(checkpoints.glob("step-*[0-9]")):
+            time.sleep(0.1)
+        hub.fail("GET", "/data/train-", status=404)
+
+    thread = threading.Thread(target=take_away, daemon=True)
+    thread.start()
+    done = stream("broken", "--train.max_steps", 1000, *options, check=False)
+    assert done.returncode != 0
+    *_, last = done.stderr.split("ConnectionError: ")
+    assert "A stream broke off: HfHubHTTPError" in last and "404" in last
+    assert "The last checkpoint is unharmed: go on with `--train.resume latest`." in last
+
     hub.failures.clear()
-    stream("broken", "--train.resume", "latest")
-    assert sorted(losses(tmp_path / "broken")) == [1, 2, 3, 4]
+    reached = max(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*[0-9]"))
+    stream("broken", "--train.resume", "latest", "--train.max_steps", reached + 1, *options)
+    assert sorted(losses(tmp_path / "broken")) == list(range(1, reached + 2))
