@@ -104,6 +104,10 @@ class PreparedSplit(_DescribedSplit):
         return self.__getitems__(range(*index.indices(len(self))) if isinstance(index, slice) else index)
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
+        return self.read_rows(indices)
+
+    def read_rows(self, indices: Sequence[int], columns: Sequence[str] = COLUMNS) -> dict:
+        """Some columns of some rows, stacked; what is not asked for is not read."""
         rows = np.asarray(indices, dtype=np.int64)
         if rows.size and (rows.min() < -len(self) or rows.max() >= len(self)):
             raise IndexError(f"An index is outside the {len(self)} rows: {rows.min()} to {rows.max()}.")
@@ -112,13 +116,17 @@ class PreparedSplit(_DescribedSplit):
         places = list(zip(chunks.tolist(), (rows - self._chunk_starts[chunks]).tolist(), strict=True))
         batch = {}
         for name, dtype in (("image", np.float32), ("mask", np.uint8), ("brain", bool)):
+            if name not in columns:
+                continue
             views, shape = self._views[name], self._views[name][0].shape[1:]
             batch[name] = np.empty((len(rows), *shape), dtype)
             for target, (chunk, place) in zip(batch[name], places, strict=True):
                 target[...] = views[chunk][place]
-        batch["label"] = self.labels[rows]
-        batch["subject"] = self._names[self._subject_of_row[rows]]
-        batch["slice"] = self.slices[rows]
+        for name, values in (("label", self.labels), ("slice", self.slices)):
+            if name in columns:
+                batch[name] = values[rows]
+        if "subject" in columns:
+            batch["subject"] = self._names[self._subject_of_row[rows]]
         return batch
 
     def subject_rows(self, subject: str) -> range:
@@ -170,7 +178,6 @@ class StreamedSplit(_DescribedSplit):
         self.subjects = [name for name, row in self.subject_info.items() if row["rows"]]
         self._length = sum(row["rows"] for row in self.subject_info.values())
         self._shards, self._split = shards, split
-        self._images = _open(shards, split, ["image"], streaming=True).reshard()  # row groups, not files
 
     def __len__(self) -> int:
         return self._length
@@ -178,19 +185,22 @@ class StreamedSplit(_DescribedSplit):
     def __iter__(self) -> Iterator[dict]:
         return iter(_open(self._shards, self._split, streaming=True).with_format("numpy"))
 
-    def shuffled_images(self, seed: Sequence[int], buffer_size: int) -> Iterator[np.ndarray]:
+    def shuffled_rows(
+        self, seed: Sequence[int], buffer_size: int, columns: Sequence[str] = ("image",)
+    ) -> Iterator[dict[str, np.ndarray]]:
         """
-        One pass over the slices in an order that `seed` decides. Other columns are not read.
+        One pass over the slices in an order that `seed` decides.
 
         Args:
             seed (`Sequence[int]`): As of `numpy.random.default_rng`.
             buffer_size (`int`):
                 Slices in memory to shuffle among. They are read in groups of 128 neighbours, whose order is shuffled too.
+            columns (`Sequence[str]`): `"image"`, `"mask"`, `"brain"`, `"label"`; others are not read.
 
         Returns:
-            `Iterator[np.ndarray]`:
-                Arrays `(C, H, W)` in the processor's value range, read-only, of the stored type. A slice that is passed over costs its
-                way through the network and no more.
+            `Iterator[dict[str, np.ndarray]]`:
+                The columns of one slice, read-only, of the stored type. A slice that is passed over costs its way through the network
+                and no more.
 
         Raises:
             ConnectionError: The rows could not be read any further.
@@ -198,14 +208,19 @@ class StreamedSplit(_DescribedSplit):
         """
         # One group after the other: reading several in turn is a thread for each, and 5 seconds of sleep in `datasets` when a pass
         # ends.
-        stream = self._images.shuffle(
-            generator=np.random.default_rng(seed), buffer_size=buffer_size, max_buffer_input_shards=1
-        )
         count = 0
         try:
+            stream = _open(self._shards, self._split, list(columns), streaming=True).reshard()  # row groups, not files
+            stream = stream.shuffle(
+                generator=np.random.default_rng(seed), buffer_size=buffer_size, max_buffer_input_shards=1
+            )
             for table in stream.with_format("arrow").iter(batch_size=64):  # views; the size changes nothing
-                for chunk in table.column("image").chunks:
-                    yield from _pixels(chunk)
+                arrays = [table.column(name).combine_chunks() for name in columns]
+                arrays = [
+                    _pixels(array) if isinstance(array, pa.ExtensionArray) else array.to_numpy() for array in arrays
+                ]
+                for row in zip(*arrays, strict=True):
+                    yield dict(zip(columns, row, strict=True))
                 count += len(table)
         except (OSError, huggingface_hub.errors.HTTPError) as error:
             raise ConnectionError(f"A stream broke off: {type(error).__name__}: {error}") from error

@@ -9,19 +9,24 @@ from .options import AugmentationOptions
 
 
 def augment(
-    images: torch.Tensor, generators: list[torch.Generator], options: AugmentationOptions, background: float
-) -> torch.Tensor:
+    batch: dict[str, torch.Tensor],
+    generators: list[torch.Generator],
+    options: AugmentationOptions,
+    background: float,
+) -> dict[str, torch.Tensor]:
     """
-    Random affine change of every image of a batch, bilinear, one draw per image from its own generator.
+    Random affine change of every slice of a batch, one draw per slice from its own generator: its image bilinearly, its masks
+    alike with the nearest pixel.
 
     Args:
-        images (`torch.Tensor` of shape `(N, C, H, W)`): Slices.
-        generators (`list[torch.Generator]`): One per slice, on the device of `images`.
+        batch (`dict[str, torch.Tensor]`): `image (N, C, H, W)`, perhaps `mask (N, A, H, W)` and `brain (N, H, W)`; the rest stays.
+        generators (`list[torch.Generator]`): One per slice, on the device of the images.
         options ([`AugmentationOptions`]): Ranges.
-        background (`float`): Value of what comes in from outside.
+        background (`float`): Value of what comes into an image from outside; into a mask comes 0.
     """
     if options == AugmentationOptions():
-        return images
+        return batch
+    images = batch["image"]
     # Five uniform numbers per image in a fixed order: rotation, shift along W, shift along H, scale, flip.
     uniform = torch.stack([torch.rand(5, generator=generator, device=images.device) for generator in generators])
     signed = 2 * uniform - 1
@@ -40,4 +45,9 @@ def augment(
         1,
     )
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images - background, grid, align_corners=False) + background
+    changed = {"image": F.grid_sample(images - background, grid, align_corners=False) + background}
+    for name in {"mask", "brain"} & set(batch):
+        planes = batch[name] if name == "mask" else batch[name][:, None]
+        moved = F.grid_sample(planes.to(images.dtype), grid, mode="nearest", align_corners=False).to(planes.dtype)
+        changed[name] = moved if name == "mask" else moved[:, 0]
+    return {**batch, **changed}

@@ -63,8 +63,8 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
     Args:
         options ([`TrainOptions`]): The run.
         objective_class (`type`):
-            Gives `from_options(options, processor)`, `model`, `loss(model, images, generators) -> (N,)`,
-            `preview(model, images, generators) -> dict` and `export(model, folder)`.
+            Gives `from_options(options, processor)`, `columns`, `validates_on`, `model`, `loss(model, batch, generators) -> (N,)`,
+            `preview(model, batch, generators) -> dict` and `export(model, folder)`; docs/adding_a_method.md says more.
 
     Returns:
         `Path`: The exported folder.
@@ -85,7 +85,7 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         _check_hub(loop)
 
     # 1. Data.
-    train_split, validation_split = _load_splits(accelerator, options)
+    train_split, validation_split = _load_splits(accelerator, options, objective_class)
     processor = VolumeProcessor.from_dict(train_split.processor_settings)
     VolumeProcessor.from_dict({**processor.settings(), **options.processor})  # unknown keys and values
     processor.check_equal(options.processor, "the block `processor` of the configuration asks for")
@@ -131,10 +131,15 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         accelerator.process_index,
     )
     if isinstance(train_split, StreamedSplit):
-        samples = StreamedSamples(train_split, loop.seed, options.data.shuffle_buffer, batches)
+        samples = StreamedSamples(
+            train_split, loop.seed, options.data.shuffle_buffer, batches, objective_class.columns
+        )
         source: dict = {"dataset": samples, "batch_size": None}  # it makes whole batches
     else:
-        source = {"dataset": SampleStream(train_split, loop.seed), "batch_sampler": batches}
+        source = {
+            "dataset": SampleStream(train_split, loop.seed, objective_class.columns),
+            "batch_sampler": batches,
+        }
     loader = torch.utils.data.DataLoader(
         **source,
         collate_fn=_as_tensors,
@@ -165,10 +170,10 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
     step_loss = torch.zeros((), device=accelerator.device)
     for batch in loader:
         with accelerator.accumulate(model):
-            images = batch["image"].to(accelerator.device, non_blocking=True)
-            generators = sample_generators(loop.seed, 0, batch["position"], accelerator.device)
-            images = augment(images, generators, options.data.augmentation, background)
-            loss = objective.loss(model, images, generators).mean()
+            generators = sample_generators(loop.seed, 0, batch.pop("position"), accelerator.device)
+            batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
+            batch = augment(batch, generators, options.data.augmentation, background)
+            loss = objective.loss(model, batch, generators).mean()
             accelerator.backward(loss)
             step_loss += loss.detach() / loop.gradient_accumulation_steps
             if accelerator.sync_gradients and optim.max_grad_norm:
@@ -234,7 +239,7 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
 
 
 def _load_splits(
-    accelerator: Accelerator, options: TrainOptions
+    accelerator: Accelerator, options: TrainOptions, objective: type
 ) -> tuple[PreparedSplit | StreamedSplit, PreparedSplit | None]:
     data = options.data
     if data.streaming:
@@ -256,9 +261,9 @@ def _load_splits(
         if not options.train.validate_every:
             return train_split, None
         validation_split = load_prepared(data.path, data.validation_split)
-    if not (validation_split.labels != 1).any():
+    if not _validation_rows(validation_split, objective).size:
         raise ValueError(
-            f"The split `{options.data.validation_split}` holds no healthy slice to validate on: name another with"
+            f"The split `{options.data.validation_split}` holds no {objective.validates_on} slice to validate on: name another with"
             " `--data.validation_split`, or switch validation off with `--train.validate_every 0`."
         )
     return train_split, validation_split
@@ -316,10 +321,16 @@ def _example(folder: Path, options: TrainOptions, split) -> tuple[str, str] | No
 
 
 def _validate(accelerator, objective, model, ema, split: PreparedSplit, options: TrainOptions, step: int) -> None:
-    """Loss of the averaged weights on fixed healthy slices with fixed noise, spread over the processes, and a picture."""
+    """Loss of the averaged weights on fixed slices with fixed noise, spread over the processes, and a picture."""
     loop, device = options.train, accelerator.device
-    healthy = np.flatnonzero(split.labels != 1)
-    chosen = healthy[np.linspace(0, healthy.size - 1, min(loop.validation_slices, healthy.size)).astype(int)]
+    allowed = _validation_rows(split, objective)
+    chosen = allowed[np.linspace(0, allowed.size - 1, min(loop.validation_slices, allowed.size)).astype(int)]
+
+    def read(rows: list[int]) -> dict[str, torch.Tensor]:
+        return {
+            name: values.to(device) for name, values in _as_tensors(split.read_rows(rows, objective.columns)).items()
+        }
+
     unwrapped = accelerator.unwrap_model(model)
     if ema is not None:
         ema.store(unwrapped.parameters())
@@ -330,13 +341,11 @@ def _validate(accelerator, objective, model, ema, split: PreparedSplit, options:
         mine = range(accelerator.process_index, len(chosen), accelerator.num_processes)
         for start in range(0, len(mine), loop.batch_size):
             positions = list(mine[start : start + loop.batch_size])
-            images = torch.from_numpy(split.__getitems__(chosen[positions].tolist())["image"]).float().to(device)
             generators = sample_generators(loop.seed, 1, positions, device)
-            losses[positions] = objective.loss(unwrapped, images, generators).float()
+            losses[positions] = objective.loss(unwrapped, read(chosen[positions].tolist()), generators).float()
         if accelerator.is_main_process:
             shown = chosen[np.linspace(0, len(chosen) - 1, min(6, len(chosen))).astype(int)].tolist()
-            images = torch.from_numpy(split.__getitems__(shown)["image"]).float().to(device)
-            rows = objective.preview(unwrapped, images, sample_generators(loop.seed, 2, shown, device))
+            rows = objective.preview(unwrapped, read(shown), sample_generators(loop.seed, 2, shown, device))
             low, high = objective.processor.config.value_range
             _draw_preview(rows, (low, high), Path(loop.output_dir) / "samples" / f"step-{step:07d}.png")
     if ema is not None:
@@ -439,5 +448,11 @@ def _forget_later_entries(path: Path, step: int) -> None:
         path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
-def _as_tensors(batch: dict) -> dict:
-    return {"image": torch.from_numpy(np.ascontiguousarray(batch["image"])).float(), "position": batch["position"]}
+def _as_tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in batch.items()}
+
+
+def _validation_rows(split: PreparedSplit, objective: type) -> np.ndarray:
+    """The slices that an objective is validated on: those that count as healthy, or those with a known label."""
+    known = split.labels >= 0 if objective.validates_on == "labelled" else split.labels != 1
+    return np.flatnonzero(known)

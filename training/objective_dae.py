@@ -27,6 +27,8 @@ class DAEObjective:
         inference (`dict`): Inference values of [`DAEPipeline`] that are exported.
     """
 
+    columns = ("image",)
+    validates_on = "healthy"
     pipeline_class = DAEPipeline
 
     def __init__(
@@ -66,24 +68,28 @@ class DAEObjective:
             )
         return cls(DAEUNet2DModel(**unet), DAEScheduler(**options.scheduler), processor, options.inference)
 
-    def loss(self, model: torch.nn.Module, images: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    def loss(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generators: list[torch.Generator]
+    ) -> torch.Tensor:
         """
         Loss of every sample, `(N,)`: the mean over all pixels, of which those of the background count 0.
 
         Args:
             model (`torch.nn.Module`): The network as accelerate wraps it.
-            images (`torch.Tensor` of shape `(N, C, H, W)`): Slices in the processor's value range.
+            batch (`dict`): `"image"`, slices `(N, C, H, W)` in the processor's value range.
             generators (`list[torch.Generator]`): One per slice; field and shift are drawn from it.
         """
-        images = self._unit(images)
+        images = self._unit(batch["image"])
         noise = self.scheduler.draw_noise(images.shape, generators, images.device)
         model_output = model(self.scheduler.add_noise(images, noise)).sample.float()
         return denoising_loss(self.scheduler, images, model_output)
 
     @torch.no_grad()
-    def preview(self, model: torch.nn.Module, images: torch.Tensor, generators: list[torch.Generator]) -> dict:
+    def preview(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generators: list[torch.Generator]
+    ) -> dict:
         """Rows of a validation picture, each `(N, C, H, W)`: slice, noised slice, its reconstruction, and what the map is made of."""
-        images = self._unit(images)
+        images = self._unit(batch["image"])
         sample = self.scheduler.add_noise(images, self.scheduler.draw_noise(images.shape, generators, images.device))
         rows = {
             "slice": images,

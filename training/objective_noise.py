@@ -42,6 +42,8 @@ class NoiseObjective:
         min_timestep (`int`, defaults to 0): The smallest one. ANDi: 1.
     """
 
+    columns = ("image",)
+    validates_on = "healthy"
     pipeline_class = AnoDDPMPipeline
     scheduler_class = AnoDDPMScheduler
 
@@ -116,15 +118,18 @@ class NoiseObjective:
             **options.objective,
         )
 
-    def loss(self, model: torch.nn.Module, images: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    def loss(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generators: list[torch.Generator]
+    ) -> torch.Tensor:
         """
         Loss of every sample, `(N,)`.
 
         Args:
             model (`torch.nn.Module`): The network as accelerate wraps it.
-            images (`torch.Tensor` of shape `(N, C, H, W)`): Slices in the processor's value range.
+            batch (`dict`): `"image"`, slices `(N, C, H, W)` in the processor's value range.
             generators (`list[torch.Generator]`): One per slice; timestep and noise are drawn from it.
         """
+        images = batch["image"]
         timesteps = torch.cat(
             [
                 torch.randint(self.min_timestep, self.max_timestep, (1,), generator=g, device=images.device)
@@ -137,8 +142,11 @@ class NoiseObjective:
         return noise_loss(self.scheduler, self.loss_type, images, sample, noise, model_output, timesteps)
 
     @torch.no_grad()
-    def preview(self, model: torch.nn.Module, images: torch.Tensor, generators: list[torch.Generator]) -> dict:
+    def preview(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generators: list[torch.Generator]
+    ) -> dict:
         """Rows of a validation picture, each `(N, C, H, W)`: slice, noised slice, its one-shot reconstruction, their difference."""
+        images = batch["image"]
         level = self.inference.get("noise_level", self.max_timestep // 4)
         level = max(level if isinstance(level, int) else level[0], 1)
         timesteps = torch.full((len(images),), level - 1, device=images.device)

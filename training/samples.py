@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,16 +13,17 @@ from ..data.prepared import PreparedSplit, StreamedSplit
 
 
 class SampleStream(torch.utils.data.Dataset):
-    """Samples by number: the slices of an endless sequence of permutations of a split."""
+    """Samples by number: the slices of an endless sequence of permutations of a split, with the columns that are asked for."""
 
-    def __init__(self, split: PreparedSplit, seed: int):
+    def __init__(self, split: PreparedSplit, seed: int, columns: Sequence[str] = ("image",)):
         self.split = split
         self.seed = seed
+        self.columns = columns
         self._epoch, self._order = -1, None
 
     def __getitems__(self, positions: list[int]) -> dict:
         rows = [self._row(position) for position in positions]
-        return {"image": self.split.__getitems__(rows)["image"], "position": np.array(positions)}
+        return {**self.split.read_rows(rows, self.columns), "position": np.array(positions)}
 
     def _row(self, position: int) -> int:
         epoch, index = divmod(position, len(self.split))
@@ -44,36 +45,47 @@ class StreamedSamples(torch.utils.data.IterableDataset):
         seed (`int`): Decides, with the number of the pass, its order.
         buffer_size (`int`): Slices in memory to shuffle among. Another size is another order.
         batches (`Iterable[list[int]]`): Numbers of the samples of each batch, rising.
+        columns (`Sequence[str]`): What is read of a slice.
 
     Yields:
-        `dict`: A whole batch, `image (N, C, H, W)` float32 in the processor's value range and `position (N,)` int64.
+        `dict`: A whole batch: the columns, `image (N, C, H, W)` in float32, and `position (N,)` int64.
 
     Raises:
         ConnectionError: The split could not be read any further.
     """
 
-    def __init__(self, split: StreamedSplit, seed: int, buffer_size: int, batches: Iterable[list[int]]):
+    def __init__(
+        self,
+        split: StreamedSplit,
+        seed: int,
+        buffer_size: int,
+        batches: Iterable[list[int]],
+        columns: Sequence[str] = ("image",),
+    ):
         self.split = split
         self.seed = seed
         self.buffer_size = buffer_size
         self.batches = batches
+        self.columns = columns
 
     def __iter__(self) -> Iterator[dict]:
-        current, images, done = -1, iter(()), 0
+        current, rows, done = -1, iter(()), 0
         for positions in self.batches:
             batch = []
             for position in positions:
                 epoch, index = divmod(position, len(self.split))
                 if epoch != current:
-                    current, images, done = epoch, self.split.shuffled_images([self.seed, epoch], self.buffer_size), 0
+                    current, done = epoch, 0
+                    rows = self.split.shuffled_rows([self.seed, epoch], self.buffer_size, self.columns)
                 try:
-                    batch.append(next(itertools.islice(images, index - done, None)))
+                    batch.append(next(itertools.islice(rows, index - done, None)))
                 except ConnectionError as error:
                     raise ConnectionError(
                         f"{error}. The last checkpoint is unharmed: go on with `--train.resume latest`."
                     ) from error
                 done = index + 1
-            yield {"image": np.stack(batch).astype(np.float32), "position": np.array(positions)}
+            stacked = {name: np.stack([row[name] for row in batch]) for name in self.columns}
+            yield {**stacked, "image": stacked["image"].astype(np.float32), "position": np.array(positions)}
 
 
 class PositionBatches:

@@ -21,7 +21,8 @@ class Numbers:
     def __len__(self):
         return self.length
 
-    def __getitems__(self, rows):
+    def read_rows(self, rows, columns):
+        assert columns == ("image",)
         return {"image": np.array(rows, dtype=np.float32)}
 
 
@@ -79,12 +80,15 @@ def test_loss_of_a_sample_does_not_depend_on_the_batch(loss):
     images = torch.rand(6, 1, 8, 8) * 2 - 1
     device = torch.device("cpu")
     with torch.no_grad():
-        together = built.loss(built.model, images, sample_generators(0, 0, range(6), device))
+        together = built.loss(built.model, {"image": images}, sample_generators(0, 0, range(6), device))
         alone = torch.cat(
-            [built.loss(built.model, images[i : i + 1], sample_generators(0, 0, [i], device)) for i in range(6)]
+            [
+                built.loss(built.model, {"image": images[i : i + 1]}, sample_generators(0, 0, [i], device))
+                for i in range(6)
+            ]
         )
-        other_seed = built.loss(built.model, images, sample_generators(1, 0, range(6), device))
-        validation = built.loss(built.model, images, sample_generators(0, 1, range(6), device))
+        other_seed = built.loss(built.model, {"image": images}, sample_generators(1, 0, range(6), device))
+        validation = built.loss(built.model, {"image": images}, sample_generators(0, 1, range(6), device))
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     assert (together - other_seed).abs().min() > 1e-6 and (together - validation).abs().min() > 1e-6
 
@@ -100,7 +104,11 @@ def test_timesteps_are_uniform_below_the_limit():
 
     built.scheduler.add_noise = recording
     with torch.no_grad():
-        built.loss(built.model, torch.zeros(1000, 1, 8, 8), sample_generators(0, 0, range(1000), torch.device("cpu")))
+        built.loss(
+            built.model,
+            {"image": torch.zeros(1000, 1, 8, 8)},
+            sample_generators(0, 0, range(1000), torch.device("cpu")),
+        )
     counts = Counter(seen)
     assert sorted(counts) == [0, 1, 2, 3, 4] and min(counts.values()) > 150
 

@@ -16,7 +16,7 @@ from anodiff.data.readers import Subject
 from anodiff.training.loop import fit
 from anodiff.training.objective_noise import NoiseObjective
 from anodiff.training.options import DataOptions, LoopOptions, TrainOptions
-from anodiff.training.samples import PositionBatches, StreamedSamples
+from anodiff.training.samples import PositionBatches, SampleStream, StreamedSamples
 
 
 LENGTH = 18  # slices, in four files
@@ -103,13 +103,28 @@ def test_passes_before_the_first_sample_are_not_read():
         def __len__(self):
             return 5
 
-        def shuffled_images(self, seed, buffer_size):
+        def shuffled_rows(self, seed, buffer_size, columns):
+            assert columns == ("image",)
             self.begun.append((seed, buffer_size))
-            yield from (np.full((1, 1, 1), 10 * seed[1] + row) for row in range(5))
+            yield from ({"image": np.full((1, 1, 1), 10 * seed[1] + row)} for row in range(5))
 
     found = samples(Numbers(), PositionBatches(4, 6, 3, 1, 1, 0), seed=8)
     assert [batch["image"].ravel().tolist() for batch in found] == [[22, 23, 24], [30, 31, 32]]
     assert Numbers.begun == [([8, 2], 7), ([8, 3], 7)]
+
+
+def test_other_columns_come_along(folder, split):
+    columns = ("image", "mask", "brain", "label")
+    whole = load_prepared(folder, "train")[:]
+    number = {image.tobytes(): row for row, image in enumerate(whole["image"])}
+    positions = PositionBatches(0, 3, 6, 1, 1, 0)
+    streamed = StreamedSamples(split, 0, 7, positions, columns)
+    stored = SampleStream(load_prepared(folder, "train"), 0, columns)
+    for batch in (*streamed, *(stored.__getitems__(part) for part in positions)):
+        assert set(batch) == {*columns, "position"}
+        rows = [number[image.tobytes()] for image in batch["image"]]
+        for name in columns:
+            np.testing.assert_array_equal(batch[name], whole[name][rows])
 
 
 def test_a_worker_reads_the_same(split, rows):
