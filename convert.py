@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     state = state if options.key is None else state[options.key]
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if method == "andi":
-        state = pipeline.unet.convert_original_state_dict(state)
+        state = transpose_kernels(pipeline.unet.convert_original_state_dict(state))
     try:
         pipeline.unet.load_state_dict(state)
     except (RuntimeError, AttributeError) as error:
@@ -71,6 +71,16 @@ def main(argv: list[str] | None = None) -> int:
     complete_folder(out, str(make_card(pipeline, config=config)))
     print(f"Pipeline folder written to {out}")
     return 0
+
+
+def transpose_kernels(state: dict) -> dict:
+    """
+    Weights of a network that sees transposed images.
+
+    The originals cut volumes as `array[:, :, k]`, so that H is the axis from right to left; our slices have it along W. Nothing
+    but the kernels of a convolutional network knows which axis is which.
+    """
+    return {name: tensor.mT.contiguous() if tensor.ndim == 4 else tensor for name, tensor in state.items()}
 
 
 def _brain_damage():

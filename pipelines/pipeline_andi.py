@@ -6,6 +6,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ..data.processor import VolumeProcessor
+from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_andi import NOISE_TYPES, ANDiScheduler
 from .pipeline_output import AnomalyOutput
 from .pipeline_utils import AnomalyPipeline, SliceResults, resolve_seed, slice_generator
@@ -41,7 +42,7 @@ class ANDiPipeline(AnomalyPipeline):
     Maps are on the absolute scale of the deviations: exp(mean log d_t) with the geometric mean, never min-max scaled.
 
     Args:
-        unet ([`~diffusers.UNet2DModel`]): Predicts the noise, or v if the scheduler says so.
+        unet ([`~diffusers.UNet2DModel`] or [`ANDiUNet2DModel`]): Predicts the noise, or v if the scheduler says so.
         scheduler ([`ANDiScheduler`]): Schedule, deviations and the noise of the training.
         processor ([`VolumeProcessor`]): From volumes to slices and back.
         start (`int`, defaults to 75), stop (`int`, defaults to 200):
@@ -68,7 +69,7 @@ class ANDiPipeline(AnomalyPipeline):
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: UNet2DModel | ANDiUNet2DModel,
         scheduler: ANDiScheduler,
         processor: VolumeProcessor,
         start: int = 75,

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ..data.processor import VolumeProcessor
+from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from .pipeline_output import AnomalyOutput
 from .pipeline_utils import AnomalyPipeline, SliceResults, resolve_seed, slice_generator
@@ -51,7 +52,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: UNet2DModel | ANDiUNet2DModel,
         scheduler: AnoDDPMScheduler,
         processor: VolumeProcessor,
         noise_level: int = 200,
