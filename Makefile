@@ -18,9 +18,10 @@ demo: export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_co
 demo: $(BIN)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/python preprocess.py --phantom phantom-mini --root $(DEMO)/raw --out $(DEMO)/prepared
-	$(BIN)/accelerate launch --num_processes 1 train.py --data $(DEMO)/prepared --train.output_dir $(DEMO)/train
-	$(BIN)/accelerate launch --num_processes 1 eval.py --model $(DEMO)/train/pipeline --data $(DEMO)/prepared --output_dir $(DEMO)/eval --set_threshold validation
-	$(BIN)/python predict.py --model $(DEMO)/train/pipeline $(DEMO)/raw/tumour_0028 $(DEMO)/raw/stroke_0031 --brain brain.nii.gz -o $(DEMO)/maps
+	$(BIN)/accelerate launch --num_processes 1 train.py --config configs/andi_phantom.yaml --data $(DEMO)/prepared --train.output_dir $(DEMO)/andi
+	$(BIN)/accelerate launch --num_processes 1 train.py --config configs/anoddpm_phantom.yaml --data $(DEMO)/prepared --train.output_dir $(DEMO)/anoddpm
+	$(BIN)/accelerate launch --num_processes 1 eval.py --model $(DEMO)/andi/pipeline --model $(DEMO)/anoddpm/pipeline --data $(DEMO)/prepared --output_dir $(DEMO)/eval --set_threshold validation
+	$(BIN)/python predict.py --model $(DEMO)/andi/pipeline $(DEMO)/raw/tumour_0028 $(DEMO)/raw/stroke_0031 --brain brain.nii.gz -o $(DEMO)/maps
 	@cat $(DEMO)/eval/report.md
 	@echo "Pictures: $(DEMO)/eval/cases.png, $(DEMO)/maps/*/overview.png; NIfTI maps: $(DEMO)/maps/*/anomaly_map.nii.gz"
 
@@ -44,6 +45,7 @@ benchmark: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/andi.py
 
 # A Hub on this machine to try push and pull with; docs/hub.md.
 hub: $(BIN)/.installed
