@@ -2,51 +2,72 @@
 
     python convert.py brain_damage model.pth out/
     python convert.py andi ema_ckpt.pt out/
+    python convert.py anofpdm v2 ema_0.9999_210000.pt out/
+    python convert.py anofpdm classifier model149999.pt classifier/
+    python convert.py anofpdm v1 ema_0.9999_500000.pt out/ --classifier classifier/
 
 `brain_damage`: the state dict of its `UNet2DModel`, with the notebook's schedule, noise and preprocessing. `andi`: the state dict of
-ANDi's `UNet` for FLAIR, T1, T1ce and T2, with the preprocessing of the recipe `brats21_andi`.
+ANDi's `UNet` for FLAIR, T1, T1ce and T2, with the preprocessing of the recipe `brats21_andi`. `anofpdm`: one of the networks of
+AnoFPDM, four modalities with the recipe `brats21_anofpdm`, one with `atlas_anofpdm`: `v2` becomes an AnoFPDMPipeline, whose components
+a DDIBPipeline takes as well; `v1` with one output per modality an AnoDDPMPipeline, with two and a classifier a
+ClassifierGuidedPipeline; `classifier` a folder that `--classifier` and the training of the guided network take. The values for inference
+are those of the configurations of the same names; nothing is calibrated.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from anodiff.configs import parse_options
 
 
-METHODS = ("brain_damage", "andi")
+METHODS = ("brain_damage", "andi", "anofpdm")
+ANOFPDM_NETWORKS = ("v2", "v1", "classifier")
 
 
 @dataclass
 class ConvertOptions:
-    """METHOD CHECKPOINT OUT."""
+    """METHOD [NETWORK] CHECKPOINT OUT."""
 
     arguments: list[str] = field(default_factory=list)
     key: str | None = None
     """Key of the weights in the checkpoint, where it holds more than them."""
+    unet: dict[str, Any] = field(default_factory=dict)
+    """Arguments of an anofpdm network that was trained with others than its authors', such as `--unet.layers_per_block 1`."""
+    classifier: str | None = None
+    """Folder or Hub id of a classifier, for an anofpdm v1 with a learned variance."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Converts; returns the exit status."""
     options = parse_options(
-        ConvertOptions, argv, prog="convert.py METHOD CHECKPOINT OUT", description=__doc__, positional="arguments"
+        ConvertOptions,
+        argv,
+        prog="convert.py METHOD [NETWORK] CHECKPOINT OUT",
+        description=__doc__,
+        positional="arguments",
     )
-    if len(options.arguments) != 3 or options.arguments[0] not in METHODS:
+    method, *names = options.arguments or [None]
+    network = names.pop(0) if method == "anofpdm" and names else None
+    if method not in METHODS or len(names) != 2 or (method == "anofpdm" and network not in ANOFPDM_NETWORKS):
         raise SystemExit(
-            f"error: three arguments are needed, METHOD ({', '.join(METHODS)}) CHECKPOINT OUT, got {options.arguments}."
+            f"error: METHOD ({', '.join(METHODS)}) CHECKPOINT OUT are needed, and for anofpdm NETWORK"
+            f" ({', '.join(ANOFPDM_NETWORKS)}) before CHECKPOINT, got {options.arguments}."
         )
-    method, checkpoint, out = options.arguments
+    if options.unet and method != "anofpdm":
+        raise SystemExit(f"error: `--unet` is for anofpdm; the network of {method} has one size.")
+    if options.classifier and network != "v1":
+        raise SystemExit("error: `--classifier` is for anofpdm v1.")
+    checkpoint, out = names
     if Path(out).exists():
         raise SystemExit(f"error: {out} exists already; choose another folder.")
 
     import torch
 
-    from anodiff.hub.model_card import make_card
-    from anodiff.hub.publishing import complete_folder
-
-    pipeline, config = _brain_damage() if method == "brain_damage" else _andi()
     # Only tensors are read: a pickle from elsewhere could run code.
     if not Path(checkpoint).is_file():
         raise SystemExit(f"error: there is no file {checkpoint}.")
@@ -57,15 +78,28 @@ def main(argv: list[str] | None = None) -> int:
         )
     state = state if options.key is None else state[options.key]
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    if method == "andi":
-        state = transpose_kernels(pipeline.unet.convert_original_state_dict(state))
     try:
-        pipeline.unet.load_state_dict(state)
+        if method == "anofpdm":
+            pipeline, config = _anofpdm(network, state, options)
+        else:
+            pipeline, config = _brain_damage() if method == "brain_damage" else _andi()
+            if method == "andi":
+                state = transpose_kernels(pipeline.unet.convert_original_state_dict(state))
+            pipeline.unet.load_state_dict(state)
     except (RuntimeError, AttributeError) as error:
         raise SystemExit(
             f"error: {checkpoint} does not fit the network of {method}: {error}\nIf the weights lie under a key of the"
             f" checkpoint, name it with `--key`; keys there: {', '.join(map(str, list(state)[:8]))}, ..."
         ) from error
+
+    from anodiff.hub.model_card import make_card
+    from anodiff.hub.publishing import complete_folder
+    from anodiff.training.objective_guided import ClassifierObjective
+
+    if isinstance(pipeline, ClassifierObjective):
+        pipeline.export(pipeline.model, out)
+        print(f"Classifier written to {out}")
+        return 0
     pipeline.unet.eval()
     pipeline.save_pretrained(out)
     complete_folder(out, str(make_card(pipeline, config=config)))
@@ -78,9 +112,18 @@ def transpose_kernels(state: dict) -> dict:
     Weights of a network that sees transposed images.
 
     The originals cut volumes as `array[:, :, k]`, so that H is the axis from right to left; our slices have it along W. Nothing
-    but the kernels of a convolutional network knows which axis is which.
+    knows which axis is which but the kernels, and the classifier's embedding of the positions (after one of the mean).
     """
-    return {name: tensor.mT.contiguous() if tensor.ndim == 4 else tensor for name, tensor in state.items()}
+    import torch
+
+    transposed = {}
+    for name, tensor in state.items():
+        if name.endswith("positional_embedding"):
+            side = math.isqrt(tensor.shape[1] - 1)
+            grid = tensor[:, 1:].unflatten(1, (side, side)).mT.flatten(1)
+            tensor = torch.cat([tensor[:, :1], grid], 1)
+        transposed[name] = tensor.mT.contiguous() if tensor.ndim == 4 else tensor
+    return transposed
 
 
 def _brain_damage():
@@ -106,6 +149,79 @@ def _andi():
 
     processor = VolumeProcessor.from_dict(read_recipe("brats21_andi")["processor"])
     return ANDiPipeline(ANDiUNet2DModel(), ANDiScheduler(), processor), None
+
+
+def _anofpdm(network: str, state: dict, options: ConvertOptions):
+    """Pipeline with the weights, and its configuration; of the classifier its objective, which writes what is no pipeline."""
+    import yaml
+
+    from anodiff import (
+        AnoDDPMPipeline,
+        AnoDDPMScheduler,
+        AnoFPDMPipeline,
+        AnoFPDMScheduler,
+        AnoFPDMUNet2DModel,
+        ClassifierGuidedPipeline,
+        NoisyClassifierModel,
+        UNet2DHeadsModel,
+        VolumeProcessor,
+    )
+    from anodiff.configs import config_path
+    from anodiff.data.preparation import read_recipe
+    from anodiff.training.objective_guided import ClassifierObjective, load_classifier
+    from anodiff.training.objective_noise import check_keys
+
+    known = {"in_channels": ("input_blocks.0.0.weight", 1), "out_channels": ("out.2.weight", 0)}
+    if network == "classifier":
+        del known["out_channels"]
+    missing = [name for name, _ in known.values() if name not in state]
+    if missing:
+        raise AttributeError(f"it has no {' and no '.join(missing)}.")
+    sizes = {argument: state[name].shape[axis] for argument, (name, axis) in known.items()}
+    channels = sizes["in_channels"]
+    data = {4: "brats21", 1: "atlas"}.get(channels)
+    if data is None:
+        raise SystemExit(
+            f"error: AnoFPDM's networks are for 4 modalities (BraTS21) or 1 (ATLAS), this one is for {channels}."
+        )
+    learned_sigma = network == "v1" and sizes["out_channels"] == 2 * channels
+    if learned_sigma and options.classifier is None:
+        raise SystemExit(
+            "error: this v1 has two outputs per modality, a learned variance: name the classifier that guides it, converted or"
+            " trained, with `--classifier`."
+        )
+    if options.classifier is not None and not learned_sigma:
+        raise SystemExit(
+            "error: this v1 has no learned variance, so that nothing guides it: leave `--classifier` out."
+        )
+    name = {"v2": "anofpdm", "classifier": "classifier"}.get(
+        network, "classifier_guided" if learned_sigma else "unguided"
+    )
+    config = yaml.safe_load(config_path(f"{name}_{data}.yaml").read_text())
+    processor = VolumeProcessor.from_dict(read_recipe(f"{data}_anofpdm")["processor"])
+    inference = config.get("inference", {})
+    if network == "v2":
+        # The configuration is for new weights; the network of the original has its own class.
+        check_keys("unet", options.unet, AnoFPDMUNet2DModel)
+        model = AnoFPDMUNet2DModel(**{**sizes, "dropout": config["unet"]["dropout"], **options.unet})
+        finished = AnoFPDMPipeline(model, AnoFPDMScheduler(**config["scheduler"]), processor, **inference)
+    else:
+        arguments = {**config["unet"], "sample_size": processor.config.size[0], **sizes, **options.unet}
+        del arguments["_class_name"]
+        check_keys("unet", options.unet, NoisyClassifierModel if network == "classifier" else UNet2DHeadsModel)
+        if network == "classifier":
+            model = NoisyClassifierModel(**arguments)
+            finished = ClassifierObjective(model, AnoFPDMScheduler(**config["scheduler"]), processor)
+        elif learned_sigma:
+            scheduler, model = AnoFPDMScheduler(**config["scheduler"]), UNet2DHeadsModel(**arguments)
+            classifier = load_classifier(options.classifier, scheduler, processor)
+            finished = ClassifierGuidedPipeline(model, classifier, scheduler, processor, **inference)
+        else:
+            model = UNet2DHeadsModel(**arguments)
+            finished = AnoDDPMPipeline(model, AnoDDPMScheduler(**config["scheduler"]), processor, **inference)
+    model.load_state_dict(transpose_kernels(model.convert_original_state_dict(state)))
+    used = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    return finished, {**config, "unet": {"_class_name": type(model).__name__, **used}, "objective": {}}
 
 
 if __name__ == "__main__":

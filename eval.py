@@ -3,6 +3,7 @@
 python eval.py --model outputs/train/pipeline
 accelerate launch eval.py --model owner/one --model owner/two --data prepared/brats21 --split test
 python eval.py --model owner/one --data prepared/brats21 --push_to_hub owner/one    # results into its card
+python eval.py --model outputs/train/pipeline --data prepared/brats21 --calibrate labels    # thresholds without masks, stored
 """
 
 from __future__ import annotations

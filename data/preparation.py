@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import itertools
 import os
+import random
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ import yaml
 from datasets.features.features import numpy_to_pyarrow_listarray
 from tqdm.auto import tqdm
 
-from .geometry import Geometry
+from .geometry import Geometry, plane_orientation
 from .phantom import SET_SEED, write_phantom
-from .processor import VolumeProcessor
+from .processor import ProcessedVolume, VolumeProcessor
 from .readers import SPLITS, Subject, read_image_folders, read_volume_folders
 from .volume import read_volume
 
@@ -34,6 +35,8 @@ from .volume import read_volume
 
 DTYPES = ("float32", "float16")
 TRAIN_RULES = ("all", "healthy_by_mask", "healthy_by_label")
+MASK_RULES = ("nearest", "linear")
+SPLIT_ORDERS = ("hash", "shuffle")
 READERS = {"volume_folders": read_volume_folders, "image_folders": read_image_folders}
 RECIPE_KEYS = ("source", "license", "reader", "reader_options", "processor", "slices", "split", "dtype")
 
@@ -43,12 +46,19 @@ _ROW_GROUP = 128  # rows that streaming reads at a time
 
 @dataclass(frozen=True)
 class SliceRule:
-    """Which slices of a volume are kept. A slice without any brain never is.
+    """Which slices of a volume are kept, and what counts as lesion in them. A slice without any brain is never kept.
 
     Args:
         min_brain (`float`, defaults to 0.0): Smallest fraction of the slice's pixels that must be brain, 0 to 1.
         first, last (`int`, *optional*): First and last slice, counted on the network's grid from 0, both included.
         step (`int`, defaults to 1): Take every `step`-th slice from `first` on.
+        min_sum (`float`, defaults to 0.0):
+            Take the slices from the first to the last whose intensities sum to more than this: mean over modalities, each in units
+            of the processor's `quantile` of its voxels > 0, summed over the slice's pixels on the input's grid. 0 for no limits;
+            AnoFPDM 0.5.
+        masks (`str`, defaults to `"nearest"`):
+            How a mask comes to the network's grid: `"nearest"` voxel, or `"linear"` interpolation above 1/2, as the images are
+            interpolated (AnoFPDM; a lesion smaller than about a network pixel may vanish, and its slice is healthy then).
         train (`str`, defaults to `"all"`):
             What is kept of the training split. `"healthy_by_mask"`: slices that no lesion touches, at the mask's own resolution
             (a lesion smaller than a network pixel counts). `"healthy_by_label"`: slices of subjects with label 0. `"all"`.
@@ -58,11 +68,16 @@ class SliceRule:
     first: int | None = None
     last: int | None = None
     step: int = 1
+    min_sum: float = 0.0
+    masks: str = "nearest"
     train: str = "all"
 
     def __post_init__(self):
-        if self.train not in TRAIN_RULES:
-            raise ValueError(f"`slices.train` must be one of {', '.join(TRAIN_RULES)}, got {self.train!r}.")
+        for name, allowed in (("train", TRAIN_RULES), ("masks", MASK_RULES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`slices.{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if self.min_sum < 0:
+            raise ValueError(f"`slices.min_sum` must not be negative, got {self.min_sum}.")
         if not 0 <= self.min_brain <= 1:
             raise ValueError(f"`slices.min_brain` must be between 0 and 1, got {self.min_brain}.")
         if self.step < 1:
@@ -77,15 +92,21 @@ class SplitRule:
 
     Args:
         fractions (`dict[str, float]`, *optional*):
-            Split to its share of the groups; they sum to 1. The order of the groups is that of their hashes with the seed, so
-            neither the file system nor the order of the subjects matters.
+            Split to its share of the groups; they sum to 1. Neither the file system nor the order of the subjects matters.
         seed (`int`, defaults to 0): Of the fractions.
+        order (`str`, defaults to `"hash"`):
+            Order that the groups are dealt in: `"hash"`, that of their hashes with the seed, which adding a group does not change;
+            `"shuffle"`, AnoFPDM's: the sorted names shuffled by Python's `random`, each share rounded down and the last split
+            taking the rest.
     """
 
     fractions: dict[str, float] | None = None
     seed: int = 0
+    order: str = "hash"
 
     def __post_init__(self):
+        if self.order not in SPLIT_ORDERS:
+            raise ValueError(f"`split.order` must be one of {', '.join(SPLIT_ORDERS)}, got {self.order!r}.")
         if self.fractions is None:
             return
         unknown = [name for name in self.fractions if name not in SPLITS]
@@ -118,8 +139,15 @@ class SplitRule:
             raise ValueError(
                 f"`split.fractions` is given, but the data set has splits (subject {given[0]}). Drop one."
             )
-        groups = sorted({subject.group for subject in subjects}, key=self._hash)
-        ends = np.rint(np.cumsum(list(self.fractions.values())) * len(groups)).astype(int)
+        groups = sorted({subject.group for subject in subjects})
+        shares = np.array(list(self.fractions.values()))
+        if self.order == "shuffle":
+            random.Random(self.seed).shuffle(groups)
+            ends = np.cumsum([*(int(share * len(groups)) for share in shares[:-1]), len(groups)])
+            ends = np.minimum(ends, len(groups))
+        else:
+            groups.sort(key=self._hash)
+            ends = np.rint(np.cumsum(shares) * len(groups)).astype(int)
         split_of_group = {}
         for name, start, end in zip(self.fractions, [0, *ends], ends, strict=False):
             if self.fractions[name] > 0 and start == end:
@@ -386,7 +414,10 @@ def _slices_of(
             )
         (array,) = mask.arrays.values()
         array = (array > 0).astype(np.float32)
-        masks[:, index] = processor.preprocess_mask(array, geometry)
+        if rule.masks == "linear":
+            masks[:, index] = geometry.to_network(array) > 0.5
+        else:
+            masks[:, index] = processor.preprocess_mask(array, geometry)
         touched |= _touched(array, geometry)
         if subject.label is None:
             label = max(label or 0, int(array.any()))
@@ -398,6 +429,9 @@ def _slices_of(
     last = len(images) - 1 if rule.last is None else rule.last
     kept = np.arange(rule.first or 0, min(last + 1, len(images)), rule.step)
     kept = kept[(share[kept] > 0) & (share[kept] >= rule.min_brain)]
+    if rule.min_sum:
+        bright = np.flatnonzero(_intensity_sums(processed, processor) > rule.min_sum)
+        kept = kept[(kept >= bright.min(initial=len(images))) & (kept <= bright.max(initial=-1))]
     if training and rule.train == "healthy_by_mask":
         kept = kept[~touched[kept]]
     if training and rule.train == "healthy_by_label" and label != 0:
@@ -422,6 +456,19 @@ def _slices_of(
         "network_shape": list(geometry.network_shape),
         "network_affine": geometry.network_affine.ravel().tolist(),
     }
+
+
+def _intensity_sums(processed: ProcessedVolume, processor: VolumeProcessor) -> np.ndarray:
+    """`(N,)`: for every slice the sum that `SliceRule.min_sum` is compared with."""
+    geometry = processed.geometry
+    mean = np.zeros(geometry.input_shape)
+    for array in processed.source.arrays.values():
+        mean += array / np.quantile(array[array > 0], processor.config.quantile) / len(processed.source.arrays)
+    slice_axis = int(np.argsort(plane_orientation(geometry.input_affine, geometry.plane)[:, 0])[2])
+    others = tuple(axis for axis in range(3) if axis != slice_axis)
+    # A volume that holds every slice's sum in all of its voxels, brought to the network's slices.
+    sums = np.broadcast_to(mean.sum(others, keepdims=True), mean.shape).astype(np.float32)
+    return geometry.to_network(sums, nearest=True).max((1, 2))
 
 
 def _touched(mask: np.ndarray, geometry: Geometry) -> np.ndarray:

@@ -42,14 +42,22 @@ class EvalOptions:
     """Share of healthy validation voxels above the healthy-only threshold."""
     protocol: str = "pooled"
     """Columns beside our own: none with `pooled`; `andi`: AP, Dice and Yen's threshold as ANDi's authors measure them, with a row of
-    the equalised FLAIR; `uad_imag`: AP, Dice at validation thresholds and false positive rates of the benchmark UAD-IMAG."""
+    the equalised FLAIR; `uad_imag`: AP, Dice at validation thresholds and false positive rates of the benchmark UAD-IMAG; `anofpdm`:
+    means over slices and image labels, of all slices and of the unhealthy ones, as AnoFPDM's authors measure them."""
     sweep: tuple[float, float, float] | None = None
     """First, last and step of the thresholds that these protocols try: of maps scaled to [0, 1] for `andi` (0.01, 0.299, 0.001 by
-    default), of the maps themselves for `uad_imag` (100 of their scores by default)."""
+    default), of the maps themselves for `uad_imag` (100 of their scores by default) and `anofpdm` (0.01, 0.69, 0.01)."""
     baselines: bool = True
     """Rows of the plain intensity and of trivial statistics, with the same post-processing."""
     training_population: str | None = None
     """Who the models were trained on, for the record; from the recipe in the checkpoint by default."""
+    calibrate: str | None = None
+    """First choose the models' values on the labels of the validation split, without its masks, and store them in the checkpoint
+    folders: `labels` (AnoFPDM's own, by image-level accuracy), `healthy`, `yen` or `otsu` (a threshold, for any method)."""
+    calibration_slices: int | None = None
+    """Validation slices that `calibrate labels` takes, evenly spread; all by default."""
+    guidance_scales: list[float] = field(default_factory=list)
+    """Candidates that `calibrate labels` chooses among; the checkpoint's own by default."""
     set_threshold: str | None = None
     """Store the threshold of this policy (validation or healthy) in the checkpoint folders."""
     push_to_hub: str | None = None

@@ -25,7 +25,7 @@ from .metrics import PooledScores, dice
 from .scoring import Case
 
 
-PROTOCOLS = ("pooled", "andi", "uad_imag")
+PROTOCOLS = ("pooled", "andi", "uad_imag", "anofpdm")
 
 # First and last threshold and step: of ANDi's maps, scaled to [0, 1], and of its equalised FLAIR.
 ANDI_SWEEP = (0.01, 0.299, 0.001)
@@ -46,6 +46,13 @@ PROTOCOL_TEXT = {
         " the best of the grid on the validation split, healthy as the last threshold of the ROC curve of healthy validation"
         " slices with a lower FPR than `healthy_fpr`",
     },
+    "anofpdm": {
+        "unit_of_averaging": "; AnoFPDM columns: Dice and IoU as means over slices, 1 where mask and prediction are both empty, of all"
+        " slices (mixed) or those with lesion (unhealthy); precision and recall over their pixels together; AP and AUROC over the"
+        " pixels brighter than -0.95 on [-1, 1]; image labels: slices",
+        "threshold_policy": "; AnoFPDM columns: own as above (unhealthy: whatever the method calls the slice), validation as the best mean"
+        " Dice of a grid on the validation split, healthy without masks; components of 40 pixels and fewer of a slice are removed",
+    },
 }
 
 
@@ -56,7 +63,7 @@ def check_protocol(protocol: str, sweep: tuple[float, float, float] | None) -> N
     if sweep is not None:
         sweep_thresholds(sweep)
         if protocol == "pooled":
-            raise ValueError("`sweep` needs `protocol` andi or uad_imag; `pooled` tries all thresholds.")
+            raise ValueError("`sweep` needs `protocol` andi, uad_imag or anofpdm; `pooled` tries all thresholds.")
 
 
 def sweep_thresholds(sweep: tuple[float, float, float]) -> np.ndarray:

@@ -22,8 +22,9 @@ COLUMNS = {
     "subject_auroc": "AUROC (subjects)",
 }
 
-# Of other protocols, shown where a row has them.
+# Of some methods and other protocols, shown where a row has them.
 PROTOCOL_COLUMNS = {
+    "dice_own": "Dice, own masks",
     "andi_average_precision": "AP (ANDi)",
     "andi_dice_oracle": "Dice, oracle (ANDi)",
     "andi_dice_yen": "Dice, Yen (ANDi)",
@@ -33,6 +34,21 @@ PROTOCOL_COLUMNS = {
     "uad_imag_fpr_validation": "FPR, validation (UAD-IMAG)",
     "uad_imag_dice_healthy": "Dice, healthy only (UAD-IMAG)",
     "uad_imag_fpr_healthy": "FPR, healthy only (UAD-IMAG)",
+    **{
+        f"anofpdm_{name}": f"{title} (AnoFPDM)"
+        for name, title in {
+            "dice_mixed_own": "Dice, own masks, mixed",
+            "dice_unhealthy_own": "Dice, own masks, unhealthy",
+            "dice_mixed_validation": "Dice, validation, mixed",
+            "dice_unhealthy_validation": "Dice, validation, unhealthy",
+            "dice_mixed_healthy": "Dice, healthy only, mixed",
+            "dice_unhealthy_healthy": "Dice, healthy only, unhealthy",
+            "auprc_mixed": "AP, mixed",
+            "auprc_unhealthy": "AP, unhealthy",
+            "image_accuracy_own": "image accuracy, own",
+            "image_accuracy_validation": "image accuracy, validation",
+        }.items()
+    },
 }
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from ..hub.publishing import PublishingError, complete_folder, open_repository, 
 from ..pipelines.pipeline_utils import NOT_FINITE, AnomalyPipeline, device_name
 from ..pipelines.postprocessing import PostProcessing
 from .baselines import equalised_map, intensity_map, slice_statistics
+from .calibration import CALIBRATION_POLICIES, LabelledSlices, calibrate
 from .options import EvalOptions
 from .protocol_andi import (
     ANDI_SWEEP,
@@ -41,6 +42,7 @@ from .protocol_andi import (
     score_uad_imag,
     sweep_thresholds,
 )
+from .protocol_anofpdm import ANOFPDM_SWEEP, foreground_of, score_anofpdm
 from .report import draw_cases, markdown_table
 from .scoring import Case, score_cases, score_statistic
 
@@ -65,6 +67,7 @@ def evaluate(options: EvalOptions) -> dict:
     if (output_dir / "report.json").exists():
         raise FileExistsError(f"{output_dir} already holds a report. Choose another `--output_dir`, or move it away.")
     _check_set_threshold(options)
+    _check_calibrate(options)
     check_protocol(options.protocol, options.sweep)
     if options.push_to_hub:
         _check_hub(options, accelerator.is_main_process)
@@ -75,6 +78,15 @@ def evaluate(options: EvalOptions) -> dict:
             splits["validation"] = load_prepared(options.data, options.validation_split)
     maps_dir = output_dir / "maps"
     rows = []
+    calibrations = {}
+    if options.calibrate and accelerator.is_main_process:
+        # Once: the other processes wait, and then load what was stored.
+        slices = LabelledSlices(
+            splits["validation"], options.calibration_slices if options.calibrate == "labels" else None
+        )
+        for model in options.model:
+            calibrations[model] = _calibrate(model, slices, splits["validation"], options, accelerator.device)
+    accelerator.wait_for_everyone()
 
     # 1. Pipelines.
     postprocessing = None
@@ -95,6 +107,7 @@ def evaluate(options: EvalOptions) -> dict:
                 "settings": settings,
                 "seconds_per_slice": seconds,
                 "maps": folder,
+                **({"calibration": calibrations[model]} if model in calibrations else {}),
             }
         )
         del pipeline
@@ -141,7 +154,7 @@ def evaluate(options: EvalOptions) -> dict:
                 min_component_size=row["settings"]["min_component_size"],
                 healthy_fpr=options.healthy_fpr,
             )
-            _score_protocol(row, files, options)
+            _score_protocol(row, files, splits["test"], options)
         if options.baselines:
             rows += _statistic_rows(splits)
         report = _report(options, splits, processor, rows, accelerator)
@@ -210,7 +223,7 @@ def _push(options: EvalOptions, report: dict, recipe: dict, output_dir: Path) ->
     )
 
 
-def _score_protocol(row: dict, files: dict[str, list[Path]], options: EvalOptions) -> None:
+def _score_protocol(row: dict, files: dict[str, list[Path]], split: PreparedSplit, options: EvalOptions) -> None:
     """Adds the columns of another protocol to a scored row, and the Dice of its sweep."""
     if options.protocol == "andi":
         # The authors do not scale the equalised FLAIR, whose lesions lie near 1.
@@ -226,6 +239,48 @@ def _score_protocol(row: dict, files: dict[str, list[Path]], options: EvalOption
             files["test"], files.get("validation", []), thresholds, healthy_fpr=options.healthy_fpr
         )
         row["metrics"] |= metrics
+    elif options.protocol == "anofpdm":
+
+        def foreground(subject: str) -> np.ndarray:
+            return foreground_of(split.read_subject(subject)["image"], split.processor_settings["value_range"])
+
+        row["metrics"] |= score_anofpdm(
+            files["test"],
+            files.get("validation", []),
+            foreground,
+            sweep_thresholds(options.sweep or ANOFPDM_SWEEP),
+            healthy_fpr=options.healthy_fpr,
+        )
+
+
+def _check_calibrate(options: EvalOptions) -> None:
+    if options.calibrate is None:
+        if options.guidance_scales or options.calibration_slices:
+            raise ValueError("`guidance_scales` and `calibration_slices` belong to `calibrate labels`.")
+        return
+    if options.calibrate not in CALIBRATION_POLICIES:
+        raise ValueError(f"`calibrate` must be one of {', '.join(CALIBRATION_POLICIES)}, got {options.calibrate!r}.")
+    if options.validation_split == "none":
+        raise ValueError("`calibrate` needs a validation split, got `validation_split` none.")
+    if options.set_threshold:
+        raise ValueError("Give either `calibrate` or `set_threshold`: both store a threshold in the checkpoint.")
+    _check_own_settings("calibrate", options)
+
+
+def _calibrate(model: str, slices: LabelledSlices, split: PreparedSplit, options: EvalOptions, device) -> dict:
+    pipeline = _load_pipeline(model, options, device)
+    pipeline.processor.check_equal(split.processor_settings, f"{model} was trained with")
+    record = calibrate(
+        pipeline,
+        slices,
+        options.calibrate,
+        guidance_scales=options.guidance_scales,
+        healthy_fpr=options.healthy_fpr,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    _store_values(Path(model), record["values"])
+    return record
 
 
 def _check_set_threshold(options: EvalOptions) -> None:
@@ -233,23 +288,33 @@ def _check_set_threshold(options: EvalOptions) -> None:
         return
     if options.set_threshold not in ("validation", "healthy"):
         raise ValueError(f"`set_threshold` must be validation or healthy, got {options.set_threshold!r}.")
+    _check_own_settings("set_threshold", options)
+
+
+def _check_own_settings(option: str, options: EvalOptions) -> None:
+    """What is stored in a checkpoint must have been found with its own settings."""
     if options.inference or _postprocessing_changes(options):
-        raise ValueError(
-            "`set_threshold` needs the checkpoint's own settings: leave `inference` and post-processing out."
-        )
+        raise ValueError(f"`{option}` needs the checkpoint's own settings: leave `inference` and post-processing out.")
     remote = [model for model in options.model if not Path(model).is_dir()]
     if remote:
-        raise ValueError(f"`set_threshold` needs checkpoint folders, got {', '.join(remote)}.")
+        raise ValueError(f"`{option}` needs checkpoint folders, got {', '.join(remote)}.")
 
 
 def _set_threshold(folder: Path, threshold: float | None) -> None:
     if threshold is None:
         raise ValueError("`set_threshold`: the validation split does not allow this policy, no threshold was stored.")
+    _store_values(folder, {"threshold": threshold})
+
+
+def _store_values(folder: Path, values: dict) -> None:
+    """Puts values of the pipeline's configuration into a checkpoint folder and the table of its card."""
     index = folder / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"threshold": threshold}, indent=2) + "\n")
+    index.write_text(json.dumps(json.loads(index.read_text()) | values, indent=2) + "\n")
     card = folder / "README.md"
     if card.exists():
-        text = re.sub(r"^\| `threshold` \|.*\|$", f"| `threshold` | {threshold} |", card.read_text(), flags=re.M)
+        text = card.read_text()
+        for name, value in values.items():
+            text = re.sub(rf"^\| `{name}` \|.*\|$", f"| `{name}` | {value} |", text, flags=re.M)
         card.write_text(text)
 
 
@@ -303,26 +368,31 @@ def _pipeline_cases(
             numbers = np.concatenate([item["slice"] for item in waiting])
             active = np.flatnonzero(brain.any((1, 2)))
             maps = np.zeros(brain.shape, np.float32)
-            maps[active] = (
-                pipeline.compute_maps(
-                    images[active],
-                    numbers[active].tolist(),
-                    seed=options.seed,
-                    batch_size=options.batch_size,
-                    **pipeline.default_settings(),
-                )
-                .maps.float()
-                .cpu()
-                .numpy()
+            settings = pipeline.default_settings()
+            if "gate_by_label" in settings:
+                # Cases keep masks and image labels apart: one setting of the protocol needs the masks alone.
+                settings["gate_by_label"] = False
+            results = pipeline.compute_maps(
+                images[active], numbers[active].tolist(), seed=options.seed, batch_size=options.batch_size, **settings
             )
+            maps[active] = results.maps.float().cpu().numpy()
+            own_mask = own_labels = None
+            if results.masks is not None:
+                own_mask, own_labels = np.zeros(brain.shape, bool), np.zeros(len(brain), np.int64)
+                own_mask[active] = results.masks.cpu().numpy()
+                own_labels[active] = results.details.get("label", results.masks.any(2).any(1)).cpu().numpy()
             if not np.isfinite(maps).all():
                 names = ", ".join(item["subject"] for item in waiting)
                 raise ValueError(f"{name}, {split_name}, subject(s) {names}: {NOT_FINITE}")
             offset = 0
             for item in waiting:
-                own = maps[offset : offset + len(item["image"])]
-                offset += len(own)
-                _case(item, own, pipeline.postprocessing).save(folder / split_name)
+                rows = slice(offset, offset + len(item["image"]))
+                offset = rows.stop
+                case = _case(item, maps[rows], pipeline.postprocessing)
+                if own_mask is not None:
+                    # The original's masks know no brain; a predicted voxel outside is none.
+                    case = replace(case, own_mask=own_mask[rows] & item["brain"], own_labels=own_labels[rows])
+                case.save(folder / split_name)
             seconds += time.perf_counter() - start
             count += len(images)
             progress.update(len(waiting))
@@ -404,7 +474,7 @@ def _report(options: EvalOptions, splits, processor: VolumeProcessor, rows: list
             + PROTOCOL_TEXT[options.protocol].get("unit_of_averaging", ""),
             "threshold_policy": "oracle: best pooled Dice on the test split; validation: best pooled Dice on the validation split;"
             f" healthy: {options.healthy_fpr:g} of the voxels of healthy validation slices; yen: label-free, per subject; all"
-            " chosen before small components are removed"
+            " chosen before small components are removed; own: the method's own masks of the slices that it calls anomalous"
             + PROTOCOL_TEXT[options.protocol].get("threshold_policy", ""),
             "geometry": f"network grid {settings['size']}, plane {settings['plane']}, slices {recipe.get('slices', {})}",
             "preprocessing": ", ".join(

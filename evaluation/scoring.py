@@ -26,6 +26,9 @@ class Case:
         labels (`np.ndarray` of shape `(N,)`): 1 anomalous slice, 0 healthy, -1 unknown.
         slice_scores (`np.ndarray` of shape `(N,)`): Score of each slice.
         volume_score (`float`): Score of the subject.
+        own_mask (`np.ndarray` of shape `(N, H, W)`, *optional*):
+            bool, the segmentation of a method that chooses its thresholds itself, whatever its image labels are.
+        own_labels (`np.ndarray` of shape `(N,)`, *optional*): With `own_mask`: 1 where the method calls a slice anomalous, else 0.
     """
 
     subject: str
@@ -35,6 +38,8 @@ class Case:
     labels: np.ndarray
     slice_scores: np.ndarray
     volume_score: float
+    own_mask: np.ndarray | None = None
+    own_labels: np.ndarray | None = None
 
     def save(self, folder: Path) -> None:
         # A picture's name holds the folders it came from.
@@ -60,7 +65,8 @@ def score_cases(
     test: list[Path], validation: list[Path], *, min_component_size: int = 0, healthy_fpr: float = 0.05
 ) -> tuple[dict[str, float | None], list[dict]]:
     """
-    Metrics of one method, each under its own threshold policy, and a record per test subject.
+    Metrics of one method under every threshold policy, and a record per test subject. The policy "own" is there for methods that
+    make masks themselves.
 
     Args:
         test, validation (`list[Path]`): Files that [`Case.save`] wrote.
@@ -73,9 +79,11 @@ def score_cases(
     """
     pooled = PooledScores()
     slice_scores, slice_labels, subject_scores, subject_labels, records = [], [], [], [], []
+    has_own = False
     for case in map(Case.load, test):
         if case.mask is not None:
             pooled.update(case.maps[case.brain], case.mask[case.brain])
+        has_own |= case.own_mask is not None
         known = case.labels >= 0
         slice_scores.append(case.slice_scores[known])
         slice_labels.append(case.labels[known])
@@ -90,22 +98,27 @@ def score_cases(
         "voxel_average_precision": pooled.average_precision() if pooled.num_positives else None,
         "voxel_auroc": pooled.auroc() if pooled.num_positives and pooled.num_negatives else None,
     }
-    totals = {policy: np.zeros(3) for policy in (*thresholds, "yen")}
+    totals = {policy: np.zeros(3) for policy in (*thresholds, "yen", *(["own"] if has_own else []))}
+    defined = {policy for policy in totals if thresholds.get(policy, 0.0) is not None}
     for case, record in zip(map(Case.load, test), records, strict=True):
         if case.mask is None:
             continue
         for policy in totals:
-            threshold = yen_threshold(case.maps[case.brain]) if policy == "yen" else thresholds[policy]
-            if threshold is None:
+            if policy not in defined:
                 continue
-            predicted = remove_small_components((case.maps > threshold) & case.brain, min_component_size, 3)
+            if policy == "own":
+                predicted = case.own_mask & (case.own_labels == 1)[:, None, None]
+            else:
+                threshold = yen_threshold(case.maps[case.brain]) if policy == "yen" else thresholds[policy]
+                predicted = case.maps > threshold
+            predicted = remove_small_components(predicted & case.brain, min_component_size, 3)
             reference = case.mask & case.brain
             totals[policy] += [(predicted & reference).sum(), predicted.sum(), reference.sum()]
             if reference.any():
                 record[f"dice_{policy}"] = dice(predicted, reference)
     for policy, (overlap, predicted, reference) in totals.items():
-        defined = reference > 0 and (policy == "yen" or thresholds[policy] is not None)
-        metrics[f"dice_{policy}"] = float(2 * overlap / (predicted + reference)) if defined else None
+        scored = policy in defined and reference > 0
+        metrics[f"dice_{policy}"] = float(2 * overlap / (predicted + reference)) if scored else None
     for policy in totals:
         values = np.array([record[f"dice_{policy}"] for record in records if f"dice_{policy}" in record])
         metrics[f"volume_dice_{policy}"] = float(values.mean()) if values.size else None

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import torch
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
@@ -14,7 +17,10 @@ class UNet2DHeadsModel(UNet2DModel):
     `UNet2DModel` with the same number of attention heads at every level and with zero-initialised residual branches: the network
     of AnoDDPM (`UNet.py`, guided-diffusion style), which one `attention_head_dim` for all levels cannot say.
 
-    The defaults are AnoDDPM's at 256 px (131.65 M parameters). All other arguments are those of [`UNet2DModel`].
+    The defaults are AnoDDPM's at 256 px (131.65 M parameters). All other arguments are those of [`UNet2DModel`]. guided-diffusion's
+    own `UNetModel`, which AnoFPDM's baselines use (`unet_v1.py`), has the timestep scale and shift the second norm
+    (`resnet_time_scale_shift="scale_shift"`), `flip_sin_to_cos=True`, 4 heads, and plain blocks and convolutions that change the
+    resolution; it needs `attn_norm_num_groups`, without which diffusers leaves the norm of the middle attention out.
 
     Args:
         num_attention_heads (`int`, defaults to 2):
@@ -76,3 +82,83 @@ class UNet2DHeadsModel(UNet2DModel):
                 torch.nn.init.zeros_(module.conv2.bias)
         torch.nn.init.zeros_(self.conv_out.weight)
         torch.nn.init.zeros_(self.conv_out.bias)
+
+    def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        Renames the parameters of guided-diffusion's `UNetModel` without `resblock_updown` (AnoFPDM's `unet_v1.py`) to those of this
+        model.
+
+        Args:
+            state (`dict[str, torch.Tensor]`):
+                State dict of a network of this model's size. The label embedding of a model without classes, which AnoFPDM's last
+                version has and does not use, is left out.
+
+        Returns:
+            `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of this model.
+        """
+        layers = self.config.layers_per_block
+        # Blocks of the original are numbered through all levels: layers and a change of the resolution on the way down, where block 0
+        # is the first convolution; one layer more on the way up, the last of which also changes the resolution.
+        renamed = {}
+        for name, tensor in state.items():
+            if match := re.match(r"(input|output)_blocks\.(\d+)\.(\d)\.(conv\.|op\.)?", name):
+                way, block, part, resample = match[1], int(match[2]), match[3], match[4]
+                rest = name[match.end() :]
+                kind = "resnets" if part == "0" else "attentions"
+                if way == "input" and block == 0:
+                    name = f"conv_in.{rest}"
+                else:
+                    level, number = divmod(block - (way == "input"), layers + 1)
+                    side = "down" if way == "input" else "up"
+                    place = f"{side}samplers.0.conv" if resample else f"{kind}.{number}"
+                    name = f"{side}_blocks.{level}.{place}.{rest}"
+            elif name.startswith("label_emb.") and self.class_embedding is None:
+                continue
+            for old, new in (
+                ("label_emb.", "class_embedding."),
+                ("middle_block.0.", "mid_block.resnets.0."),
+                ("middle_block.1.", "mid_block.attentions.0."),
+                ("middle_block.2.", "mid_block.resnets.1."),
+                ("out.0.", "conv_norm_out."),
+                ("out.2.", "conv_out."),
+            ):
+                if name.startswith(old):
+                    name = new + name.removeprefix(old)
+            renamed[name] = tensor
+        return convert_guided_diffusion_layers(renamed, lambda channels: self.config.num_attention_heads)
+
+
+def convert_guided_diffusion_layers(
+    state: dict[str, torch.Tensor], num_heads: Callable[[int], int]
+) -> dict[str, torch.Tensor]:
+    """
+    Gives guided-diffusion's residual blocks, attention layers and embedding of the timestep the names of diffusers.
+
+    Args:
+        state (`dict[str, torch.Tensor]`): Parameters, the blocks under whatever names.
+        num_heads (`Callable`): Attention heads for a number of channels: the original splits heads before query, key and value.
+    """
+    converted = {}
+    for name, tensor in state.items():
+        for old, new in (
+            ("time_embed.0.", "time_embedding.linear_1."),
+            ("time_embed.2.", "time_embedding.linear_2."),
+            (".in_layers.0.", ".norm1."),
+            (".in_layers.2.", ".conv1."),
+            (".emb_layers.1.", ".time_emb_proj."),
+            (".out_layers.0.", ".norm2."),
+            (".out_layers.3.", ".conv2."),
+            (".skip_connection.", ".conv_shortcut."),
+            (".norm.", ".group_norm."),
+            (".proj_out.", ".to_out.0."),
+        ):
+            name = name.replace(old, new)
+        if tensor.ndim == 3:
+            tensor = tensor.squeeze(2)  # a convolution of one pixel, here a linear layer
+        if ".qkv." in name:
+            parts = tensor.unflatten(0, (num_heads(len(tensor) // 3), 3, -1))
+            for number, part in enumerate(("to_q", "to_k", "to_v")):
+                converted[name.replace(".qkv.", f".{part}.")] = parts[:, number].flatten(0, 1)
+        else:
+            converted[name] = tensor
+    return converted

@@ -191,9 +191,13 @@ class AnomalyPipeline(DiffusionPipeline):
         device = self._execution_device.type
         return torch.autocast(device, self._autocast_dtype) if self._autocast_dtype else nullcontext()
 
-    def predict_noise(self, sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """One evaluation of the network: `(B, C, H, W)` and `(B,)` to float32 `(B, C, H, W)`."""
-        return self.unet(sample.to(self.unet.dtype), timesteps).sample.to(sample.dtype)
+    def predict_noise(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One evaluation of the network: `(B, C, H, W)` and `(B,)`, with a conditional network also labels `(B,)`, to float32
+        `(B, C, H, W)`."""
+        labels = () if class_labels is None else (class_labels,)
+        return self.unet(sample.to(self.unet.dtype), timesteps, *labels).sample.to(sample.dtype)
 
     def prepare_volume(self, volume, brain_mask=None) -> PreparedSlices:
         """Brings whatever a volume may be to slices on the device. A tensor `(N, C, H, W)` counts as processed: all of it is

@@ -203,6 +203,7 @@ def test_several_annotators_and_none(tmp_path):
         ({"first": 2, "last": 5, "step": 2}, [2, 4]),
         ({"last": 99}, [1, 2, 3, 4, 5, 6]),
         ({"min_brain": 0.6}, [1, 3, 4, 5, 6]),
+        ({"min_sum": 0.5}, [1, 2, 3, 4, 5, 6]),
     ],
 )
 def test_slice_rule(tmp_path, rule, expected):
@@ -214,6 +215,44 @@ def test_slice_rule(tmp_path, rule, expected):
     assert load_prepared(tmp_path / "set", "train").slices.tolist() == expected
 
 
+@pytest.mark.parametrize("flip", [1.0, -1.0])
+def test_range_of_bright_slices(tmp_path, flip):
+    """The sum is over the input's own pixels, in units of the quantile; dim slices between bright ones stay."""
+    volume = np.full((20, 24, 8), 0.0, np.float32)
+    volume[2:18, 2:22, 1:7] = 50.0
+    volume[2:18, 2:22, [1, 3]] = 0.05  # 320 pixels of 0.001
+    volume[2:18, 2:22, 6] = 0.1
+    image = nib.Nifti1Image(volume, np.diag([1.0, 1.0, flip, 1.0]))
+    nib.save(image, tmp_path / "scan.nii.gz")
+    kept = {}
+    for limit in (0.0, 0.5, 1.0):
+        subject = Subject("s", {"a": tmp_path / "scan.nii.gz"}, split="train")
+        rule = SliceRule(min_sum=limit)
+        run([subject], tmp_path / str(limit), processor=VolumeProcessor(("a",), size=(8, 8)), slices=rule)
+        kept[limit] = load_prepared(tmp_path / str(limit), "train").slices
+    order = np.arange(8) if flip > 0 else np.arange(8)[::-1]
+    assert sorted(order[kept[0.0]]) == [1, 2, 3, 4, 5, 6]
+    assert sorted(order[kept[0.5]]) == [2, 3, 4, 5, 6]
+    assert sorted(order[kept[1.0]]) == [2, 3, 4, 5]
+
+
+def test_masks_by_linear_interpolation(tmp_path):
+    volume, mask = np.ones((16, 16, 4), np.float32), np.zeros((16, 16, 4), np.uint8)
+    volume[:2] = 0
+    mask[4:8, 4:8, 1] = 1
+    mask[4, 4, 2] = 1  # a pixel of four of the network
+    for name, array in (("scan", volume), ("mask", mask)):
+        nib.save(nib.Nifti1Image(array, np.diag([-1.0, -1.0, 1.0, 1.0])), tmp_path / f"{name}.nii.gz")
+    subject = Subject("s", {"a": tmp_path / "scan.nii.gz"}, (tmp_path / "mask.nii.gz",), split="test")
+    small = VolumeProcessor(("a",), size=(8, 8), antialias=False)
+    run([subject], tmp_path / "set", processor=small, slices=SliceRule(masks="linear"))
+    split = load_prepared(tmp_path / "set", "test")
+    expected = np.zeros((4, 8, 8), np.uint8)
+    expected[1, 2:4, 2:4] = 1
+    np.testing.assert_array_equal(split.read_subject("s")["mask"][:, 0], expected)
+    assert split.labels.tolist() == [0, 1, 0, 0] and split.subject_info["s"]["label"] == 1
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
@@ -221,6 +260,8 @@ def test_slice_rule(tmp_path, rule, expected):
         ({"first": 3, "last": 2}, "0 <= first <= last, got first 3, last 2"),
         ({"min_brain": 1.5}, "between 0 and 1, got 1.5"),
         ({"train": "healthy"}, "one of all, healthy_by_mask, healthy_by_label, got 'healthy'"),
+        ({"masks": "cubic"}, "`slices.masks` must be one of nearest, linear, got 'cubic'"),
+        ({"min_sum": -1.0}, "`slices.min_sum` must not be negative, got -1.0"),
     ],
 )
 def test_wrong_slice_rule(rule, message):
@@ -285,6 +326,8 @@ def test_wrong_splits():
         SplitRule({"train": 0.5})
     with pytest.raises(ValueError, match="must name train, validation, test, got val"):
         SplitRule({"val": 1.0})
+    with pytest.raises(ValueError, match="`split.order` must be one of hash, shuffle, got 'sorted'"):
+        SplitRule({"train": 1.0}, order="sorted")
 
 
 def test_broken_subjects_are_left_out(tmp_path):
@@ -415,7 +458,10 @@ def recipe(**changes):
             {"slice": {}},
             "`recipe` has no key slice; known are source, license, reader, reader_options, processor, slices",
         ),
-        ({"slices": {"every": 2}}, "`slices` has no key every; known are min_brain, first, last, step, train"),
+        (
+            {"slices": {"every": 2}},
+            "`slices` has no key every; known are min_brain, first, last, step, min_sum, masks, train",
+        ),
         ({"split": [0.5]}, r"`split` must hold `key: value` pairs, got \[0.5\]"),
         ({"reader": "bids"}, "`reader` must be one of volume_folders, image_folders, got 'bids'"),
         ({"reader_options": {}}, "`reader_options` needs the key modalities"),
@@ -435,8 +481,8 @@ def test_recipes_of_the_package(tmp_path):
     folder = Path(__file__).parents[2] / "configs" / "recipes"
     names = sorted(file.stem for file in folder.glob("*.yaml"))
     assert names == [
-        *["anoddpm_nfbs", "brain_damage", "brain_tumor_mri", "brats21_andi", "brats21_flair", "phantom_mini"],
-        "tcga_lgg_flair",
+        *["anoddpm_nfbs", "atlas_anofpdm", "brain_damage", "brain_tumor_mri", "brats21_andi", "brats21_anofpdm"],
+        *["brats21_flair", "phantom_mini", "tcga_lgg_flair"],
     ]
     for name in names:
         # An empty root: everything of the recipe is read, then there is no subject.
@@ -447,7 +493,7 @@ def test_recipes_of_the_package(tmp_path):
         SliceRule(**settings.get("slices", {}))
         SplitRule(**settings.get("split", {}))
     with pytest.raises(
-        FileNotFoundError, match="no recipe nothing. The package comes with anoddpm_nfbs, brain_damage"
+        FileNotFoundError, match="no recipe nothing. The package comes with anoddpm_nfbs, atlas_anofpdm, brain_damage"
     ):
         read_recipe("nothing")
 

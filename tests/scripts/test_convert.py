@@ -1,26 +1,29 @@
-"""`convert.py andi` in a process of its own: weights under the original's names become a pipeline that computes with them."""
+"""`convert.py`: weights under the original's names become a pipeline that computes with them."""
 
 import math
 import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-from anodiff import ANDiUNet2DModel, AnomalyPipeline
+from anodiff import ANDiUNet2DModel, AnomalyPipeline, NoisyClassifierModel
+from anodiff.convert import main as convert
+from anodiff.convert import transpose_kernels
 
 
-GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "andi"
+GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden"))
 
 
-def original_state_dict():
-    """Random weights under the names and shapes of the original program, as a run on several devices saves them."""
+def original_state_dict(recording: str = "andi/andi_unet", replaced: dict | None = None):
+    """Random weights under the names and shapes of the original program, some `replaced`, as a run on several devices saves them."""
     generator = torch.Generator().manual_seed(0)
-    with np.load(GOLDEN / "andi_unet.npz", allow_pickle=False) as golden:
+    with np.load(GOLDEN / f"{recording}.npz", allow_pickle=False) as golden:
         names, shapes = golden["param_names"], golden["param_shapes"]
     state = {}
     for name, text in zip(map(str, names), map(str, shapes), strict=True):
-        shape = tuple(map(int, text.split("x")))
+        shape = (replaced or {}).get(name, tuple(map(int, text.replace("x", ",").split(","))))
         values = torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]) if len(shape) > 1 else 100)
         state[f"module.{name}"] = values + (1 if len(shape) == 1 and name.endswith("weight") else 0)
     return state
@@ -66,3 +69,116 @@ def test_convert_andi(workplace):
     wrong = workplace.run("convert", "andi", "incomplete.pt", "andi_wrong", check=False)
     assert wrong.returncode == 1 and "does not fit the network of andi" in wrong.stderr
     assert not (workplace.folder / "andi_wrong").exists()
+
+
+def first_convolution(channels: int) -> dict:
+    return {"input_blocks.0.0.weight": (32, channels, 3, 3)}
+
+
+def last_convolution(channels: int) -> dict:
+    return {"out.2.weight": (channels, 32, 3, 3), "out.2.bias": (channels,)}
+
+
+# The recorded networks are small: two levels with one block each, attention in the second.
+SMALL = ("--unet.block_out_channels", "[32, 64]", "--unet.layers_per_block", "1")
+BLOCKS = (
+    "--unet.down_block_types",
+    "[DownBlock2D, AttnDownBlock2D]",
+    "--unet.up_block_types",
+    "[AttnUpBlock2D, UpBlock2D]",
+)
+
+
+def test_convert_anofpdm_v2(workplace):
+    state = original_state_dict("anofpdm/unet_v2", first_convolution(4) | last_convolution(4))
+    torch.save(state, workplace.folder / "v2.pt")
+    workplace.run("convert", "anofpdm", "v2", "v2.pt", "v2", *SMALL, "--unet.attention_levels", "[1]")
+    pipe = AnomalyPipeline.from_pretrained(workplace.folder / "v2")
+    assert type(pipe).__name__ == "AnoFPDMPipeline" and type(pipe.unet).__name__ == "AnoFPDMUNet2DModel"
+    assert tuple(pipe.processor.config.modalities) == ("flair", "t1", "t1ce", "t2")
+    assert pipe.config.guidance_scale == 2 and tuple(pipe.config.modalities) == ("flair", "t2")
+    assert pipe.config.similarity_threshold is None and pipe.unet.config.dropout == 0.1
+    own = pipe.unet.state_dict()
+    assert len(own) == len(state)
+    for name, original in (
+        ("down_blocks.0.weight", "input_blocks.0.0.weight"),
+        ("down_blocks.2.bias", "input_blocks.2.0.op.bias"),
+        ("mid_attention.to_class_kv.bias", "middle_block.1.encoder_kv.bias"),
+        ("up_blocks.1.upsample.weight", "output_blocks.1.2.conv.weight"),
+        ("class_embedding.weight", "label_emb.weight"),
+    ):
+        given = state[f"module.{original}"]
+        torch.testing.assert_close(own[name], given.mT if given.ndim == 4 else given, rtol=0, atol=0)
+    pipe.set_progress_bar_config(disable=True)
+    slices = torch.rand(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    maps = torch.as_tensor(pipe(slices, forward_steps=2).anomaly_map)
+    assert torch.isfinite(maps).all() and maps.max() > 0
+
+    torch.save(original_state_dict("anofpdm/unet_v2"), workplace.folder / "two.pt")
+    wrong, two = str(workplace.folder / "wrong"), str(workplace.folder / "two.pt")
+    for arguments, message in (
+        # Two levels under another name of the network.
+        (("v1", str(workplace.folder / "v2.pt"), wrong, *SMALL, *BLOCKS), "does not fit the network of anofpdm"),
+        (("v2", two, wrong), r"for 4 modalities \(BraTS21\) or 1 \(ATLAS\), this one is for 2"),
+        ((two, wrong), r"for anofpdm NETWORK \(v2, v1, classifier\) before CHECKPOINT"),
+        (("v2", two, wrong, "--classifier", "c"), "`--classifier` is for anofpdm v1"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            convert(["anofpdm", *arguments])
+    assert not Path(wrong).exists()
+
+
+def test_convert_anofpdm_baselines(tmp_path):
+    # In this process: starting one takes longer than the work.
+    def run(network: str, name: str, out: str, *more):
+        assert convert(["anofpdm", network, str(tmp_path / name), str(tmp_path / out), *SMALL, *more]) == 0
+
+    torch.save(original_state_dict("anofpdm/unet_v1", first_convolution(1) | last_convolution(1)), tmp_path / "v1.pt")
+    run("v1", "v1.pt", "unguided", *BLOCKS)
+    pipe = AnomalyPipeline.from_pretrained(tmp_path / "unguided")
+    assert type(pipe).__name__ == "AnoDDPMPipeline" and type(pipe.unet).__name__ == "UNet2DHeadsModel"
+    assert pipe.scheduler.config.noise_type == "simplex" and pipe.config.noise_level == 200
+
+    positions = {"out.2.positional_embedding": (64, 64 * 64 + 1)}
+    state = original_state_dict("anofpdm/classifier_net", first_convolution(1) | positions)
+    torch.save(state, tmp_path / "classifier.pt")
+    torch.save(original_state_dict("anofpdm/unet_v1", first_convolution(1) | last_convolution(2)), tmp_path / "ls.pt")
+    own = ("--unet.attention_levels", "[1]", "--unet.attention_head_dim", "16")
+    run("classifier", "classifier.pt", "classifier", *own)
+    guided = ("--classifier", str(tmp_path / "classifier"))
+    run("v1", "ls.pt", "guided", *BLOCKS, *guided)
+    pipe = AnomalyPipeline.from_pretrained(tmp_path / "guided")
+    assert type(pipe).__name__ == "ClassifierGuidedPipeline" and pipe.config.guidance_scale == 500
+    weight = pipe.classifier.state_dict()["pool.to_out.weight"]
+    torch.testing.assert_close(weight, state["module.out.2.c_proj.weight"][:, :, 0], rtol=0, atol=0)
+    pipe.set_progress_bar_config(disable=True)
+    slices = torch.rand(1, 1, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    maps = torch.as_tensor(pipe(slices, noise_level=2).anomaly_map)
+    assert torch.isfinite(maps).all() and maps.max() > 0
+    for name, more, message in (
+        ("ls.pt", (), "name the classifier that guides it"),
+        ("v1.pt", guided, "leave `--classifier` out"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            convert(["anofpdm", "v1", str(tmp_path / name), str(tmp_path / "no"), *more])
+
+
+def test_a_transposed_classifier_sees_transposed_slices():
+    torch.manual_seed(0)
+    model = NoisyClassifierModel(
+        sample_size=16,
+        in_channels=2,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        attention_levels=(1,),
+        attention_head_dim=16,
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    slices, timesteps = torch.randn(2, 2, 16, 16), torch.tensor([3, 40])
+    with torch.no_grad():
+        expected = model(slices.mT, timesteps).logits
+        as_it_was = model(slices, timesteps).logits
+        model.load_state_dict(transpose_kernels(model.state_dict()))
+        torch.testing.assert_close(model(slices, timesteps).logits, expected, atol=1e-4, rtol=1e-4)
+    assert (as_it_was - expected).abs().max() > 1e-2

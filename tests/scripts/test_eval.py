@@ -197,8 +197,8 @@ def test_protocols_of_others(workplace):
     assert metrics["uad_imag_dice_oracle"] >= metrics["uad_imag_dice_validation"] > 0
     assert "FPR, validation (UAD-IMAG)" in (workplace.folder / "eval_uad_imag" / "report.md").read_text()
     for options, message in (
-        (["--protocol", "best"], "`protocol` must be one of pooled, andi, uad_imag"),
-        (["--sweep", "[0.1, 0.2, 0.01]"], "`sweep` needs `protocol` andi or uad_imag"),
+        (["--protocol", "best"], "`protocol` must be one of pooled, andi, uad_imag, anofpdm"),
+        (["--sweep", "[0.1, 0.2, 0.01]"], "`sweep` needs `protocol` andi, uad_imag or anofpdm"),
     ):
         wrong = workplace.run("eval", "--data", "prepared", "--output_dir", "x", *options, check=False)
         assert wrong.returncode != 0 and message in wrong.stderr

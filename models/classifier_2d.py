@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from .unet_2d_heads import convert_guided_diffusion_layers
+
+
+# N images, C channels, H x W pixels, L = H W tokens, D channels of an attention head, K classes.
+
+
+@dataclass
+class NoisyClassifierOutput(BaseOutput):
+    """
+    Args:
+        logits (`torch.Tensor` of shape `(N, K)`): Unnormalised log probabilities of the classes.
+    """
+
+    logits: torch.Tensor
+
+
+class NoisyClassifierModel(ModelMixin, ConfigMixin):
+    r"""
+    Says of a noised slice and its timestep whether the slice is healthy (class 0) or not (class 1): guided-diffusion's
+    `EncoderUNetModel`, the downward half of a UNet with residual blocks that halve the resolution and an attention pool, as AnoFPDM's
+    program has it for classifier guidance. 42.06 million parameters with the defaults.
+
+    Args:
+        sample_size (`int` or `tuple[int, int]`, defaults to 128):
+            Size of the slices, divisible by 2^(levels - 1). The pool has a parameter per position: no other size works.
+        in_channels (`int`, defaults to 4): Modalities.
+        num_classes (`int`, defaults to 2): Classes.
+        block_out_channels (`tuple[int, ...]`, defaults to `(128, 128, 256, 384, 512)`): Channels of each level.
+        layers_per_block (`int`, defaults to 2): Residual blocks of a level, before the one that halves the resolution.
+        attention_levels (`tuple[int, ...]`, defaults to `(2, 3, 4)`):
+            Levels with attention behind every residual block, counted from 0; after the last level there always is one.
+        attention_head_dim (`int`, defaults to 64): Channels of an attention head, at every level and in the pool.
+        dropout (`float`, defaults to 0.0): In every residual block.
+        norm_num_groups (`int`, defaults to 32): Groups of every normalisation.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 128,
+        in_channels: int = 4,
+        num_classes: int = 2,
+        block_out_channels: tuple[int, ...] = (128, 128, 256, 384, 512),
+        layers_per_block: int = 2,
+        attention_levels: tuple[int, ...] = (2, 3, 4),
+        attention_head_dim: int = 64,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+    ):
+        super().__init__()
+        widths = tuple(block_out_channels)
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        factor = 2 ** (len(widths) - 1)
+        if height % factor or width % factor:
+            raise ValueError(f"`sample_size` must have sides divisible by {factor}, got {sample_size}.")
+        if any(not 0 <= level < len(widths) for level in attention_levels):
+            raise ValueError(f"`attention_levels` must be between 0 and {len(widths) - 1}, got {attention_levels}.")
+        attended = {widths[-1], *(widths[level] for level in attention_levels)}
+        if any(channels % attention_head_dim for channels in attended):
+            raise ValueError(
+                f"`attention_head_dim` must divide the channels of every level with attention, got {attention_head_dim} for"
+                f" {sorted(attended)}."
+            )
+        features = 4 * widths[0]
+
+        def resnet(before: int, after: int, down: bool = False) -> ResnetBlock2D:
+            block = ResnetBlock2D(
+                in_channels=before,
+                out_channels=after,
+                temb_channels=features,
+                groups=norm_num_groups,
+                eps=1e-5,
+                dropout=dropout,
+                time_embedding_norm="scale_shift",
+                down=down,
+            )
+            nn.init.zeros_(block.conv2.weight)
+            nn.init.zeros_(block.conv2.bias)
+            return block
+
+        def attention(channels: int) -> Attention:
+            block = Attention(
+                channels,
+                heads=channels // attention_head_dim,
+                dim_head=attention_head_dim,
+                norm_num_groups=norm_num_groups,
+                eps=1e-5,
+                bias=True,
+                residual_connection=True,
+            )
+            nn.init.zeros_(block.to_out[0].weight)
+            nn.init.zeros_(block.to_out[0].bias)
+            return block
+
+        self.time_features = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(widths[0], features)
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        channels = widths[0]
+        for level, after in enumerate(widths):
+            for _ in range(layers_per_block):
+                attends = level in attention_levels
+                self.blocks.append(ClassifierBlock(resnet(channels, after), attention(after) if attends else None))
+                channels = after
+            if level < len(widths) - 1:
+                self.blocks.append(ClassifierBlock(resnet(channels, channels, down=True), None))
+        self.blocks.append(ClassifierBlock(resnet(channels, channels), attention(channels)))
+        self.blocks.append(ClassifierBlock(resnet(channels, channels), None))
+        self.norm_out = nn.GroupNorm(norm_num_groups, channels, eps=1e-5)
+        self.pool = AttentionPool(height * width // factor**2, channels, attention_head_dim, num_classes)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True
+    ) -> NoisyClassifierOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            sample (`torch.Tensor` of shape `(N, C, H, W)`): Noised slices, of the configuration's size.
+            timestep (`torch.Tensor` of shape `(N,)`, or a number): Index of the timestep, from 0.
+            return_dict (`bool`, *optional*, defaults to `True`): A tuple otherwise.
+
+        Returns:
+            [`NoisyClassifierOutput`]: `logits (N, K)`.
+        """
+        size = self.config.sample_size
+        if tuple(sample.shape[2:]) != ((size, size) if isinstance(size, int) else tuple(size)):
+            raise ValueError(
+                f"`sample` must have the size {size} that the classifier was made for, got {tuple(sample.shape)}."
+            )
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        embedding = self.time_embedding(self.time_features(timestep).to(sample.dtype))
+        hidden = self.conv_in(sample)
+        for block in self.blocks:
+            hidden = block(hidden, embedding)
+        logits = self.pool(F.silu(self.norm_out(hidden)))
+        return NoisyClassifierOutput(logits=logits) if return_dict else (logits,)
+
+    def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        Renames the parameters of guided-diffusion's `EncoderUNetModel` (attention pool, residual blocks that halve the resolution)
+        to those of this model.
+
+        Args:
+            state (`dict[str, torch.Tensor]`): State dict of a network of this model's size.
+
+        Returns:
+            `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of this model.
+        """
+        layers = len(self.blocks) - 2
+        renamed = {}
+        for name, tensor in state.items():
+            # Block 0 is the first convolution, so that layer k of this model is block k + 1 of the original.
+            block = re.match(r"input_blocks\.(\d+)\.", name)
+            if block and int(block[1]):
+                name = f"blocks.{int(block[1]) - 1}.{name[block.end() :]}"
+            for old, new in (
+                ("input_blocks.0.0.", "conv_in."),
+                ("middle_block.0.", f"blocks.{layers}.0."),
+                ("middle_block.1.", f"blocks.{layers}.1."),
+                ("middle_block.2.", f"blocks.{layers + 1}.0."),
+                ("out.0.", "norm_out."),
+                ("out.2.qkv_proj.", "pool.to_qkv."),
+                ("out.2.c_proj.", "pool.to_out."),
+                ("out.2.positional_embedding", "pool.positional_embedding"),
+            ):
+                if name.startswith(old):
+                    name = new + name.removeprefix(old)
+            name = re.sub(r"^(blocks\.\d+)\.0\.", r"\1.resnet.", name)
+            name = re.sub(r"^(blocks\.\d+)\.1\.", r"\1.attention.", name)
+            renamed[name] = tensor
+        head_dim = self.config.attention_head_dim
+        return convert_guided_diffusion_layers(renamed, lambda channels: channels // head_dim)
+
+
+class ClassifierBlock(nn.Module):
+    """A residual block, and attention or none."""
+
+    def __init__(self, resnet: nn.Module, attention: nn.Module | None):
+        super().__init__()
+        self.resnet = resnet
+        self.attention = attention
+
+    def forward(self, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        hidden = self.resnet(hidden, embedding)
+        return hidden if self.attention is None else self.attention(hidden)
+
+
+class AttentionPool(nn.Module):
+    """Attention of the mean token to itself and all positions, (N, C, H, W) to (N, outputs)."""
+
+    def __init__(self, positions: int, channels: int, head_dim: int, outputs: int):
+        super().__init__()
+        self.num_heads = channels // head_dim
+        self.positional_embedding = nn.Parameter(torch.randn(channels, positions + 1) / math.sqrt(channels))
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = nn.Linear(channels, outputs)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        tokens = hidden.flatten(2)
+        tokens = torch.cat([tokens.mean(2, keepdim=True), tokens], dim=2) + self.positional_embedding
+        # Unlike the other layers of the original, this one splits query, key and value before heads.
+        query, key, value = (
+            self.to_qkv(tokens.transpose(1, 2)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+        pooled = F.scaled_dot_product_attention(query[:, :, :1], key, value)  # (N, heads, 1, D)
+        return self.to_out(pooled.flatten(1))
