@@ -18,6 +18,10 @@ OBJECTIVES = {
     "anoddpm": ("anodiff.training.objective_noise", "NoiseObjective"),
     "andi": ("anodiff.training.objective_noise", "ANDiObjective"),
     "autoddpm": ("anodiff.training.objective_noise", "AutoDDPMObjective"),
+    "anofpdm": ("anodiff.training.objective_guided", "GuidedObjective"),
+    "ddib": ("anodiff.training.objective_guided", "DDIBObjective"),
+    "classifier": ("anodiff.training.objective_guided", "ClassifierObjective"),
+    "learned_sigma": ("anodiff.training.objective_guided", "LearnedSigmaObjective"),
     "dae": ("anodiff.training.objective_dae", "DAEObjective"),
 }
 

@@ -106,6 +106,10 @@ class PreparedSplit(_DescribedSplit):
     def __getitems__(self, indices: Sequence[int]) -> dict:
         return self.read_rows(indices)
 
+    def count_rows(self, *, healthy: bool = False) -> int:
+        """Number of slices, or of those that are not known to be anomalous."""
+        return int((self.labels != 1).sum()) if healthy else len(self)
+
     def read_rows(self, indices: Sequence[int], columns: Sequence[str] = COLUMNS) -> dict:
         """Some columns of some rows, stacked; what is not asked for is not read."""
         rows = np.asarray(indices, dtype=np.int64)
@@ -185,8 +189,13 @@ class StreamedSplit(_DescribedSplit):
     def __iter__(self) -> Iterator[dict]:
         return iter(_open(self._shards, self._split, streaming=True).with_format("numpy"))
 
+    def count_rows(self, *, healthy: bool = False) -> int:
+        """Number of slices, or of those that are not known to be anomalous."""
+        anomalous = sum(row["anomalous_rows"] for row in self.subject_info.values())
+        return len(self) - anomalous if healthy else len(self)
+
     def shuffled_rows(
-        self, seed: Sequence[int], buffer_size: int, columns: Sequence[str] = ("image",)
+        self, seed: Sequence[int], buffer_size: int, columns: Sequence[str] = ("image",), *, healthy: bool = False
     ) -> Iterator[dict[str, np.ndarray]]:
         """
         One pass over the slices in an order that `seed` decides.
@@ -196,6 +205,7 @@ class StreamedSplit(_DescribedSplit):
             buffer_size (`int`):
                 Slices in memory to shuffle among. They are read in groups of 128 neighbours, whose order is shuffled too.
             columns (`Sequence[str]`): `"image"`, `"mask"`, `"brain"`, `"label"`; others are not read.
+            healthy (`bool`): Leave out slices that are known to be anomalous.
 
         Returns:
             `Iterator[dict[str, np.ndarray]]`:
@@ -210,17 +220,20 @@ class StreamedSplit(_DescribedSplit):
         # ends.
         count = 0
         try:
-            stream = _open(self._shards, self._split, list(columns), streaming=True).reshard()  # row groups, not files
+            names = list(dict.fromkeys([*columns, "label"] if healthy else columns))
+            stream = _open(self._shards, self._split, names, streaming=True).reshard()  # row groups, not files
             stream = stream.shuffle(
                 generator=np.random.default_rng(seed), buffer_size=buffer_size, max_buffer_input_shards=1
             )
             for table in stream.with_format("arrow").iter(batch_size=64):  # views; the size changes nothing
-                arrays = [table.column(name).combine_chunks() for name in columns]
-                arrays = [
-                    _pixels(array) if isinstance(array, pa.ExtensionArray) else array.to_numpy() for array in arrays
-                ]
-                for row in zip(*arrays, strict=True):
-                    yield dict(zip(columns, row, strict=True))
+                arrays = {name: table.column(name).combine_chunks() for name in names}
+                arrays = {
+                    name: _pixels(array) if isinstance(array, pa.ExtensionArray) else array.to_numpy()
+                    for name, array in arrays.items()
+                }
+                for place in range(len(table)):
+                    if not healthy or arrays["label"][place] != 1:
+                        yield {name: arrays[name][place] for name in columns}
                 count += len(table)
         except (OSError, huggingface_hub.errors.HTTPError) as error:
             raise ConnectionError(f"A stream broke off: {type(error).__name__}: {error}") from error

@@ -174,7 +174,6 @@ class LabelledSlices:
         self.rows = np.flatnonzero(split.labels >= 0)
         if max_slices is not None and max_slices < len(self.rows):
             self.rows = self.rows[np.linspace(0, len(self.rows) - 1, max_slices).round().astype(int)]
-        self._dataset = split.dataset.select_columns(["image", "brain"]).with_format("numpy")
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         """Dicts `image (N, C, H, W)`, `brain (N, H, W)`, `label (N,)`, `slice (N,)` of the chosen slices of one subject each."""
@@ -182,13 +181,7 @@ class LabelledSlices:
             own = self.split.subject_rows(subject)
             rows = self.rows[(self.rows >= own.start) & (self.rows < own.stop)]
             if len(rows):
-                arrays = self._dataset[rows]
-                yield {
-                    "image": np.asarray(arrays["image"], np.float32),
-                    "brain": np.asarray(arrays["brain"], bool),
-                    "label": self.split.labels[rows],
-                    "slice": self.split.slices[rows],
-                }
+                yield self.split.read_rows(rows, ("image", "brain", "label", "slice"))
 
 
 @torch.no_grad()

@@ -71,6 +71,12 @@ def draw_overview(output: AnomalyOutput, path: Path, title: str, *, plane: str =
         axis_.set_title(f"slice {index}, score {scores[index]:.3g}", fontsize=7)
     figure.colorbar(overlay, ax=axes, shrink=0.4, label="score").ax.tick_params(labelsize=6)
     threshold = (output.settings or {}).get("threshold")
-    note = "" if mask is None else f"; cyan: score > {threshold:.3g}"
+    note = (
+        ""
+        if mask is None
+        else "; cyan: the method's mask"
+        if threshold is None
+        else f"; cyan: score > {threshold:.3g}"
+    )
     figure.suptitle(f"{title}: highest scored slices{note}. Research use only.", fontsize=8)
     figure.savefig(path, dpi=120)

@@ -152,10 +152,10 @@ class AnoFPDMPipeline(AnomalyPipeline):
         index_mode: str = "original",
         stride: int = 1,
         unguided_branch: str = "healthy",
-        modalities: tuple[str, ...] | None = None,
+        modalities: list[str] | None = None,
         similarity_threshold: float | None = None,
-        gap_scale: tuple[float, ...] | None = None,
-        quantile_range: tuple[float, float] = (0.90, 0.98),
+        gap_scale: list[float] | None = None,
+        quantile_range: list[float] | tuple[float, float] = (0.90, 0.98),
         quantile_region: str = "image",
         gate_by_label: bool = True,
         threshold: float | None = None,
@@ -206,10 +206,10 @@ class AnoFPDMPipeline(AnomalyPipeline):
         index_mode: str | None = None,
         stride: int | None = None,
         unguided_branch: str | None = None,
-        modalities: tuple[str, ...] | None = None,
+        modalities: list[str] | None = None,
         similarity_threshold: float | None = None,
-        gap_scale: tuple[float, ...] | None = None,
-        quantile_range: tuple[float, float] | None = None,
+        gap_scale: list[float] | None = None,
+        quantile_range: list[float] | tuple[float, float] | None = None,
         quantile_region: str | None = None,
         gate_by_label: bool | None = None,
         threshold: float | None = None,
@@ -311,8 +311,8 @@ class AnoFPDMPipeline(AnomalyPipeline):
         batch_size: int,
         noise: torch.Tensor | Callable | None = None,
         similarity_threshold: float | None,
-        gap_scale: tuple[float, ...] | None,
-        quantile_range: tuple[float, float],
+        gap_scale: list[float] | None,
+        quantile_range: list[float] | tuple[float, float],
         quantile_region: str,
         gate_by_label: bool,
         **forward_settings,
@@ -377,8 +377,8 @@ class AnoFPDMPipeline(AnomalyPipeline):
         gap: torch.Tensor,
         slices: torch.Tensor,
         *,
-        gap_scale: tuple[float, ...] | None,
-        quantile_range: tuple[float, float],
+        gap_scale: list[float] | None,
+        quantile_range: list[float] | tuple[float, float],
         quantile_region: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
@@ -437,7 +437,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
         index_mode: str,
         stride: int,
         unguided_branch: str,
-        modalities: tuple[str, ...] | None,
+        modalities: list[str] | None,
         seed: int,
         batch_size: int,
         noise: torch.Tensor | Callable | None = None,
@@ -495,10 +495,10 @@ class AnoFPDMPipeline(AnomalyPipeline):
         index_mode: str,
         stride: int,
         unguided_branch: str,
-        modalities: tuple[str, ...] | None,
+        modalities: list[str] | None,
         similarity_threshold: float | None,
-        gap_scale: tuple[float, ...] | None,
-        quantile_range: tuple[float, float],
+        gap_scale: list[float] | None,
+        quantile_range: list[float] | tuple[float, float],
         quantile_region: str,
         gate_by_label: bool,
         batch_size: int = 1,
@@ -546,7 +546,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
                 f"`quantile_range` must be two values, 0 <= lowest <= highest <= 1, got {tuple(quantile_range)}."
             )
 
-    def _channels(self, modalities: tuple[str, ...] | None) -> list[int]:
+    def _channels(self, modalities: list[str] | None) -> list[int]:
         known = list(self.processor.config.modalities)
         return [known.index(name) for name in (known if modalities is None else modalities)]
 

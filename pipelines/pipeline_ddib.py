@@ -46,7 +46,7 @@ class DDIBPipeline(AnomalyPipeline):
         processor: VolumeProcessor,
         forward_steps: int = 450,
         guidance_scale: float = 1.1,
-        modalities: tuple[str, ...] | None = None,
+        modalities: list[str] | None = None,
         threshold: float | None = None,
         median_size: int = 5,
         median_dimensions: int = 2,
@@ -82,7 +82,7 @@ class DDIBPipeline(AnomalyPipeline):
         *,
         forward_steps: int | None = None,
         guidance_scale: float | None = None,
-        modalities: tuple[str, ...] | None = None,
+        modalities: list[str] | None = None,
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
@@ -142,7 +142,7 @@ class DDIBPipeline(AnomalyPipeline):
         *,
         forward_steps: int,
         guidance_scale: float,
-        modalities: tuple[str, ...] | None,
+        modalities: list[str] | None,
         batch_size: int,
         seed: int = 0,
     ) -> SliceResults:
@@ -184,7 +184,7 @@ class DDIBPipeline(AnomalyPipeline):
         return sample
 
     def check_inputs(
-        self, forward_steps: int, guidance_scale: float, modalities: tuple[str, ...] | None, batch_size: int = 1
+        self, forward_steps: int, guidance_scale: float, modalities: list[str] | None, batch_size: int = 1
     ) -> None:
         """Raises a `ValueError` that names the argument."""
         highest = self.scheduler.config.num_train_timesteps

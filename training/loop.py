@@ -63,7 +63,7 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
     Args:
         options ([`TrainOptions`]): The run.
         objective_class (`type`):
-            Gives `from_options(options, processor)`, `columns`, `validates_on`, `model`, `loss(model, batch, generators) -> (N,)`,
+            Gives `from_options(options, processor)`, `columns`, `trains_on`, `validates_on`, `model`, `loss(model, batch, generators) -> (N,)`,
             `preview(model, batch, generators) -> dict` and `export(model, folder)`; docs/adding_a_method.md says more.
 
     Returns:
@@ -130,14 +130,15 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         accelerator.num_processes,
         accelerator.process_index,
     )
+    healthy = objective_class.trains_on == "healthy"
     if isinstance(train_split, StreamedSplit):
         samples = StreamedSamples(
-            train_split, loop.seed, options.data.shuffle_buffer, batches, objective_class.columns
+            train_split, loop.seed, options.data.shuffle_buffer, batches, objective_class.columns, healthy
         )
         source: dict = {"dataset": samples, "batch_size": None}  # it makes whole batches
     else:
         source = {
-            "dataset": SampleStream(train_split, loop.seed, objective_class.columns),
+            "dataset": SampleStream(train_split, loop.seed, objective_class.columns, healthy),
             "batch_sampler": batches,
         }
     loader = torch.utils.data.DataLoader(
@@ -258,6 +259,10 @@ def _load_splits(
     # The first process makes a phantom or fills a cache, the others then find it.
     with accelerator.main_process_first():
         train_split = load_prepared(data.path, data.train_split, streaming=data.streaming)
+        if objective.trains_on == "healthy" and not train_split.count_rows(healthy=True):
+            raise ValueError(
+                f"The split `{data.train_split}` holds anomalous slices only, and this method learns from healthy ones."
+            )
         if not options.train.validate_every:
             return train_split, None
         validation_split = load_prepared(data.path, data.validation_split)
@@ -287,17 +292,26 @@ def _export(
 ) -> None:
     """Writes the pipeline, and what somebody who finds the folder wants to know of its training."""
     pipeline = objective.export(model, folder)
-    picture = _example(folder, options, train_split)
     published = _published(options)
     (folder / "config.yaml").write_text(yaml.safe_dump(published, sort_keys=False))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(train_split.recipe, sort_keys=False))
+    if pipeline is None:
+        parts = ", ".join(sorted(path.parent.name for path in folder.glob("*/*.json")))
+        card = f"---\nlicense: {options.train.hub_licence}\ntags:\n- anodiff\n---\n\n# Part of a pipeline: {options.method}\n\n"
+        card += f"{parts}, made by anodiff. {training} Research use only, not a medical device.\n"
+        (folder / "README.md").write_text(card)
+        return
+    picture = _example(folder, options, train_split)
     card = make_card(
         pipeline,
         repo_id=options.train.push_to_hub,
         config=published,
         recipe=train_split.recipe,
         data_summary={
-            name: {"subjects": len(split.subjects), "slices": len(split)}
+            name: {
+                "subjects": len(split.subjects),
+                "slices": split.count_rows(healthy=objective.trains_on == "healthy"),
+            }
             for name, split in (("train", train_split), ("validation", validation_split))
             if split is not None
         },
@@ -437,6 +451,10 @@ def _published(options: TrainOptions) -> dict:
     config = _plain(options)
     if Path(options.data.path).exists():
         config["data"]["path"] = Path(options.data.path).name
+    # A part that was trained before.
+    for name, value in options.objective.items():
+        if name.endswith("_path") and Path(value).exists():
+            config["objective"][name] = Path(value).name
     config["train"] |= {"output_dir": Path(options.train.output_dir).name, "resume": None}
     return config
 

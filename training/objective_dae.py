@@ -28,6 +28,7 @@ class DAEObjective:
     """
 
     columns = ("image",)
+    trains_on = "healthy"
     validates_on = "healthy"
     pipeline_class = DAEPipeline
 

@@ -44,6 +44,8 @@ class GuidedObjective:
 
     pipeline_class = AnoFPDMPipeline
     columns = ("image", "label")
+    trains_on = "all"
+    validates_on = "labelled"
 
     def __init__(
         self,
@@ -138,6 +140,8 @@ class ClassifierObjective:
     """
 
     columns = ("image", "label")
+    trains_on = "all"
+    validates_on = "labelled"
 
     def __init__(self, classifier: NoisyClassifierModel, scheduler: AnoFPDMScheduler, processor: VolumeProcessor):
         self.model = classifier
@@ -217,6 +221,8 @@ class LearnedSigmaObjective:
     """
 
     columns = ("image",)
+    trains_on = "all"
+    validates_on = "healthy"
 
     def __init__(
         self,

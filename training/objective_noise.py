@@ -43,6 +43,7 @@ class NoiseObjective:
     """
 
     columns = ("image",)
+    trains_on = "healthy"
     validates_on = "healthy"
     pipeline_class = AnoDDPMPipeline
     scheduler_class = AnoDDPMScheduler

@@ -13,12 +13,14 @@ from ..data.prepared import PreparedSplit, StreamedSplit
 
 
 class SampleStream(torch.utils.data.Dataset):
-    """Samples by number: the slices of an endless sequence of permutations of a split, with the columns that are asked for."""
+    """Samples by number: the slices of an endless sequence of permutations of a split, with the columns that are asked for; only those
+    that are not known to be anomalous if they are to count as `healthy`."""
 
-    def __init__(self, split: PreparedSplit, seed: int, columns: Sequence[str] = ("image",)):
+    def __init__(self, split: PreparedSplit, seed: int, columns: Sequence[str] = ("image",), healthy: bool = False):
         self.split = split
         self.seed = seed
         self.columns = columns
+        self.rows = np.flatnonzero(split.labels != 1) if healthy else np.arange(len(split))
         self._epoch, self._order = -1, None
 
     def __getitems__(self, positions: list[int]) -> dict:
@@ -26,11 +28,11 @@ class SampleStream(torch.utils.data.Dataset):
         return {**self.split.read_rows(rows, self.columns), "position": np.array(positions)}
 
     def _row(self, position: int) -> int:
-        epoch, index = divmod(position, len(self.split))
+        epoch, index = divmod(position, len(self.rows))
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.split))
-        return int(self._order[index])
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        return int(self.rows[self._order[index]])
 
 
 class StreamedSamples(torch.utils.data.IterableDataset):
@@ -46,6 +48,7 @@ class StreamedSamples(torch.utils.data.IterableDataset):
         buffer_size (`int`): Slices in memory to shuffle among. Another size is another order.
         batches (`Iterable[list[int]]`): Numbers of the samples of each batch, rising.
         columns (`Sequence[str]`): What is read of a slice.
+        healthy (`bool`): Pass over slices that are known to be anomalous.
 
     Yields:
         `dict`: A whole batch: the columns, `image (N, C, H, W)` in float32, and `position (N,)` int64.
@@ -61,22 +64,27 @@ class StreamedSamples(torch.utils.data.IterableDataset):
         buffer_size: int,
         batches: Iterable[list[int]],
         columns: Sequence[str] = ("image",),
+        healthy: bool = False,
     ):
         self.split = split
         self.seed = seed
         self.buffer_size = buffer_size
         self.batches = batches
         self.columns = columns
+        self.healthy = healthy
 
     def __iter__(self) -> Iterator[dict]:
         current, rows, done = -1, iter(()), 0
+        length = self.split.count_rows(healthy=self.healthy)
         for positions in self.batches:
             batch = []
             for position in positions:
-                epoch, index = divmod(position, len(self.split))
+                epoch, index = divmod(position, length)
                 if epoch != current:
                     current, done = epoch, 0
-                    rows = self.split.shuffled_rows([self.seed, epoch], self.buffer_size, self.columns)
+                    rows = self.split.shuffled_rows(
+                        [self.seed, epoch], self.buffer_size, self.columns, healthy=self.healthy
+                    )
                 try:
                     batch.append(next(itertools.islice(rows, index - done, None)))
                 except ConnectionError as error:

@@ -17,6 +17,7 @@ class Numbers:
 
     def __init__(self, length):
         self.length = length
+        self.labels = np.zeros(length, int)
 
     def __len__(self):
         return self.length

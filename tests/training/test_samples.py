@@ -103,8 +103,11 @@ def test_passes_before_the_first_sample_are_not_read():
         def __len__(self):
             return 5
 
-        def shuffled_rows(self, seed, buffer_size, columns):
-            assert columns == ("image",)
+        def count_rows(self, *, healthy):
+            return 5
+
+        def shuffled_rows(self, seed, buffer_size, columns, *, healthy):
+            assert columns == ("image",) and not healthy
             self.begun.append((seed, buffer_size))
             yield from ({"image": np.full((1, 1, 1), 10 * seed[1] + row)} for row in range(5))
 
@@ -125,6 +128,34 @@ def test_other_columns_come_along(folder, split):
         rows = [number[image.tobytes()] for image in batch["image"]]
         for name in columns:
             np.testing.assert_array_equal(batch[name], whole[name][rows])
+
+
+def test_known_anomalies_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    subjects = []
+    for number in range(3):
+        volume = np.random.default_rng(number).uniform(1, 9, (8, 8, 6)).astype(np.float32)
+        mask = np.zeros((8, 8, 6), np.uint8)
+        mask[4:6, 4:6, :number] = 1
+        for name, array in (("t1", volume), ("mask", mask)):
+            nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / f"{number}_{name}.nii.gz")
+        files = tmp_path / f"{number}_t1.nii.gz", tmp_path / f"{number}_mask.nii.gz"
+        subjects.append(Subject(f"s{number}", {"t1": files[0]}, masks=[files[1]], split="train"))
+    processor = VolumeProcessor(modalities=("t1",), size=(8, 8))
+    assert prepare(subjects, processor, tmp_path / "set", recipe={}, progress=False, shard_rows=5) == {}
+    whole = load_prepared(tmp_path / "set", "train")
+    streamed = load_prepared(tmp_path / "set", "train", streaming=True)
+    assert whole.count_rows() == streamed.count_rows() == 18
+    assert whole.count_rows(healthy=True) == streamed.count_rows(healthy=True) == 15
+    number = {image.tobytes(): row for row, image in enumerate(whole[:]["image"])}
+    positions = list(PositionBatches(0, 3, 5, 1, 1, 0))
+    stored = SampleStream(whole, 0, healthy=True)
+    for batches in (
+        [stored.__getitems__(part) for part in positions],
+        list(StreamedSamples(streamed, 0, 7, positions, healthy=True)),
+    ):
+        rows = [number[image.tobytes()] for batch in batches for image in batch["image"]]
+        assert sorted(rows) == np.flatnonzero(whole.labels == 0).tolist()
 
 
 def test_a_worker_reads_the_same(split, rows):
