@@ -7,7 +7,7 @@ from ..data.processor import VolumeProcessor
 from ..models.classifier_2d import NoisyClassifierModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from .pipeline_output import AnomalyOutput
-from .pipeline_utils import AnomalyPipeline, SliceResults, resolve_seed, slice_generator
+from .pipeline_utils import AnomalyPipeline, SliceResults, slice_generator
 
 
 HEALTHY = 0  # class of the classifier
@@ -115,33 +115,16 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
             clip_after_guidance=clip_after_guidance,
             modalities=modalities,
         )
-        if isinstance(volume, list):
-            if brain_mask is not None:
-                raise ValueError("Masks of a list of volumes go into dicts, under the key 'brain'.")
-            shared = dict(
-                threshold=threshold, generator=generator, batch_size=batch_size, noise=noise, return_dict=return_dict
-            )
-            return [self(item, **given, **shared) for item in volume]
-
-        # 0. Resolve defaults: what the checkpoint was tuned to.
-        settings = {**self.default_settings(), **{key: value for key, value in given.items() if value is not None}}
-        threshold = self.config.threshold if threshold is None else threshold
-
-        # 1. Check.
-        self.check_inputs(**settings, batch_size=batch_size)
-        if noise is not None and generator is not None:
-            raise ValueError("Give either `noise` or `generator`, not both.")
-        seed = resolve_seed(generator)
-
-        # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
-        prepared = self.prepare_volume(volume, brain_mask)
-
-        # 3., 4., 5. The maps of slices with brain (`compute_maps`), post-processing, and back onto the grid of the input.
-        record = {**settings, "threshold": threshold, "seed": None if noise is not None else seed}
-        output = self.map_volume(
-            prepared, threshold, record, seed=seed, batch_size=batch_size, noise=noise, **settings
+        return self.run(
+            volume,
+            given,
+            threshold=threshold,
+            brain_mask=brain_mask,
+            generator=generator,
+            batch_size=batch_size,
+            noise=noise,
+            return_dict=return_dict,
         )
-        return output if return_dict else output.to_tuple()
 
     def default_settings(self) -> dict:
         """The checkpoint's values of what `compute_maps` needs to be told."""

@@ -35,6 +35,7 @@ class DAEPipeline(AnomalyPipeline):
             See [`AnomalyPipeline`] and [`PostProcessing`]. The ANDi authors' median is 5 in 3-D.
     """
 
+    deterministic = True
     model_cpu_offload_seq = "unet"
 
     def __init__(
@@ -91,28 +92,16 @@ class DAEPipeline(AnomalyPipeline):
             batch_size (`int`, defaults to 16): Slices that share one evaluation. Does not change the result.
             return_dict (`bool`, defaults to `True`): Whether to return an [`AnomalyOutput`] or a tuple.
         """
-        if isinstance(volume, list):
-            if brain_mask is not None:
-                raise ValueError("Masks of a list of volumes go into dicts, under the key 'brain'.")
-            shared: dict = dict(
-                rim_window=rim_window, threshold=threshold, batch_size=batch_size, return_dict=return_dict
-            )
-            return [self(item, **shared) for item in volume]
-
-        # 0. Resolve defaults: what the checkpoint was tuned to.
-        settings = {"rim_window": self.config.rim_window if rim_window is None else rim_window}
-        threshold = self.config.threshold if threshold is None else threshold
-
-        # 1. Check.
-        self.check_inputs(**settings, batch_size=batch_size)
-
-        # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
-        prepared = self.prepare_volume(volume, brain_mask)
-
-        # 3., 4., 5. The maps of slices with brain (`compute_maps`), post-processing, and back onto the grid of the input.
-        record = {**settings, "threshold": threshold}
-        output = self.map_volume(prepared, threshold, record, batch_size=batch_size, **settings)
-        return output if return_dict else output.to_tuple()
+        given = {"rim_window": rim_window}
+        return self.run(
+            volume,
+            given,
+            threshold=threshold,
+            brain_mask=brain_mask,
+            generator=generator,
+            batch_size=batch_size,
+            return_dict=return_dict,
+        )
 
     def default_settings(self) -> dict:
         """The checkpoint's values of what `compute_maps` needs to be told."""

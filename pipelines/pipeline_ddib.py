@@ -37,6 +37,7 @@ class DDIBPipeline(AnomalyPipeline):
             components of 40 pixels and fewer in each slice, a volume's are 3-D here.
     """
 
+    deterministic = True
     model_cpu_offload_seq = "unet"
 
     def __init__(
@@ -101,34 +102,16 @@ class DDIBPipeline(AnomalyPipeline):
                 result.
             return_dict (`bool`, defaults to `True`): Whether to return an [`AnomalyOutput`] or a tuple.
         """
-        if isinstance(volume, list):
-            if brain_mask is not None:
-                raise ValueError("Masks of a list of volumes go into dicts, under the key 'brain'.")
-            shared = dict(
-                forward_steps=forward_steps,
-                guidance_scale=guidance_scale,
-                modalities=modalities,
-                threshold=threshold,
-                batch_size=batch_size,
-                return_dict=return_dict,
-            )
-            return [self(item, **shared) for item in volume]
-
-        # 0. Resolve defaults: what the checkpoint was tuned to.
         given = dict(forward_steps=forward_steps, guidance_scale=guidance_scale, modalities=modalities)
-        settings = {**self.default_settings(), **{key: value for key, value in given.items() if value is not None}}
-        threshold = self.config.threshold if threshold is None else threshold
-
-        # 1. Check.
-        self.check_inputs(**settings, batch_size=batch_size)
-
-        # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
-        prepared = self.prepare_volume(volume, brain_mask)
-
-        # 3., 4., 5. The maps of slices with brain (`compute_maps`), post-processing, and back onto the grid of the input.
-        record = {**settings, "threshold": threshold}
-        output = self.map_volume(prepared, threshold, record, batch_size=batch_size, **settings)
-        return output if return_dict else output.to_tuple()
+        return self.run(
+            volume,
+            given,
+            threshold=threshold,
+            brain_mask=brain_mask,
+            generator=generator,
+            batch_size=batch_size,
+            return_dict=return_dict,
+        )
 
     def default_settings(self) -> dict:
         """The checkpoint's values of what `compute_maps` needs to be told."""

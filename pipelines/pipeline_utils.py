@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -64,6 +65,8 @@ class AnomalyPipeline(DiffusionPipeline):
     [`PostProcessing`]. Its `compute_maps` is the method itself, slices in, maps out.
     """
 
+    # Whether a call draws nothing: `noise` is then no argument, and a seed changes nothing.
+    deterministic = False
     _autocast_dtype: torch.dtype | None = None
 
     @classmethod
@@ -223,6 +226,50 @@ class AnomalyPipeline(DiffusionPipeline):
             slices, brain = processed.slices, processed.brain
         return PreparedSlices(slices.to(self._execution_device), brain.to(self._execution_device), processed)
 
+    def run(
+        self,
+        volume,
+        given: dict,
+        *,
+        threshold: float | None,
+        brain_mask,
+        generator: int | torch.Generator | None,
+        batch_size: int,
+        noise: torch.Tensor | Callable | None = None,
+        return_dict: bool,
+        **arguments,
+    ) -> AnomalyOutput | tuple | list:
+        """A call of any pipeline, from the volume to the result. `given` are the method's arguments as they were passed, `None` for the
+        checkpoint's value; `arguments` go to `compute_maps` beside them."""
+        if isinstance(volume, list):
+            if brain_mask is not None:
+                raise ValueError("Masks of a list of volumes go into dicts, under the key 'brain'.")
+            shared = dict(
+                threshold=threshold, brain_mask=None, generator=generator, batch_size=batch_size, noise=noise
+            )
+            return [self.run(item, given, return_dict=return_dict, **shared, **arguments) for item in volume]
+
+        # 0. Resolve defaults: what the checkpoint was tuned to.
+        settings = {**self.default_settings(), **{key: value for key, value in given.items() if value is not None}}
+        threshold = self.config.threshold if threshold is None else threshold
+        record = {**settings, "threshold": threshold}
+
+        # 1. Check.
+        self.check_inputs(**settings, batch_size=batch_size)
+        if noise is not None and generator is not None:
+            raise ValueError("Give either `noise` or `generator`, not both.")
+        if not self.deterministic:
+            seed = resolve_seed(generator)
+            arguments = {"seed": seed, "noise": noise, **arguments}
+            record["seed"] = None if noise is not None else seed
+
+        # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
+        prepared = self.prepare_volume(volume, brain_mask)
+
+        # 3., 4., 5. The maps of slices with brain (`compute_maps`), post-processing, and back onto the grid of the input.
+        output = self.map_volume(prepared, threshold, record, batch_size=batch_size, **arguments, **settings)
+        return output if return_dict else output.to_tuple()
+
     def map_volume(
         self, prepared: PreparedSlices, threshold: float | None, settings: dict, **arguments
     ) -> AnomalyOutput:
@@ -257,6 +304,7 @@ class AnomalyPipeline(DiffusionPipeline):
         the method's own masks."""
         maps, reconstruction, masks, details = results
         details = {name: values.cpu().numpy() for name, values in details.items()}
+        masks = None if masks is None else masks & prepared.brain
         brain = prepared.brain.cpu().numpy()
         if not torch.isfinite(maps).all():
             raise ValueError(NOT_FINITE)
