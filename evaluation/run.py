@@ -81,9 +81,7 @@ def evaluate(options: EvalOptions) -> dict:
     calibrations = {}
     if options.calibrate and accelerator.is_main_process:
         # Once: the other processes wait, and then load what was stored.
-        slices = LabelledSlices(
-            splits["validation"], options.calibration_slices if options.calibrate == "labels" else None
-        )
+        slices = LabelledSlices(splits["validation"], options.calibration_slices)
         for model in options.model:
             calibrations[model] = _calibrate(model, slices, splits["validation"], options, accelerator.device)
     accelerator.wait_for_everyone()
@@ -258,6 +256,8 @@ def _check_calibrate(options: EvalOptions) -> None:
         if options.guidance_scales or options.calibration_slices:
             raise ValueError("`guidance_scales` and `calibration_slices` belong to `calibrate labels`.")
         return
+    if options.calibration_slices and options.calibrate != "labels":
+        raise ValueError(f"`calibration_slices` belongs to `calibrate labels`, got it with {options.calibrate}.")
     if options.calibrate not in CALIBRATION_POLICIES:
         raise ValueError(f"`calibrate` must be one of {', '.join(CALIBRATION_POLICIES)}, got {options.calibrate!r}.")
     if options.validation_split == "none":
@@ -510,7 +510,8 @@ def _training_population(model: str) -> str:
         "healthy_by_mask": "lesion-free slices of the training subjects, who may be ill",
         "healthy_by_label": "healthy training subjects",
         "all": "all slices of the training subjects",
-    }[recipe.get("slices", {}).get("train", "all")]
+        "not_anomalous": "slices of the training subjects that are not known to be anomalous",
+    }[recipe.get("trained_on") or recipe.get("slices", {}).get("train", "all")]
     return f"{rule} ({recipe['source']})" if "source" in recipe else rule
 
 

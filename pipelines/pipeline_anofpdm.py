@@ -17,7 +17,7 @@ from .postprocessing import median_filter, remove_small_components
 HEALTHY, NULL = 0, 2  # class labels of the network; 1 is unhealthy
 FORWARD_PROCESSES = ("ddim", "random")
 INDEX_MODES = ("original", "aligned")
-UNGUIDED_BRANCHES = ("healthy", "null")
+UNGUIDED_BRANCHES = ("healthy", "none")
 QUANTILE_REGIONS = ("image", "foreground")
 FORWARD_SETTINGS = (
     "forward_steps",
@@ -124,7 +124,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
             Walk every k-th timestep only: k times faster, other numbers, see docs/results.md. Best with `"aligned"`: the shift of
             `"original"` is one step of the grid, so it grows with the stride.
         unguided_branch (`str`, defaults to `"healthy"`):
-            Class of U: `"healthy"` as in the authors' program, or `"null"` as in the paper's wording.
+            Class of U: `"healthy"` as in the authors' program, or `"none"` as in the paper's wording.
         modalities (`tuple[str, ...]`, *optional*):
             Names of those that are compared; the network sees all. Defaults to all of them. The authors: flair and t2 of BraTS21.
         similarity_threshold (`float`, *optional*): A slice is unhealthy where the curves' similarity is at most this.

@@ -294,7 +294,10 @@ def _export(
     pipeline = objective.export(model, folder)
     published = _published(options)
     (folder / "config.yaml").write_text(yaml.safe_dump(published, sort_keys=False))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(train_split.recipe, sort_keys=False))
+    recipe = dict(train_split.recipe)
+    if objective.trains_on == "healthy" and recipe.get("slices", {}).get("train", "all") == "all":
+        recipe["trained_on"] = "not_anomalous"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     if pipeline is None:
         parts = ", ".join(sorted(path.parent.name for path in folder.glob("*/*.json")))
         card = f"---\nlicense: {options.train.hub_licence}\ntags:\n- anodiff\n---\n\n# Part of a pipeline: {options.method}\n\n"
@@ -306,7 +309,7 @@ def _export(
         pipeline,
         repo_id=options.train.push_to_hub,
         config=published,
-        recipe=train_split.recipe,
+        recipe=recipe,
         data_summary={
             name: {
                 "subjects": len(split.subjects),

@@ -27,9 +27,9 @@ class DataOptions:
     path: str = "phantom-mini"
     """Folder or Hub id of a prepared data set, or the name of a phantom, which is made on first use."""
     train_split: str = "train"
-    """Split to learn from; what it holds is what counts as healthy."""
+    """Split to learn from. Methods that learn from healthy slices leave out those that are known to be anomalous."""
     validation_split: str = "validation"
-    """Split whose healthy slices the validation loss is computed on."""
+    """Split that the validation loss is computed on: its healthy slices, or those with a label where a method learns from labels."""
     streaming: bool = False
     """Read the training split from the Hub in every epoch instead of downloading it once; every process reads all of it."""
     shuffle_buffer: int = 256

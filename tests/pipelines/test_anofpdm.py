@@ -171,7 +171,7 @@ def test_seed_decides():
 
 
 @pytest.mark.parametrize("index_mode", ["original", "aligned"])
-@pytest.mark.parametrize("branch", ["healthy", "null"])
+@pytest.mark.parametrize("branch", ["healthy", "none"])
 def test_map_is_that_of_the_formulas(index_mode, branch):
     pipe = make_pipeline(
         ("flair", "t1", "t2"), modalities=("t2", "flair"), index_mode=index_mode, unguided_branch=branch
@@ -506,7 +506,7 @@ def test_return_tuple_and_lists():
         ({"guidance_scale": 0}, "`guidance_scale` must be above 0, got 0: without guidance there is no gap"),
         ({"forward_process": "ddpm"}, "`forward_process` must be one of ddim, random, got 'ddpm'"),
         ({"index_mode": "shifted"}, "`index_mode` must be one of original, aligned, got 'shifted'"),
-        ({"unguided_branch": "none"}, "`unguided_branch` must be one of healthy, null, got 'none'"),
+        ({"unguided_branch": "null"}, "`unguided_branch` must be one of healthy, none, got 'null'"),
         ({"quantile_region": "brain"}, "`quantile_region` must be one of image, foreground, got 'brain'"),
         ({"gate_by_label": 2}, "`gate_by_label` must be one of False, True, got 2"),
         ({"modalities": ("flair",)}, "`modalities` must be different ones of image, got"),

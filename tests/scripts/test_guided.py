@@ -106,4 +106,6 @@ def test_what_learns_from_healthy_slices_leaves_the_others_out(workplace, labell
     train(workplace, labelled, "healthy", inference={"noise_level": 3})
     prepared = load_prepared(workplace.folder / labelled, "train")
     card = (workplace.folder / "healthy" / "pipeline" / "README.md").read_text()
+    recipe = yaml.safe_load((workplace.folder / "healthy" / "pipeline" / "recipe.yaml").read_text())
+    assert recipe["trained_on"] == "not_anomalous"
     assert f"| train | {len(prepared.subjects)} | {(prepared.labels == 0).sum()} |" in card
