@@ -5,13 +5,15 @@
     python convert.py anofpdm v2 ema_0.9999_210000.pt out/
     python convert.py anofpdm classifier model149999.pt classifier/
     python convert.py anofpdm v1 ema_0.9999_500000.pt out/ --classifier classifier/
+    python convert.py cimd savedmodel053000.pt out/
 
 `brain_damage`: the state dict of its `UNet2DModel`, with the notebook's schedule, noise and preprocessing. `andi`: the state dict of
 ANDi's `UNet` for FLAIR, T1, T1ce and T2, with the preprocessing of the recipe `brats21_andi`. `anofpdm`: one of the networks of
 AnoFPDM, four modalities with the recipe `brats21_anofpdm`, one with `atlas_anofpdm`: `v2` becomes an AnoFPDMPipeline, whose components
 a DDIBPipeline takes as well; `v1` with one output per modality an AnoDDPMPipeline, with two and a classifier a
-ClassifierGuidedPipeline; `classifier` a folder that `--classifier` and the training of the guided network take. The values for inference
-are those of the configurations of the same names; nothing is calibrated.
+ClassifierGuidedPipeline; `classifier` a folder that `--classifier` and the training of the guided network take. `cimd`: CIMD's network
+for LIDC, with the preprocessing of the recipe `cimd_lidc`; the weights of its four equal image channels are added up to those of one. The
+values for inference are those of the configurations of the same names; nothing is calibrated.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 from anodiff.configs import parse_options
 
 
-METHODS = ("brain_damage", "andi", "anofpdm")
+METHODS = ("brain_damage", "andi", "anofpdm", "cimd")
 ANOFPDM_NETWORKS = ("v2", "v1", "classifier")
 
 
@@ -37,7 +39,7 @@ class ConvertOptions:
     key: str | None = None
     """Key of the weights in the checkpoint, where it holds more than them."""
     unet: dict[str, Any] = field(default_factory=dict)
-    """Arguments of an anofpdm network that was trained with others than its authors', such as `--unet.layers_per_block 1`."""
+    """Arguments of an anofpdm or cimd network that was trained with others than its authors', such as `--unet.layers_per_block 1`."""
     classifier: str | None = None
     """Folder or Hub id of a classifier, for an anofpdm v1 with a learned variance."""
 
@@ -58,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             f"error: METHOD ({', '.join(METHODS)}) CHECKPOINT OUT are needed, and for anofpdm NETWORK"
             f" ({', '.join(ANOFPDM_NETWORKS)}) before CHECKPOINT, got {options.arguments}."
         )
-    if options.unet and method != "anofpdm":
-        raise SystemExit(f"error: `--unet` is for anofpdm; the network of {method} has one size.")
+    if options.unet and method not in ("anofpdm", "cimd"):
+        raise SystemExit(f"error: `--unet` is for anofpdm and cimd; the network of {method} has one size.")
     if options.classifier and network != "v1":
         raise SystemExit("error: `--classifier` is for anofpdm v1.")
     checkpoint, out = names
@@ -81,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if method == "anofpdm":
             pipeline, config = _anofpdm(network, state, options)
+        elif method == "cimd":
+            pipeline, config = _cimd(state, options)
         else:
             pipeline, config = _brain_damage() if method == "brain_damage" else _andi()
             if method == "andi":
@@ -124,6 +128,15 @@ def transpose_kernels(state: dict) -> dict:
             tensor = torch.cat([tensor[:, :1], grid], 1)
         transposed[name] = tensor.mT.contiguous() if tensor.ndim == 4 else tensor
     return transposed
+
+
+def fold_image_channels(state: dict) -> dict:
+    """Weights of CIMD's network for one image instead of four equal ones: the first convolution sees nothing but their sum."""
+    import torch
+
+    name = "input_blocks.0.0.weight"
+    image, mask = state[name].split((4, 1), dim=1)
+    return {**state, name: torch.cat([image.sum(1, keepdim=True), mask], dim=1)}
 
 
 def _brain_damage():
@@ -222,6 +235,34 @@ def _anofpdm(network: str, state: dict, options: ConvertOptions):
     model.load_state_dict(transpose_kernels(model.convert_original_state_dict(state)))
     used = {key: value for key, value in model.config.items() if not key.startswith("_")}
     return finished, {**config, "unet": {"_class_name": type(model).__name__, **used}, "objective": {}}
+
+
+def _cimd(state: dict, options: ConvertOptions):
+    """Pipeline with the weights, and its configuration. Its slices are pictures, whose rows and columns the original exchanged with
+    nothing: no kernel is transposed."""
+    import yaml
+
+    from anodiff import CIMDPipeline, CIMDScheduler, UNet2DHeadsModel, VolumeProcessor
+    from anodiff.configs import config_path
+    from anodiff.data.preparation import read_recipe
+    from anodiff.training.objective_noise import check_keys
+
+    config = yaml.safe_load(config_path("cimd_lidc.yaml").read_text())
+    processor = VolumeProcessor.from_dict(read_recipe("cimd_lidc")["processor"])
+    first = state.get("input_blocks.0.0.weight")
+    if first is None or first.shape[1] != 5:
+        channels = "none" if first is None else first.shape[1]
+        raise AttributeError(
+            f"the first convolution must have 5 channels, four equal images and the mask; there are {channels}."
+        )
+    check_keys("unet", options.unet, UNet2DHeadsModel)
+    arguments = {"sample_size": processor.config.size[0], **config["unet"], **options.unet}
+    del arguments["_class_name"]
+    model = UNet2DHeadsModel(**{**arguments, "in_channels": 2, "out_channels": 2})
+    model.load_state_dict(model.convert_original_state_dict(fold_image_channels(state)))
+    pipeline = CIMDPipeline(model, CIMDScheduler(**config["scheduler"]), processor, **config["inference"])
+    used = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    return pipeline, {**config, "unet": {"_class_name": type(model).__name__, **used}, "objective": {}}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python eval.py --model outputs/train/pipeline
 accelerate launch eval.py --model owner/one --model owner/two --data prepared/brats21 --split test
 python eval.py --model owner/one --data prepared/brats21 --push_to_hub owner/one    # results into its card
 python eval.py --model outputs/train/pipeline --data prepared/brats21 --calibrate labels    # thresholds without masks, stored
+python eval.py --model outputs/cimd/pipeline --data phantom-raters --inference.num_ensemble 8    # several masks against several raters
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one evaluation; returns the exit status."""
     options = parse_options(EvalOptions, argv, prog="eval.py", description=__doc__, shorthands={"--model": "--model+"})
     from anodiff.evaluation.run import evaluate
+    from anodiff.evaluation.run_ensemble import evaluate_ensembles, is_of_ensembles
     from anodiff.hub.publishing import PublishingError
 
     try:
-        evaluate(options)
+        if is_of_ensembles(options):
+            evaluate_ensembles(options)
+        else:
+            evaluate(options)
     except PublishingError as error:
         # The report is on disk; only the upload is missing.
         print(f"error: {error}", file=sys.stderr)

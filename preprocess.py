@@ -21,13 +21,13 @@ class PreprocessOptions:
     out: str
     """Folder to write; must not exist."""
     recipe: str | None = None
-    """YAML file, or the name of a recipe of the package (configs/recipes); phantom_mini for a phantom."""
+    """YAML file, or the name of a recipe of the package (configs/recipes); a phantom has its own."""
     root: str | None = None
     """Folder of the raw data set; with `phantom`, where its raw volumes are kept (they are thrown away by default)."""
     phantom: str | None = None
-    """Make this phantom (phantom-mini, phantom-std) instead of reading a raw data set."""
+    """Make this phantom (phantom-mini, phantom-std, phantom-raters) instead of reading a raw data set."""
     phantom_anatomy: Literal["mni152", "geometric"] = "mni152"
-    """Anatomy of the phantom; mni152 needs the extra `phantom`."""
+    """Anatomy of a phantom of brains; mni152 needs the extra `phantom`."""
     push_to_hub: str | None = None
     """Hub id of a data set that the result is pushed to."""
     hub_private: bool = True

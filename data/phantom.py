@@ -222,20 +222,30 @@ def _spline_matrix(n, spacing, n_knots, knot_spacing):
     )
 
 
-def _smooth_field(rng, grid, knot_spacing):
+def smooth_field(rng, shape, spacing, extent, knot_spacing):
     """
     Gaussian field of mean 0 and standard deviation 1: cubic B-splines with independent normal coefficients.
 
-    Three sparse products, one per axis: exact at any spacing, much faster than a cubic zoom, and (unlike BLAS) bit for
-    bit the same whatever the number of threads.
+    Sparse products, one per axis: exact at any spacing, much faster than a cubic zoom, and (unlike BLAS) bit for bit the
+    same whatever the number of threads.
+
+    Args:
+        rng (`np.random.Generator`): Of the coefficients.
+        shape (`tuple[int, ...]`): Of the field.
+        spacing, extent (`Sequence[float]`): Voxel size and length of every axis, in the unit of `knot_spacing`.
+        knot_spacing (`float`): Distance of the knots: what "smooth" means.
     """
-    n_knots = [int(extent // knot_spacing) + 4 for extent in grid.extent]
+    n_knots = [int(length // knot_spacing) + 4 for length in extent]
     field = rng.standard_normal(n_knots, dtype=np.float32)
-    for n, knots in zip(grid.shape, n_knots, strict=True):
-        matrix = _spline_matrix(n, grid.spacing, knots, knot_spacing)
-        # Each product takes the first axis and appends its result as the last: after three the order is X, Y, Z.
+    for n, step, knots in zip(shape, spacing, n_knots, strict=True):
+        matrix = _spline_matrix(n, step, knots, knot_spacing)
+        # Each product takes the first axis and appends its result as the last: in the end the order is that of `shape`.
         field = np.moveaxis((matrix @ field.reshape(knots, -1)).reshape(n, *field.shape[1:]), 0, -1)
     return field
+
+
+def _smooth_field(rng, grid, knot_spacing):
+    return smooth_field(rng, grid.shape, [grid.spacing] * 3, grid.extent, knot_spacing)
 
 
 def _jacobian_determinant(source, spacing):

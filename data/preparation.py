@@ -25,9 +25,10 @@ from datasets.features.features import numpy_to_pyarrow_listarray
 from tqdm.auto import tqdm
 
 from .geometry import Geometry, plane_orientation
-from .phantom import SET_SEED, write_phantom
+from .phantom import PHANTOM_SETS, SET_SEED, write_phantom
 from .processor import ProcessedVolume, VolumeProcessor
-from .readers import SPLITS, Subject, read_image_folders, read_volume_folders
+from .raters import RATER_SETS, RaterRule, write_rater_phantom
+from .readers import SPLITS, Subject, read_annotated_folders, read_image_folders, read_volume_folders
 from .volume import read_volume
 
 
@@ -37,10 +38,16 @@ DTYPES = ("float32", "float16")
 TRAIN_RULES = ("all", "healthy_by_mask", "healthy_by_label")
 MASK_RULES = ("nearest", "linear")
 SPLIT_ORDERS = ("hash", "shuffle")
-READERS = {"volume_folders": read_volume_folders, "image_folders": read_image_folders}
-RECIPE_KEYS = ("source", "license", "reader", "reader_options", "processor", "slices", "split", "dtype")
+READERS = {
+    "volume_folders": read_volume_folders,
+    "image_folders": read_image_folders,
+    "annotated_folders": read_annotated_folders,
+}
+RECIPE_KEYS = ("source", "license", "reader", "reader_options", "processor", "slices", "raters", "split", "dtype")
+# Every set that is made and not read; those with several annotations are pictures.
+PHANTOMS = (*PHANTOM_SETS, *RATER_SETS)
 
-_PHANTOM_SOURCE = "anodiff.data.phantom"
+_PHANTOM_SOURCES = ("anodiff.data.phantom", "anodiff.data.raters")
 _ROW_GROUP = 128  # rows that streaming reads at a time
 
 
@@ -166,6 +173,7 @@ def prepare(
     *,
     recipe: dict,
     slices: SliceRule | None = None,
+    raters: RaterRule | None = None,
     split: SplitRule | None = None,
     dtype: str = "float32",
     root: str | Path | None = None,
@@ -175,8 +183,8 @@ def prepare(
     """
     Writes a prepared data set. Memory holds one subject and one shard.
 
-    Labels of slices: 1 if the subject's mask has a pixel in the slice, else 0; without mask the subject's label. The label of a
-    subject is the given one, or whether its mask is empty.
+    Labels of slices: 1 if one of the subject's masks has a pixel in the slice, else 0; without mask the subject's label. The label of a
+    subject is the given one, or whether all its masks are empty.
 
     Args:
         subjects (`list[Subject]`): What a reader found.
@@ -184,6 +192,7 @@ def prepare(
         out (`str` or `Path`): Folder to write; must not exist. An interrupted run leaves none.
         recipe (`dict`): Written to `recipe.yaml`; `license` and `source` go into the card.
         slices ([`SliceRule`], *optional*): Which slices are kept.
+        raters ([`RaterRule`], *optional*): Make several annotations of the one that subjects have.
         split ([`SplitRule`], *optional*): How subjects are divided; as the subjects say by default.
         dtype (`str`): `"float32"` or `"float16"` of `image`.
         root (`str` or `Path`, *optional*): What file names are written relative to; the common folder of all files by default.
@@ -204,8 +213,8 @@ def prepare(
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if shard_rows < 1:
         raise ValueError(f"`shard_rows` must be at least 1, got {shard_rows}.")
-    _check_subjects(subjects)
-    annotations = max(1, *(len(subject.masks) for subject in subjects))
+    _check_subjects(subjects, raters)
+    annotations = max(1, *(len(subject.masks) for subject in subjects)) if raters is None else raters.number
     split_of = split.assign(subjects)
     _check_train_rule(slices.train, [subject for subject in subjects if split_of[subject.name] == "train"])
     if root is None:
@@ -222,7 +231,7 @@ def prepare(
             if split_of[subject.name] != name:
                 continue
             try:
-                arrays, row = _slices_of(subject, processor, slices, name == "train", annotations)
+                arrays, row = _slices_of(subject, processor, slices, raters, name == "train", annotations)
             except (ValueError, OSError) as error:
                 failures[subject.name] = str(error)
             else:
@@ -286,8 +295,8 @@ def prepare_recipe(recipe: dict, root: str | Path, out: str | Path, *, progress:
     Args:
         recipe (`dict`):
             `reader` (a key of `READERS`), `reader_options`, `processor` (settings of [`VolumeProcessor`]), and optionally
-            `slices` ([`SliceRule`]), `split` ([`SplitRule`]), `dtype`, `license` (identifier of the Hub) and `source` (one line of the card).
-            Paths in it are relative to `root`.
+            `slices` ([`SliceRule`]), `raters` ([`~data.raters.RaterRule`]), `split` ([`SplitRule`]), `dtype`, `license` (identifier of the
+            Hub) and `source` (one line of the card). Paths in it are relative to `root`.
         root, out, progress: As in [`prepare`].
 
     Raises:
@@ -307,6 +316,9 @@ def prepare_recipe(recipe: dict, root: str | Path, out: str | Path, *, progress:
     for key, rule in (("slices", SliceRule), ("split", SplitRule)):
         _check_keys(key, recipe.get(key, {}), [field.name for field in dataclasses.fields(rule)])
         rules[key] = rule(**recipe.get(key, {}))
+    if "raters" in recipe:
+        _check_keys("raters", recipe["raters"], [field.name for field in dataclasses.fields(RaterRule)])
+        rules["raters"] = RaterRule(**recipe["raters"])
     return prepare(
         reader(root, **options),
         VolumeProcessor.from_dict(recipe["processor"]),
@@ -333,28 +345,41 @@ def prepare_phantom(
     Makes a phantom and prepares it.
 
     Args:
-        name (`str`): A key of `PHANTOM_SETS`, such as `"phantom-mini"`.
+        name (`str`): One of `PHANTOMS`: `"phantom-mini"` and `"phantom-std"` are brains, `"phantom-raters"` pictures with several annotations.
         out (`str` or `Path`): As in [`prepare`].
-        recipe (`dict`, *optional*): Instead of the packaged `phantom_mini`.
-        anatomy (`str`), seed (`int`): As in [`~data.phantom.write_phantom`].
+        recipe (`dict`, *optional*): Instead of the packaged one, see [`phantom_recipe`].
+        anatomy (`str`): Of brains, as in [`~data.phantom.write_phantom`].
+        seed (`int`): As in [`~data.phantom.write_phantom`] and [`~data.raters.write_rater_phantom`].
         raw (`str` or `Path`, *optional*): Where the raw volumes are kept; must not exist. They are not kept by default.
         progress (`bool`): Show progress bars.
     """
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"`out` {out} exists: choose another folder or delete it first.")
-    recipe = dict(recipe or read_recipe("phantom_mini"))
-    recipe["source"] = f"{name} of {_PHANTOM_SOURCE}, anatomy {anatomy}, seed {seed}"
+    if name not in PHANTOMS:
+        raise ValueError(f"`name` must be one of {', '.join(PHANTOMS)}, got {name!r}.")
+    brains = name in PHANTOM_SETS
+    recipe = dict(recipe or phantom_recipe(name))
+    what = f"{_PHANTOM_SOURCES[0]}, anatomy {anatomy}" if brains else _PHANTOM_SOURCES[1]
+    recipe["source"] = f"{name} of {what}, seed {seed}"
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-raw-", dir=out.parent) as temporary:
         raw = Path(temporary) / name if raw is None else Path(raw)
-        write_phantom(raw, name, seed=seed, anatomy=anatomy, progress=progress)
+        if brains:
+            write_phantom(raw, name, seed=seed, anatomy=anatomy, progress=progress)
+        else:
+            write_rater_phantom(raw, name, seed=seed, progress=progress)
         return prepare_recipe(recipe, raw, out, progress=progress)
 
 
+def phantom_recipe(name: str) -> dict:
+    """The packaged recipe of a phantom of `PHANTOMS`."""
+    return read_recipe("phantom_raters" if name in RATER_SETS else "phantom_mini")
+
+
 def is_phantom(recipe: dict) -> bool:
-    """Whether everybody may see the images that were prepared with `recipe`: nobody's head is in them."""
-    return _PHANTOM_SOURCE in recipe.get("source", "")
+    """Whether everybody may see the images that were prepared with `recipe`: nobody's body is in them."""
+    return any(source in recipe.get("source", "") for source in _PHANTOM_SOURCES)
 
 
 def _check_keys(block: str, given: dict, known: Iterable[str], required: Iterable[str] = ()) -> None:
@@ -368,17 +393,16 @@ def _check_keys(block: str, given: dict, known: Iterable[str], required: Iterabl
         raise ValueError(f"`{block}` needs the key {', '.join(missing)}.")
 
 
-def _check_subjects(subjects: Sequence[Subject]) -> None:
+def _check_subjects(subjects: Sequence[Subject], raters: RaterRule | None) -> None:
     if not subjects:
         raise ValueError("`subjects` is empty.")
     names = [subject.name for subject in subjects]
     if len(set(names)) != len(names):
         twice = sorted(name for name in set(names) if names.count(name) > 1)
         raise ValueError(f"Subjects must have different names, twice there are {', '.join(twice[:10])}.")
-    annotated = {len(subject.masks): subject.name for subject in subjects if subject.masks}
-    if len(annotated) > 1:
-        counts = ", ".join(f"{name} has {count}" for count, name in sorted(annotated.items()))
-        raise ValueError(f"All annotated subjects of a data set must have the same number of masks: {counts}.")
+    several = [subject.name for subject in subjects if len(subject.masks) > 1]
+    if raters is not None and several:
+        raise ValueError(f"`raters` makes annotations of one mask, and subject {several[0]} has several already.")
 
 
 def _check_train_rule(rule: str, subjects: Sequence[Subject]) -> None:
@@ -396,24 +420,26 @@ def _check_train_rule(rule: str, subjects: Sequence[Subject]) -> None:
 
 
 def _slices_of(
-    subject: Subject, processor: VolumeProcessor, rule: SliceRule, training: bool, annotations: int
+    subject: Subject,
+    processor: VolumeProcessor,
+    rule: SliceRule,
+    raters: RaterRule | None,
+    training: bool,
+    annotations: int,
 ) -> tuple[dict, dict]:
     """The kept slices of a subject, and what `subjects.parquet` says of it."""
     processed = processor.preprocess(subject.volume, subject.brain)
     geometry = processed.geometry
     images, brain = processed.slices.numpy(), processed.brain.numpy()
+    marked = [_read_marked(path, subject, processed) for path in subject.masks]
+    if raters is not None and marked:
+        spacing = np.linalg.norm(geometry.input_affine[:3, :3], axis=0)
+        marked = list(raters.annotate(marked[0], spacing, subject.name))
     masks = np.zeros((len(images), annotations, *brain.shape[1:]), dtype=np.uint8)
     touched = np.zeros(len(images), dtype=bool)
     label = subject.label
-    for index, path in enumerate(subject.masks):
-        mask = read_volume(path)
-        if mask.shape != geometry.input_shape or not np.allclose(mask.affine, geometry.input_affine, atol=1e-3):
-            raise ValueError(
-                f"The mask {path} must lie on the grid of {processed.source.name}: shape {geometry.input_shape}, got"
-                f" {mask.shape}, or another affine."
-            )
-        (array,) = mask.arrays.values()
-        array = (array > 0).astype(np.float32)
+    for index, array in enumerate(marked):
+        array = array.astype(np.float32)
         if rule.masks == "linear":
             masks[:, index] = geometry.to_network(array) > 0.5
         else:
@@ -447,7 +473,7 @@ def _slices_of(
     return arrays, {
         "group": subject.group,
         "label": -1 if label is None else label,
-        "annotations": len(subject.masks),
+        "annotations": len(marked),
         "rows": len(kept),
         "anomalous_rows": int((slice_labels[kept] == 1).sum()),
         "shape": list(geometry.input_shape),
@@ -456,6 +482,23 @@ def _slices_of(
         "network_shape": list(geometry.network_shape),
         "network_affine": geometry.network_affine.ravel().tolist(),
     }
+
+
+def _read_marked(path: Path, subject: Subject, processed: ProcessedVolume) -> np.ndarray:
+    """What an annotation marks on the grid of the input, `(X, Y, Z)` bool."""
+    mask, geometry = read_volume(path), processed.geometry
+    if mask.shape != geometry.input_shape or not np.allclose(mask.affine, geometry.input_affine, atol=1e-3):
+        raise ValueError(
+            f"The mask {path} must lie on the grid of {processed.source.name}: shape {geometry.input_shape}, got"
+            f" {mask.shape}, or another affine."
+        )
+    (array,) = mask.arrays.values()
+    if subject.mask_above >= 1 and array.max() == 1:
+        # It would count as empty without a word.
+        raise ValueError(
+            f"The mask {path} holds 0 and 1, and values above {subject.mask_above:g} are marked: set `label_max: 1`."
+        )
+    return array > subject.mask_above
 
 
 def _intensity_sums(processed: ProcessedVolume, processor: VolumeProcessor) -> np.ndarray:
@@ -598,7 +641,7 @@ Slices for anomaly detection with diffusion models, prepared by `anodiff` with `
 | column | content |
 | --- | --- |
 | `image` | (C, H, W), in the range {list(processor.config.value_range)}{"" if processor.config.clip else ", may exceed it"} |
-| `mask` | (A, H, W), one lesion mask per annotator, 0 or 1; zeros where `annotations` in `subjects.parquet` is 0 |
+| `mask` | (A, H, W), one lesion mask per annotator, 0 or 1; the first `annotations` of `subjects.parquet`, then zeros |
 | `brain` | (H, W), 0 or 1 |
 | `label` | 1 anomalous, 0 healthy, -1 unknown |
 | `subject` | name; the rows of a subject are together and in slice order |

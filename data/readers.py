@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,14 @@ from .volume import IMAGE_SUFFIXES
 
 SPLITS = ("train", "validation", "test")
 
-_SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+_SPLIT_NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "test": "test",
+    "training": "train",
+    "testing": "test",
+}
 
 
 @dataclass(frozen=True)
@@ -23,11 +30,14 @@ class Subject:
     Args:
         name (`str`): Unique in its data set.
         volume (`dict[str, Path]` or `Path`): Modality to file, or one file.
-        masks (`tuple[Path, ...]`): Lesion masks on the volume's grid, one per annotator; empty if the subject is unlabelled.
+        masks (`tuple[Path, ...]`):
+            Lesion masks on the volume's grid, one per annotator; empty if the subject is unlabelled. Subjects of one data set may
+            have different numbers of them.
         brain (`Path`, *optional*): Brain mask on the volume's grid.
         label (`int`, *optional*): 1 anomalous, 0 healthy, `None` unknown or to be seen from the masks.
         split (`str`, *optional*): `"train"`, `"validation"` or `"test"`, where the data set says so.
         group (`str`, *optional*): What no split may divide (a patient); the name by default.
+        mask_above (`float`, defaults to 0.0): Value in the files of the masks above which a voxel is marked.
     """
 
     name: str
@@ -37,6 +47,7 @@ class Subject:
     label: int | None = None
     split: str | None = None
     group: str = ""
+    mask_above: float = 0.0
 
     def __post_init__(self):
         if self.label not in (0, 1, None):
@@ -95,8 +106,8 @@ def read_image_folders(
     root: str | Path, healthy: Sequence[str], groups: str | Path | None = None, group_column: str = "group"
 ) -> list[Subject]:
     """
-    Labelled pictures: `root/SPLIT/CLASS/*` if the first level is called train, validation (or val) and test, else
-    `root/CLASS/*`. Every picture is a subject, named by its path without the suffix.
+    Labelled pictures: `root/SPLIT/CLASS/*` if the first level is called train (or training), validation (or val) and test (or
+    testing), else `root/CLASS/*`. Every picture is a subject, named by its path without the suffix.
 
     Args:
         root (`str` or `Path`): Folder of the data set.
@@ -115,18 +126,7 @@ def read_image_folders(
     root = _folder(root)
     if isinstance(healthy, str) or not healthy:
         raise ValueError(f"`healthy` must be a list of class names, got {healthy!r}.")
-    first_level = _folders(root)
-    has_splits = any(folder.name in _SPLIT_NAMES for folder in first_level)
-    if has_splits:
-        others = [folder.name for folder in first_level if folder.name not in _SPLIT_NAMES]
-        if others:
-            raise ValueError(
-                f"{root} mixes splits with other folders: {', '.join(others)}. The first level must be splits"
-                f" ({', '.join(_SPLIT_NAMES)}) or classes."
-            )
-        classes = [(_SPLIT_NAMES[split.name], folder) for split in first_level for folder in _folders(split)]
-    else:
-        classes = [(None, folder) for folder in first_level]
+    classes = [(split, folder) for split, top in _split_folders(root) for folder in _folders(top)]
     class_names = sorted({folder.name for _, folder in classes})
     unknown = sorted(set(healthy) - set(class_names))
     if unknown:
@@ -134,7 +134,7 @@ def read_image_folders(
             f"`healthy` names {', '.join(unknown)}; the classes in {root} are {', '.join(class_names) or 'none'}."
         )
 
-    group_of = None if groups is None else _read_groups(root / groups, group_column)
+    group_of = None if groups is None else _read_groups(root / groups, "file", group_column)
     subjects: dict[str, Subject] = {}
     for split, folder in classes:
         for path in sorted(folder.iterdir()):
@@ -160,6 +160,84 @@ def read_image_folders(
     return [subjects[name] for name in sorted(subjects)]
 
 
+def read_annotated_folders(
+    root: str | Path,
+    modalities: Mapping[str, str],
+    annotations: Sequence[str],
+    label_threshold: float = 0.5,
+    label_max: float = 255.0,
+    split_folders: bool = True,
+    groups: str | Path | None = None,
+    group_column: str = "group",
+) -> list[Subject]:
+    """
+    One folder per case, at any depth: the image, in a file per channel, and any number of annotations of it (CIMD's layout is
+    `{training,testing}/K/image_{K+1}.jpg` with `label0_.jpg` to `label3_.jpg`). Every folder that holds a channel is a case, named by its path.
+
+    A case may have fewer annotations than others, or none; one that marks nothing is an annotation.
+
+    Args:
+        root (`str` or `Path`): Folder of the data set.
+        modalities (`dict[str, str]`): Channel to glob pattern inside the case's folder, each of one file: `{"image": "image_*"}`.
+        annotations (`list[str]`): Glob patterns inside the case's folder, each of any number of files: `["label*"]`.
+        label_threshold (`float`, defaults to 0.5):
+            What is marked: above this share of `label_max`. JPEG leaves small values around every edge, so that 0.0, the rule of CIMD's
+            authors, marks half as much again.
+        label_max (`float`, defaults to 255.0): Value of a marked pixel: 255 in pictures of 8 bits, 1 in files that hold 0 and 1.
+        split_folders (`bool`, defaults to `True`):
+            Whether folders of the first level called train (or training), validation (or val) and test (or testing) are the splits.
+            `False`: no case has a split.
+        groups (`str` or `Path`, *optional*):
+            CSV file (relative to `root`) with a column `case`, relative to `root`, and the column `group_column`: cases of one group (a
+            patient) stay in one split. Every case must be listed.
+        group_column (`str`): Of `groups`.
+
+    Returns:
+        `list[Subject]`, sorted by name.
+
+    Raises:
+        ValueError: No case, no annotation at all, a channel that is missing or not unique, a mixed layout, a case without group.
+    """
+    root = _folder(root)
+    if not modalities:
+        raise ValueError("`modalities` must name at least one channel and its pattern, got none.")
+    if isinstance(annotations, str) or not annotations:
+        raise ValueError(f"`annotations` must be a list of patterns, got {annotations!r}.")
+    if not 0 <= label_threshold < 1:
+        raise ValueError(f"`label_threshold` must be at least 0 and below 1, got {label_threshold}.")
+    if not label_max > 0:
+        raise ValueError(f"`label_max` must be above 0, got {label_max}.")
+    cases = {}
+    for split, top in _split_folders(root) if split_folders else [(None, root)]:
+        for folder in (top, *_folders_below(top)):
+            if any(_matches(folder, pattern) for pattern in modalities.values()):
+                cases[folder.relative_to(root).as_posix()] = split, folder
+    if not cases:
+        patterns = ", ".join(modalities.values())
+        raise ValueError(f"No folder in {root} holds a file {patterns}; there are {_listing(root)}.")
+    group_of = None if groups is None else _read_groups(root / groups, "case", group_column)
+    subjects = []
+    for name in sorted(cases):
+        split, folder = cases[name]
+        if group_of is not None and name not in group_of:
+            raise ValueError(f"{root / groups} does not list {name} in its column `case`.")
+        volume = {channel: _one_file(folder, pattern) for channel, pattern in modalities.items()}
+        found = sorted({path for pattern in annotations for path in _matches(folder, pattern)} - set(volume.values()))
+        subjects.append(
+            Subject(
+                name,
+                volume=volume,
+                masks=tuple(found),
+                split=split,
+                group="" if group_of is None else group_of[name],
+                mask_above=label_threshold * label_max,
+            )
+        )
+    if not any(subject.masks for subject in subjects):
+        raise ValueError(f"`annotations`: no case in {root} holds a file {', '.join(annotations)}.")
+    return subjects
+
+
 def _folder(root: str | Path) -> Path:
     root = Path(root)
     if not root.is_dir():
@@ -169,6 +247,26 @@ def _folder(root: str | Path) -> Path:
 
 def _folders(path: Path) -> list[Path]:
     return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+
+
+def _folders_below(path: Path) -> Iterator[Path]:
+    for folder in _folders(path):
+        yield folder
+        yield from _folders_below(folder)
+
+
+def _split_folders(root: Path) -> list[tuple[str | None, Path]]:
+    """The folders of the first level with the splits that they are called after; if none is, the root without a split."""
+    first_level = _folders(root)
+    if not any(folder.name in _SPLIT_NAMES for folder in first_level):
+        return [(None, root)]
+    others = [folder.name for folder in first_level if folder.name not in _SPLIT_NAMES]
+    if others:
+        raise ValueError(
+            f"{root} mixes splits with other folders: {', '.join(others)}. The first level must be splits"
+            f" ({', '.join(_SPLIT_NAMES)}), or none of them."
+        )
+    return [(_SPLIT_NAMES[folder.name], folder) for folder in first_level]
 
 
 def _listing(folder: Path) -> str:
@@ -218,14 +316,14 @@ def _read_splits(folder: Path, names: set[str]) -> dict[str, str]:
     return split_of
 
 
-def _read_groups(path: Path, column: str) -> dict[str, str]:
+def _read_groups(path: Path, key: str, column: str) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"`groups`: there is no file {path}.")
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        missing = [name for name in ("file", column) if name not in (reader.fieldnames or ())]
+        missing = [name for name in (key, column) if name not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(
                 f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ()) or 'none'}."
             )
-        return {row["file"]: row[column] for row in reader}
+        return {row[key]: row[column] for row in reader}

@@ -43,7 +43,8 @@ class EvalOptions:
     protocol: str = "pooled"
     """Columns beside our own: none with `pooled`; `andi`: AP, Dice and Yen's threshold as ANDi's authors measure them, with a row of
     the equalised FLAIR; `uad_imag`: AP, Dice at validation thresholds and false positive rates of the benchmark UAD-IMAG; `anofpdm`:
-    means over slices and image labels, of all slices and of the unhealthy ones, as AnoFPDM's authors measure them."""
+    means over slices and image labels, of all slices and of the unhealthy ones, as AnoFPDM's authors measure them; `ensemble`: several
+    masks against several annotations, which is how CIMD is evaluated whatever stands here."""
     sweep: tuple[float, float, float] | None = None
     """First, last and step of the thresholds that these protocols try: of maps scaled to [0, 1] for `andi` (0.01, 0.299, 0.001 by
     default), of the maps themselves for `uad_imag` (100 of their scores by default) and `anofpdm` (0.01, 0.69, 0.01)."""

@@ -59,7 +59,7 @@ PROTOCOL_TEXT = {
 def check_protocol(protocol: str, sweep: tuple[float, float, float] | None) -> None:
     """Raises a `ValueError` for an unknown protocol, or a sweep that makes no thresholds or belongs to none."""
     if protocol not in PROTOCOLS:
-        raise ValueError(f"`protocol` must be one of {', '.join(PROTOCOLS)}, got {protocol!r}.")
+        raise ValueError(f"`protocol` must be one of {', '.join(PROTOCOLS)}, or ensemble, got {protocol!r}.")
     if sweep is not None:
         sweep_thresholds(sweep)
         if protocol == "pooled":

@@ -52,11 +52,11 @@ PROTOCOL_COLUMNS = {
 }
 
 
-def markdown_table(report: dict) -> str:
-    """The report as Markdown: a table of every row, and the nine protocol fields below it."""
+def markdown_table(report: dict, columns: dict[str, str] = COLUMNS) -> str:
+    """The report as Markdown: a table of every row, with titles for the metrics that are shown, and the nine protocol fields below it."""
     data = report["data"]
     shown = {name for row in report["results"] for name in row["metrics"]}
-    columns = COLUMNS | {name: title for name, title in PROTOCOL_COLUMNS.items() if name in shown}
+    columns = columns | {name: title for name, title in PROTOCOL_COLUMNS.items() if name in shown}
     lines = [
         f"# {data['name']}, {data['split']}",
         "",
@@ -69,7 +69,7 @@ def markdown_table(report: dict) -> str:
     for row in report["results"]:
         values = [row["metrics"].get(name) for name in columns]
         seconds = row.get("seconds_per_slice")
-        cells = ["" if value is None else f"{value:.3f}" for value in values]
+        cells = ["" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}" for value in values]
         lines.append(f"| {row['name']} | " + " | ".join([*cells, "" if seconds is None else f"{seconds:.3g}"]) + " |")
     lines += ["", "## Protocol", ""]
     lines += [f"- **{name.replace('_', ' ')}**: {text}" for name, text in report["protocol"].items()]

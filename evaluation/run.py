@@ -70,7 +70,7 @@ def evaluate(options: EvalOptions) -> dict:
     _check_calibrate(options)
     check_protocol(options.protocol, options.sweep)
     if options.push_to_hub:
-        _check_hub(options, accelerator.is_main_process)
+        check_hub(options, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     with accelerator.main_process_first():
         splits = {"test": load_prepared(options.data, options.split)}
@@ -89,7 +89,7 @@ def evaluate(options: EvalOptions) -> dict:
     # 1. Pipelines.
     postprocessing = None
     for number, model in enumerate(options.model):
-        pipeline = _load_pipeline(model, options, accelerator.device)
+        pipeline = load_pipeline(model, options, accelerator.device)
         pipeline.processor.check_equal(splits["test"].processor_settings, f"{model} was trained with")
         postprocessing = postprocessing or pipeline.postprocessing
         # Two models of one name must not share a folder.
@@ -98,10 +98,10 @@ def evaluate(options: EvalOptions) -> dict:
         seconds = _pipeline_cases(pipeline, splits, folder, options, accelerator, Path(model).name)
         rows.append(
             {
-                "name": _row_name(model, pipeline),
+                "name": row_name(model, pipeline),
                 "kind": "pipeline",
                 "model": model,
-                "training_population": options.training_population or _training_population(model),
+                "training_population": options.training_population or training_population(model),
                 "settings": settings,
                 "seconds_per_slice": seconds,
                 "maps": folder,
@@ -171,11 +171,11 @@ def evaluate(options: EvalOptions) -> dict:
     report = json.loads((output_dir / "report.json").read_text())
     accelerator.end_training()  # takes the process group down: nothing waits for anybody from here on
     if accelerator.is_main_process and options.push_to_hub:
-        print(f"Pushed to {_push(options, report, splits['test'].recipe, output_dir)}")
+        print(f"Pushed to {push_report(options, report, splits['test'].recipe, output_dir)}")
     return report
 
 
-def _check_hub(options: EvalOptions, is_main_process: bool) -> None:
+def check_hub(options: EvalOptions, is_main_process: bool) -> None:
     """What a push at the end would fail at, found before the evaluation."""
     remote = [model for model in options.model if not Path(model).is_dir()]
     if options.push_to_hub not in remote and not (len(options.model) == 1 and not remote):
@@ -194,7 +194,7 @@ def _check_hub(options: EvalOptions, is_main_process: bool) -> None:
             ) from error
 
 
-def _push(options: EvalOptions, report: dict, recipe: dict, output_dir: Path) -> str:
+def push_report(options: EvalOptions, report: dict, recipe: dict, output_dir: Path) -> str:
     """Adds the report to the card of the model: a folder goes up as a whole, of a repository only what changes."""
     local = options.push_to_hub not in options.model
     folder = Path(options.model[0]) if local else output_dir / "card"
@@ -268,7 +268,7 @@ def _check_calibrate(options: EvalOptions) -> None:
 
 
 def _calibrate(model: str, slices: LabelledSlices, split: PreparedSplit, options: EvalOptions, device) -> dict:
-    pipeline = _load_pipeline(model, options, device)
+    pipeline = load_pipeline(model, options, device)
     pipeline.processor.check_equal(split.processor_settings, f"{model} was trained with")
     record = calibrate(
         pipeline,
@@ -318,7 +318,8 @@ def _store_values(folder: Path, values: dict) -> None:
         card.write_text(text)
 
 
-def _load_pipeline(model: str, options: EvalOptions, device: torch.device) -> AnomalyPipeline:
+def load_pipeline(model: str, options: EvalOptions, device: torch.device) -> AnomalyPipeline:
+    """A checkpoint with the values that the options put into the place of its own."""
     pipeline = AnomalyPipeline.from_pretrained(model).to(device)
     unknown = sorted(set(options.inference) - set(pipeline.default_settings()))
     if unknown:
@@ -443,7 +444,8 @@ def _statistic_rows(splits: dict[str, PreparedSplit]) -> list[dict]:
     return rows
 
 
-def _row_name(model: str, pipeline: AnomalyPipeline) -> str:
+def row_name(model: str, pipeline: AnomalyPipeline) -> str:
+    """Method and folder of a model, as tables call it."""
     method = type(pipeline).__name__.removesuffix("Pipeline")
     path = Path(model)
     return f"{method} ({path.parent.name if path.name == 'pipeline' else path.name})"
@@ -495,7 +497,7 @@ def _report(options: EvalOptions, splits, processor: VolumeProcessor, rows: list
     }
 
 
-def _training_population(model: str) -> str:
+def training_population(model: str) -> str:
     """Who a checkpoint was trained on, from the recipe of its training data, which travels with the weights."""
     path = Path(model) / "recipe.yaml"
     if not Path(model).is_dir():

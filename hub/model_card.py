@@ -37,7 +37,7 @@ MRI_MODALITIES = {"t1", "t1c", "t1ce", "t1gd", "t2", "t2w", "t1w", "flair", "pd"
 NOT_EVALUATED = "Not evaluated."
 END_OF_EVALUATIONS = "<!-- end of evaluations -->"
 # What a report lists beside its metrics: it belongs into the card, not into a leaderboard.
-NO_METRIC = re.compile(r"threshold_.*|direction|.*_(low|high)")
+NO_METRIC = re.compile(r"threshold_.*|direction|num_samples|.*_(low|high)")
 LIBRARIES = ("torch", "diffusers", "huggingface_hub", "numpy", "nibabel", "scipy")
 
 
@@ -235,7 +235,7 @@ def _eval_results(evaluation: dict, row: dict) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="image-segmentation",
-            task_name="Anomaly detection",
+            task_name=evaluation.get("task", "Anomaly detection"),
             dataset_type=data["name"],
             dataset_name=data["name"],
             dataset_split=data["split"],
@@ -251,6 +251,8 @@ def _eval_results(evaluation: dict, row: dict) -> list[EvalResult]:
 
 
 def _number(value: float | None) -> str:
+    if isinstance(value, int):
+        return str(value)
     return "-" if value is None else f"{value:.3g}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
 
 

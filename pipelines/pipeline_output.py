@@ -87,6 +87,66 @@ class AnomalyOutput(BaseOutput):
             json.dump(record, file, indent=2, allow_nan=False)
 
 
+@dataclass
+class CIMDOutput(BaseOutput):
+    """
+    Several plausible segmentations of one volume, and how often each voxel belongs to one. For a tensor input `(N, C, H, W)` the arrays
+    are tensors on the network's grid; E is the number of members.
+
+    Deviation and agreement say how far the members are from each other: dispersion of this ensemble, not confidence of a diagnosis.
+
+    Args:
+        member_masks (`np.ndarray` of shape `(E, ...)`, the rest as the input):
+            uint8, `member_maps > threshold`: each member is one plausible segmentation.
+        member_maps (`np.ndarray` of shape `(E, ...)`): float32, what the members' masks are cut from, in [0, 1], mostly near its ends.
+        mean_map (`np.ndarray` of the input's shape): float32, mean of the members' maps, in [0, 1].
+        std_map (`np.ndarray` of the input's shape): float32, their standard deviation (of the population), in [0, 0.5].
+        probability_map (`np.ndarray` of the input's shape): float32, share of the members whose mask holds the voxel, in [0, 1].
+        agreement (`np.ndarray` of the input's shape): float32, share of the members on the larger side, in [0.5, 1].
+        majority_mask (`np.ndarray` of the input's shape): uint8, where more than half of the members' masks are.
+        settings (`dict`): Every value that the result depends on, for the record.
+        source ([`InputVolume`], *optional*): The input that results are written like; `None` for tensors.
+    """
+
+    member_masks: np.ndarray | torch.Tensor
+    member_maps: np.ndarray | torch.Tensor
+    mean_map: np.ndarray | torch.Tensor
+    std_map: np.ndarray | torch.Tensor
+    probability_map: np.ndarray | torch.Tensor
+    agreement: np.ndarray | torch.Tensor
+    majority_mask: np.ndarray | torch.Tensor
+    settings: dict | None = None
+    source: InputVolume | None = None
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """
+        Writes the result into `folder` (made if missing), one file per array as NIfTI with the affine of the input, members along the
+        fourth axis; or as PNG for a picture, one file per member (`member_masks_00.png`, ...); and `result.json` with the settings.
+
+        PNG maps have 16 bits: 65535 is 1.
+        """
+        if self.source is None:
+            raise ValueError(
+                "A result of a tensor has no grid to be written on. Call the pipeline with a volume to save it."
+            )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"num_members": len(self.member_masks), "settings": self.settings}
+        names = ("member_masks", "member_maps", "mean_map", "std_map", "probability_map", "agreement", "majority_mask")
+        for name in names:
+            array = getattr(self, name)
+            if not self.source.is_picture:
+                array = np.moveaxis(array, 0, -1) if name.startswith("member_") else array
+                nib.save(self.source.image(array), folder / f"{name}.nii.gz")
+                continue
+            members = {f"{name}_{member:02d}": one for member, one in enumerate(array)}
+            for file, one in (members if name.startswith("member_") else {name: array}).items():
+                levels = one * np.uint8(255) if one.dtype == np.uint8 else np.rint(one * 65535).astype(np.uint16)
+                PIL.Image.fromarray(levels).save(folder / f"{file}.png")
+        with open(folder / "result.json", "w") as file:
+            json.dump(record, file, indent=2, allow_nan=False)
+
+
 def _no_nan(values):
     """JSON has no NaN: null instead."""
     if isinstance(values, list):

@@ -24,8 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 
-from ..data.phantom import PHANTOM_SETS
-from ..data.preparation import is_phantom
+from ..data.preparation import PHANTOMS, is_phantom
 from ..data.prepared import PreparedSplit, StreamedSplit, load_prepared
 from ..data.processor import VolumeProcessor
 from ..hub.model_card import make_card
@@ -244,7 +243,7 @@ def _load_splits(
 ) -> tuple[PreparedSplit | StreamedSplit, PreparedSplit | None]:
     data = options.data
     if data.streaming:
-        if data.path in PHANTOM_SETS and not Path(data.path).is_dir():
+        if data.path in PHANTOMS and not Path(data.path).is_dir():
             raise ValueError(
                 f"`data.streaming` is for a folder or a data set on the Hub, got the phantom {data.path!r}, which is made on this"
                 " machine: leave `data.streaming` out, or name other data with `--data`."

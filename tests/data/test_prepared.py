@@ -21,7 +21,7 @@ from anodiff.data.preparation import (
     prepare_recipe,
     read_recipe,
 )
-from anodiff.data.prepared import PreparedSplit, load_prepared
+from anodiff.data.prepared import COLUMNS, PreparedSplit, load_prepared
 from anodiff.data.processor import VolumeProcessor
 from anodiff.data.readers import SPLITS, Subject, read_volume_folders
 
@@ -190,9 +190,33 @@ def test_several_annotators_and_none(tmp_path):
         assert split.read_subject(name)["mask"].shape == (6, 0, 8, 8)
         assert split.read_subject(name)["label"].tolist() == [label] * 6
         assert split.subject_info[name]["label"] == label
-    subjects.append(make_subject(raw, "one"))
-    with pytest.raises(ValueError, match="the same number of masks: one has 1, two has 2"):
-        run(subjects, tmp_path / "other")
+
+
+def test_subjects_with_different_numbers_of_annotations(tmp_path):
+    raw = tmp_path / "raw"
+    subjects = [make_subject(raw, f"s{masks}", lesion_slices=[3], masks=masks) for masks in (2, 0, 3, 1)]
+    run(subjects, tmp_path / "set", shard_rows=7)
+    split = load_prepared(tmp_path / "set", "train")
+    assert split[:]["mask"].shape == (24, 3, 8, 8)
+    for name in split.subjects:
+        assert split.read_subject(name)["mask"].shape == (6, int(name[1]), 8, 8)
+        assert split.subject_info[name]["annotations"] == int(name[1])
+    # A column that no file has: how many of the masks are there.
+    rows = [23, 0, 6, 12, 17]
+    batch = split.read_rows(rows, ("mask", "annotations"))
+    assert batch["annotations"].tolist() == [3, 0, 1, 2, 2] and batch["mask"].shape == (5, 3, 8, 8)
+    assert split.annotations[rows].tolist() == [3, 0, 1, 2, 2]
+    assert set(split[3]) == set(COLUMNS)
+
+    streamed = load_prepared(tmp_path / "set", "train", streaming=True)
+    columns = ("image", "mask", "annotations")
+    seen = list(streamed.shuffled_rows([0], 4, columns))
+    assert len(seen) == 24 and all(tuple(row) == columns for row in seen)
+    expected = {row["image"].tobytes(): (row["mask"].sum(), split.annotations[i]) for i, row in enumerate(split)}
+    for row in seen:
+        assert (row["mask"].sum(), row["annotations"]) == expected[row["image"].tobytes()]
+    healthy = list(streamed.shuffled_rows([0], 4, columns, healthy=True))
+    assert len(healthy) == streamed.count_rows(healthy=True) == 21
 
 
 @pytest.mark.parametrize(
@@ -463,7 +487,7 @@ def recipe(**changes):
             "`slices` has no key every; known are min_brain, first, last, step, min_sum, masks, train",
         ),
         ({"split": [0.5]}, r"`split` must hold `key: value` pairs, got \[0.5\]"),
-        ({"reader": "bids"}, "`reader` must be one of volume_folders, image_folders, got 'bids'"),
+        ({"reader": "bids"}, "`reader` must be one of volume_folders, image_folders, annotated_folders, got 'bids'"),
         ({"reader_options": {}}, "`reader_options` needs the key modalities"),
         ({"reader_options": {"modality": {}}}, "`reader_options` has no key modality; known are modalities, masks"),
         ({"reader_options": {"modalities": {}, "splits": "/splits"}}, "relative to the root, got /splits"),
@@ -482,7 +506,7 @@ def test_recipes_of_the_package(tmp_path):
     names = sorted(file.stem for file in folder.glob("*.yaml"))
     assert names == [
         *["anoddpm_nfbs", "atlas_anofpdm", "brain_damage", "brain_tumor_mri", "brats21_andi", "brats21_anofpdm"],
-        *["brats21_flair", "phantom_mini", "tcga_lgg_flair"],
+        *["brats21_flair", "cimd_lidc", "phantom_mini", "phantom_raters", "tcga_lgg_flair"],
     ]
     for name in names:
         # An empty root: everything of the recipe is read, then there is no subject.

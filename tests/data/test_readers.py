@@ -6,7 +6,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from anodiff.data.readers import Subject, read_image_folders, read_volume_folders
+from anodiff.data.preparation import prepare
+from anodiff.data.prepared import load_prepared
+from anodiff.data.processor import VolumeProcessor
+from anodiff.data.readers import Subject, read_annotated_folders, read_image_folders, read_volume_folders
 
 
 def touch(root, *files):
@@ -117,6 +120,138 @@ def test_image_folders_without_splits(tmp_path):
         read_image_folders(tmp_path, ["no"])
 
 
+IMAGE = {"image": "image_*"}
+
+
+def test_annotated_folders_in_the_layout_of_cimd(tmp_path):
+    touch(tmp_path, *(f"training/3/{file}" for file in ("image_4.jpg", "label0_.jpg", "label1_.jpg", "label2_.jpg")))
+    touch(tmp_path, *(f"testing/deep/er/12/{file}" for file in ("image_13.jpg", "label3_.jpg", "label1_.jpg")))
+    touch(tmp_path, "testing/5/image_6.jpg", "testing/6/label0_.jpg", "training/.3/image_1.jpg", "notes.txt")
+    subjects = read_annotated_folders(tmp_path, IMAGE, ["label*"])
+    assert [subject.name for subject in subjects] == ["testing/5", "testing/deep/er/12", "training/3"]
+    assert [subject.split for subject in subjects] == ["test", "test", "train"]
+    assert [[path.name for path in subject.masks] for subject in subjects] == [
+        [],  # nobody looked at it
+        ["label1_.jpg", "label3_.jpg"],
+        ["label0_.jpg", "label1_.jpg", "label2_.jpg"],
+    ]
+    assert subjects[2] == Subject(
+        "training/3",
+        {"image": tmp_path / "training/3/image_4.jpg"},
+        masks=tuple(tmp_path / f"training/3/label{k}_.jpg" for k in range(3)),
+        split="train",
+        group="training/3",
+        mask_above=127.5,
+    )
+    everything = read_annotated_folders(tmp_path, IMAGE, ["label0*", "label?_*"], label_threshold=0.0)
+    assert [len(subject.masks) for subject in everything] == [0, 2, 3] and everything[0].mask_above == 0
+
+
+def test_annotated_folders_of_patients(tmp_path):
+    touch(tmp_path, *(f"{split}/{k}/{file}" for split in ("train", "test") for k in "12" for file in ("image_", "l0")))
+    rows = [["case", "patient"], ["train/1", "a"], ["train/2", "b"], ["test/1", "a"], ["test/2", "c"]]
+    write_csv(tmp_path / "patients.csv", rows)
+    options = {"annotations": ["l*"], "groups": "patients.csv", "group_column": "patient"}
+    subjects = read_annotated_folders(tmp_path, IMAGE, split_folders=False, **options)
+    assert [(s.name, s.split, s.group) for s in subjects] == [
+        ("test/1", None, "a"),
+        ("test/2", None, "c"),
+        ("train/1", None, "a"),
+        ("train/2", None, "b"),
+    ]
+    assert [s.split for s in read_annotated_folders(tmp_path, IMAGE, **options)] == ["test", "test", "train", "train"]
+    with pytest.raises(ValueError, match="has no column group; it has case, patient"):
+        read_annotated_folders(tmp_path, IMAGE, ["l*"], groups="patients.csv")
+    write_csv(tmp_path / "patients.csv", rows[:-1])
+    with pytest.raises(ValueError, match="does not list test/2 in its column `case`"):
+        read_annotated_folders(tmp_path, IMAGE, **options)
+
+
+def test_wrong_annotated_folders(tmp_path):
+    touch(tmp_path, "a/image_1.png", "a/l0.png", "b/image_1.png")
+    with pytest.raises(ValueError, match=r"No folder in .* holds a file photo\*; there are a, b"):
+        read_annotated_folders(tmp_path, {"image": "photo*"}, ["l*"])
+    with pytest.raises(ValueError, match=r"`annotations`: no case in .* holds a file label\*"):
+        read_annotated_folders(tmp_path, IMAGE, ["label*"])
+    with pytest.raises(ValueError, match=r"`annotations` must be a list of patterns, got 'l\*'"):
+        read_annotated_folders(tmp_path, IMAGE, "l*")
+    with pytest.raises(ValueError, match="`modalities` must name at least one channel"):
+        read_annotated_folders(tmp_path, {}, ["l*"])
+    for name, value in (("label_threshold", 1.0), ("label_threshold", -0.1), ("label_max", 0)):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            read_annotated_folders(tmp_path, IMAGE, ["l*"], **{name: value})
+    touch(tmp_path, "b/image_2.png")
+    with pytest.raises(ValueError, match="Subject b: the pattern 'image_\\*' must match one file, it matches image_1"):
+        read_annotated_folders(tmp_path, IMAGE, ["l*"])
+    touch(tmp_path, "train/1/image_1.png")
+    with pytest.raises(ValueError, match="mixes splits with other folders: a, b"):
+        read_annotated_folders(tmp_path, IMAGE, ["l*"])
+
+
+def save_picture(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(array).save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
+
+
+def test_annotations_survive_preparation(tmp_path, monkeypatch):
+    """Several channels, pictures of any size, any number of annotations, JPEG ringing, an empty annotation."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rng = np.random.default_rng(0)
+    boxes = {
+        "one": [(4, 12, 3, 9)],
+        "two": [(4, 12, 3, 9), (0, 0, 0, 0)],
+        "three": [(2, 8, 2, 8), (2, 9, 2, 8), (8, 9, 4, 9)],
+    }
+    for (name, marked), factor in zip(boxes.items(), (1, 2, 3), strict=True):
+        folder, shape = tmp_path / "raw" / name, (16 * factor, 12 * factor)
+        for channel in "ab":
+            save_picture(folder / f"image_{channel}.png", rng.integers(0, 255, shape).astype(np.uint8))
+        for number, box in enumerate(marked):
+            mask = np.zeros(shape, np.uint8)
+            top, bottom, left, right = (factor * edge for edge in box)
+            mask[top:bottom, left:right] = 255
+            save_picture(folder / f"label{number}.jpg", mask)
+    channels = {"b": "image_b*", "a": "image_a*"}
+    processor = VolumeProcessor(("b", "a"), size=(16, 12), intensity="given", value_range=(0, 1), brain_mask="none")
+    areas = {}
+    for threshold in (0.5, 0.0):
+        subjects = read_annotated_folders(tmp_path / "raw", channels, ["label*"], label_threshold=threshold)
+        subjects = [Subject(**{**vars(subject), "split": "train"}) for subject in subjects]
+        assert prepare(subjects, processor, tmp_path / f"set{threshold}", recipe={}, progress=False) == {}
+        split = load_prepared(tmp_path / f"set{threshold}", "train")
+        assert split[:]["image"].shape == (3, 2, 16, 12) and split[:]["mask"].shape == (3, 3, 16, 12)
+        areas[threshold] = split[:]["mask"].sum()
+        if threshold:
+            for name, marked in boxes.items():
+                found = split.read_subject(name)["mask"][0]
+                assert len(found) == len(marked) and split.subject_info[name]["annotations"] == len(marked)
+                for mask, (top, bottom, left, right) in zip(found, marked, strict=True):
+                    expected = np.zeros((16, 12), np.uint8)
+                    expected[top:bottom, left:right] = 1
+                    np.testing.assert_array_equal(mask, expected)
+            with PIL.Image.open(tmp_path / "raw/one/image_b.png") as picture:
+                np.testing.assert_allclose(split.read_subject("one")["image"][0, 0] * 255, picture, atol=1e-3)
+    assert areas[0.0] > 1.2 * areas[0.5]
+
+    # Files of 0 and 1 would count as empty.
+    save_picture(tmp_path / "ones/c/image_a.png", rng.integers(0, 255, (16, 12)).astype(np.uint8))
+    save_picture(tmp_path / "ones/c/label.png", np.eye(16, 12, dtype=np.uint8))
+    processor = VolumeProcessor(("a",), size=(16, 12), intensity="given", brain_mask="none")
+    for label_max in (255, 1):
+        (subject,) = read_annotated_folders(tmp_path / "ones", {"a": "image*"}, ["label*"], label_max=label_max)
+        subject = Subject(**{**vars(subject), "split": "train"})
+        if label_max == 255:
+            with pytest.raises(
+                ValueError, match="holds 0 and 1, and values above 127.5 are marked: set `label_max: 1`"
+            ):
+                prepare([subject], processor, tmp_path / "wrong", recipe={}, progress=False)
+        else:
+            prepare([subject], processor, tmp_path / "ones-set", recipe={}, progress=False)
+            assert load_prepared(tmp_path / "ones-set", "train")[0]["mask"].sum() == 12
+
+
 def test_subjects_are_checked():
     with pytest.raises(ValueError, match="`label` must be 0, 1 or None, got 2"):
         Subject("a", Path("a.png"), label=2)
@@ -149,3 +284,9 @@ def test_real_pictures(test_data):
         s.group for s in subjects if s.split != "train"
     )
     assert PIL.Image.open(subjects[0].volume).size == (128, 128)
+
+
+def test_real_annotations(test_data):
+    subjects = read_annotated_folders(test_data / "lidc_sample", IMAGE, ["label*"])
+    assert [subject.split for subject in subjects].count("train") == 13
+    assert len(subjects) == 18 and all(len(subject.masks) == 4 for subject in subjects)

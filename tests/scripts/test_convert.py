@@ -163,6 +163,47 @@ def test_convert_anofpdm_baselines(tmp_path):
             convert(["anofpdm", "v1", str(tmp_path / name), str(tmp_path / "no"), *more])
 
 
+def test_convert_cimd(tmp_path):
+    # As the original saves it, from several devices: the recorded weights, and what they gave for four equal images.
+    with np.load(GOLDEN / "cimd" / "unet_tiny.npz", allow_pickle=False) as golden:
+        state = {
+            name[2:]: torch.from_numpy(golden[name].astype(np.float32)) for name in golden.files if name[:2] == "w."
+        }
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "savedmodel.pt")
+
+    def run(name: str, out: str, *more):
+        sizes = ("--unet.block_out_channels", "[32, 32]", "--unet.layers_per_block", "1")
+        return convert(["cimd", str(tmp_path / name), str(tmp_path / out), *sizes, *BLOCKS, *more])
+
+    assert run("savedmodel.pt", "pipeline") == 0
+    pipe = AnomalyPipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(pipe).__name__ == "CIMDPipeline" and type(pipe.unet).__name__ == "UNet2DHeadsModel"
+    assert tuple(pipe.processor.config.modalities) == ("image",) and tuple(pipe.processor.config.value_range) == (0, 1)
+    assert pipe.config.threshold == 0.5 and pipe.config.num_inference_steps is None
+    own = pipe.unet.state_dict()
+    assert len(own) == len(state) + 4 * 2 * 2  # query, key and value of four layers apart
+    # Pictures are not transposed, and four equal images are one.
+    torch.testing.assert_close(own["conv_out.weight"], state["out.2.weight"], rtol=0, atol=0)
+    first = state["input_blocks.0.0.weight"]
+    torch.testing.assert_close(own["conv_in.weight"][:, 0], first[:, :4].sum(1))
+    torch.testing.assert_close(own["conv_in.weight"][:, 1], first[:, 4], rtol=0, atol=0)
+    pipe.set_progress_bar_config(disable=True)
+    result = pipe(torch.rand(1, 1, 16, 16), num_ensemble=2, num_inference_steps=3)
+    assert torch.isfinite(result.member_maps).all() and result.std_map.max() > 0
+
+    torch.save(dict(state, **{"input_blocks.0.0.weight": first[:, :3]}), tmp_path / "three.pt")
+    torch.save({name: tensor for name, tensor in state.items() if name != "out.2.bias"}, tmp_path / "incomplete.pt")
+    for name, message in (
+        ("three.pt", "first convolution must have 5 channels, .*; there are 3"),
+        ("incomplete.pt", "does not fit the network of cimd: .*conv_out.bias"),
+    ):
+        with pytest.raises(SystemExit, match="(?s)" + message):
+            run(name, "wrong")
+    with pytest.raises(ValueError, match="`unet` has no key layers"):
+        run("savedmodel.pt", "wrong", "--unet.layers", "3")
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_a_transposed_classifier_sees_transposed_slices():
     torch.manual_seed(0)
     model = NoisyClassifierModel(

@@ -1,0 +1,177 @@
+"""`eval.py` on ensembles of segmentations: a tiny CIMD on a small phantom with several raters."""
+
+import json
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from anodiff import CIMDPipeline, CIMDScheduler, VolumeProcessor
+from anodiff.data.preparation import prepare_phantom
+from anodiff.data.prepared import load_prepared
+from anodiff.data.raters import RATER_SETS
+from anodiff.eval import main
+from anodiff.evaluation.ensemble_metrics import score_ensemble
+from anodiff.evaluation.options import EvalOptions
+from anodiff.evaluation.run_ensemble import evaluate_ensembles, is_of_ensembles
+from anodiff.hub.model_card import PROTOCOL_FIELDS, add_evaluation, make_card
+
+
+RECIPE = {
+    "reader": "annotated_folders",
+    "reader_options": {
+        "modalities": {"image": "image.png"},
+        "annotations": ["label*.png"],
+        "groups": "patients.csv",
+        "group_column": "patient",
+    },
+    "processor": {
+        "modalities": ["image"],
+        "size": [16, 16],
+        "intensity": "given",
+        "value_range": [0, 1],
+        "brain_mask": "none",
+    },
+    "split": {"fractions": {"train": 0.5, "test": 0.5}},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A prepared set `data` and a checkpoint `model`, in one folder."""
+    folder = tmp_path_factory.mktemp("ensembles")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        patch.setitem(RATER_SETS, "phantom-raters", (6, 2))
+        assert prepare_phantom("phantom-raters", folder / "data", recipe=RECIPE, progress=False) == {}
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=16,
+            in_channels=2,
+            out_channels=2,
+            block_out_channels=(4, 8),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+        )
+        processor = VolumeProcessor.from_pretrained(folder / "data" / "processor")
+        pipe = CIMDPipeline(unet, CIMDScheduler(), processor, num_ensemble=3, num_inference_steps=4, threshold=0.45)
+        pipe.save_pretrained(folder / "model")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def report(place):
+    options = ["--model", str(place / "model"), "--data", str(place / "data"), "--validation_split", "none"]
+    assert main([*options, "--output_dir", str(place / "eval"), "--keep_maps", "--batch_size", "5"]) == 0
+    return json.loads((place / "eval" / "report.json").read_text())
+
+
+def test_report(place, report):
+    assert set(report["protocol"]) == set(PROTOCOL_FIELDS) and all(report["protocol"].values())
+    assert report["data"]["slices"] == 6 and report["data"]["subjects"] == 6
+    assert "3 groups, 6 images" in report["protocol"]["samples"] and "CIMD (model): 3" in report["protocol"]["samples"]
+    rows = {row["name"]: row for row in report["results"]}
+    assert list(rows) == ["CIMD (model)", "mean annotation rate", "random training annotation"]
+    split = load_prepared(place / "data", "test")
+    for row in rows.values():
+        metrics = row["metrics"]
+        assert metrics["num_samples"] == 3 == row["settings"]["num_ensemble"]
+        assert metrics["ged_low"] <= metrics["ged"] <= metrics["ged_high"]
+        assert 0 < metrics["expected_calibration_error"] < 1 and 0 < metrics["expected_calibration_error_marked"] < 1
+        pixels = {region: curve["pixels"] for region, curve in row["reliability"].items()}
+        assert pixels["marked"] == pixels["all"][1:]  # all but those that no sample marks
+        for name in ("hm_iou", "collective_insight", "maximum_dice", "combined_sensitivity", "dice_majority"):
+            assert 0 <= metrics[name] <= 1
+        assert metrics["ged"] == pytest.approx(np.mean([image["ged"] for image in row["subjects"]]))
+        assert len(row["subjects"]) == 6
+        assert sum(row["reliability"]["all"]["pixels"]) == 6 * 16 * 16
+    assert rows["CIMD (model)"]["seconds_per_slice"] > 0
+    text = (place / "eval" / "report.md").read_text()
+    assert "| CIMD (model) | 3 | " in text and "## Reliability of CIMD (model)" in text and "ECE (marked)" in text
+    with PIL.Image.open(place / "eval" / "cases.png") as picture:
+        assert picture.width > 800
+    with PIL.Image.open(place / "eval" / "reliability.png") as picture:
+        assert picture.width > 800
+    # Members are those of a call with the picture, whatever the batch, and scores those of the members.
+    pipe = CIMDPipeline.from_pretrained(place / "model")
+    pipe.set_progress_bar_config(disable=True)
+    for image in rows["CIMD (model)"]["subjects"]:
+        item = split.read_subject(image["subject"])
+        output = pipe(torch.from_numpy(item["image"]))
+        scores = score_ensemble(output.member_masks[:, 0].numpy(), item["mask"][0])
+        for name, value in scores.items():
+            assert image[name] == pytest.approx(value, abs=1e-9), name
+        assert image["group"] == image["subject"][:-2]
+
+
+def test_baselines(place, report):
+    training, test = (load_prepared(place / "data", name) for name in ("train", "test"))
+    rate = training[:]["mask"].mean((0, 1))
+    drawn = []
+    for subject in test.subjects:
+        with np.load(place / "eval/maps/mean-annotation-rate" / f"{subject}.npz") as arrays:
+            masks = arrays["masks"]
+        # Level sets, whose mean is the rate as nearly as three masks can say it.
+        assert np.abs(masks[0].mean(0) - rate).max() <= 0.5 / 3 + 1e-9
+        with np.load(place / "eval/maps/random-training-annotation" / f"{subject}.npz") as arrays:
+            drawn.append(arrays["masks"][0])
+    annotations = {mask.tobytes() for masks in training[:]["mask"] > 0 for mask in masks}
+    drawn = np.concatenate(drawn)
+    assert all(mask.tobytes() in annotations for mask in drawn)
+    assert len({mask.tobytes() for mask in drawn}) > 6
+
+
+def test_the_card_takes_the_report(place, report):
+    card = add_evaluation(make_card(CIMDPipeline.from_pretrained(place / "model")), report)
+    results = {result.metric_type: result for result in card.data.eval_results}
+    metrics = report["results"][0]["metrics"]
+    assert results["ged"].metric_value == metrics["ged"] and results["ged"].task_name == "Ambiguous segmentation"
+    assert "num_samples" not in results and "ged_low" not in results
+    assert "| num samples | 3 | 3 | 3 |" in card.text
+
+
+def test_other_settings_and_baselines_alone(place):
+    common = {"data": str(place / "data"), "validation_split": "none"}
+    inference = {"num_ensemble": 2, "num_inference_steps": 2}
+    options = EvalOptions(
+        model=[str(place / "model")], output_dir=str(place / "few"), inference=inference, baselines=False, **common
+    )
+    report = evaluate_ensembles(options)
+    assert [row["settings"]["num_ensemble"] for row in report["results"]] == [2]
+    assert report["results"][0]["settings"]["num_inference_steps"] == 2
+    assert not (place / "few" / "maps").exists()
+    with pytest.raises(FileExistsError, match="already holds a report"):
+        evaluate_ensembles(options)
+    assert not is_of_ensembles(EvalOptions(**common))
+    assert main(["--protocol", "ensemble", "--data", str(place / "data"), "--output_dir", str(place / "alone")]) == 0
+    report = json.loads((place / "alone" / "report.json").read_text())
+    assert [row["metrics"]["num_samples"] for row in report["results"]] == [16, 16]
+    assert report["protocol"]["training_population"] == "no model was evaluated"
+
+
+def test_refusals(place, tmp_path):
+    model, other = str(place / "model"), tmp_path / "other"
+    other.mkdir()
+    index = json.loads((place / "model" / "model_index.json").read_text()) | {"_class_name": "ANDiPipeline"}
+    (other / "model_index.json").write_text(json.dumps(index))
+    assert is_of_ensembles(EvalOptions(model=[model])) and not is_of_ensembles(EvalOptions(model=[str(other)]))
+    for options, message in (
+        ({"model": [model, str(other)]}, r"among themselves, got .*other \(ANDiPipeline\)"),
+        ({"model": [str(other)], "protocol": "ensemble"}, r"got .*other \(ANDiPipeline\)"),
+        ({"model": [model], "protocol": "andi"}, "`protocol` andi is one of anomaly maps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            is_of_ensembles(EvalOptions(**options))
+    common = {"model": [model], "data": str(place / "data"), "output_dir": str(tmp_path / "out")}
+    for options, message in (
+        ({"calibrate": "yen", "erosion": 1}, "have no `calibrate`, `erosion`: leave it out"),
+        ({"model": [], "baselines": False}, "nothing to evaluate"),
+        ({"inference": {"noise_level": 3}}, "`inference` has no key noise_level; CIMDPipeline takes num_ensemble"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_ensembles(EvalOptions(**common | options))

@@ -1,0 +1,223 @@
+"""`CIMDScheduler`: what every scheduler keeps, for a network with twice as many outputs as the sample has channels, and what is its own."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch.testing import assert_close
+
+from anodiff import CIMDScheduler
+
+
+SHAPE = (3, 1, 16, 16)
+SCHEDULERS = {
+    "published": lambda: CIMDScheduler(),
+    "cosine": lambda: CIMDScheduler(num_train_timesteps=40, beta_schedule="cosine", clip_range=(0.0, 1.0)),
+    "short, free": lambda: CIMDScheduler(num_train_timesteps=25, clip_range=None),
+}
+
+
+@pytest.fixture(params=SCHEDULERS)
+def scheduler(request):
+    return SCHEDULERS[request.param]()
+
+
+def generators(count=3, first=0):
+    return [torch.Generator().manual_seed(first + index) for index in range(count)]
+
+
+def tensors(dtype=torch.float32):
+    torch.manual_seed(0)
+    outputs = torch.randn(SHAPE), torch.rand(SHAPE) * 2 - 1
+    return torch.randn(SHAPE).to(dtype), torch.cat(outputs, 1).to(dtype)
+
+
+def walk(scheduler, generator, steps=5, **arguments):
+    sample, model_output = tensors()
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        sample = scheduler.step(model_output, t, sample, generator=generator, **arguments).prev_sample
+    return sample
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_save_load_and_from_config(scheduler, sampler, tmp_path):
+    expected = walk(scheduler, generators(), sampler=sampler)
+    scheduler.save_pretrained(tmp_path)
+    for loaded in (CIMDScheduler.from_pretrained(tmp_path), CIMDScheduler.from_config(scheduler.config)):
+        assert_close(walk(loaded, generators(), sampler=sampler), expected, rtol=0, atol=0)
+        assert len(loaded) == len(scheduler)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_generators_are_reproducible_and_independent_of_the_batch(scheduler, sampler):
+    together = walk(scheduler, generators(), sampler=sampler)
+    assert torch.isfinite(together).all()
+    # DDIM draws nothing.
+    assert torch.equal(walk(scheduler, generators(first=7), sampler=sampler), together) == (sampler == "ddim")
+    sample, model_output = tensors()
+    for index in range(SHAPE[0]):
+        single, generator = sample[index : index + 1], generators(1, first=index)
+        for t in scheduler.timesteps:
+            arguments = model_output[index : index + 1], t, single
+            single = scheduler.step(*arguments, generator=generator, sampler=sampler, return_dict=False)[0]
+        assert_close(single[0], together[index], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shape_and_dtype_are_kept(scheduler, dtype):
+    sample, model_output = tensors(dtype)
+    for sampler in ("ddpm", "ddim"):
+        output = scheduler.step(model_output, 3, sample, generator=generators(), sampler=sampler)
+        for tensor in (output.prev_sample, output.pred_original_sample):
+            assert tensor.shape == SHAPE and tensor.dtype == dtype
+    noised = scheduler.add_noise(sample, sample, torch.tensor([0, 5, 24]))
+    assert noised.shape == SHAPE and noised.dtype == dtype and noised.data_ptr() != sample.data_ptr()
+
+
+def test_grid_accumulates_as_the_original():
+    scheduler = CIMDScheduler()
+    assert scheduler.timesteps.tolist() == list(range(999, -1, -1))
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 666, 333, 0] and scheduler.num_inference_steps == 4
+    # Method card, section 4.
+    different = []
+    for steps in range(2, 1001):
+        scheduler.set_timesteps(steps)
+        grid = scheduler.timesteps.flip(0).numpy()
+        assert len(set(grid)) == steps and grid[0] == 0 and grid[-1] == 999
+        if (grid != np.linspace(0, 999, steps).round()).any():
+            different.append(steps)
+    assert len(different) == 278 and {21, 23, 31, 35} <= set(different)
+    assert not {10, 15, 20, 25, 50, 100, 200, 250, 500} & set(different)
+
+
+def test_explicit_timesteps_are_the_grid():
+    scheduler = CIMDScheduler()
+    scheduler.set_timesteps(20)
+    expected = {name: table.clone() for name, table in scheduler.step_tables.items()}
+    scheduler.set_timesteps(timesteps=scheduler.timesteps.tolist())
+    for name, table in scheduler.step_tables.items():
+        assert_close(table, expected[name], rtol=0, atol=0)
+    scheduler.set_timesteps(timesteps=[900, 500, 7])
+    sample, model_output = tensors()
+    # The lowest one leads to x_0, whatever it is, and others are not on the grid.
+    last = scheduler.step(model_output, 7, sample, variance_noise=torch.full(SHAPE, 1e3))
+    assert_close(last.prev_sample, last.pred_original_sample, rtol=0, atol=0)
+    assert scheduler.step(model_output, 6, sample, variance_noise=sample).prev_sample.isnan().all()
+
+
+@pytest.mark.parametrize("steps", [1000, 20])
+def test_step_is_that_of_diffusers(steps):
+    ours = CIMDScheduler()
+    theirs = DDPMScheduler(
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=0.02,
+        variance_type="learned_range",
+        clip_sample_range=1.0,
+        timestep_spacing="linspace",
+    )
+    ours.set_timesteps(steps)
+    theirs.set_timesteps(steps)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    sample, model_output = tensors()
+    for t in ours.timesteps[:: steps // 10].tolist() + [0]:
+        noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(t))
+        expected = theirs.step(model_output, t, sample, generator=torch.Generator().manual_seed(t)).prev_sample
+        actual = ours.step(model_output, t, sample, variance_noise=noise).prev_sample
+        assert_close(actual, expected, rtol=0, atol=6e-5)  # their tables are float32
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_ddim_is_that_of_diffusers(clip):
+    ours = CIMDScheduler(clip_range=(-1.0, 1.0) if clip else None)
+    theirs = DDIMScheduler(trained_betas=ours.betas.numpy(), clip_sample=clip, set_alpha_to_one=True)
+    theirs.alphas_cumprod = ours.alphas_cumprod
+    theirs.set_timesteps(50)
+    ours.set_timesteps(timesteps=theirs.timesteps.tolist())
+    sample, model_output = tensors(torch.float64)
+    for t in (980, 500, 20, 0):
+        actual = ours.step(model_output, t, sample, sampler="ddim")
+        expected = theirs.step(model_output[:, :1], t, sample, use_clipped_model_output=True)
+        assert_close(actual.prev_sample, expected.prev_sample, rtol=1e-9, atol=1e-9)
+        assert_close(actual.pred_original_sample, expected.pred_original_sample, rtol=1e-9, atol=1e-9)
+
+
+def test_training_does_not_depend_on_the_grid():
+    scheduler = CIMDScheduler()
+    sample, model_output = tensors()
+    t = torch.tensor([1, 500, 998])
+
+    def values():
+        return (
+            scheduler.add_noise(sample, sample, t),
+            scheduler.posterior_mean(sample, t, sample),
+            scheduler.learned_log_variance(model_output[:, 1:], t),
+            scheduler.predict_original_sample(model_output[:, :1], t, sample),
+        )
+
+    expected = values()
+    scheduler.set_timesteps(10)
+    assert all(torch.equal(actual, other) for actual, other in zip(values(), expected, strict=True))
+
+
+def test_learned_variance_lies_between_the_two_fixed_ones():
+    scheduler = CIMDScheduler()
+    t = torch.tensor([0, 1, 999])
+    posterior = scheduler.step_tables["posterior_log_variance"]
+    assert posterior[0] == posterior[1] and abs(float(posterior[0]) + 9.817) < 1e-3  # card, section 6
+    for value, expected in ((-1.0, posterior), (1.0, scheduler.betas.log())):
+        found = scheduler.learned_log_variance(torch.full((3, 1, 1, 1), value), t)
+        assert_close(found.flatten().double(), expected[t], rtol=1e-6, atol=0)
+
+
+def test_clip_range():
+    sample, model_output = tensors()
+    for clip_range in ((-1.0, 1.0), (0.0, 1.0)):
+        estimate = CIMDScheduler(clip_range=clip_range).step(model_output, 700, sample, generator=generators())
+        assert (estimate.pred_original_sample.min(), estimate.pred_original_sample.max()) == clip_range
+    free = CIMDScheduler(clip_range=None).step(model_output, 700, sample, generator=generators())
+    assert free.pred_original_sample.abs().max() > 2
+
+
+def test_one_shot_inverts_add_noise():
+    scheduler = CIMDScheduler()
+    original, model_output = tensors()
+    t, noise = torch.tensor([0, 7, 15]), model_output[:, :1]
+    recovered = scheduler.predict_original_sample(noise, t, scheduler.add_noise(original, noise, t))
+    assert_close(recovered, original, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_arguments():
+    sample, model_output = tensors()
+    scheduler = CIMDScheduler(25)
+    for arguments, message in (
+        ({"variance_noise": sample, "generator": generators()}, "either `variance_noise` or `generator`"),
+        ({}, "needs a `generator`"),
+        ({"generator": generators(2)}, "one entry per sample"),
+        ({"generator": generators(), "sampler": "euler"}, "`sampler` must be one of ddpm, ddim, got 'euler'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scheduler.step(model_output, 3, sample, **arguments)
+    with pytest.raises(ValueError, match="`model_output` must have twice as many channels .*: 2, got 1"):
+        scheduler.step(sample, 3, sample, generator=generators())
+    for arguments, message in (
+        ({"num_inference_steps": 26}, "`num_inference_steps` must be between 2 and 25, got 26"),
+        ({"num_inference_steps": 1}, "`num_inference_steps` must be between 2 and 25, got 1"),
+        ({"num_inference_steps": 3, "timesteps": [2, 1, 0]}, "either `num_inference_steps` or `timesteps`"),
+        ({"timesteps": [0, 1]}, r"two falling numbers between 0 and 24, got \[0, 1\]"),
+        ({"timesteps": [25, 1]}, "two falling numbers between 0 and 24"),
+        ({"timesteps": [3]}, "at least two falling numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scheduler.set_timesteps(**arguments)
+    for arguments, message in (
+        ({"num_train_timesteps": 20}, "must be above 20 for the schedule 'linear'"),
+        ({"num_train_timesteps": 1}, "must be at least 2, got 1"),
+        ({"beta_schedule": "sigmoid"}, "`beta_schedule` must be one of linear, cosine, got 'sigmoid'"),
+        ({"beta_start": 0.03}, "`beta_start` must be above 0 and at most `beta_end`"),
+        ({"clip_range": (1.0, 0.0)}, r"`clip_range` must be \(low, high\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CIMDScheduler(**arguments)

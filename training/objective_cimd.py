@@ -1,0 +1,302 @@
+"""The training objective of CIMD: a diffusion model of masks, given the image, from several annotations of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+
+from ..data.processor import VolumeProcessor
+from ..models.gaussian_encoder import GaussianEncoder, gaussian_divergence
+from ..models.unet_2d_heads import UNet2DHeadsModel
+from ..pipelines.pipeline_cimd import CIMDPipeline
+from ..schedulers.scheduling_cimd import CIMDScheduler
+from .objective_noise import check_keys
+from .options import TrainOptions
+
+
+# N slices, C modalities, A annotations, H x W pixels.
+
+PREVIEW_STEPS = 10
+
+
+class CIMDObjective:
+    r"""
+    Mean squared error between drawn and predicted noise of a mask, plus the variational bound in bits per pixel, from which only the
+    variance learns; one of the annotations and the timestep are drawn uniformly at every visit of a slice. Exports a [`CIMDPipeline`].
+
+    The authors' third term is the divergence of two Gaussian encoders, one of image and annotation, one of image and predicted noise.
+    In their program both are random and never trained, and the network gets no latent variable: the term compares random features of the
+    noise with random features of the annotation, and users report blurred masks. It is off here. `kl_weight=1e-3` brings their program
+    back; with `train_encoders=True` the encoders learn as well, one reading of the paper that nobody has published.
+
+    Trained: the UNet, and the encoders with `train_encoders`. Averaged: all of them. Frozen: the encoders without it. Labels: masks.
+
+    Args:
+        unet ([`~diffusers.UNet2DModel`] or [`UNet2DHeadsModel`]): C + 1 channels in, image and noised mask, 2 out, noise and variance.
+        scheduler ([`CIMDScheduler`]): Noises the masks.
+        processor ([`VolumeProcessor`]): Of the prepared data, exported with the weights.
+        inference (`dict`): Inference values of the pipeline that are exported.
+        vb_weight (`float`, defaults to 1.0): Weight of the variational bound, 0 or more. Without it the variance learns nothing.
+        kl_weight (`float`, defaults to 0.0): Weight of the divergence, 0 or more. The authors: 1e-3.
+        train_encoders (`bool`, defaults to `False`): Train the encoders too; needs a `kl_weight`.
+    """
+
+    columns = ("image", "mask", "annotations")
+    trains_on = "all"
+    validates_on = "labelled"
+
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        scheduler: CIMDScheduler,
+        processor: VolumeProcessor,
+        inference: dict | None = None,
+        *,
+        vb_weight: float = 1.0,
+        kl_weight: float = 0.0,
+        train_encoders: bool = False,
+    ):
+        for name, value in (("vb_weight", vb_weight), ("kl_weight", kl_weight)):
+            if not value >= 0:
+                raise ValueError(f"`{name}` must not be negative, got {value}.")
+        if train_encoders and not kl_weight:
+            raise ValueError("`train_encoders` needs a `kl_weight` above 0: without it there are no encoders.")
+        self.model = UNetWithEncoders(unet, train_encoders) if kl_weight else unet
+        self.scheduler = scheduler
+        self.processor = processor
+        self.inference = inference or {}
+        self.vb_weight = vb_weight
+        self.kl_weight = kl_weight
+        # Built once here, so that a wrong inference value is found before the training and not after it.
+        self._pipeline(self.model)
+
+    @classmethod
+    def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> CIMDObjective:
+        """Builds network, scheduler and objective from the blocks of a configuration."""
+        unet = dict(options.unet)
+        classes = {"UNet2DModel": UNet2DModel, "UNet2DHeadsModel": UNet2DHeadsModel}
+        name = unet.pop("_class_name", "UNet2DModel")
+        if name not in classes:
+            raise ValueError(f"`unet._class_name` must be one of {', '.join(classes)}, got {name!r}.")
+        size = processor.config.size
+        for key, value, reason in (
+            ("in_channels", len(processor.config.modalities) + 1, "the modalities and the mask"),
+            ("out_channels", 2, "noise and variance of the mask"),
+        ):
+            if unet.setdefault(key, value) != value:
+                raise ValueError(f"`unet.{key}` must be {value}, {reason}, got {unet[key]}.")
+        if size is not None:
+            unet.setdefault("sample_size", size[0] if size[0] == size[1] else tuple(size))
+        for block, given, target in (
+            ("unet", unet, classes[name]),
+            ("scheduler", options.scheduler, CIMDScheduler),
+            ("inference", options.inference, CIMDPipeline),
+            ("objective", options.objective, cls),
+        ):
+            check_keys(block, given, target)
+        scheduler = CIMDScheduler(**options.scheduler)
+        return cls(classes[name](**unet), scheduler, processor, options.inference, **options.objective)
+
+    def loss(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        """
+        Loss of every sample, `(N,)`.
+
+        Args:
+            model (`torch.nn.Module`): `self.model` as accelerate wraps it.
+            batch (`dict[str, torch.Tensor]`):
+                `image (N, C, H, W)` in the processor's value range, `mask (N, A, H, W)`, 0 or 1, `annotations (N,)`: how many of a
+                slice's masks are there.
+            generators (`list[torch.Generator]`): One per slice; annotation, timestep and noise are drawn from it, in this order.
+        """
+        images, annotations = batch["image"], _checked(batch["annotations"])
+        target = draw_annotation(batch["mask"], annotations, generators).to(images.dtype)
+        timesteps = torch.cat(
+            [torch.randint(len(self.scheduler), (1,), generator=g, device=images.device) for g in generators]
+        )
+        noise = self.scheduler.draw_noise(target.shape, timesteps, generators, images.device)
+        terms = cimd_loss_terms(model, self.scheduler, images, target, noise, timesteps, with_kl=self.kl_weight > 0)
+        return terms["mse"] + self.vb_weight * terms["vb"] + self.kl_weight * terms["kl"]
+
+    @torch.no_grad()
+    def preview(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generators: list[torch.Generator]
+    ) -> dict[str, torch.Tensor]:
+        """Rows of a validation picture, each `(N, 1, H, W)`: slice, mean of its annotations, a noised one, its one-shot estimate, and two
+        members of an ensemble of few steps."""
+        images, annotations = batch["image"], _checked(batch["annotations"])
+        masks = batch["mask"].to(images.dtype)
+        pipeline = self._pipeline(model)
+        pipeline.set_progress_bar_config(disable=True)
+        target = draw_annotation(masks, annotations, generators)
+        level = torch.full((len(images),), len(self.scheduler) // 4, device=images.device)
+        noise = self.scheduler.draw_noise(target.shape, level, generators, images.device)
+        sample = self.scheduler.add_noise(target, noise, level)
+        epsilon = pipeline.predict_noise(torch.cat([images, sample], dim=1), level)[:, :1]
+        members = pipeline.compute_members(
+            images,
+            list(range(len(images))),
+            num_ensemble=2,
+            num_inference_steps=min(PREVIEW_STEPS, len(self.scheduler)),
+            seed=generators[0].initial_seed(),
+        )
+        # Masks are 0 and 1, pictures have the range of the slices.
+        low, high = self.processor.config.value_range
+        rows = {
+            "mean of the annotations": masks.sum(1, keepdim=True) / annotations[:, None, None, None],
+            f"one of them noised, t = {int(level[0])}": sample,
+            "its one-shot estimate": self.scheduler.predict_original_sample(epsilon, level, sample),
+            f"member 1, {PREVIEW_STEPS} steps": members[:, :1],
+            f"member 2, {PREVIEW_STEPS} steps": members[:, 1:],
+        }
+        return {"slice": images[:, :1]} | {title: low + (high - low) * row.float() for title, row in rows.items()}
+
+    def export(self, model: torch.nn.Module, folder: str | Path) -> CIMDPipeline:
+        """Writes a complete pipeline folder with the weights of `model`; encoders stay behind, sampling does not need them."""
+        pipeline = self._pipeline(model)
+        pipeline.save_pretrained(folder)
+        return pipeline
+
+    def _pipeline(self, model: torch.nn.Module) -> CIMDPipeline:
+        unet = model.unet if isinstance(model, UNetWithEncoders) else model
+        return CIMDPipeline(unet, self.scheduler, self.processor, **self.inference)
+
+
+class UNetWithEncoders(torch.nn.Module):
+    """
+    A denoiser together with the two encoders of the divergence, so that they share checkpoints, devices and processes.
+
+    Args:
+        unet (`torch.nn.Module`): As of [`CIMDObjective`].
+        train_encoders (`bool`): Whether the encoders learn.
+    """
+
+    def __init__(self, unet: torch.nn.Module, train_encoders: bool = False):
+        super().__init__()
+        self.unet = unet
+        # Prior and posterior of the original; the paper's networks of modelling and controlling ambiguity.
+        self.label_encoder = GaussianEncoder().requires_grad_(train_encoders)
+        self.output_encoder = GaussianEncoder().requires_grad_(train_encoders)
+
+    def forward(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, label: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            sample (`torch.Tensor` of shape `(N, C + 1, H, W)`): Image and noised mask.
+            timesteps (`torch.Tensor` of shape `(N,)`): t.
+            label (`torch.Tensor` of shape `(N, 1, H, W)`): The mask without noise.
+
+        Returns:
+            `tuple`: Outputs of the denoiser `(N, 2, H, W)`, and the divergence of the label's distribution from that of the predicted
+            noise in nats, `(N,)`. Encoders see the first modality alone, as the original's.
+        """
+        model_output = self.unet(sample, timesteps).sample
+        image = sample[:, :1]
+        of_label = self.label_encoder(image, label)
+        of_output = self.output_encoder(image, model_output[:, :1])
+        return model_output, gaussian_divergence(*of_label, *of_output)
+
+
+def draw_annotation(masks: torch.Tensor, annotations: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    """One of the first `annotations` `(N,)` masks `(N, A, H, W)` of each slice, uniformly, from its own generator: `(N, 1, H, W)`."""
+    draws = torch.cat([torch.rand(1, generator=generator, device=masks.device) for generator in generators])
+    chosen = (draws * annotations).long().minimum(annotations - 1)
+    return masks[torch.arange(len(masks), device=masks.device), chosen][:, None]
+
+
+def cimd_loss_terms(
+    model: torch.nn.Module,
+    scheduler: CIMDScheduler,
+    images: torch.Tensor,
+    target: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    *,
+    label: torch.Tensor | None = None,
+    with_kl: bool = False,
+) -> dict[str, torch.Tensor]:
+    """
+    The terms of the loss of each sample, `(N,)` each (method card, section 5).
+
+    Args:
+        model (`torch.nn.Module`): The UNet, or with `with_kl` a [`UNetWithEncoders`].
+        scheduler ([`CIMDScheduler`]): Of the noise.
+        images (`torch.Tensor` of shape `(N, C, H, W)`): Slices.
+        target (`torch.Tensor` of shape `(N, 1, H, W)`): The mask that is diffused, x_0: 0 or 1.
+        noise (`torch.Tensor` of shape `(N, 1, H, W)`): Standard normal.
+        timesteps (`torch.Tensor` of shape `(N,)`): t, from 0.
+        label (`torch.Tensor` of shape `(N, 1, H, W)`, *optional*): What the label encoder sees, if it is not `target`.
+        with_kl (`bool`): Whether to compute the divergence.
+
+    Returns:
+        `dict`: `"mse"`; `"vb"`, in bits per pixel, with gradients for the variance only; `"kl"` in nats, 0 without encoders, with
+        gradients for the predicted noise.
+    """
+    sample = scheduler.add_noise(target, noise, timesteps)
+    # In the type of the images: recorded masks may be float64.
+    model_input = torch.cat([images, sample.to(images.dtype)], dim=1)
+    divergence = torch.zeros(len(images), device=images.device)
+    if with_kl:
+        model_output, divergence = model(model_input, timesteps, target if label is None else label)
+    else:
+        model_output = model(model_input, timesteps).sample
+    epsilon, variance_output = model_output.float().chunk(2, dim=1)
+    return {
+        "mse": (noise - epsilon).square().mean((1, 2, 3)),
+        "vb": variance_bound(scheduler, target, sample, epsilon, variance_output, timesteps),
+        "kl": divergence,
+    }
+
+
+def variance_bound(
+    scheduler: CIMDScheduler,
+    target: torch.Tensor,
+    sample: torch.Tensor,
+    epsilon: torch.Tensor,
+    variance_output: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Term of the variational bound of each sample's timestep in bits per pixel, `(N,)`, with gradients for the variance only: a
+    Kullback-Leibler divergence for t > 0, for t = 0 the likelihood of a bin that is 2 / 255 wide (DDPM eq. 5 and 13). The estimate of x_0
+    is not limited. The bins are those of pictures in [-1, 1], as in the original: that of 1 is open above, that of 0 is closed.
+
+    Args:
+        scheduler ([`CIMDScheduler`]): Of the noise.
+        target, sample, epsilon, variance_output (`torch.Tensor` of shape `(N, 1, H, W)`):
+            x_0, x_t, predicted noise, and where the variance is: -1 for the posterior's, 1 for beta_t.
+        timesteps (`torch.Tensor` of shape `(N,)`): t, from 0.
+    """
+    # mean, log -> p_theta(x_{t-1} | x_t); true_mean, true_log -> q(x_{t-1} | x_t, x_0).
+    estimate = scheduler.predict_original_sample(epsilon.detach(), timesteps, sample)
+    mean = scheduler.posterior_mean(estimate, timesteps, sample)
+    true_mean = scheduler.posterior_mean(target, timesteps, sample)
+    log = scheduler.learned_log_variance(variance_output, timesteps)
+    true_log = scheduler.learned_log_variance(torch.full_like(variance_output, -1.0), timesteps)
+    divergence = 0.5 * (-1.0 + log - true_log + (true_log - log).exp() + (true_mean - mean).square() * (-log).exp())
+
+    deviation = (-0.5 * log).exp()
+
+    def cumulative(value: torch.Tensor) -> torch.Tensor:
+        # The original's approximation of the normal distribution function.
+        return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (value + 0.044715 * value**3)))
+
+    upper = cumulative((target - mean + 1.0 / 255) * deviation)
+    lower = cumulative((target - mean - 1.0 / 255) * deviation)
+    probability = torch.where(target > 0.999, 1.0 - lower, upper - lower).clamp(min=1e-12)
+    bound = torch.where((timesteps == 0).reshape(-1, 1, 1, 1), -probability.log(), divergence)
+    return bound.mean((1, 2, 3)) / math.log(2.0)
+
+
+def _checked(annotations: torch.Tensor) -> torch.Tensor:
+    if not (annotations > 0).all():
+        raise ValueError(
+            f"`annotations` must be at least 1 for every slice, got {annotations.tolist()}: an annotation may mark nothing, but there must"
+            " be one. Prepare the data without cases that nobody annotated."
+        )
+    return annotations
