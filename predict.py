@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     from anodiff import AnomalyPipeline
     from anodiff.data.scans import find_scans
     from anodiff.evaluation.overview import draw_overview
+    from anodiff.pipelines.pipeline_output import AnomalyOutput
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -92,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
                 **options.inference,
             )
             result.save(folder)
-            draw_overview(result, folder / "overview.png", scan.name, plane=pipeline.processor.config.plane)
+            if isinstance(result, AnomalyOutput):
+                draw_overview(result, folder / "overview.png", scan.name, plane=pipeline.processor.config.plane)
         except Exception as error:  # noqa: BLE001 (whatever is wrong with one scan, the others are still wanted)
             failed.append((str(scan.source), f"{type(error).__name__}: {error}"))
     done = len(scans) - sum(1 for scan in scans if str(scan.source) in dict(failed))

@@ -22,6 +22,7 @@ OBJECTIVES = {
     "ddib": ("anodiff.training.objective_guided", "DDIBObjective"),
     "classifier": ("anodiff.training.objective_guided", "ClassifierObjective"),
     "learned_sigma": ("anodiff.training.objective_guided", "LearnedSigmaObjective"),
+    "cimd": ("anodiff.training.objective_cimd", "CIMDObjective"),
     "dae": ("anodiff.training.objective_dae", "DAEObjective"),
 }
 
