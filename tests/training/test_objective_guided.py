@@ -241,7 +241,12 @@ PIPELINES = {
 
 @pytest.mark.parametrize(
     "path",
-    sorted(path for name in ("anofpdm", "ddib", "classifier", "unguided") for path in CONFIGS.glob(f"{name}_*.yaml")),
+    sorted(
+        path
+        for name in ("anofpdm", "ddib", "classifier", "unguided")
+        for data in ("brats21", "atlas")
+        for path in CONFIGS.glob(f"{name}*_{data}.yaml")
+    ),
     ids=lambda path: path.stem,
 )
 def test_configurations(path, tmp_path):
