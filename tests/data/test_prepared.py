@@ -507,6 +507,7 @@ def test_recipes_of_the_package(tmp_path):
     assert names == [
         *["anoddpm_nfbs", "atlas_anofpdm", "brain_damage", "brain_tumor_mri", "brats21_andi", "brats21_anofpdm"],
         *["brats21_flair", "cimd_lidc", "phantom_mini", "phantom_raters", "tcga_lgg_flair"],
+        "tcga_lgg_labelled",
     ]
     for name in names:
         # An empty root: everything of the recipe is read, then there is no subject.

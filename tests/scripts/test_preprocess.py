@@ -80,7 +80,10 @@ def test_what_cannot_be_read_is_listed(raw, tmp_path):
     ("arguments", "message"),
     [
         (["--recipe", "recipe.yaml"], "Give `--recipe` and `--root` of a raw data set, or `--phantom`."),
-        (["--phantom", "phantom-maxi"], "`name` must be one of phantom-mini, phantom-std, phantom-raters, got 'phantom-maxi'"),
+        (
+            ["--phantom", "phantom-maxi"],
+            "`name` must be one of phantom-mini, phantom-std, phantom-raters, got 'phantom-maxi'",
+        ),
         (["--recipe", "nothing", "--root", "raw"], "There is no recipe nothing. The package comes with anoddpm_nfbs"),
         (["--recipe", "wrong.yaml", "--root", "raw"], "`recipe` has no key slice; known are source, license, reader"),
         (["--recipe", "recipe.yaml", "--root", "nowhere"], "`root` must be a folder, and nowhere is none."),

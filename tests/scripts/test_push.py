@@ -178,7 +178,9 @@ def test_results_go_into_the_card(hub, hub_client, workplace, trained):
 
 def test_results_that_cannot_be_pushed(hub, workplace, trained):
     model = f"{trained}/pipeline"
-    done = evaluate(hub, workplace, "eval-no", "--model", "owner/a", "--push_to_hub", "owner/b", check=False)
+    done = evaluate(
+        hub, workplace, "eval-no", "--model", model, "--model", model, "--push_to_hub", "owner/b", check=False
+    )
     assert done.returncode == 1 and "`push_to_hub` must be the one of `model` that is a Hub id" in done.stderr
     hub.fail("POST", "/api/repos/create", status=403)
     done = evaluate(hub, workplace, "eval-no", "--model", model, "--push_to_hub", "owner/tiny", check=False)
