@@ -40,8 +40,6 @@ def main(argv: list[str] | None = None) -> int:
     from anodiff.hub.publishing import PublishingError, open_repository, push_folder
 
     try:
-        if options.push_to_hub:
-            open_repository(options.push_to_hub, private=options.hub_private, repo_type="dataset")
         if options.phantom is None and (options.recipe is None or options.root is None):
             raise ValueError("Give `--recipe` and `--root` of a raw data set, or `--phantom`.")
 
@@ -50,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         recipe = None if options.recipe is None else read_recipe(options.recipe)
         if options.push_to_hub and not options.hub_private and recipe is not None and "license" not in recipe:
             raise ValueError("A public data set needs `license` in the recipe: who may do what with the images?")
+        if options.push_to_hub:
+            # Whatever a push would fail at, before the work.
+            open_repository(options.push_to_hub, private=options.hub_private, repo_type="dataset")
         if options.phantom is not None:
             failures = prepare_phantom(
                 options.phantom, options.out, recipe=recipe, anatomy=options.phantom_anatomy, raw=options.root

@@ -377,6 +377,17 @@ def phantom_recipe(name: str) -> dict:
     return read_recipe("phantom_raters" if name in RATER_SETS else "phantom_mini")
 
 
+def describe_population(recipe: dict) -> str:
+    """Whom a model that was trained on data of `recipe` has seen, in words for a card or a report."""
+    rule = {
+        "healthy_by_mask": "lesion-free slices of the training subjects, who may be ill",
+        "healthy_by_label": "healthy training subjects",
+        "all": "all slices of the training subjects",
+        "not_anomalous": "slices of the training subjects that are not known to be anomalous",
+    }[recipe.get("trained_on") or recipe.get("slices", {}).get("train", "all")]
+    return f"{rule} ({recipe['source']})" if "source" in recipe else rule
+
+
 def is_phantom(recipe: dict) -> bool:
     """Whether everybody may see the images that were prepared with `recipe`: nobody's body is in them."""
     return any(source in recipe.get("source", "") for source in _PHANTOM_SOURCES)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 import anodiff
 
-from ..data.preparation import is_phantom
+from ..data.preparation import describe_population, is_phantom
 from ..data.prepared import PreparedSplit, load_prepared
 from ..data.processor import VolumeProcessor
 from ..hub.model_card import add_evaluation, make_card
@@ -507,14 +507,7 @@ def training_population(model: str) -> str:
             pass
     if not path.is_file():
         return "not recorded in the checkpoint; state it with --training_population"
-    recipe = yaml.safe_load(path.read_text())
-    rule = {
-        "healthy_by_mask": "lesion-free slices of the training subjects, who may be ill",
-        "healthy_by_label": "healthy training subjects",
-        "all": "all slices of the training subjects",
-        "not_anomalous": "slices of the training subjects that are not known to be anomalous",
-    }[recipe.get("trained_on") or recipe.get("slices", {}).get("train", "all")]
-    return f"{rule} ({recipe['source']})" if "source" in recipe else rule
+    return describe_population(yaml.safe_load(path.read_text()))
 
 
 def _label_definition(split: PreparedSplit) -> str:

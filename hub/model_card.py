@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
+from ..data.preparation import describe_population
 
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def make_card(
         recipe={key: _cell(value) for key, value in recipe.items() if key != "processor"},
         counts={split: [values.get(key, "-") for key in count_names] for split, values in counts.items()},
         count_names=[key.replace("_", " ") for key in count_names],
-        population=evaluation["protocol"]["training_population"] if evaluation else None,
+        population=describe_population(recipe) if recipe else None,
         processor={key: _cell(value) for key, value in processor.items()},
         inference={key: _cell(value) for key, value in inference.items()},
         evaluation=NOT_EVALUATED,

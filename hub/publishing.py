@@ -211,6 +211,6 @@ class BackgroundPush:
 def _forget_local_path(config: Path) -> None:
     """diffusers notes where a component was loaded from; a folder of this machine is nobody's business."""
     values = json.loads(config.read_text())
-    if Path(values.get("_name_or_path", "")).is_absolute():
+    if "_name_or_path" in values:
         del values["_name_or_path"]
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

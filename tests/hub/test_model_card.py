@@ -100,6 +100,7 @@ def test_text():
     assert "| train | 20 | 900 | - |\n| test | 5 | 200 | 31 |\n" in data
     assert '- source: a study\n- license: cc-by-4.0\n- slices: {"rule": "a\\|b"}\n' in data
     assert "| `size` | [8, 8] |" in data
+    assert "Population: all slices of the training subjects (a study)." in data
     assert "| `noise_level` | 2 |" in section(card, "Inference defaults")
     assert "![Slices of the phantom](example.png)" in section(card, "Example")
     assert "Trained to step 300 in 7 minutes." in section(card, "Configuration and versions")
