@@ -1,4 +1,4 @@
-"""Milliseconds per simplex field: the `opensimplex` package with numba against `anodiff.schedulers.noise`.
+"""Milliseconds per simplex field: the `opensimplex` package with numba against `anodiff.schedulers.simplex`.
 
     pip install "anodiff[benchmark]"
     OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python benchmarks/noise.py
@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 
-from anodiff.schedulers.noise import OctaveSimplexNoise
+from anodiff.schedulers.simplex import OctaveSimplexNoise
 
 
 try:

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from huggingface_hub import ModelCard
 from tqdm.auto import tqdm
 
 import anodiff
 
-from ..data.preparation import describe_population, is_phantom
 from ..data.prepared import PreparedSplit, load_prepared
 from ..data.processor import VolumeProcessor
-from ..hub.model_card import add_evaluation, make_card
-from ..hub.publishing import PublishingError, complete_folder, open_repository, push_folder, read_card, write_card
-from ..pipelines.pipeline_utils import NOT_FINITE, AnomalyPipeline, device_name
+from ..pipelines.pipeline_utils import NOT_FINITE, device_name
 from ..pipelines.postprocessing import PostProcessing
 from .baselines import equalised_map, intensity_map, slice_statistics
-from .calibration import CALIBRATION_POLICIES, LabelledSlices, calibrate
+from .calibration import LabelledSlices
+from .checkpoints import (
+    calibrate_checkpoint,
+    check_calibrate,
+    check_set_threshold,
+    load_pipeline,
+    postprocessing_changes,
+    row_name,
+    set_threshold,
+    training_population,
+)
 from .options import EvalOptions
 from .protocol_andi import (
     ANDI_SWEEP,
@@ -43,6 +46,7 @@ from .protocol_andi import (
     sweep_thresholds,
 )
 from .protocol_anofpdm import ANOFPDM_SWEEP, foreground_of, score_anofpdm
+from .publishing import check_hub, push_report
 from .report import draw_cases, markdown_table
 from .scoring import Case, score_cases, score_statistic
 
@@ -66,8 +70,8 @@ def evaluate(options: EvalOptions) -> dict:
     output_dir = Path(options.output_dir)
     if (output_dir / "report.json").exists():
         raise FileExistsError(f"{output_dir} already holds a report. Choose another `--output_dir`, or move it away.")
-    _check_set_threshold(options)
-    _check_calibrate(options)
+    check_set_threshold(options)
+    check_calibrate(options)
     check_protocol(options.protocol, options.sweep)
     if options.push_to_hub:
         check_hub(options, accelerator.is_main_process)
@@ -83,7 +87,9 @@ def evaluate(options: EvalOptions) -> dict:
         # Once: the other processes wait, and then load what was stored.
         slices = LabelledSlices(splits["validation"], options.calibration_slices)
         for model in options.model:
-            calibrations[model] = _calibrate(model, slices, splits["validation"], options, accelerator.device)
+            calibrations[model] = calibrate_checkpoint(
+                model, slices, splits["validation"], options, accelerator.device
+            )
     accelerator.wait_for_everyone()
 
     # 1. Pipelines.
@@ -113,7 +119,7 @@ def evaluate(options: EvalOptions) -> dict:
     # 2. Baselines with the post-processing of the first model.
     processor = VolumeProcessor.from_dict(splits["test"].processor_settings)
     if options.baselines:
-        postprocessing = postprocessing or PostProcessing(**_postprocessing_changes(options))
+        postprocessing = postprocessing or PostProcessing(**postprocessing_changes(options))
         for channel, modality in enumerate(processor.config.modalities):
             for over_median in (False, True):
                 folder = maps_dir / f"intensity-{channel}{'-over-median' * over_median}"
@@ -164,7 +170,7 @@ def evaluate(options: EvalOptions) -> dict:
         if options.set_threshold:
             for row in rows:
                 if row["kind"] == "pipeline":
-                    _set_threshold(Path(row["model"]), row["metrics"][f"threshold_{options.set_threshold}"])
+                    set_threshold(Path(row["model"]), row["metrics"][f"threshold_{options.set_threshold}"])
         if not options.keep_maps:
             shutil.rmtree(maps_dir, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -173,52 +179,6 @@ def evaluate(options: EvalOptions) -> dict:
     if accelerator.is_main_process and options.push_to_hub:
         print(f"Pushed to {push_report(options, report, splits['test'].recipe, output_dir)}")
     return report
-
-
-def check_hub(options: EvalOptions, is_main_process: bool) -> None:
-    """What a push at the end would fail at, found before the evaluation."""
-    remote = [model for model in options.model if not Path(model).is_dir()]
-    if options.push_to_hub not in remote and not (len(options.model) == 1 and not remote):
-        raise ValueError(
-            f"`push_to_hub` must be the one of `model` that is a Hub id, or the id for the only folder in `model`, got"
-            f" {options.push_to_hub} for {', '.join(options.model) or 'no model'}."
-        )
-    if options.hub_picture and not Path(options.hub_picture).is_file():
-        raise FileNotFoundError(f"`hub_picture`: there is no file {options.hub_picture}.")
-    if is_main_process:
-        try:
-            open_repository(options.push_to_hub, private=options.hub_private)
-        except PublishingError as error:
-            raise PublishingError(
-                f"{options.push_to_hub} cannot be pushed to: {error} Nothing was evaluated."
-            ) from error
-
-
-def push_report(options: EvalOptions, report: dict, recipe: dict, output_dir: Path) -> str:
-    """Adds the report to the card of the model: a folder goes up as a whole, of a repository only what changes."""
-    local = options.push_to_hub not in options.model
-    folder = Path(options.model[0]) if local else output_dir / "card"
-    folder.mkdir(exist_ok=True)
-    picture, source = None, options.hub_picture
-    if source is None and is_phantom(recipe) and (output_dir / "cases.png").exists():
-        source = output_dir / "cases.png"
-    if source is not None:
-        data = report["data"]
-        picture = f"evaluation-{data['name'].replace('/', '--')}-{data['split']}{Path(source).suffix}"
-        shutil.copy(source, folder / picture)
-    own = (folder / "README.md").read_text(encoding="utf-8") if local and (folder / "README.md").exists() else None
-    card = own or read_card(options.push_to_hub)
-    if card is None:
-        card = str(make_card(AnomalyPipeline.from_pretrained(options.model[0]), repo_id=options.push_to_hub))
-    card = add_evaluation(ModelCard(card), report, repo_id=options.push_to_hub, picture=picture)
-    (complete_folder if local else write_card)(folder, str(card))
-    data = report["data"]
-    return push_folder(
-        folder,
-        options.push_to_hub,
-        private=options.hub_private,
-        commit_message=f"Results on {data['name']}, {data['split']}",
-    )
 
 
 def _score_protocol(row: dict, files: dict[str, list[Path]], split: PreparedSplit, options: EvalOptions) -> None:
@@ -249,98 +209,6 @@ def _score_protocol(row: dict, files: dict[str, list[Path]], split: PreparedSpli
             sweep_thresholds(options.sweep or ANOFPDM_SWEEP),
             healthy_fpr=options.healthy_fpr,
         )
-
-
-def _check_calibrate(options: EvalOptions) -> None:
-    if options.calibrate is None:
-        if options.guidance_scales or options.calibration_slices:
-            raise ValueError("`guidance_scales` and `calibration_slices` belong to `calibrate labels`.")
-        return
-    if options.calibration_slices and options.calibrate != "labels":
-        raise ValueError(f"`calibration_slices` belongs to `calibrate labels`, got it with {options.calibrate}.")
-    if options.calibrate not in CALIBRATION_POLICIES:
-        raise ValueError(f"`calibrate` must be one of {', '.join(CALIBRATION_POLICIES)}, got {options.calibrate!r}.")
-    if options.validation_split == "none":
-        raise ValueError("`calibrate` needs a validation split, got `validation_split` none.")
-    if options.set_threshold:
-        raise ValueError("Give either `calibrate` or `set_threshold`: both store a threshold in the checkpoint.")
-    _check_own_settings("calibrate", options)
-
-
-def _calibrate(model: str, slices: LabelledSlices, split: PreparedSplit, options: EvalOptions, device) -> dict:
-    pipeline = load_pipeline(model, options, device)
-    pipeline.processor.check_equal(split.processor_settings, f"{model} was trained with")
-    record = calibrate(
-        pipeline,
-        slices,
-        options.calibrate,
-        guidance_scales=options.guidance_scales,
-        healthy_fpr=options.healthy_fpr,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
-    _store_values(Path(model), record["values"])
-    return record
-
-
-def _check_set_threshold(options: EvalOptions) -> None:
-    if options.set_threshold is None:
-        return
-    if options.set_threshold not in ("validation", "healthy"):
-        raise ValueError(f"`set_threshold` must be validation or healthy, got {options.set_threshold!r}.")
-    _check_own_settings("set_threshold", options)
-
-
-def _check_own_settings(option: str, options: EvalOptions) -> None:
-    """What is stored in a checkpoint must have been found with its own settings."""
-    if options.inference or _postprocessing_changes(options):
-        raise ValueError(f"`{option}` needs the checkpoint's own settings: leave `inference` and post-processing out.")
-    remote = [model for model in options.model if not Path(model).is_dir()]
-    if remote:
-        raise ValueError(f"`{option}` needs checkpoint folders, got {', '.join(remote)}.")
-
-
-def _set_threshold(folder: Path, threshold: float | None) -> None:
-    if threshold is None:
-        raise ValueError("`set_threshold`: the validation split does not allow this policy, no threshold was stored.")
-    _store_values(folder, {"threshold": threshold})
-
-
-def _store_values(folder: Path, values: dict) -> None:
-    """Puts values of the pipeline's configuration into a checkpoint folder and the table of its card."""
-    index = folder / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | values, indent=2) + "\n")
-    card = folder / "README.md"
-    if card.exists():
-        text = card.read_text()
-        for name, value in values.items():
-            text = re.sub(rf"^\| `{name}` \|.*\|$", f"| `{name}` | {value} |", text, flags=re.M)
-        card.write_text(text)
-
-
-def load_pipeline(model: str, options: EvalOptions, device: torch.device) -> AnomalyPipeline:
-    """A checkpoint with the values that the options put into the place of its own."""
-    pipeline = AnomalyPipeline.from_pretrained(model).to(device)
-    unknown = sorted(set(options.inference) - set(pipeline.default_settings()))
-    if unknown:
-        known = ", ".join(pipeline.default_settings())
-        raise ValueError(f"`inference` has no key {', '.join(unknown)}; {type(pipeline).__name__} takes {known}.")
-    # Built anew, so that its constructor checks the values.
-    settings = _own_settings(pipeline) | _postprocessing_changes(options) | options.inference
-    pipeline = type(pipeline)(**pipeline.components, **settings)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.enable_fast_inference(autocast=options.mixed_precision)
-    return pipeline
-
-
-def _postprocessing_changes(options: EvalOptions) -> dict:
-    values = {field.name: getattr(options, field.name) for field in fields(PostProcessing)}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _own_settings(pipeline: AnomalyPipeline) -> dict:
-    components = pipeline.components
-    return {key: value for key, value in pipeline.config.items() if key not in components and not key.startswith("_")}
 
 
 @torch.no_grad()
@@ -444,13 +312,6 @@ def _statistic_rows(splits: dict[str, PreparedSplit]) -> list[dict]:
     return rows
 
 
-def row_name(model: str, pipeline: AnomalyPipeline) -> str:
-    """Method and folder of a model, as tables call it."""
-    method = type(pipeline).__name__.removesuffix("Pipeline")
-    path = Path(model)
-    return f"{method} ({path.parent.name if path.name == 'pipeline' else path.name})"
-
-
 def _report(options: EvalOptions, splits, processor: VolumeProcessor, rows: list[dict], accelerator) -> dict:
     split = splits["test"]
     labels = split.labels
@@ -495,19 +356,6 @@ def _report(options: EvalOptions, splits, processor: VolumeProcessor, rows: list
         "processes": accelerator.num_processes,
         "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate", "numpy")},
     }
-
-
-def training_population(model: str) -> str:
-    """Who a checkpoint was trained on, from the recipe of its training data, which travels with the weights."""
-    path = Path(model) / "recipe.yaml"
-    if not Path(model).is_dir():
-        try:
-            path = Path(huggingface_hub.hf_hub_download(model, "recipe.yaml"))
-        except huggingface_hub.errors.EntryNotFoundError:
-            pass
-    if not path.is_file():
-        return "not recorded in the checkpoint; state it with --training_population"
-    return describe_population(yaml.safe_load(path.read_text()))
 
 
 def _label_definition(split: PreparedSplit) -> str:

@@ -21,11 +21,12 @@ import anodiff
 from ..data.prepared import PreparedSplit, load_prepared
 from ..hub.checkpoint import read_model_index
 from ..pipelines.pipeline_utils import device_name
+from .checkpoints import load_pipeline, row_name, training_population
 from .ensemble_metrics import FrequencyCalibration, score_ensemble
 from .metrics import bootstrap_interval
 from .options import EvalOptions
+from .publishing import check_hub, push_report
 from .report import markdown_table
-from .run import check_hub, load_pipeline, push_report, row_name, training_population
 
 
 # N slices, E members, A annotations, C modalities, H x W pixels.

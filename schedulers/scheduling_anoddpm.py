@@ -9,7 +9,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
-from .noise import OctaveSimplexNoise, draw_gaussian, draw_seeds
+from .noise import draw_gaussian, draw_seeds
+from .simplex import OctaveSimplexNoise
 
 
 BETA_SCHEDULES = ("linear", "cosine", "cosine_clipped", "linear_float32")

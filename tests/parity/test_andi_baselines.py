@@ -20,8 +20,8 @@ from anodiff import (
     DAEUNet2DModel,
     VolumeProcessor,
 )
-from anodiff.schedulers.noise import OctaveSimplexNoise, opensimplex3, permutation_tables
 from anodiff.schedulers.scheduling_dae import coarse_noise
+from anodiff.schedulers.simplex import OctaveSimplexNoise, opensimplex3, permutation_tables
 from anodiff.training.objective_dae import denoising_loss
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from anodiff.schedulers.noise import OctaveSimplexNoise, opensimplex2, opensimplex3, permutation_tables
+from anodiff.schedulers.simplex import OctaveSimplexNoise, opensimplex2, opensimplex3, permutation_tables
 
 
 GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "anoddpm"

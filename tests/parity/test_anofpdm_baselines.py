@@ -22,7 +22,7 @@ from anodiff import (
     VolumeProcessor,
 )
 from anodiff.pipelines.postprocessing import median_filter
-from anodiff.schedulers.noise import OctaveSimplexNoise, permutation_tables
+from anodiff.schedulers.simplex import OctaveSimplexNoise, permutation_tables
 
 
 GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "anofpdm"

@@ -4,18 +4,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from anodiff.schedulers.noise import (
+from anodiff.schedulers.noise import draw_gaussian, draw_pyramid, draw_seeds, pyramid_noise, pyramid_sizes
+from anodiff.schedulers.simplex import (
     NORMALIZATIONS,
     OFFSET_ORIGIN,
     OctaveSimplexNoise,
-    draw_gaussian,
-    draw_pyramid,
-    draw_seeds,
     opensimplex2,
     opensimplex3,
     permutation_tables,
-    pyramid_noise,
-    pyramid_sizes,
 )
 
 

@@ -1,0 +1,60 @@
+"""The way of a report into the model card on the Hub."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from ..data.preparation import is_phantom
+from ..hub.model_card import add_evaluation, make_card
+from ..hub.publishing import PublishingError, complete_folder, open_repository, push_folder, read_card, write_card
+from ..pipelines.pipeline_utils import AnomalyPipeline
+from .options import EvalOptions
+
+
+def check_hub(options: EvalOptions, is_main_process: bool) -> None:
+    """What a push at the end would fail at, found before the evaluation."""
+    remote = [model for model in options.model if not Path(model).is_dir()]
+    if options.push_to_hub not in remote and not (len(options.model) == 1 and not remote):
+        raise ValueError(
+            f"`push_to_hub` must be the one of `model` that is a Hub id, or the id for the only folder in `model`, got"
+            f" {options.push_to_hub} for {', '.join(options.model) or 'no model'}."
+        )
+    if options.hub_picture and not Path(options.hub_picture).is_file():
+        raise FileNotFoundError(f"`hub_picture`: there is no file {options.hub_picture}.")
+    if is_main_process:
+        try:
+            open_repository(options.push_to_hub, private=options.hub_private)
+        except PublishingError as error:
+            raise PublishingError(
+                f"{options.push_to_hub} cannot be pushed to: {error} Nothing was evaluated."
+            ) from error
+
+
+def push_report(options: EvalOptions, report: dict, recipe: dict, output_dir: Path) -> str:
+    """Adds the report to the card of the model: a folder goes up as a whole, of a repository only what changes."""
+    local = options.push_to_hub not in options.model
+    folder = Path(options.model[0]) if local else output_dir / "card"
+    folder.mkdir(exist_ok=True)
+    picture, source = None, options.hub_picture
+    if source is None and is_phantom(recipe) and (output_dir / "cases.png").exists():
+        source = output_dir / "cases.png"
+    if source is not None:
+        data = report["data"]
+        picture = f"evaluation-{data['name'].replace('/', '--')}-{data['split']}{Path(source).suffix}"
+        shutil.copy(source, folder / picture)
+    own = (folder / "README.md").read_text(encoding="utf-8") if local and (folder / "README.md").exists() else None
+    card = own or read_card(options.push_to_hub)
+    if card is None:
+        card = str(make_card(AnomalyPipeline.from_pretrained(options.model[0]), repo_id=options.push_to_hub))
+    card = add_evaluation(ModelCard(card), report, repo_id=options.push_to_hub, picture=picture)
+    (complete_folder if local else write_card)(folder, str(card))
+    data = report["data"]
+    return push_folder(
+        folder,
+        options.push_to_hub,
+        private=options.hub_private,
+        commit_message=f"Results on {data['name']}, {data['split']}",
+    )
