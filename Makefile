@@ -47,6 +47,7 @@ benchmark: $(BIN)/.installed
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/andi.py
 	$(BIN)/python benchmarks/anofpdm.py
+	$(BIN)/python benchmarks/cddpm.py
 
 # A Hub on this machine to try push and pull with; docs/hub.md.
 hub: $(BIN)/.installed

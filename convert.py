@@ -6,19 +6,25 @@
     python convert.py anofpdm classifier model149999.pt classifier/
     python convert.py anofpdm v1 ema_0.9999_500000.pt out/ --classifier classifier/
     python convert.py cimd savedmodel053000.pt out/
+    python convert.py cddpm last.ckpt out/ --key state_dict --modality t1
+    python convert.py pddpm last.ckpt out/ --key state_dict
+    python convert.py sadm last.ckpt out/ --key state_dict --cddpm cddpm/
 
 `brain_damage`: the state dict of its `UNet2DModel`, with the notebook's schedule, noise and preprocessing. `andi`: the state dict of
 ANDi's `UNet` for FLAIR, T1, T1ce and T2, with the preprocessing of the recipe `brats21_andi`. `anofpdm`: one of the networks of
 AnoFPDM, four modalities with the recipe `brats21_anofpdm`, one with `atlas_anofpdm`: `v2` becomes an AnoFPDMPipeline, whose components
 a DDIBPipeline takes as well; `v1` with one output per modality an AnoDDPMPipeline, with two and a classifier a
 ClassifierGuidedPipeline; `classifier` a folder that `--classifier` and the training of the guided network take. `cimd`: CIMD's network
-for LIDC, with the preprocessing of the recipe `cimd_lidc`; the weights of its four equal image channels are added up to those of one. The
+for LIDC, with the preprocessing of the recipe `cimd_lidc`; the weights of its four equal image channels are added up to those of one.
+`cddpm`: a cDDPM with its timm ResNet, or a DDPM_2D without one, `pddpm`: a pDDPM, with the preprocessing of the recipe `sadm_t2` or
+`sadm_t1`. `sadm`: the segmentation network (`SegUnet`) of a checkpoint, beside the cDDPM `--cddpm`, which was converted or trained before. The
 values for inference are those of the configurations of the same names; nothing is calibrated.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +33,7 @@ from typing import Any
 from anodiff.configs import parse_options
 
 
-METHODS = ("brain_damage", "andi", "anofpdm", "cimd")
+METHODS = ("brain_damage", "andi", "anofpdm", "cimd", "cddpm", "pddpm", "sadm")
 ANOFPDM_NETWORKS = ("v2", "v1", "classifier")
 
 
@@ -39,9 +45,14 @@ class ConvertOptions:
     key: str | None = None
     """Key of the weights in the checkpoint, where it holds more than them."""
     unet: dict[str, Any] = field(default_factory=dict)
-    """Arguments of an anofpdm or cimd network that was trained with others than its authors', such as `--unet.layers_per_block 1`."""
+    """Arguments of an anofpdm, cimd, cddpm or pddpm network that was trained with others than its authors', such as
+    `--unet.layers_per_block 1`."""
     classifier: str | None = None
     """Folder or Hub id of a classifier, for an anofpdm v1 with a learned variance."""
+    modality: str = "t2"
+    """Contrast that a cddpm or pddpm was trained on, t1 or t2."""
+    cddpm: str | None = None
+    """Folder or Hub id of the cDDPM that a sadm was trained with."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,10 +71,16 @@ def main(argv: list[str] | None = None) -> int:
             f"error: METHOD ({', '.join(METHODS)}) CHECKPOINT OUT are needed, and for anofpdm NETWORK"
             f" ({', '.join(ANOFPDM_NETWORKS)}) before CHECKPOINT, got {options.arguments}."
         )
-    if options.unet and method not in ("anofpdm", "cimd"):
-        raise SystemExit(f"error: `--unet` is for anofpdm and cimd; the network of {method} has one size.")
+    if options.unet and method not in ("anofpdm", "cimd", "cddpm", "pddpm"):
+        raise SystemExit(
+            f"error: `--unet` is for anofpdm, cimd, cddpm and pddpm; the network of {method} has one size, or tells it."
+        )
+    if options.modality not in ("t1", "t2"):
+        raise SystemExit(f"error: `--modality` must be t1 or t2, got {options.modality!r}.")
     if options.classifier and network != "v1":
         raise SystemExit("error: `--classifier` is for anofpdm v1.")
+    if (options.cddpm is not None) != (method == "sadm"):
+        raise SystemExit("error: `--cddpm` is for sadm, which needs it.")
     checkpoint, out = names
     if Path(out).exists():
         raise SystemExit(f"error: {out} exists already; choose another folder.")
@@ -85,6 +102,10 @@ def main(argv: list[str] | None = None) -> int:
             pipeline, config = _anofpdm(network, state, options)
         elif method == "cimd":
             pipeline, config = _cimd(state, options)
+        elif method in ("cddpm", "pddpm"):
+            pipeline, config = _cddpm(method, state, options)
+        elif method == "sadm":
+            pipeline, config = _sadm(state, options)
         else:
             pipeline, config = _brain_damage() if method == "brain_damage" else _andi()
             if method == "andi":
@@ -137,6 +158,25 @@ def fold_image_channels(state: dict) -> dict:
     name = "input_blocks.0.0.weight"
     image, mask = state[name].split((4, 1), dim=1)
     return {**state, name: torch.cat([image.sum(1, keepdim=True), mask], dim=1)}
+
+
+def convert_timm_resnet(state: dict) -> dict:
+    """Weights of timm's (or torchvision's) ResNet under the names of transformers' `ResNetForImageClassification`."""
+    converted = {}
+    for name, tensor in state.items():
+        for pattern, new in (
+            (r"^conv1\.", "resnet.embedder.embedder.convolution."),
+            (r"^bn1\.", "resnet.embedder.embedder.normalization."),
+            (r"^fc\.", "classifier.1."),
+            (r"\.conv(\d)\.", lambda match: f".layer.{int(match[1]) - 1}.convolution."),
+            (r"\.bn(\d)\.", lambda match: f".layer.{int(match[1]) - 1}.normalization."),
+            (r"\.downsample\.0\.", ".shortcut.convolution."),
+            (r"\.downsample\.1\.", ".shortcut.normalization."),
+            (r"^layer(\d)\.(\d+)\.", lambda match: f"resnet.encoder.stages.{int(match[1]) - 1}.layers.{match[2]}."),
+        ):
+            name = re.sub(pattern, new, name)
+        converted[name] = tensor
+    return converted
 
 
 def _brain_damage():
@@ -263,6 +303,92 @@ def _cimd(state: dict, options: ConvertOptions):
     pipeline = CIMDPipeline(model, CIMDScheduler(**config["scheduler"]), processor, **config["inference"])
     used = {key: value for key, value in model.config.items() if not key.startswith("_")}
     return pipeline, {**config, "unet": {"_class_name": type(model).__name__, **used}, "objective": {}}
+
+
+def _cddpm(method: str, state: dict, options: ConvertOptions):
+    """Pipeline with the weights, and its configuration. Without an encoder a cddpm is a DDPM_2D."""
+    import yaml
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    from anodiff import AnoDDPMScheduler, CDDPMPipeline, ConditionedUNet2DModel, PDDPMPipeline, VolumeProcessor
+    from anodiff.configs import config_path
+    from anodiff.data.preparation import read_recipe
+    from anodiff.training.objective_noise import check_keys
+
+    def part(first: str) -> dict:
+        """The weights of the network that has this parameter, under its own names."""
+        prefix = next((name.removesuffix(first) for name in state if name.endswith(first)), None)
+        if prefix is None:
+            return {}
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+    denoiser, resnet = part("input_blocks.0.0.weight"), part("layer1.0.conv1.weight")
+    if not denoiser:
+        raise AttributeError("it has no input_blocks.0.0.weight.")
+    conditioned = "label_emb.0.weight" in denoiser
+    if conditioned != bool(resnet) or (conditioned and method == "pddpm"):
+        raise AttributeError(
+            "a cddpm has an encoder and a condition (label_emb), or neither, a pddpm neither; there is"
+            f" {'an' if resnet else 'no'} encoder and {'a' if conditioned else 'no'} condition."
+        )
+    name = {"pddpm": "pddpm", "cddpm": "cddpm" if conditioned else "ddpm_2d"}[method]
+    config = yaml.safe_load(config_path(f"{name}.yaml").read_text())
+    processor = VolumeProcessor.from_dict(read_recipe(f"sadm_{options.modality}")["processor"])
+
+    check_keys("unet", options.unet, ConditionedUNet2DModel)
+    arguments = {"sample_size": processor.config.size[0], **config["unet"], **options.unet}
+    del arguments["_class_name"]
+    arguments["condition_dim"] = denoiser["label_emb.0.weight"].shape[1] if conditioned else None
+    model = ConditionedUNet2DModel(**arguments)
+    # The program has more beside the network, such as tables of the schedule.
+    original = {
+        name
+        for name in denoiser
+        if re.match(r"(input_blocks|middle_block|output_blocks|out|time_embed|label_emb)\.", name)
+    }
+    denoiser = {name: denoiser[name] for name in original}
+    model.load_state_dict(transpose_kernels(model.convert_original_state_dict(denoiser)))
+    used = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    config = {**config, "unet": {"_class_name": "ConditionedUNet2DModel", **used}, "objective": {}}
+    parts = {"unet": model, "scheduler": AnoDDPMScheduler(**config["scheduler"]), "processor": processor}
+    if method == "pddpm":
+        return PDDPMPipeline(**parts, **config["inference"]), config
+    encoder = None
+    if conditioned:
+        # The sizes of the encoder are those of its weights: bottlenecks whose last convolution widens.
+        stages = sorted({int(match[1]) for name in resnet if (match := re.match(r"layer(\d)\.", name))})
+        blocks = [
+            {int(name.split(".")[1]) for name in resnet if name.startswith(f"layer{stage}.")} for stage in stages
+        ]
+        resnet = {name: resnet[name] for name in resnet if re.match(r"(conv1|bn1|layer\d|fc)\.", name)}
+        settings = ResNetConfig(
+            num_channels=resnet["conv1.weight"].shape[1],
+            embedding_size=len(resnet["conv1.weight"]),
+            hidden_sizes=[len(resnet[f"layer{stage}.0.conv3.weight"]) for stage in stages],
+            depths=[len(numbers) for numbers in blocks],
+            num_labels=len(resnet["fc.weight"]),
+        )
+        encoder = ResNetForImageClassification(settings).eval()
+        encoder.load_state_dict(transpose_kernels(convert_timm_resnet(resnet)))
+    return CDDPMPipeline(**parts, encoder=encoder, **config["inference"]), config
+
+
+def _sadm(state: dict, options: ConvertOptions):
+    """Pipeline with the weights of the segmentation network, whose sizes they tell, and those of a cDDPM."""
+    from anodiff import CDDPMPipeline, SADMPipeline, SiameseUNet2DModel
+
+    first = "down_path.0.block.1.weight"
+    prefix = next((name.removesuffix(first) for name in state if name.endswith(first)), None)
+    if prefix is None:
+        raise AttributeError(f"it has no {first}.")
+    # The frozen cDDPM of the checkpoint stays behind.
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    levels = {int(name.split(".")[1]) for name in state if name.startswith("down_path.")}
+    widths = [len(state[f"down_path.{level}.block.1.weight"]) for level in sorted(levels)]
+    model = SiameseUNet2DModel(state[first].shape[1], widths)
+    model.load_state_dict(transpose_kernels(model.convert_original_state_dict(state)))
+    part = CDDPMPipeline.from_pretrained(options.cddpm)
+    return SADMPipeline(part.unet, model.eval(), part.scheduler, part.processor, part.encoder), None
 
 
 if __name__ == "__main__":

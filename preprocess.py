@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         else:
             failures = prepare_recipe(recipe, options.root, options.out)
-    except (ValueError, OSError, PublishingError) as error:
+    except (ValueError, OSError, ImportError, PublishingError) as error:
         print(f"preprocess.py: {error}", file=sys.stderr)
         return 1
     print(f"Wrote {options.out}.")

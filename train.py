@@ -23,7 +23,13 @@ OBJECTIVES = {
     "classifier": ("anodiff.training.objective_guided", "ClassifierObjective"),
     "learned_sigma": ("anodiff.training.objective_guided", "LearnedSigmaObjective"),
     "cimd": ("anodiff.training.objective_cimd", "CIMDObjective"),
+    "cddpm": ("anodiff.training.objective_cddpm", "CDDPMObjective"),
+    "ddpm_2d": ("anodiff.training.objective_cddpm", "DDPM2DObjective"),
+    "pddpm": ("anodiff.training.objective_cddpm", "PDDPMObjective"),
     "dae": ("anodiff.training.objective_dae", "DAEObjective"),
+    "sadm": ("anodiff.training.objective_sadm", "SADMObjective"),
+    "sadm_labelled": ("anodiff.training.objective_sadm", "LabelledSADMObjective"),
+    "spark": ("anodiff.training.objective_spark", "SparKObjective"),
 }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import nibabel as nib
 import numpy as np
+import scipy.ndimage
 
 
 # Directions in which (W, H, slice) grow. Axial: W from the patient's right to left, H from anterior to posterior.
@@ -32,6 +33,7 @@ class Geometry:
         network_shape (`tuple[int, int, int]`): Voxels of the network's grid, `(W, H, N)`.
         antialias (`bool`): Widen the interpolation kernel where the network's grid is the coarser one. On the way back it is
             always widened where the input's grid is coarser.
+        bspline (`bool`): Bring images to the network's grid by cubic B-splines, without `antialias`, instead of linearly.
     """
 
     input_shape: tuple[int, int, int]
@@ -41,6 +43,7 @@ class Geometry:
     step: tuple[float, float, float]
     network_shape: tuple[int, int, int]
     antialias: bool = True
+    bspline: bool = False
 
     @property
     def network_affine(self) -> np.ndarray:
@@ -57,7 +60,10 @@ class Geometry:
         if array.shape != self.input_shape:
             raise ValueError(f"`array` must have the input's shape {self.input_shape}, got {array.shape}.")
         oriented = nib.orientations.apply_orientation(array, plane_orientation(self.input_affine, self.plane))
-        grid = _resample(oriented, self.network_shape, self.start, self.step, nearest, self.antialias)
+        if self.bspline and not nearest:
+            grid = _resample_bspline(oriented, self.network_shape, self.start, self.step)
+        else:
+            grid = _resample(oriented, self.network_shape, self.start, self.step, nearest, self.antialias)
         return np.ascontiguousarray(grid.transpose(2, 1, 0))
 
     def to_input(self, slices: np.ndarray, *, nearest: bool = False) -> np.ndarray:
@@ -105,6 +111,21 @@ def _resample(array, shape, start, step, nearest, antialias):
             weights = _linear_weights(array.shape[axis], shape[axis], start[axis], step[axis], antialias)
             array = np.moveaxis(np.tensordot(weights, array.astype(np.float32, copy=False), (1, axis)), 0, axis)
     return array
+
+
+def _resample_bspline(array, shape, start, step):
+    # The field of view in whole voxels first, 0 outside of the input: splines see beyond their neighbours, and are to see nothing
+    # else. They go on at its border as if mirrored in the centre of the outermost voxel, as those of ITK.
+    low = np.floor(np.subtract(start, np.divide(step, 2)) + 0.5 + 1e-6).astype(int)
+    high = np.ceil(np.add(start, np.multiply(step, np.subtract(shape, 0.5))) + 0.5 - 1e-6).astype(int)
+    window = np.zeros(high - low)
+    inside_low, inside_high = np.maximum(low, 0), np.minimum(high, array.shape)
+    if (inside_low < inside_high).all():
+        source = tuple(slice(*ends) for ends in zip(inside_low, inside_high, strict=True))
+        target = tuple(slice(*ends) for ends in zip(inside_low - low, inside_high - low, strict=True))
+        window[target] = array[source]
+    grid = scipy.ndimage.affine_transform(window, step, start - low, output_shape=shape, order=3, mode="mirror")
+    return grid.astype(np.float32)
 
 
 def _nearest(coordinates):

@@ -28,7 +28,14 @@ from .geometry import Geometry, plane_orientation
 from .phantom import PHANTOM_SETS, SET_SEED, write_phantom
 from .processor import ProcessedVolume, VolumeProcessor
 from .raters import RATER_SETS, RaterRule, write_rater_phantom
-from .readers import SPLITS, Subject, read_annotated_folders, read_image_folders, read_volume_folders
+from .readers import (
+    SPLITS,
+    Subject,
+    read_annotated_folders,
+    read_image_folders,
+    read_split_tables,
+    read_volume_folders,
+)
 from .volume import read_volume
 
 
@@ -42,6 +49,7 @@ READERS = {
     "volume_folders": read_volume_folders,
     "image_folders": read_image_folders,
     "annotated_folders": read_annotated_folders,
+    "split_tables": read_split_tables,
 }
 RECIPE_KEYS = ("source", "license", "reader", "reader_options", "processor", "slices", "raters", "split", "dtype")
 # Every set that is made and not read; those with several annotations are pictures.
@@ -527,7 +535,7 @@ def _intensity_sums(processed: ProcessedVolume, processor: VolumeProcessor) -> n
 
 def _touched(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
     """`(N,)` bool: slices that see any voxel of a mask. Every voxel counts, as the widened kernel leaves none out."""
-    return dataclasses.replace(geometry, antialias=True).to_network(mask).any((1, 2))
+    return dataclasses.replace(geometry, antialias=True, bspline=False).to_network(mask).any((1, 2))
 
 
 def _files(subject: Subject) -> list[Path]:

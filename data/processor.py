@@ -17,9 +17,12 @@ from .geometry import PLANES, Geometry, plane_orientation
 from .volume import InputVolume, read_volume
 
 
-INTENSITY_RULES = ("percentile", "slice_minmax", "mean_std", "mean_std_no_offset", "given")
+INTENSITY_RULES = ("percentile", "slice_minmax", "brain_percentiles", "mean_std", "mean_std_no_offset", "given")
 BRAIN_RULES = ("nonzero", "given", "none")
-RESIZE_RULES = ("fit", "stretch")
+RESIZE_RULES = ("fit", "stretch", "torchio")
+
+_FLOW_STEP = 0.125  # of CurvatureFlow
+_NO_BRAIN_LEFT = "{name}: no voxel of the brain is left in the slices. Check the brain mask, and `crop`, `spacing` and `size` of the processor."
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class VolumeProcessor(ConfigMixin):
     Brings volumes to slices and maps back onto the volume. A component of every checkpoint: what the network has seen in
     training is what it sees at inference.
 
-    The order of steps: orientation, intensity rule of the whole volume, spacing, crop, resize (one linear interpolation for
-    all three), intensity rule of the slice, clipping, value range.
+    The order of steps: smoothing, orientation, intensity rule of the whole volume, spacing, crop, resize (one interpolation
+    for all three, linear but for `resize="torchio"`), intensity rule of the slice, clipping, value range.
 
     Args:
         modalities (`tuple[str, ...]`, defaults to `("image",)`):
@@ -63,17 +66,22 @@ class VolumeProcessor(ConfigMixin):
         size (`tuple[int, int]`, *optional*):
             Slice size (H, W) of the network; `None` keeps what the steps before give.
         resize (`str`, defaults to `"fit"`):
-            `"fit"` keeps the aspect ratio and pads with background, `"stretch"` does not.
+            `"fit"` keeps the aspect ratio and pads with background, `"stretch"` does not. `"torchio"`: as `CropOrPad` and `Resample` of
+            torchio do it, in cDDPM and SADM: `crop` has three numbers, the factor from it to `size` is that of the slice axis, too, an odd
+            voxel is cut at the low end and not at the high one, and images are interpolated by cubic B-splines without antialiasing,
+            which overshoot a little.
         antialias (`bool`, defaults to `True`):
             Widen the linear kernel when reducing (as PIL and `interpolate(antialias=True)`). ANDi does, AnoFPDM does not.
         intensity (`str`, defaults to `"percentile"`):
             `"percentile"`: divide by the `quantile` of the voxels > 0 of the volume (ANDi 2.2, AnoFPDM 2.4).
             `"slice_minmax"`: after `"percentile"`, every slice and channel to [0, 1], (x - min) / (max - min + 1e-5) (AnoFPDM's
             loader).
+            `"brain_percentiles"`: [1 - `quantile`, `quantile`] of the voxels of the brain mask that `crop` leaves, to [0, 1], and clip to
+            that before anything is interpolated (cDDPM and SADM: percentiles 1 and 99).
             `"mean_std"`: clip to [m - s, m + 2s] of the volume, then to [0, 1].
             `"mean_std_no_offset"`: AnoDDPM's own rule: the same clip, divided by 3s, nothing subtracted; above 1 where m > s.
             `"given"`: `input_range` to [0, 1].
-        quantile (`float`, defaults to 0.99): Of the rules `"percentile"` and `"slice_minmax"`.
+        quantile (`float`, defaults to 0.99): Of the rules `"percentile"`, `"slice_minmax"` and `"brain_percentiles"`.
         input_range (`tuple[float, float]`, defaults to `(0.0, 255.0)`): Of the rule `"given"`, in the input's units.
         value_range (`tuple[float, float]`, defaults to `(-1.0, 1.0)`): What [0, 1] becomes in the network.
         clip (`bool`, defaults to `True`): Limit values to `value_range`. ANDi's exceed it (`False`).
@@ -81,6 +89,9 @@ class VolumeProcessor(ConfigMixin):
             `"nonzero"`: where any modality is above `background`, holes filled per slice. `"given"`: a mask comes with every
             volume. `"none"`: the whole slice counts. A mask that is given wins over `"nonzero"`.
         background (`float`, defaults to 0.0): Of the rule `"nonzero"`, in the input's units.
+        curvature_flow (`int`, defaults to 0):
+            Smooth every image first, at its own resolution: iterations of SimpleITK's `CurvatureFlow` with steps of 0.125. cDDPM and SADM
+            3. Needs the extra `preprocess`.
     """
 
     config_name = "processor_config.json"
@@ -102,6 +113,7 @@ class VolumeProcessor(ConfigMixin):
         clip: bool = True,
         brain_mask: str = "nonzero",
         background: float = 0.0,
+        curvature_flow: int = 0,
     ):
         for name, value, allowed in (
             ("plane", plane, tuple(PLANES)),
@@ -121,8 +133,19 @@ class VolumeProcessor(ConfigMixin):
             raise ValueError(f"`crop` must be 'brain', (H, W), (H, W, N) in whole voxels > 0 or null, got {crop!r}.")
         if size is not None and not _are_counts(size, 2):
             raise ValueError(f"`size` must be two integers > 0, (H, W), or null, got {size!r}.")
+        if resize == "torchio" and not (
+            _is_list(crop, 3) and _is_list(size, 2) and crop[0] * size[1] == crop[1] * size[0] and crop[0] >= size[0]
+        ):
+            raise ValueError(
+                "`resize` torchio needs `crop` (H, W, N) and a `size` (H, W) that is smaller by the same factor in both directions, got"
+                f" {crop!r} and {size!r}."
+            )
         if not 0 < quantile <= 1:
             raise ValueError(f"`quantile` must be above 0 and at most 1, got {quantile}.")
+        if intensity == "brain_percentiles" and quantile <= 0.5:
+            raise ValueError(f"`quantile` must be above 0.5 for brain_percentiles, got {quantile}.")
+        if not isinstance(curvature_flow, int) or curvature_flow < 0:
+            raise ValueError(f"`curvature_flow` must be an integer >= 0, got {curvature_flow!r}.")
         for name, pair in (("input_range", input_range), ("value_range", value_range)):
             if not _is_list(pair, 2) or not pair[0] < pair[1]:
                 raise ValueError(f"`{name}` must be (low, high) with low < high, got {pair!r}.")
@@ -172,6 +195,7 @@ class VolumeProcessor(ConfigMixin):
 
         Raises:
             ValueError: Missing or unknown modality, wrong number of channels, different grids, constant image, empty brain.
+            ImportError: `curvature_flow` without SimpleITK.
         """
         volume, brain = self._read(volume, brain_mask)
         arrays = np.stack([volume.arrays[key] for key in volume.arrays])
@@ -186,18 +210,22 @@ class VolumeProcessor(ConfigMixin):
             )
 
         # 1. Intensities of the whole volume: (C, X, Y, Z) to about [0, 1]. offset + scale * value gives the input's units.
-        arrays, offset, scale = self._volume_intensity(arrays, volume.name)
-
-        # 2. Geometry: (C, X, Y, Z) to (N, C, H, W). Padding is background: 0, and with "mean_std" the darkest value.
+        if self.config.curvature_flow:
+            arrays = _curvature_flow(arrays, volume.affine, self.config.curvature_flow)
         geometry = self.geometry(volume.shape, volume.affine, brain)
-        padding = arrays.min((1, 2, 3)) if self.config.intensity == "mean_std" else np.zeros(len(arrays), np.float32)
+        arrays, offset, scale = self._volume_intensity(arrays, brain, geometry, volume.name)
+
+        # 2. Geometry: (C, X, Y, Z) to (N, C, H, W). Padding is background: 0, of the input with "brain_percentiles", and with
+        # "mean_std" the darkest value.
+        padding = np.zeros(len(arrays), np.float32)
+        if self.config.intensity == "mean_std":
+            padding = arrays.min((1, 2, 3))
+        elif self.config.intensity == "brain_percentiles":
+            padding = np.clip(-offset / scale, 0.0, 1.0).astype(np.float32)
         slices = np.stack([geometry.to_network(a - pad) + pad for a, pad in zip(arrays, padding, strict=True)], axis=1)
         network_brain = geometry.to_network(brain, nearest=True)
         if not network_brain.any():
-            raise ValueError(
-                f"{volume.name}: no voxel of the brain is left in the slices. Check the brain mask, and `crop`, `spacing`"
-                " and `size` of the processor."
-            )
+            raise ValueError(_NO_BRAIN_LEFT.format(name=volume.name))
 
         # 3. Intensities of each slice: offset and scale become (N, C).
         offset = np.broadcast_to(offset, slices.shape[:2]).astype(np.float64)
@@ -262,9 +290,16 @@ class VolumeProcessor(ConfigMixin):
         begin += (length - count * step) / 2
         if self.config.crop is not None and self.config.crop != "brain":
             for axis, wanted in zip((1, 0, 2), self.config.crop, strict=False):
-                begin[axis] += (count[axis] - wanted) // 2 * step[axis]
+                cut = (count[axis] - wanted) // 2
+                if self.config.resize == "torchio" and count[axis] > wanted:
+                    cut = np.ceil((count[axis] - wanted) / 2)
+                begin[axis] += cut * step[axis]
                 count[axis] = wanted
-        if self.config.size is not None:
+        if self.config.resize == "torchio":
+            factor = self.config.crop[0] / self.config.size[0]
+            step *= factor
+            count = np.ceil(count / factor - 1e-6)
+        elif self.config.size is not None:
             height, width = self.config.size
             ratio = np.array([count[0] / width, count[1] / height])
             if self.config.resize == "fit":
@@ -288,6 +323,7 @@ class VolumeProcessor(ConfigMixin):
             step=tuple(step.tolist()),
             network_shape=tuple(int(size) for size in count),
             antialias=self.config.antialias,
+            bspline=self.config.resize == "torchio",
         )
 
     def _read(self, volume, brain_mask) -> tuple[InputVolume, np.ndarray]:
@@ -330,7 +366,9 @@ class VolumeProcessor(ConfigMixin):
         slice_axis = int(np.argsort(orientation[:, 0])[2])
         return volume, _fill_holes(brain, slice_axis)
 
-    def _volume_intensity(self, arrays: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _volume_intensity(
+        self, arrays: np.ndarray, brain: np.ndarray, geometry: Geometry, name: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # The rule of the whole volume on (C, X, Y, Z), and per channel the offset and scale that it took out.
         rule = self.config.intensity
         offset, scale = np.zeros(len(arrays)), np.ones(len(arrays))
@@ -340,6 +378,19 @@ class VolumeProcessor(ConfigMixin):
                 if positive.size == 0:
                     raise ValueError(f"{name}: modality `{self.config.modalities[index]}` has no value above 0.")
                 scale[index] = np.quantile(positive, self.config.quantile)
+        elif rule == "brain_percentiles":
+            width, height, count = geometry.network_shape
+            seen = brain & geometry.to_input(np.ones((count, height, width), dtype=bool), nearest=True)
+            if not seen.any():
+                raise ValueError(_NO_BRAIN_LEFT.format(name=name))
+            for index, array in enumerate(arrays):
+                low, high = np.quantile(array[seen], (1 - self.config.quantile, self.config.quantile))
+                if low == high:
+                    raise ValueError(
+                        f"{name}: modality `{self.config.modalities[index]}` is constant ({low:g}) in the brain mask."
+                    )
+                offset[index], scale[index] = low, high - low
+            arrays = np.clip(arrays, _per_channel(offset), _per_channel(offset + scale))
         elif rule == "given":
             low, high = self.config.input_range
             offset, scale = offset + low, scale * (high - low)
@@ -348,6 +399,23 @@ class VolumeProcessor(ConfigMixin):
             arrays = np.clip(arrays, _per_channel(mean - std), _per_channel(mean + 2 * std))
             offset, scale = mean - std if rule == "mean_std" else offset, 3 * std
         return (arrays - _per_channel(offset)) / _per_channel(scale), offset, scale
+
+
+def _curvature_flow(arrays: np.ndarray, affine: np.ndarray, iterations: int) -> np.ndarray:
+    """Smoothed images, `(C, X, Y, Z)` float32."""
+    try:
+        import SimpleITK as sitk
+    except ImportError as error:
+        raise ImportError(
+            "`curvature_flow` of the processor needs SimpleITK: `pip install anodiff[preprocess]`."
+        ) from error
+    smoothed = []
+    for array in arrays:
+        image = sitk.GetImageFromArray(array.T)  # its axes run backwards
+        image.SetSpacing(np.linalg.norm(affine[:3, :3], axis=0).tolist())
+        flowed = sitk.CurvatureFlow(image, timeStep=_FLOW_STEP, numberOfIterations=iterations)
+        smoothed.append(sitk.GetArrayFromImage(flowed).T)
+    return np.stack(smoothed).astype(np.float32)
 
 
 def _per_channel(values: np.ndarray) -> np.ndarray:

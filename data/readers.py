@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import glob
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from .volume import IMAGE_SUFFIXES
 
 SPLITS = ("train", "validation", "test")
 
+_T1_WORD = re.compile(r"(?<![a-zA-Z0-9])t1(?![a-zA-Z0-9])")
 _SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
@@ -238,6 +241,82 @@ def read_annotated_folders(
     return subjects
 
 
+def read_split_tables(
+    root: str | Path,
+    modality: str,
+    splits: Mapping[str, Sequence[str]],
+    available: str | None = None,
+) -> list[Subject]:
+    """
+    Volumes that CSV tables list, in the layout of the authors of pDDPM, cDDPM and SADM: `root/splits/*.csv`, and the volumes where the
+    tables say, `root/Train/ixi/t1/IXI076-Guys-0753_t1.nii.gz`; with all of it in `root/Data`, too.
+
+    The columns are `img_name`, `img_path`, `mask_path`, and where the authors have them `label` and `seg_path`; the paths begin with "/"
+    and mean `root` (or `root/Data`). A table names the T1 file: for another modality, folders called t1 and the t1 in the file's name
+    are replaced below `root`, never in `root` itself. What the tables get wrong is repaired with a warning that names it: a scan that
+    is listed twice is taken once, and one in several splits stays in the last of train, validation and test, so that nothing is tested
+    that was learnt from.
+
+    Args:
+        root (`str` or `Path`): Folder of the data set.
+        modality (`str`): `"t1"`, or what takes its place in the names of folders and files, such as `"t2"`.
+        splits (`dict[str, list[str]]`):
+            Split to its tables, with or without `.csv`. `Brats21_val[10:]` is the rows from the eleventh on, `Brats21_val[:10]` those before.
+        available (`str`, *optional*):
+            Table, `avail_t2`, whose column `0` lists the scans of IXI that have the modality, by `img_name`; of tables called `IXI_...` the
+            others are left out.
+
+    Returns:
+        `list[Subject]`, sorted by name: `img_name` without modality and suffix. Label 1 where a row says so, or none where the table has
+        no `label`; `seg_path` is the mask, marked above 0.
+
+    Raises:
+        ValueError: An unknown split, a table without the columns, a label that is not 0 or 1, or no subject.
+        FileNotFoundError: There is no such table. That a volume is missing is found when it is read.
+    """
+    root = _folder(root)
+    root = root / "Data" if (root / "Data" / "splits").is_dir() else root
+    unknown = [name for name in splits if name not in SPLITS]
+    if unknown or not splits:
+        raise ValueError(f"`splits` must name {', '.join(SPLITS)}, got {', '.join(unknown) or 'none'}.")
+    if any(isinstance(tables, str) for tables in splits.values()):
+        raise ValueError(f"`splits` must hold lists of tables, got {splits}.")
+    kept = None
+    if available is not None:
+        kept = {_scan_name(row["0"], modality) for row in _read_table(root, available, ("0",))}
+
+    subjects: dict[str, Subject] = {}
+    twice, moved = [], []
+    for split in (name for name in SPLITS if name in splits):
+        for table in splits[split]:
+            for row in _read_table(root, table, ("img_name", "img_path", "mask_path")):
+                name = _scan_name(row["img_name"], modality)
+                if kept is not None and table.startswith("IXI_") and name not in kept:
+                    continue
+                if name in subjects:
+                    (twice if subjects[name].split == split else moved).append(name)
+                label, segmentation = (row.get(key) or "" for key in ("label", "seg_path"))
+                if label not in ("", "0", "1", "0.0", "1.0"):
+                    raise ValueError(f"The table {table} must have labels 0 or 1, got {label!r} of {row['img_name']}.")
+                subjects[name] = Subject(
+                    name,
+                    volume={modality: root / _in_modality(row["img_path"], modality)},
+                    masks=(root / segmentation.lstrip("/"),) if segmentation else (),
+                    brain=root / row["mask_path"].lstrip("/"),
+                    label=int(float(label)) if label else None,
+                    split=split,
+                )
+    if not subjects:
+        raise ValueError(f"`splits`: the tables in {root / 'splits'} list no subject.")
+    for names, problem in (
+        (twice, "listed more than once, and taken once"),
+        (moved, "in several splits, and taken for the last of train, validation and test only"),
+    ):
+        if names:
+            warnings.warn(f"{len(set(names))} scans are {problem}: {', '.join(sorted(set(names)))}.", stacklevel=2)
+    return [subjects[name] for name in sorted(subjects)]
+
+
 def _folder(root: str | Path) -> Path:
     root = Path(root)
     if not root.is_dir():
@@ -327,3 +406,33 @@ def _read_groups(path: Path, key: str, column: str) -> dict[str, str]:
                 f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ()) or 'none'}."
             )
         return {row[key]: row[column] for row in reader}
+
+
+def _read_table(root: Path, table: str, columns: Sequence[str]) -> list[dict[str, str]]:
+    name, rows = re.fullmatch(r"(.*?)(?:\[(\d*:\d*)\])?", table).groups()
+    path = root / "splits" / f"{name.removesuffix('.csv')}.csv"
+    if not path.is_file():
+        there = _listing(path.parent) if path.parent.is_dir() else "no such folder"
+        raise FileNotFoundError(f"There is no table {path}: {there}.")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in columns if column not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(
+                f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ())}."
+            )
+        listed = list(reader)
+    return listed[slice(*(int(end) if end else None for end in rows.split(":")))] if rows else listed
+
+
+def _in_modality(path: str, modality: str) -> str:
+    """A path of a table, which names T1, in another modality: folders called t1, and t1 as a word of the file's name."""
+    *folders, name = path.lstrip("/").split("/")
+    folders = [modality if folder == "t1" else folder for folder in folders]
+    return "/".join([*folders, _T1_WORD.sub(modality, name)])
+
+
+def _scan_name(name: str, modality: str) -> str:
+    """`img_name` without suffix and modality: what scans of one examination share."""
+    stem = re.sub(r"\.nii(\.gz)?$", "", name.rpartition("/")[2])
+    return re.sub(rf"_(t1|{re.escape(modality)})$", "", stem)

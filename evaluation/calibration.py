@@ -282,10 +282,13 @@ def _map_threshold(
         active = np.flatnonzero(brain.any((1, 2)))
         images = torch.as_tensor(item["image"])[active].to(pipeline._execution_device)
         numbers = [int(item["slice"][row]) for row in active]
-        raw = np.zeros(brain.shape, np.float32)
+        raw, added = np.zeros(brain.shape, np.float32), None
         results = pipeline.compute_maps(images, numbers, **arguments, **pipeline.default_settings())
         raw[active] = results.maps.float().cpu().numpy()
-        filtered = pipeline.postprocessing.filter(raw, brain)
+        if results.added is not None:
+            added = np.zeros(brain.shape, np.float32)
+            added[active] = results.added.float().cpu().numpy()
+        filtered = pipeline.postprocessing.filter(raw, brain, added)
         chosen = np.asarray(item["label"]) == 0 if policy == "healthy" else slice(None)
         maps.append(filtered[chosen])
         brains.append(brain[chosen])

@@ -26,6 +26,8 @@ def load_pipeline(model: str, options: EvalOptions, device: torch.device) -> Ano
     if unknown:
         known = ", ".join(pipeline.default_settings())
         raise ValueError(f"`inference` has no key {', '.join(unknown)}; {type(pipeline).__name__} takes {known}.")
+    if options.filter_order is not None and "filter_order" not in pipeline.config:
+        raise ValueError(f"`filter_order` is no option of {type(pipeline).__name__}: leave it out.")
     # Built anew, so that its constructor checks the values.
     settings = _own_settings(pipeline) | postprocessing_changes(options) | options.inference
     pipeline = type(pipeline)(**pipeline.components, **settings)

@@ -21,7 +21,7 @@ def dice(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
             Value where both masks are empty. 1 as in AnoDDPM and AnoFPDM; `nan` as in ANDi and SADM, which leaves
             these masks out of a nan-mean. One empty mask beside a filled one is always 0.
     """
-    tp, fp, fn, _ = _confusion(pred, gt)
+    tp, fp, fn, _ = confusion(pred, gt)
     return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else empty
 
 
@@ -30,7 +30,7 @@ def iou(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
     Intersection over union TP / (TP + FP + FN) of one mask; arguments as in [`dice`]. (Empty masks count 1 in
     AnoFPDM's program and 0 in AnoDDPM's.)
     """
-    tp, fp, fn, _ = _confusion(pred, gt)
+    tp, fp, fn, _ = confusion(pred, gt)
     return tp / (tp + fp + fn) if tp + fp + fn else empty
 
 
@@ -39,7 +39,7 @@ def precision(pred: np.ndarray, gt: np.ndarray) -> float:
     TP / (TP + FP) of one mask; `nan` where nothing is predicted. The programs of AnoDDPM and AnoFPDM call this value
     recall.
     """
-    tp, fp, _, _ = _confusion(pred, gt)
+    tp, fp, _, _ = confusion(pred, gt)
     return tp / (tp + fp) if tp + fp else float("nan")
 
 
@@ -48,7 +48,7 @@ def recall(pred: np.ndarray, gt: np.ndarray) -> float:
     TP / (TP + FN) of one mask; `nan` where the ground truth is empty. The programs of AnoDDPM and AnoFPDM call this
     value precision.
     """
-    tp, _, fn, _ = _confusion(pred, gt)
+    tp, _, fn, _ = confusion(pred, gt)
     return tp / (tp + fn) if tp + fn else float("nan")
 
 
@@ -58,8 +58,17 @@ def false_positive_rate(pred: np.ndarray, gt: np.ndarray) -> float:
     pass `pred[brain], gt[brain]` for the rate inside the brain. The program of AnoDDPM returns FN / (FN + TN) under
     this name.
     """
-    _, fp, _, tn = _confusion(pred, gt)
+    _, fp, _, tn = confusion(pred, gt)
     return fp / (fp + tn) if fp + tn else float("nan")
+
+
+def confusion(pred: np.ndarray, gt: np.ndarray) -> tuple[int, int, int, int]:
+    """TP, FP, FN and TN of one mask, counts of pixels. Arguments as in [`dice`]."""
+    pred, gt = _mask_pair(pred, gt)
+    tp = int(np.count_nonzero(pred & gt))
+    fp = int(np.count_nonzero(pred)) - tp
+    fn = int(np.count_nonzero(gt)) - tp
+    return tp, fp, fn, pred.size - tp - fp - fn
 
 
 def lesion_f1(pred: np.ndarray, gt: np.ndarray, *, min_overlap: float = 0.0) -> float:
@@ -496,14 +505,6 @@ def _mask_pair(pred: np.ndarray, gt: np.ndarray) -> tuple[np.ndarray, np.ndarray
     if pred.shape != gt.shape:
         raise ValueError(f"`pred` and `gt` must have the same shape, got {pred.shape} and {gt.shape}.")
     return pred, gt
-
-
-def _confusion(pred: np.ndarray, gt: np.ndarray) -> tuple[int, int, int, int]:
-    pred, gt = _mask_pair(pred, gt)
-    tp = int(np.count_nonzero(pred & gt))
-    fp = int(np.count_nonzero(pred)) - tp
-    fn = int(np.count_nonzero(gt)) - tp
-    return tp, fp, fn, pred.size - tp - fp - fn
 
 
 def _score_pair(scores: np.ndarray, labels: np.ndarray, dtype: type) -> tuple[np.ndarray, np.ndarray]:

@@ -38,13 +38,16 @@ class EvalOptions:
     """Smallest 3-D component of a mask, in voxels."""
     slice_score: str | None = None
     """mean, max or p99 of the map in the brain."""
+    filter_order: str | None = None
+    """erosion_first or median_first, for cDDPM and its relatives."""
     healthy_fpr: float = 0.05
     """Share of healthy validation voxels above the healthy-only threshold."""
     protocol: str = "pooled"
     """Columns beside our own: none with `pooled`; `andi`: AP, Dice and Yen's threshold as ANDi's authors measure them, with a row of
     the equalised FLAIR; `uad_imag`: AP, Dice at validation thresholds and false positive rates of the benchmark UAD-IMAG; `anofpdm`:
-    means over slices and image labels, of all slices and of the unhealthy ones, as AnoFPDM's authors measure them; `ensemble`: several
-    masks against several annotations, which is how CIMD is evaluated whatever stands here."""
+    means over slices and image labels, of all slices and of the unhealthy ones, as AnoFPDM's authors measure them; `sadm`: means over
+    volumes, errors of the reconstruction and thirds of the lesion sizes, as the authors of cDDPM and SADM measure them; `ensemble`:
+    several masks against several annotations, which is how CIMD is evaluated whatever stands here."""
     sweep: tuple[float, float, float] | None = None
     """First, last and step of the thresholds that these protocols try: of maps scaled to [0, 1] for `andi` (0.01, 0.299, 0.001 by
     default), of the maps themselves for `uad_imag` (100 of their scores by default) and `anofpdm` (0.01, 0.69, 0.01)."""

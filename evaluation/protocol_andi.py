@@ -25,7 +25,7 @@ from .metrics import PooledScores, dice
 from .scoring import Case
 
 
-PROTOCOLS = ("pooled", "andi", "uad_imag", "anofpdm")
+PROTOCOLS = ("pooled", "andi", "uad_imag", "anofpdm", "sadm")
 
 # First and last threshold and step: of ANDi's maps, scaled to [0, 1], and of its equalised FLAIR.
 ANDI_SWEEP = (0.01, 0.299, 0.001)
@@ -53,6 +53,13 @@ PROTOCOL_TEXT = {
         "threshold_policy": "; AnoFPDM columns: own as above (unhealthy: whatever the method calls the slice), validation as the best mean"
         " Dice of a grid on the validation split, healthy without masks; components of 40 pixels and fewer of a slice are removed",
     },
+    "sadm": {
+        "unit_of_averaging": "; SADM columns: means over volumes, all their voxels with background, Dice of a mask that was rightly left"
+        " empty and distances to nothing left out; Hausdorff distance in voxels; FPR of healthy slices: their brain voxels pooled",
+        "threshold_policy": "; SADM columns: search as cDDPM's interval search and exact as the best of all scores, both for the pooled Dice"
+        " of the validation volumes with lesions; fpr1, fpr5, fpr10: 1, 5, 10 % of the brain voxels of healthy validation slices; best"
+        " Dice: oracle per volume",
+    },
 }
 
 
@@ -62,8 +69,10 @@ def check_protocol(protocol: str, sweep: tuple[float, float, float] | None) -> N
         raise ValueError(f"`protocol` must be one of {', '.join(PROTOCOLS)}, or ensemble, got {protocol!r}.")
     if sweep is not None:
         sweep_thresholds(sweep)
-        if protocol == "pooled":
-            raise ValueError("`sweep` needs `protocol` andi, uad_imag or anofpdm; `pooled` tries all thresholds.")
+        if protocol in ("pooled", "sadm"):
+            raise ValueError(
+                "`sweep` needs `protocol` andi, uad_imag or anofpdm; the others have no grid of thresholds."
+            )
 
 
 def sweep_thresholds(sweep: tuple[float, float, float]) -> np.ndarray:

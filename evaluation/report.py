@@ -49,6 +49,25 @@ PROTOCOL_COLUMNS = {
             "image_accuracy_validation": "image accuracy, validation",
         }.items()
     },
+    **{
+        f"sadm_{name}": f"{title} (SADM)"
+        for name, title in {
+            "dice_search": "Dice, search",
+            "dice_exact": "Dice, exact threshold",
+            "best_dice": "Dice, best per volume",
+            "auprc": "AP",
+            "auroc": "AUROC",
+            "hausdorff_search": "Hausdorff, search",
+            "dice_small": "Dice, small lesions",
+            "dice_medium": "Dice, medium lesions",
+            "dice_large": "Dice, large lesions",
+            "healthy_fpr_search": "FPR of healthy slices, search",
+            "dice_fpr5": "Dice at 5 % FPR",
+            "healthy_fpr_fpr5": "FPR of healthy slices, 5 % FPR",
+            "l1": "l1",
+            "l1_ratio": "l1 ratio",
+        }.items()
+    },
 }
 
 

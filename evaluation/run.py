@@ -46,6 +46,7 @@ from .protocol_andi import (
     sweep_thresholds,
 )
 from .protocol_anofpdm import ANOFPDM_SWEEP, foreground_of, score_anofpdm
+from .protocol_sadm import score_sadm
 from .publishing import check_hub, push_report
 from .report import draw_cases, markdown_table
 from .scoring import Case, score_cases, score_statistic
@@ -209,6 +210,13 @@ def _score_protocol(row: dict, files: dict[str, list[Path]], split: PreparedSpli
             sweep_thresholds(options.sweep or ANOFPDM_SWEEP),
             healthy_fpr=options.healthy_fpr,
         )
+    elif options.protocol == "sadm":
+        metrics, records, row["lesion_sizes"] = score_sadm(
+            files["test"], files.get("validation", []), min_component_size=row["settings"]["min_component_size"]
+        )
+        for subject, record in zip(row["subjects"], records, strict=True):
+            subject.update(record)
+        row["metrics"] |= metrics
 
 
 @torch.no_grad()
@@ -229,14 +237,14 @@ def _pipeline_cases(
         waiting: list[dict] = []
         for position, subject in enumerate(mine):
             waiting.append({"subject": subject, **split.read_subject(subject)})
-            if sum(len(item["image"]) for item in waiting) < options.batch_size and position + 1 < len(mine):
+            is_full = pipeline.whole_volumes or sum(len(item["image"]) for item in waiting) >= options.batch_size
+            if not is_full and position + 1 < len(mine):
                 continue
             start = time.perf_counter()
             images = torch.from_numpy(np.concatenate([item["image"] for item in waiting])).to(accelerator.device)
             brain = np.concatenate([item["brain"] for item in waiting])
             numbers = np.concatenate([item["slice"] for item in waiting])
             active = np.flatnonzero(brain.any((1, 2)))
-            maps = np.zeros(brain.shape, np.float32)
             settings = pipeline.default_settings()
             if "gate_by_label" in settings:
                 # Cases keep masks and image labels apart: one setting of the protocol needs the masks alone.
@@ -244,20 +252,28 @@ def _pipeline_cases(
             results = pipeline.compute_maps(
                 images[active], numbers[active].tolist(), seed=options.seed, batch_size=options.batch_size, **settings
             )
-            maps[active] = results.maps.float().cpu().numpy()
-            own_mask = own_labels = None
+            maps = _with_empty_slices(results.maps, active, brain.shape)
+            own_mask = own_labels = added = error = None
+            if results.added is not None:
+                added = _with_empty_slices(results.added, active, brain.shape)
+            if options.protocol == "sadm" and results.reconstruction is not None:
+                low, high = pipeline.processor.config.value_range
+                difference = (images[active] - results.reconstruction).abs().mean(1) / (high - low)
+                error = _with_empty_slices(difference, active, brain.shape)
             if results.masks is not None:
                 own_mask, own_labels = np.zeros(brain.shape, bool), np.zeros(len(brain), np.int64)
                 own_mask[active] = results.masks.cpu().numpy()
                 own_labels[active] = results.details.get("label", results.masks.any(2).any(1)).cpu().numpy()
-            if not np.isfinite(maps).all():
+            if not np.isfinite(maps).all() or (added is not None and not np.isfinite(added).all()):
                 names = ", ".join(item["subject"] for item in waiting)
                 raise ValueError(f"{name}, {split_name}, subject(s) {names}: {NOT_FINITE}")
             offset = 0
             for item in waiting:
                 rows = slice(offset, offset + len(item["image"]))
                 offset = rows.stop
-                case = _case(item, maps[rows], pipeline.postprocessing)
+                case = _case(item, maps[rows], pipeline.postprocessing, None if added is None else added[rows])
+                if error is not None:
+                    case = replace(case, error=error[rows])
                 if own_mask is not None:
                     # The original's masks know no brain; a predicted voxel outside is none.
                     case = replace(case, own_mask=own_mask[rows] & item["brain"], own_labels=own_labels[rows])
@@ -278,9 +294,16 @@ def _own_subjects(splits: dict[str, PreparedSplit], folder: Path, accelerator) -
             yield {"subject": subject, **split.read_subject(subject)}, folder / split_name
 
 
-def _case(item: dict, maps: np.ndarray, postprocessing: PostProcessing) -> Case:
+def _with_empty_slices(values: torch.Tensor, active: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Maps of the slices with brain among those of all, 0 elsewhere, float32."""
+    everything = np.zeros(shape, np.float32)
+    everything[active] = values.float().cpu().numpy()
+    return everything
+
+
+def _case(item: dict, maps: np.ndarray, postprocessing: PostProcessing, added: np.ndarray | None = None) -> Case:
     brain = item["brain"]
-    filtered = postprocessing.filter(maps, brain)
+    filtered = postprocessing.filter(maps, brain, added)
     # Several annotators: a voxel counts as lesion where at least half of them say so.
     mask = item["mask"].mean(1) >= 0.5 if item["mask"].shape[1] and (item["label"] >= 0).all() else None
     return Case(

@@ -29,6 +29,8 @@ class Case:
         own_mask (`np.ndarray` of shape `(N, H, W)`, *optional*):
             bool, the segmentation of a method that chooses its thresholds itself, whatever its image labels are.
         own_labels (`np.ndarray` of shape `(N,)`, *optional*): With `own_mask`: 1 where the method calls a slice anomalous, else 0.
+        error (`np.ndarray` of shape `(N, H, W)`, *optional*):
+            Absolute difference of slice and reconstruction, mean over modalities, on [0, 1]; for the protocol `sadm`.
     """
 
     subject: str
@@ -40,6 +42,7 @@ class Case:
     volume_score: float
     own_mask: np.ndarray | None = None
     own_labels: np.ndarray | None = None
+    error: np.ndarray | None = None
 
     def save(self, folder: Path) -> None:
         # A picture's name holds the folders it came from.

@@ -36,10 +36,10 @@ class DAEUNet2DModel(ModelMixin, ConfigMixin):
             raise ValueError("`block_out_channels` must name the channels of at least one level, got none.")
         self.down_path = nn.ModuleList()
         for before, channels in zip((in_channels, *block_out_channels), block_out_channels, strict=False):
-            self.down_path.append(_ConvBlock(before, channels))
+            self.down_path.append(StandardizedConvBlock(before, channels))
         self.up_path = nn.ModuleList()
         for before, channels in zip(block_out_channels[:0:-1], block_out_channels[-2::-1], strict=True):
-            self.up_path.append(_UpBlock(before, channels))
+            self.up_path.append(StandardizedUpBlock(before, channels))
         self.last = nn.Conv2d(block_out_channels[0], out_channels, kernel_size=1)
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> UNet2DOutput | tuple:
@@ -75,7 +75,9 @@ class _StandardizedConv2d(nn.Conv2d):
         return self._conv_forward(sample, (self.weight - mean) / (deviation + 1e-5), self.bias)
 
 
-class _ConvBlock(nn.Module):
+class StandardizedConvBlock(nn.Module):
+    """Twice: reflect padding, standardised convolution, SiLU, group normalisation with the upper middle divisor of the channels."""
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         divisors = [number for number in range(1, out_channels + 1) if out_channels % number == 0]
@@ -94,11 +96,13 @@ class _ConvBlock(nn.Module):
         return self.block(sample)
 
 
-class _UpBlock(nn.Module):
+class StandardizedUpBlock(nn.Module):
+    """Transposed convolution to twice the size, concatenation with the skip, which has `out_channels`, and a block."""
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.up = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
-        self.conv_block = _ConvBlock(2 * out_channels, out_channels)
+        self.conv_block = StandardizedConvBlock(2 * out_channels, out_channels)
 
     def forward(self, sample: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         return self.conv_block(torch.cat([self.up(sample), skip], 1))

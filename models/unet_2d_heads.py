@@ -75,13 +75,7 @@ class UNet2DHeadsModel(UNet2DModel):
                     )
                 module.heads = num_attention_heads
                 module.scale = (module.inner_dim // num_attention_heads) ** -0.5
-                torch.nn.init.zeros_(module.to_out[0].weight)
-                torch.nn.init.zeros_(module.to_out[0].bias)
-            elif isinstance(module, ResnetBlock2D):
-                torch.nn.init.zeros_(module.conv2.weight)
-                torch.nn.init.zeros_(module.conv2.bias)
-        torch.nn.init.zeros_(self.conv_out.weight)
-        torch.nn.init.zeros_(self.conv_out.bias)
+        zero_residual_branches(self)
 
     def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
@@ -126,6 +120,19 @@ class UNet2DHeadsModel(UNet2DModel):
                     name = new + name.removeprefix(old)
             renamed[name] = tensor
         return convert_guided_diffusion_layers(renamed, lambda channels: self.config.num_attention_heads)
+
+
+def zero_residual_branches(model: UNet2DModel) -> None:
+    """Gives the last layer of every residual branch and of the network zero weights, as guided-diffusion does: blocks begin as identity."""
+    layers = [model.conv_out]
+    for module in model.modules():
+        if isinstance(module, Attention):
+            layers.append(module.to_out[0])
+        elif isinstance(module, ResnetBlock2D):
+            layers.append(module.conv2)
+    for layer in layers:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
 
 
 def convert_guided_diffusion_layers(

@@ -49,12 +49,14 @@ class SliceResults(NamedTuple):
         reconstruction (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): Pseudo-healthy slices, if the method makes any.
         masks (`torch.Tensor` of shape `(N, H, W)`, bool, *optional*): The method's own segmentation, if it chooses its thresholds itself.
         details (`dict[str, torch.Tensor]`): What else it says of each slice, `(N, ...)`.
+        added (`torch.Tensor` of shape `(N, H, W)`, *optional*): Scores >= 0 that are added to the maps once these are filtered.
     """
 
     maps: torch.Tensor
     reconstruction: torch.Tensor | None = None
     masks: torch.Tensor | None = None
     details: dict[str, torch.Tensor] = MappingProxyType({})
+    added: torch.Tensor | None = None
 
 
 class AnomalyPipeline(DiffusionPipeline):
@@ -67,6 +69,8 @@ class AnomalyPipeline(DiffusionPipeline):
 
     # Whether a call draws nothing: `noise` is then no argument, and a seed changes nothing.
     deterministic = False
+    # Whether a map depends on other slices of its volume: `compute_maps` then wants those of one volume, and of no other.
+    whole_volumes = False
     _autocast_dtype: torch.dtype | None = None
 
     @classmethod
@@ -185,8 +189,9 @@ class AnomalyPipeline(DiffusionPipeline):
 
     @property
     def postprocessing(self) -> PostProcessing:
-        """The post-processing that the configuration holds."""
-        return PostProcessing(**{field.name: self.config[field.name] for field in fields(PostProcessing)})
+        """The post-processing that the configuration holds; only some methods have a choice of `filter_order`."""
+        names = [field.name for field in fields(PostProcessing)]
+        return PostProcessing(**{name: self.config[name] for name in names if name in self.config})
 
     def autocast(self):
         """Context of all evaluations of a call. Opened once: autocast then converts the weights once, and everything between two
@@ -292,6 +297,7 @@ class AnomalyPipeline(DiffusionPipeline):
                 name: to_all(values, torch.tensor(float("nan") if values.is_floating_point() else -1))
                 for name, values in results.details.items()
             },
+            None if results.added is None else to_all(results.added, nothing),
         )
         output = self.finish_volume(prepared, results, threshold, settings)
         self.maybe_free_model_hooks()
@@ -302,14 +308,16 @@ class AnomalyPipeline(DiffusionPipeline):
     ) -> AnomalyOutput:
         """Filters maps as the checkpoint says, scores them, and brings everything onto the grid of the input. A `threshold` wins over
         the method's own masks."""
-        maps, reconstruction, masks, details = results
+        maps, reconstruction, masks, details, added = results
         details = {name: values.cpu().numpy() for name, values in details.items()}
         masks = None if masks is None else masks & prepared.brain
         brain = prepared.brain.cpu().numpy()
-        if not torch.isfinite(maps).all():
+        if not torch.isfinite(maps).all() or (added is not None and not torch.isfinite(added).all()):
             raise ValueError(NOT_FINITE)
         postprocessing = self.postprocessing
-        filtered = postprocessing.filter(maps.cpu().numpy(), brain)
+        filtered = postprocessing.filter(
+            maps.cpu().numpy(), brain, None if added is None else added.float().cpu().numpy()
+        )
         slice_scores = postprocessing.score_slices(filtered, brain)
         volume_score = postprocessing.score(filtered, brain)
         if prepared.processed is None:

@@ -7,6 +7,7 @@ from scipy import ndimage
 
 
 SLICE_SCORES = ("mean", "max", "p99")
+FILTER_ORDERS = ("erosion_first", "median_first")
 
 
 # N slices of one volume in anatomical order, H x W pixels.
@@ -24,6 +25,7 @@ class PostProcessing:
         erosion (`int`): Network pixels taken from the rim of the brain.
         min_component_size (`int`): Smallest 3-D component of a mask, in network voxels.
         slice_score (`str`): Score of a slice or volume: `"mean"`, `"max"` or `"p99"` of the map in the brain.
+        filter_order (`str`): Of erosion and median, see [`postprocess_maps`]; an option of cDDPM and its relatives only.
     """
 
     median_size: int = 0
@@ -31,24 +33,29 @@ class PostProcessing:
     erosion: int = 0
     min_component_size: int = 0
     slice_score: str = "mean"
+    filter_order: str = "erosion_first"
 
     def __post_init__(self):
         if self.slice_score not in SLICE_SCORES:
             raise ValueError(f"`slice_score` must be one of {', '.join(SLICE_SCORES)}, got {self.slice_score!r}.")
+        if self.filter_order not in FILTER_ORDERS:
+            raise ValueError(f"`filter_order` must be one of {', '.join(FILTER_ORDERS)}, got {self.filter_order!r}.")
         _check_dimensions(self.median_dimensions, "median_dimensions")
         for name in ("median_size", "erosion", "min_component_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
 
-    def filter(self, maps: np.ndarray, brain: np.ndarray) -> np.ndarray:
-        """Filtered maps, `(N, H, W)` float32, 0 outside the brain."""
-        return postprocess_maps(
+    def filter(self, maps: np.ndarray, brain: np.ndarray, added: np.ndarray | None = None) -> np.ndarray:
+        """Filtered maps, `(N, H, W)` float32, 0 outside the brain, and what a method adds to them, unfiltered, in the brain."""
+        filtered = postprocess_maps(
             maps,
             brain,
             median_size=self.median_size,
             median_dimensions=self.median_dimensions,
             erosion=self.erosion,
+            filter_order=self.filter_order,
         )
+        return filtered if added is None else filtered + np.where(brain, added, np.float32(0))
 
     def mask(self, maps: np.ndarray, threshold: float, voxels_per_network_voxel: float = 1.0) -> np.ndarray:
         """`maps > threshold` without components that are too small, bool; for maps on another grid than the network's, tell
@@ -162,6 +169,7 @@ def postprocess_maps(
     median_size: int = 0,
     median_dimensions: int = 2,
     erosion: int = 0,
+    filter_order: str = "erosion_first",
 ) -> np.ndarray:
     """
     Anomaly maps inside the brain, optionally without its rim and median filtered.
@@ -169,7 +177,8 @@ def postprocess_maps(
     Order: erode the brain, set maps outside to 0, median, set maps outside to 0 again. This is the order of the
     programs of cDDPM (without the last step) and SADM (without erosion); ANDi filters without any mask. Masking first
     keeps what lies outside the brain from leaking in through the median, masking last removes what the median carried
-    out.
+    out. With `filter_order="median_first"`, the order of cDDPM's paper, the median sees the rim, too, and only then the
+    brain is eroded.
 
     Args:
         maps (`np.ndarray` of shape `(N, H, W)`):
@@ -182,6 +191,8 @@ def postprocess_maps(
             2 or 3, see [`median_filter`].
         erosion (`int`, *optional*, defaults to 0):
             Pixels to remove from the rim of the brain in each slice.
+        filter_order (`str`, *optional*, defaults to `"erosion_first"`):
+            `"erosion_first"` or `"median_first"`; without erosion they are the same.
 
     Returns:
         `np.ndarray` of shape `(N, H, W)`, float32, 0 outside the (eroded) brain. Values are not scaled.
@@ -191,11 +202,11 @@ def postprocess_maps(
         raise ValueError(f"`brain` must have the shape of `maps`, got {np.shape(brain)} and {maps.shape}.")
     if median_size < 0:
         raise ValueError(f"`median_size` must not be negative, got {median_size}.")
-    brain = erode_brain(brain, erosion)
-    maps = np.where(brain, maps, np.float32(0))
+    eroded = erode_brain(brain, erosion)
+    maps = np.where(eroded if filter_order == "erosion_first" else brain, maps, np.float32(0))
     if median_size > 1:
-        maps = np.where(brain, median_filter(maps, median_size, median_dimensions), np.float32(0))
-    return maps
+        maps = median_filter(maps, median_size, median_dimensions)
+    return np.where(eroded, maps, np.float32(0))
 
 
 def _in_slice(connectivity: int) -> np.ndarray:

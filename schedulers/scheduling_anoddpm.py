@@ -47,9 +47,10 @@ class AnoDDPMScheduler(SchedulerMixin, ConfigMixin):
         noise_type (`str`, defaults to `"simplex"`): `"simplex"` or `"gaussian"`.
         octaves (`int`, defaults to 6), persistence (`float`, defaults to 0.8), wavelength (`float`, defaults to 64.0):
             Octave i has the amplitude persistence^i and the wavelength wavelength / 2^i in pixels.
-        z (`float` or `str`, defaults to 27.0):
+        z (`float`, `str` or `None`, defaults to 27.0):
             Third coordinate of the noise. A number (in pixels; 27 meets no lattice plane in any of the first six octaves) lets one
-            sparse matrix make all fields; `"timestep"` is AnoDDPM's rule, `"timestep_unscaled"` brain_damage's.
+            sparse matrix make all fields; `"timestep"` is AnoDDPM's rule, `"timestep_unscaled"` brain_damage's. `None` is the function
+            of two coordinates (cDDPM), as fast as a number.
         normalize (`str`, defaults to `"none"`):
             `"none"` (AnoDDPM: standard deviation about 0.5), `"per_image"` (brain_damage: mean 0, standard deviation 1), `"analytic"`.
         random_offset (`bool`, defaults to `False`): Shift every field by a random offset, which makes the noise stationary.
@@ -71,7 +72,7 @@ class AnoDDPMScheduler(SchedulerMixin, ConfigMixin):
         octaves: int = 6,
         persistence: float = 0.8,
         wavelength: float = 64.0,
-        z: float | str = 27.0,
+        z: float | str | None = 27.0,
         normalize: str = "none",
         random_offset: bool = False,
         clip_sample: bool = True,

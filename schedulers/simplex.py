@@ -301,11 +301,11 @@ def opensimplex3(seeds: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class _Plan:
-    """What does not depend on the seed: a sparse matrix (H*W, 3V) of all octaves, and the vertices of its columns."""
+    """What does not depend on the seed: a sparse matrix (H*W, D V) of all octaves, and the vertices of its columns."""
 
-    lattice: torch.Tensor  # (3, V) int64, coordinates modulo 256
+    lattice: torch.Tensor  # (D, V) int64, coordinates modulo 256
     starts: torch.Tensor  # (H*W + 1,) int32, where the entries of each pixel start
-    columns: torch.Tensor  # int32, 3 * vertex + axis
+    columns: torch.Tensor  # int32, D * vertex + axis
     weights: torch.Tensor
 
 
@@ -320,9 +320,9 @@ class OctaveSimplexNoise:
     geometry of every distinct timestep at every call, which is many times slower. A field depends on its seed, its
     timestep and the options alone: the other members of the batch cannot change a bit of it.
 
-    Two published settings: AnoDDPM (Wyatt et al., CVPR Workshops 2022) is `OctaveSimplexNoise(z="timestep")`,
-    brain_damage is `OctaveSimplexNoise(wavelength=32, z="timestep_unscaled", normalize="per_image")`. AnoDDPM's author
-    calls the dependence on t an accident.
+    Three published settings: AnoDDPM (Wyatt et al., CVPR Workshops 2022) is `OctaveSimplexNoise(z="timestep")`,
+    brain_damage is `OctaveSimplexNoise(wavelength=32, z="timestep_unscaled", normalize="per_image")`, cDDPM is
+    `OctaveSimplexNoise(z=None)`. AnoDDPM's author calls the dependence on t an accident.
 
     Args:
         octaves (`int`, defaults to 6):
@@ -332,13 +332,14 @@ class OctaveSimplexNoise:
         wavelength (`float`, defaults to 64):
             Cell size of the first octave in pixels, above 0; halved from octave to octave. AnoDDPM calls it
             "frequency".
-        z (`float` or `str`, defaults to 0):
+        z (`float`, `str` or `None`, defaults to 0):
             Third coordinate: a number in pixels, divided by each octave's wavelength as x and y are; `"timestep"`, the
-            timestep taken as such a number; or `"timestep_unscaled"`, the timestep itself in every octave.
+            timestep taken as such a number; or `"timestep_unscaled"`, the timestep itself in every octave. `None`: the
+            function of two coordinates, another one than any plane of the function of three.
         normalize (`str`, defaults to `"none"`):
             `"none"` keeps the sum, whose standard deviation over seeds is about 0.5 with the defaults. `"per_image"`
             gives every field mean 0 and population standard deviation 1. `"analytic"` divides by the expected standard
-            deviation, 0.314 sqrt(sum of `persistence`^(2i)).
+            deviation, 0.314 sqrt(sum of `persistence`^(2i)); not with `z=None`.
         random_offset (`bool`, defaults to `False`):
             Move every field by a whole number of pixels per axis, uniform below the wavelength and derived from its
             seed, and start far from the origin of the lattice. Without it all fields share their lattice, and the
@@ -353,7 +354,7 @@ class OctaveSimplexNoise:
         octaves: int = 6,
         persistence: float = 0.8,
         wavelength: float = 64.0,
-        z: float | str = 0.0,
+        z: float | str | None = 0.0,
         normalize: str = "none",
         random_offset: bool = False,
     ):
@@ -362,10 +363,12 @@ class OctaveSimplexNoise:
         for name, value in (("persistence", persistence), ("wavelength", wavelength)):
             if not 0 < value < inf:
                 raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
-        if z not in Z_RULES if isinstance(z, str) else not isfinite(z):
-            raise ValueError(f"`z` must be a finite number of pixels or one of {Z_RULES}, got {z!r}.")
+        if z is not None and (z not in Z_RULES if isinstance(z, str) else not isfinite(z)):
+            raise ValueError(f"`z` must be a finite number of pixels or one of {(*Z_RULES, None)}, got {z!r}.")
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"`normalize` must be one of {NORMALIZATIONS}, got {normalize!r}.")
+        if z is None and normalize == "analytic":
+            raise ValueError("`normalize` must be 'none' or 'per_image' with `z=None`, got 'analytic'.")
         if random_offset and wavelength != int(wavelength):
             raise ValueError(
                 f"`random_offset` needs a `wavelength` that is a whole number of pixels, got {wavelength!r}: "
@@ -394,7 +397,7 @@ class OctaveSimplexNoise:
                 int64, one per field, for example `(N, C)`. The fields are made on their device.
             timesteps (`torch.Tensor` of shape `(...)`, or `None`):
                 Whole timesteps that broadcast to the shape of the seeds. Not used, and may be `None`, when `z` is a
-                number.
+                number or `None`.
             height, width (`int`):
                 Size of a field in pixels.
             dtype (`torch.dtype`, defaults to `torch.float32`):
@@ -481,7 +484,7 @@ class OctaveSimplexNoise:
         return fields
 
     def _from_plan(self, seeds: torch.Tensor, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """Fields (B, H*W) at the fixed `z`: one gradient per vertex and seed, then a sparse product."""
+        """Fields (B, H*W) at the fixed `z`, or without one: one gradient per vertex and seed, then a sparse product."""
         key = (height, width, seeds.device, dtype)
         if key not in self._plans:
             self._plans[key] = self._build_plan(height, width, seeds.device, dtype)
@@ -491,12 +494,13 @@ class OctaveSimplexNoise:
         plan = self._plans[key]
 
         tables = permutation_tables(seeds).T.contiguous()  # (256, B)
-        x, y, z = plan.lattice[..., None]
-        index = (tables[x.squeeze(1)] + y) & 255
-        index = (tables.gather(0, index) + z) & 255  # (V, B)
-        by_hash = _tables3(seeds.device)[2].T.to(dtype)
-        gradients = by_hash[tables].transpose(1, 2).contiguous()  # (256, 3, B)
-        gradients = gradients.gather(0, index[:, None].expand(-1, 3, -1)).flatten(0, 1)  # (3V, B)
+        dimensions = len(plan.lattice)
+        index = plan.lattice[0][:, None].expand(-1, len(seeds))
+        for coordinate in plan.lattice[1:]:
+            index = (tables.gather(0, index) + coordinate[:, None]) & 255  # (V, B)
+        by_hash = (_tables2 if dimensions == 2 else _tables3)(seeds.device)[2].T.to(dtype)
+        gradients = by_hash[tables].transpose(1, 2).contiguous()  # (256, D, B)
+        gradients = gradients.gather(0, index[:, None].expand(-1, dimensions, -1)).flatten(0, 1)  # (D V, B)
         # As a sum over bags: every output adds its terms one by one, so that the other columns cannot change it. A
         # sparse matrix product promises no such order.
         return F.embedding_bag(
@@ -505,19 +509,24 @@ class OctaveSimplexNoise:
 
     def _build_plan(self, height: int, width: int, device: torch.device, dtype: torch.dtype) -> _Plan:
         pixels = self._pixels(height, width, device)
-        pixels = torch.cat([pixels, torch.full_like(pixels[:1], self.z)])
+        vertices_of = _vertices2
+        if self.z is not None:
+            vertices_of = _vertices3
+            pixels = torch.cat([pixels, torch.full_like(pixels[:1], self.z)])
+        dimensions = len(pixels)
+        bytes_up = torch.arange(dimensions, device=device) * 8
         keys, weights = [], []
         for octave in range(self.octaves):
-            for lattice, weight in _vertices3(pixels / (self.wavelength / 2**octave)):
-                keys.append((lattice[0] << 16) + (lattice[1] << 8) + lattice[2])
+            for lattice, weight in vertices_of(pixels / (self.wavelength / 2**octave)):
+                keys.append((lattice << bytes_up[:, None]).sum(0))
                 weights.append(self.persistence**octave * weight)
-        keys, weights = torch.stack(keys, 1), torch.stack(weights, 1).permute(2, 1, 0)  # (H*W, K), (H*W, K, 3)
+        keys, weights = torch.stack(keys, 1), torch.stack(weights, 1).permute(2, 1, 0)  # (H*W, K), (H*W, K, D)
 
         reached = (weights != 0).any(-1)
         vertices, column = keys[reached].unique(return_inverse=True)
         return _Plan(
-            lattice=torch.stack([vertices >> 16, (vertices >> 8) & 255, vertices & 255]),
-            starts=F.pad(3 * reached.sum(1).cumsum(0), (1, 0)).int(),
-            columns=(3 * column[:, None] + torch.arange(3, device=device)).flatten().int(),
+            lattice=(vertices >> bytes_up[:, None]) & 255,
+            starts=F.pad(dimensions * reached.sum(1).cumsum(0), (1, 0)).int(),
+            columns=(dimensions * column[:, None] + torch.arange(dimensions, device=device)).flatten().int(),
             weights=weights[reached].flatten().to(dtype),
         )

@@ -8,6 +8,13 @@ import torch.nn.functional as F
 from .options import AugmentationOptions
 
 
+# N images, C channels, H x W pixels. Ranges of `augment_intensity`, those of cDDPM's `aug_intensity`:
+LOG_GAMMA = 0.3
+BIAS_COEFFICIENT, BIAS_ORDER = 0.5, 3
+BLUR_STD = 1.0  # pixels; the authors' 2 are torchio's millimetres, and their pixels have 2 mm
+GHOSTS, GHOST_INTENSITY, GHOST_RESTORE = (4, 10), (0.5, 1.0), 0.02
+
+
 def augment(
     batch: dict[str, torch.Tensor],
     generators: list[torch.Generator],
@@ -24,7 +31,9 @@ def augment(
         options ([`AugmentationOptions`]): Ranges.
         background (`float`): Value of what comes into an image from outside; into a mask comes 0.
     """
-    if options == AugmentationOptions():
+    geometric = (options.rotation, options.translation, options.scale, options.horizontal_flip)
+    default = AugmentationOptions()
+    if geometric == (default.rotation, default.translation, default.scale, default.horizontal_flip):
         return batch
     images = batch["image"]
     # Five uniform numbers per image in a fixed order: rotation, shift along W, shift along H, scale, flip.
@@ -51,3 +60,95 @@ def augment(
         moved = F.grid_sample(planes.to(images.dtype), grid, mode="nearest", align_corners=False).to(planes.dtype)
         changed[name] = moved if name == "mask" else moved[:, 0]
     return {**batch, **changed}
+
+
+def augment_intensity(
+    images: torch.Tensor,
+    generators: list[torch.Generator],
+    options: AugmentationOptions,
+    value_range: tuple[float, float],
+) -> torch.Tensor:
+    """
+    Random changes of the intensities of slices, one draw per slice from its own generator, in this order: contrast, an uneven
+    brightness, a blur, ghosts. Values may leave the range, as the authors'.
+
+    This is cDDPM's `aug_intensity` slice by slice, on the device; the authors change whole volumes with torchio, before they take one
+    slice. So it is close and not identical: here the brightness varies within the slice alone, blur and ghosts stay in it, and ghosts run
+    along its rows or columns, never across slices.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, C, H, W)`): Slices in `value_range`. Channels change alike.
+        generators (`list[torch.Generator]`): One per slice, on the device of the images.
+        options ([`AugmentationOptions`]): Probabilities `gamma`, `bias_field`, `blur` and `ghosting`.
+        value_range (`tuple[float, float]`): Of the processor.
+    """
+    if not any((options.gamma, options.bias_field, options.blur, options.ghosting)):
+        return images
+    # Uniform numbers in a fixed order, whatever is asked for: four decisions, gamma, one number for each term of the field, blur
+    # along H and W, and axis, number and strength of the ghosts.
+    powers = [(i, j) for i in range(BIAS_ORDER + 1) for j in range(BIAS_ORDER + 1 - i)]
+    count = 4 + 1 + len(powers) + 2 + 3
+    uniform = torch.stack([torch.rand(count, generator=generator, device=images.device) for generator in generators])
+    decisions, gamma, coefficients, deviations, ghosts = uniform.split([4, 1, len(powers), 2, 3], dim=1)
+    low, high = value_range
+    changed = (images - low) / (high - low)
+    for column, (probability, change) in enumerate(
+        (
+            (options.gamma, lambda values: _gamma(values, gamma)),
+            (options.bias_field, lambda values: _bias_field(values, coefficients, powers)),
+            (options.blur, lambda values: _blur(values, deviations * BLUR_STD)),
+            (options.ghosting, lambda values: _ghosts(values, ghosts)),
+        )
+    ):
+        if probability:
+            chosen = (decisions[:, column] < probability)[:, None, None, None]
+            changed = torch.where(chosen, change(changed), changed)
+    return changed * (high - low) + low
+
+
+def _gamma(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    exponent = (LOG_GAMMA * (2 * uniform - 1)).exp()[..., None, None]
+    return images.sign() * images.abs() ** exponent
+
+
+def _bias_field(images: torch.Tensor, uniform: torch.Tensor, powers: list[tuple[int, int]]) -> torch.Tensor:
+    height, width = images.shape[2:]
+    y, x = (torch.linspace(-1, 1, size, device=images.device) for size in (height, width))
+    terms = torch.stack([y[:, None] ** i * x**j for i, j in powers])  # (terms, H, W)
+    coefficients = BIAS_COEFFICIENT * (2 * uniform - 1)
+    return images * torch.einsum("nt,thw->nhw", coefficients, terms).exp()[:, None]
+
+
+def _blur(images: torch.Tensor, deviations: torch.Tensor) -> torch.Tensor:
+    """Gaussian of its own standard deviations along H and W for each image, `(N, 2)` in pixels."""
+    radius = math.ceil(4 * BLUR_STD)
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    weights = torch.softmax(-0.5 * (offsets / deviations.clamp(min=1e-3)[..., None]) ** 2, dim=2)  # (N, 2, taps)
+    number, channels, height, width = images.shape
+    flat = images.reshape(1, number * channels, height, width)
+    weights = weights.repeat_interleave(channels, dim=0)
+    flat = F.pad(flat, (radius,) * 4, mode="replicate")
+    flat = F.conv2d(flat, weights[:, 0, None, :, None], groups=number * channels)
+    flat = F.conv2d(flat, weights[:, 1, None, None, :], groups=number * channels)
+    return flat.reshape(images.shape)
+
+
+def _ghosts(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Every k-th line of k-space is weakened, along one axis, but for those of the centre: k ghosts."""
+    along_rows = uniform[:, 0, None] < 0.5
+    first, last = GHOSTS
+    number = first + (uniform[:, 1, None] * (last + 1 - first)).long().clamp(max=last - first)
+    weakest, strongest = GHOST_INTENSITY
+    intensity = weakest + uniform[:, 2, None] * (strongest - weakest)
+
+    def weights(size: int, applies: torch.Tensor) -> torch.Tensor:  # (N, size), the zero frequency first
+        lines = torch.arange(size, device=images.device)
+        restored = max(round(GHOST_RESTORE * size), 1)
+        begin = size // 2 - restored // 2
+        centre = (lines >= begin) & (lines < begin + restored)
+        weakened = (lines % number == 0) & ~centre & applies
+        return torch.fft.ifftshift(1.0 - intensity * weakened, dim=1)
+
+    height, width = images.shape[2:]
+    lines = weights(height, ~along_rows)[:, None, :, None] * weights(width, along_rows)[:, None, None, :]
+    return torch.fft.ifft2(torch.fft.fft2(images.float()) * lines).real.to(images.dtype)

@@ -30,7 +30,7 @@ from ..data.processor import VolumeProcessor
 from ..hub.model_card import make_card
 from ..hub.publishing import BackgroundPush, PublishingError, complete_folder, open_repository, push_folder
 from ..pipelines.pipeline_utils import device_name
-from .augmentation import augment
+from .augmentation import augment, augment_intensity
 from .optimization import check_optim, make_ema, make_lr_scheduler, make_optimizer
 from .options import LoopOptions, TrainOptions
 from .samples import PositionBatches, SampleStream, StreamedSamples, sample_generators
@@ -173,6 +173,9 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
             generators = sample_generators(loop.seed, 0, batch.pop("position"), accelerator.device)
             batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
             batch = augment(batch, generators, options.data.augmentation, background)
+            batch["image"] = augment_intensity(
+                batch["image"], generators, options.data.augmentation, processor.config.value_range
+            )
             loss = objective.loss(model, batch, generators).mean()
             accelerator.backward(loss)
             step_loss += loss.detach() / loop.gradient_accumulation_steps
@@ -433,6 +436,10 @@ def _check_options(options: TrainOptions, output_dir: Path) -> None:
         for name in names:
             if getattr(loop, name) < smallest:
                 raise ValueError(f"`train.{name}` must be at least {smallest}, got {getattr(loop, name)}.")
+    for name in ("gamma", "bias_field", "blur", "ghosting"):
+        probability = getattr(options.data.augmentation, name)
+        if not 0 <= probability <= 1:
+            raise ValueError(f"`data.augmentation.{name}` must be a probability from 0 to 1, got {probability}.")
     if loop.ema.start_step < 0:
         raise ValueError(f"`train.ema.start_step` must not be negative, got {loop.ema.start_step}.")
     check_optim(optim)

@@ -18,6 +18,14 @@ class AugmentationOptions:
     """Smallest and largest magnification."""
     horizontal_flip: bool = False
     """Mirror left and right with probability 1/2."""
+    gamma: float = 0.0
+    """Probability of another contrast, with the authors of cDDPM 0.5."""
+    bias_field: float = 0.0
+    """Probability of an uneven brightness, with the authors of cDDPM 0.25."""
+    blur: float = 0.0
+    """Probability of a blur, with the authors of cDDPM 0.25."""
+    ghosting: float = 0.0
+    """Probability of ghosts, as of a patient who moves, with the authors of cDDPM 0.5."""
 
 
 @dataclass

@@ -487,7 +487,10 @@ def recipe(**changes):
             "`slices` has no key every; known are min_brain, first, last, step, min_sum, masks, train",
         ),
         ({"split": [0.5]}, r"`split` must hold `key: value` pairs, got \[0.5\]"),
-        ({"reader": "bids"}, "`reader` must be one of volume_folders, image_folders, annotated_folders, got 'bids'"),
+        (
+            {"reader": "bids"},
+            "`reader` must be one of volume_folders, image_folders, annotated_folders, split_tables, got 'bids'",
+        ),
         ({"reader_options": {}}, "`reader_options` needs the key modalities"),
         ({"reader_options": {"modality": {}}}, "`reader_options` has no key modality; known are modalities, masks"),
         ({"reader_options": {"modalities": {}, "splits": "/splits"}}, "relative to the root, got /splits"),
@@ -506,12 +509,12 @@ def test_recipes_of_the_package(tmp_path):
     names = sorted(file.stem for file in folder.glob("*.yaml"))
     assert names == [
         *["anoddpm_nfbs", "atlas_anofpdm", "brain_damage", "brain_tumor_mri", "brats21_andi", "brats21_anofpdm"],
-        *["brats21_flair", "cimd_lidc", "phantom_mini", "phantom_raters", "tcga_lgg_flair"],
-        "tcga_lgg_labelled",
+        *["brats21_flair", "cimd_lidc", "phantom_mini", "phantom_raters", "sadm_atlas", "sadm_brats", "sadm_brats_t2"],
+        *["sadm_mslub_t2", "sadm_t1", "sadm_t2", "tcga_lgg_flair", "tcga_lgg_labelled"],
     ]
     for name in names:
         # An empty root: everything of the recipe is read, then there is no subject.
-        with pytest.raises(ValueError, match="No folder in|the classes in .* are none"):
+        with pytest.raises((ValueError, OSError), match="No folder in|the classes in .* are none|There is no table"):
             prepare_recipe(read_recipe(name), tmp_path, tmp_path / "set")
         settings = read_recipe(name)
         VolumeProcessor.from_dict(settings["processor"])

@@ -1,5 +1,6 @@
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -61,6 +62,53 @@ def test_slice_minmax():
     torch.testing.assert_close(tiny, slices)
 
 
+def test_brain_percentiles_are_of_the_brain_that_the_crop_leaves():
+    scan = random_scan((8, 10, 7))
+    mask = np.zeros(scan.shape, np.uint8)
+    mask[2:6, 3:8] = 1
+    processor = plain(intensity="brain_percentiles", quantile=0.9, crop=(10, 8, 4), brain_mask="given")
+    slices = processor.preprocess(nifti(scan), nifti(mask)).slices
+    left = scan[..., 1:5]
+    low, high = np.quantile(left[mask[..., 1:5] > 0], (0.1, 0.9))
+    np.testing.assert_allclose(on_lps_grid(slices[:, 0]), np.clip((left - low) / (high - low), 0, 1), atol=1e-6)
+    # What is padded is 0 in the input's units, which is not always the darkest value.
+    dark = nifti(scan - 100), nifti(np.ones_like(mask))
+    padded = plain(intensity="brain_percentiles", crop=(12, 8)).preprocess(*dark).slices
+    low, high = np.quantile(scan - 100, (0.01, 0.99))
+    np.testing.assert_allclose(padded[:, :, 0], -low / (high - low), rtol=1e-5)
+
+
+def test_brain_percentiles_need_a_brain_that_is_left_and_not_constant():
+    scan, processor = random_scan((8, 10, 7)), plain(intensity="brain_percentiles", crop=(10, 8, 3))
+    mask = np.zeros(scan.shape, np.uint8)
+    mask[4, 5, 0] = 1
+    with pytest.raises(ValueError, match="no voxel of the brain is left in the slices"):
+        processor.preprocess(nifti(scan), nifti(mask))
+    mask[4, 5, :] = 1
+    scan[4, 5, :] = 7
+    with pytest.raises(ValueError, match="modality `image` is constant .7. in the brain mask"):
+        processor.preprocess(nifti(scan), nifti(mask))
+
+
+def test_curvature_flow_is_done_at_the_resolution_of_the_input(monkeypatch):
+    pytest.importorskip("SimpleITK", reason="the extra `preprocess` is missing")
+    scan = random_scan((8, 10, 7))
+    smooth = plain(intensity="given", curvature_flow=3)
+    values = on_lps_grid(smooth.preprocess(nifti(scan)).slices[:, 0]) * 255
+    assert 1 < np.abs(values - scan).max() < 300 and values.std() < scan.std()
+    # The voxel size counts, the axes do not.
+    wide = on_lps_grid(smooth.preprocess(nifti(scan, np.diag([-1.0, -1.0, 4.0, 1.0]))).slices[:, 0]) * 255
+    assert np.abs(wide - values).max() > 1
+    turned = smooth.preprocess(nifti(scan.transpose(2, 0, 1), LPS[:, [2, 0, 1, 3]])).slices
+    np.testing.assert_allclose(on_lps_grid(turned[:, 0]) * 255, values, atol=1e-2)
+
+
+def test_curvature_flow_without_simpleitk_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    with pytest.raises(ImportError, match=r"needs SimpleITK: `pip install anodiff\[preprocess\]`"):
+        plain(curvature_flow=3).preprocess(nifti(random_scan()))
+
+
 @pytest.mark.parametrize("rule, offset", [("mean_std", 1), ("mean_std_no_offset", 0)])
 def test_mean_std(rule, offset):
     scan = random_scan() ** 2
@@ -102,8 +150,11 @@ def test_an_image_comes_back_in_the_units_of_the_input(rule):
     processed = processor.preprocess(scan)
     back = processor.postprocess_image(processed.slices, processed)
     assert (back.dtype, back.shape) == (np.float32, (2, 8, 10, 3))
+    head = scan["a"].get_fdata() > 0
     for channel, name in zip(back, "ab", strict=True):
         image = scan[name].get_fdata()
+        if rule == "brain_percentiles":
+            image = np.clip(image, *np.quantile(image[head], (0.01, 0.99)))
         if rule.startswith("mean_std"):
             image = np.clip(image, image.mean() - image.std(), image.mean() + 2 * image.std())
         np.testing.assert_allclose(channel, image, atol=1e-3)
@@ -334,6 +385,7 @@ SETTINGS = {
     "clip": False,
     "brain_mask": "none",
     "background": 3.0,
+    "curvature_flow": 0,
 }
 
 
@@ -367,6 +419,10 @@ def test_an_unknown_setting_is_an_error():
         ({"spacing": [1.0, 1.0]}, "`spacing` must be three numbers"),
         ({"spacing": 1.0}, "`spacing` must be three numbers"),
         ({"spacing": [1.0, 0.0, None]}, "`spacing` must be three numbers > 0"),
+        ({"resize": "torchio", "size": [8, 8]}, "`resize` torchio needs `crop` .H, W, N."),
+        ({"resize": "torchio", "crop": [16, 16, 4], "size": [8, 4]}, "got .16, 16, 4. and .8, 4."),
+        ({"intensity": "brain_percentiles", "quantile": 0.5}, "`quantile` must be above 0.5 for brain_percentiles"),
+        ({"curvature_flow": 0.5}, "`curvature_flow` must be an integer >= 0"),
         ({"crop": "head"}, "`crop` must be 'brain'"),
         ({"crop": [10]}, "`crop` must be 'brain'"),
         ({"crop": [10, 0]}, "`crop` must be 'brain'"),

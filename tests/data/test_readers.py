@@ -9,7 +9,13 @@ import pytest
 from anodiff.data.preparation import prepare
 from anodiff.data.prepared import load_prepared
 from anodiff.data.processor import VolumeProcessor
-from anodiff.data.readers import Subject, read_annotated_folders, read_image_folders, read_volume_folders
+from anodiff.data.readers import (
+    Subject,
+    read_annotated_folders,
+    read_image_folders,
+    read_split_tables,
+    read_volume_folders,
+)
 
 
 def touch(root, *files):
@@ -250,6 +256,157 @@ def test_annotations_survive_preparation(tmp_path, monkeypatch):
         else:
             prepare([subject], processor, tmp_path / "ones-set", recipe={}, progress=False)
             assert load_prepared(tmp_path / "ones-set", "train")[0]["mask"].sum() == 12
+
+
+COLUMNS = ["", "img_name", "age", "label", "img_path", "mask_path", "seg_path"]
+
+
+def healthy_row(name, label="0"):
+    return [
+        0,
+        f"{name}_t1.nii.gz",
+        30.5,
+        label,
+        f"/Train/ixi/t1/{name}_t1.nii.gz",
+        f"/Train/ixi/mask/{name}_mask.nii.gz",
+        "",
+    ]
+
+
+def ill_row(name):
+    files = [f"/Test/Brats21/{kind}/{name}_{kind}.nii.gz" for kind in ("t1", "mask", "seg")]
+    return [0, f"{name}_t1.nii.gz", "", 1, *files]
+
+
+def split_tables(root):
+    """`t1` and `seg` in the root's name, which broke the authors' T2 mode and their smoothing."""
+    tables = {
+        "IXI_train_fold0": map(healthy_row, ["IXI1-HH-1", "IXI2-HH-2", "IXI1-HH-1", "IXI3-HH-3"]),
+        "IXI_val_fold0": map(healthy_row, ["IXI4-HH-4"]),
+        "IXI_test": map(healthy_row, ["IXI3-HH-3", "IXI5-HH-5"]),
+        "Brats21_val": [ill_row(f"BraTS_{number}") for number in range(4)],
+    }
+    for name, rows in tables.items():
+        write_csv(root / "splits" / f"{name}.csv", [COLUMNS, *rows])
+    write_csv(root / "splits" / "avail_t2.csv", [["", "0"], *([0, f"IXI{n}-HH-{n}_t2.nii.gz"] for n in (1, 3, 5))])
+    return root
+
+
+IXI = {"train": ["IXI_train_fold0"], "validation": ["IXI_val_fold0.csv"], "test": ["IXI_test"]}
+
+
+@pytest.mark.parametrize("level", ["", "Data"])
+def test_split_tables(tmp_path, level):
+    root = split_tables(tmp_path / "raw_t1" / "seg_t1" / level)
+    with pytest.warns(UserWarning) as warned:
+        subjects = read_split_tables(tmp_path / "raw_t1" / "seg_t1", "t1", IXI)
+    assert [(subject.name, subject.split) for subject in subjects] == [
+        ("IXI1-HH-1", "train"),
+        ("IXI2-HH-2", "train"),
+        ("IXI3-HH-3", "test"),
+        ("IXI4-HH-4", "validation"),
+        ("IXI5-HH-5", "test"),
+    ]
+    assert [str(warning.message) for warning in warned] == [
+        "1 scans are listed more than once, and taken once: IXI1-HH-1.",
+        "1 scans are in several splits, and taken for the last of train, validation and test only: IXI3-HH-3.",
+    ]
+    assert subjects[0] == Subject(
+        "IXI1-HH-1",
+        {"t1": root / "Train" / "ixi" / "t1" / "IXI1-HH-1_t1.nii.gz"},
+        brain=root / "Train" / "ixi" / "mask" / "IXI1-HH-1_mask.nii.gz",
+        label=0,
+        split="train",
+    )
+
+
+def test_split_tables_in_another_modality(tmp_path):
+    root = split_tables(tmp_path / "raw_t1" / "t1")
+    with pytest.warns(UserWarning):
+        subjects = read_split_tables(root, "t2", {**IXI, "validation": ["Brats21_val"]}, available="avail_t2")
+    # Those of IXI without a T2 are left out; other tables are not asked.
+    assert [subject.name for subject in subjects] == [
+        *["BraTS_0", "BraTS_1", "BraTS_2", "BraTS_3"],
+        *["IXI1-HH-1", "IXI3-HH-3", "IXI5-HH-5"],
+    ]
+    assert subjects[-1].volume == {"t2": root / "Train" / "ixi" / "t2" / "IXI5-HH-5_t2.nii.gz"}
+    assert subjects[-1].brain == root / "Train" / "ixi" / "mask" / "IXI5-HH-5_mask.nii.gz"
+    brats = subjects[0]
+    assert brats.volume == {"t2": root / "Test" / "Brats21" / "t2" / "BraTS_0_t2.nii.gz"}
+    assert brats.masks == (root / "Test" / "Brats21" / "seg" / "BraTS_0_seg.nii.gz",) and brats.label == 1
+
+
+def test_rows_of_split_tables(tmp_path, recwarn):
+    split_tables(tmp_path)
+    subjects = read_split_tables(tmp_path, "t1", {"train": ["Brats21_val[3:]"], "test": ["Brats21_val.csv[:3]"]})
+    assert [subject.split for subject in subjects] == ["test", "test", "test", "train"] and not recwarn.list
+
+
+def test_split_tables_are_prepared(tmp_path, monkeypatch):
+    import nibabel as nib
+
+    root = split_tables(tmp_path / "raw_t1")
+    rng = np.random.default_rng(0)
+    subjects = read_split_tables(root, "t2", {"train": ["IXI_val_fold0"], "test": ["Brats21_val[:1]"]})
+    for subject in subjects:
+        mask = np.zeros((14, 16, 10), np.uint8)
+        mask[2:12, 3:14, 1:9] = 1
+        scan = mask * rng.uniform(50, 150, mask.shape)
+        lesion = 2 * mask * (np.arange(10) < 5).astype(np.uint8)
+        for path, array in (
+            (subject.volume["t2"], scan),
+            (subject.brain, mask),
+            *((p, lesion) for p in subject.masks),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(array.astype(np.float32), np.diag([-1.0, -1.0, 1.0, 1.0])), path)
+    processor = VolumeProcessor(
+        ("t2",), crop=(16, 16, 8), size=(8, 8), resize="torchio", intensity="brain_percentiles", brain_mask="given"
+    )
+    assert prepare(subjects, processor, tmp_path / "out", recipe={}, root=root, progress=False) == {}
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    train, test = load_prepared(tmp_path / "out", "train"), load_prepared(tmp_path / "out", "test")
+    assert train.labels.tolist() == [0, 0, 0, 0] and test.labels.tolist() == [1, 1, 0, 0]
+    rows = test.read_rows([0, 1, 2, 3], ("image", "mask"))
+    assert rows["image"].shape == (4, 1, 8, 8) and set(np.unique(rows["mask"])) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("splits", "change", "error", "message"),
+    [
+        ({"training": ["IXI_test"]}, None, ValueError, "`splits` must name train, validation, test, got training"),
+        ({}, None, ValueError, "`splits` must name train, validation, test, got none"),
+        ({"test": "IXI_test"}, None, ValueError, "`splits` must hold lists of tables"),
+        (
+            {"test": ["IXI_tests"]},
+            None,
+            FileNotFoundError,
+            "There is no table .*IXI_tests.csv: Brats21_val.csv, IXI_test",
+        ),
+        ({"test": ["Brats21_val[9:]"]}, None, ValueError, "list no subject"),
+        (
+            {"test": ["IXI_test"]},
+            [COLUMNS[:4]],
+            ValueError,
+            "has no column img_path, mask_path; it has , img_name, age",
+        ),
+        (
+            {"test": ["IXI_test"]},
+            [COLUMNS, healthy_row("a", "2")],
+            ValueError,
+            "IXI_test must have labels 0 or 1, got '2' of a_t1",
+        ),
+    ],
+)
+def test_wrong_split_tables(tmp_path, splits, change, error, message):
+    split_tables(tmp_path)
+    if change:
+        write_csv(tmp_path / "splits" / "IXI_test.csv", change)
+    with pytest.raises(error, match=message):
+        read_split_tables(tmp_path, "t1", splits)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        (tmp_path / "empty").mkdir()
+        read_split_tables(tmp_path / "empty", "t1", IXI)
 
 
 def test_subjects_are_checked():

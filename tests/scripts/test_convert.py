@@ -223,3 +223,104 @@ def test_a_transposed_classifier_sees_transposed_slices():
         model.load_state_dict(transpose_kernels(model.state_dict()))
         torch.testing.assert_close(model(slices, timesteps).logits, expected, atol=1e-4, rtol=1e-4)
     assert (as_it_was - expected).abs().max() > 1e-2
+
+
+def timm_resnet(state: dict, images: torch.Tensor) -> torch.Tensor:
+    """The forward pass of timm's ResNet with bottlenecks, from its state dict."""
+    F = torch.nn.functional
+
+    def convolve(name, number, hidden, **arguments):
+        hidden = F.conv2d(hidden, state[f"{name}conv{number}.weight"], **arguments)
+        return normalize(f"{name}bn{number}", hidden)
+
+    def normalize(name, hidden):
+        parts = (state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(hidden, *parts)
+
+    hidden = F.max_pool2d(convolve("", 1, images, stride=2, padding=3).relu(), 3, 2, 1)
+    for block in dict.fromkeys(name[: len("layer1.0.")] for name in state if name.startswith("layer")):
+        stride = 2 if block.endswith(".0.") and not block.startswith("layer1.") else 1
+        inner = convolve(block, 1, hidden).relu()
+        inner = convolve(block, 3, convolve(block, 2, inner, stride=stride, padding=1).relu())
+        if f"{block}downsample.0.weight" in state:
+            hidden = F.conv2d(hidden, state[f"{block}downsample.0.weight"], stride=stride)
+            hidden = normalize(f"{block}downsample.1", hidden)
+        hidden = (hidden + inner).relu()
+    return F.linear(hidden.mean((2, 3)), state["fc.weight"], state["fc.bias"])
+
+
+def timm_state_dict(outputs: int) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+
+    def add(name, norm, *shape):
+        state[f"{name}.weight"] = torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{norm}.{part}"] = torch.rand(shape[0], generator=generator) + 0.2
+        state[f"{norm}.num_batches_tracked"] = torch.tensor(3)
+
+    add("conv1", "bn1", 4, 1, 7, 7)
+    for stage, (before, width, blocks) in enumerate(((4, 8, 2), (8, 12, 1)), start=1):
+        for block in range(blocks):
+            name, seen = f"layer{stage}.{block}", before if block == 0 else width
+            add(f"{name}.conv1", f"{name}.bn1", width // 4, seen, 1, 1)
+            add(f"{name}.conv2", f"{name}.bn2", width // 4, width // 4, 3, 3)
+            add(f"{name}.conv3", f"{name}.bn3", width, width // 4, 1, 1)
+            if block == 0:
+                add(f"{name}.downsample.0", f"{name}.downsample.1", width, before, 1, 1)
+    state["fc.weight"], state["fc.bias"] = torch.randn(outputs, 12, generator=generator), torch.rand(outputs)
+    return state
+
+
+def test_convert_cddpm(tmp_path):
+    with np.load(GOLDEN / "sadm" / "cond_unet_tiny.npz", allow_pickle=False) as golden:
+        recorded = {name: torch.from_numpy(np.array(golden[name])) for name in golden.files}
+    unet = {name[2:]: tensor.float() for name, tensor in recorded.items() if name[:2] == "w/"}
+    encoder = timm_state_dict(len(recorded["cond"][0]))
+    state = {f"diffusion.model.{name}": tensor for name, tensor in unet.items()}
+    state |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    state |= {"diffusion.betas": torch.zeros(1000)}
+    torch.save({"state_dict": state, "epoch": 7}, tmp_path / "last.ckpt")
+
+    def run(method: str, name: str, out: str, *more):
+        sizes = ["--unet.block_out_channels", "[32, 32]", "--unet.layers_per_block", "1"]
+        sizes += ["--unet.down_block_types", str(["ResnetDownsampleBlock2D"] * 2)]
+        sizes += ["--unet.up_block_types", str(["ResnetUpsampleBlock2D"] * 2), "--unet.attention_head_dim", "16"]
+        return convert([method, str(tmp_path / name), str(tmp_path / out), *sizes, *more])
+
+    assert run("cddpm", "last.ckpt", "cddpm", "--key", "state_dict", "--modality", "t1") == 0
+    pipe = AnomalyPipeline.from_pretrained(tmp_path / "cddpm")
+    assert type(pipe).__name__ == "CDDPMPipeline" and tuple(pipe.config.timesteps) == (249, 499, 749)
+    assert tuple(pipe.processor.config.modalities) == ("t1",) and pipe.scheduler.config.z is None
+    # The original saw transposed slices.
+    with torch.no_grad():
+        given = (recorded["t"], recorded["cond"])
+        torch.testing.assert_close(pipe.unet(recorded["x"].mT, *given).sample.mT, recorded["y"], atol=1e-5, rtol=1e-4)
+        images = torch.rand(2, 1, 64, 64)
+        codes = pipe.encoder(images).logits
+        torch.testing.assert_close(codes, timm_resnet(encoder, images.mT), atol=1e-4, rtol=1e-4)
+        assert (codes[0] - codes[1]).abs().max() > 1e-3
+
+    plain = {name: tensor for name, tensor in unet.items() if not name.startswith("label_emb")}
+    for name, tensor in plain.items():
+        if ".emb_layers.1.weight" in name:
+            plain[name] = tensor[:, :128]
+    torch.save(plain, tmp_path / "plain.pt")
+    for method, kind in (("cddpm", "CDDPMPipeline"), ("pddpm", "PDDPMPipeline")):
+        assert run(method, "plain.pt", f"plain_{method}") == 0
+        pipe = AnomalyPipeline.from_pretrained(tmp_path / f"plain_{method}")
+        assert type(pipe).__name__ == kind and tuple(pipe.config.timesteps) == (499,)
+        assert pipe.unet.config.condition_dim is None and "encoder" not in pipe.components or pipe.encoder is None
+        torch.testing.assert_close(pipe.unet.conv_out.weight, plain["out.2.weight"].mT, rtol=0, atol=0)
+
+    torch.save(unet, tmp_path / "alone.pt")
+    torch.save({name: tensor for name, tensor in plain.items() if name != "out.2.bias"}, tmp_path / "incomplete.pt")
+    for method, name, more, message in (
+        ("cddpm", "alone.pt", (), "there is no encoder and a condition"),
+        ("pddpm", "last.ckpt", ("--key", "state_dict"), "a pddpm neither; there is an encoder and a condition"),
+        ("cddpm", "incomplete.pt", (), "does not fit the network of cddpm: .*conv_out.bias"),
+        ("cddpm", "plain.pt", ("--modality", "flair"), "`--modality` must be t1 or t2"),
+    ):
+        with pytest.raises(SystemExit, match="(?s)" + message):
+            run(method, name, "wrong", *more)
+    assert not (tmp_path / "wrong").exists()

@@ -99,6 +99,19 @@ def test_one_clear_line_about_what_is_wrong(raw, tmp_path, monkeypatch, capsys, 
     assert not Path("set").exists()
 
 
+def test_a_missing_extra_is_one_clear_line(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    recipe = {**RECIPE, "processor": {**RECIPE["processor"], "curvature_flow": 3}}
+    (tmp_path / "smooth.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["--recipe", "smooth.yaml", "--root", "raw", "--out", "out"]) == 1
+    error = capsys.readouterr().err
+    assert (
+        "preprocess.py: `curvature_flow` of the processor needs SimpleITK: `pip install anodiff[preprocess]`." in error
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_existing_folder_is_never_written_into(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("set").mkdir()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from anodiff.training.augmentation import augment
+from anodiff.training.augmentation import GHOSTS, augment, augment_intensity
 from anodiff.training.options import AugmentationOptions
 
 
@@ -94,3 +94,103 @@ def test_masks_move_with_the_image_and_stay_masks():
     clear = (changed["image"][:, :1] - 0.3).abs() > 0.2
     agrees = (changed["image"][:, :1] > 0.3) == changed["mask"].bool()
     assert agrees[clear].float().mean() > 0.99
+
+
+INTENSITY = {
+    "gamma": AugmentationOptions(gamma=1.0),
+    "bias_field": AugmentationOptions(bias_field=1.0),
+    "blur": AugmentationOptions(blur=1.0),
+    "ghosting": AugmentationOptions(ghosting=1.0),
+}
+
+
+@pytest.mark.parametrize("name", INTENSITY)
+def test_intensities_change_with_the_slices_own_draw_and_alike_in_all_channels(name):
+    batch = images(1).expand(5, 2, 32, 48).clone()
+    batch[:, 1] = batch[:, 0]
+    changed = augment_intensity(batch, generators(5), INTENSITY[name], (-1.0, 1.0))
+    assert changed.dtype == batch.dtype and (changed - batch).abs().amax((1, 2, 3)).min() > 1e-3
+    torch.testing.assert_close(changed[:, 0], changed[:, 1])
+    assert (changed[0] - changed[1]).abs().max() > 1e-3
+    alone = augment_intensity(batch[2:3], [torch.Generator().manual_seed(2)], INTENSITY[name], (-1.0, 1.0))
+    torch.testing.assert_close(alone[0], changed[2], rtol=0, atol=1e-5)
+    # The range of the processor does not matter.
+    unit = augment_intensity((batch + 1) / 2, generators(5), INTENSITY[name], (0.0, 1.0))
+    torch.testing.assert_close(unit * 2 - 1, changed, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", INTENSITY)
+def test_probabilities_are_those_asked_for(name):
+    batch = images(1).expand(200, 2, 32, 48)
+    changed = augment_intensity(batch, generators(200), AugmentationOptions(**{name: 0.25}), (-1.0, 1.0))
+    share = ((changed - batch).abs().amax((1, 2, 3)) > 1e-5).float().mean()
+    assert 0.15 < share < 0.35
+
+
+def test_intensities_are_left_alone_without_a_request():
+    batch, drawn = images(), generators(6)
+    assert augment_intensity(batch, drawn, AugmentationOptions(rotation=9.0), (-1.0, 1.0)) is batch
+    assert augment({"image": batch}, drawn, AugmentationOptions(gamma=1.0), -1.0)["image"] is batch
+    fresh = generators(6)
+    assert all(torch.equal(one.get_state(), other.get_state()) for one, other in zip(drawn, fresh, strict=True))
+
+
+def test_gamma_keeps_order_black_and_white():
+    levels = torch.linspace(0, 1, 64).reshape(1, 1, 8, 8).expand(100, 1, 8, 8)
+    changed = augment_intensity(levels, generators(100), INTENSITY["gamma"], (0.0, 1.0)).flatten(1)
+    torch.testing.assert_close(changed[:, 0], torch.zeros(100))
+    torch.testing.assert_close(changed[:, -1], torch.ones(100))
+    assert (changed.diff(dim=1) > 0).all()
+    exponents = changed[:, 32].log() / levels[0, 0, 4, 0].log()
+    assert exponents.log().abs().max() <= 0.3001 and exponents.log().min() < -0.25 and exponents.log().max() > 0.25
+
+
+def test_the_bias_field_is_a_smooth_positive_factor():
+    batch = torch.rand(50, 1, 32, 48) + 0.1
+    field = (augment_intensity(batch, generators(50), INTENSITY["bias_field"], (0.0, 1.0)) / batch).log()[:, 0]
+    # A polynomial of degree three has no fourth difference, and the ten coefficients are at most 0.5.
+    torch.testing.assert_close(field.diff(n=4, dim=2), torch.zeros(50, 32, 44), rtol=0, atol=1e-5)
+    torch.testing.assert_close(field.diff(n=4, dim=1), torch.zeros(50, 28, 48), rtol=0, atol=1e-5)
+    assert field.abs().max() < 10 * 0.5 and 0.2 < field.std() < 0.6
+
+
+def test_blur_keeps_the_mean_and_spreads_a_point_by_up_to_one_pixel():
+    batch = torch.zeros(60, 1, 33, 33)
+    batch[:, :, 16, 16] = 1.0
+    changed = augment_intensity(batch, generators(60), INTENSITY["blur"], (0.0, 1.0))[:, 0]
+    torch.testing.assert_close(changed.sum((1, 2)), torch.ones(60))
+    squares = (torch.arange(33.0) - 16) ** 2
+    for axis in (1, 2):
+        deviation = (changed.sum(axis) * squares).sum(1).sqrt()
+        assert deviation.max() < 1.001 and deviation.max() > 0.9 and deviation.min() < 0.3
+    torch.testing.assert_close(
+        augment_intensity(torch.ones(3, 1, 8, 8), generators(3), INTENSITY["blur"], (0.0, 1.0)), torch.ones(3, 1, 8, 8)
+    )
+
+
+def test_ghosts_are_a_weakened_comb_of_k_space_along_one_axis():
+    size = 96
+    batch = torch.zeros(60, 1, size, size)
+    batch[:, :, 48, 48] = 1.0  # a point has the same spectrum everywhere
+    changed = augment_intensity(batch, generators(60), INTENSITY["ghosting"], (0.0, 1.0))[:, 0]
+    kept = torch.fft.fftshift(torch.fft.fft2(changed).abs(), dim=(1, 2))
+    lines = torch.arange(size)
+    mirrored = (size - lines) % size  # an image without imaginary part has a symmetric spectrum
+
+    def comb(number: int) -> torch.Tensor:
+        weakened = (lines % number == 0) & (lines != 47) & (lines != 48)  # 2 % of the lines are restored
+        return weakened | weakened[mirrored]
+
+    axes, numbers, strengths = [], [], []
+    for one in kept:
+        profiles = one.mean(1), one.mean(0)
+        [axis] = [axis for axis, profile in enumerate(profiles) if (profile.max() - profile.min()) > 1e-3]
+        torch.testing.assert_close(one.std(1 - axis), torch.zeros(size), rtol=0, atol=1e-5)
+        weakened = profiles[axis] < 1 - 1e-3
+        [number] = [number for number in range(GHOSTS[0], GHOSTS[1] + 1) if torch.equal(comb(number), weakened)]
+        axes.append(axis)
+        numbers.append(number)
+        strengths.append(1 - profiles[axis][0].item())  # line 0 is its own mirror image
+    assert 15 < sum(axes) < 45 and set(numbers) == set(range(GHOSTS[0], GHOSTS[1] + 1))
+    assert 0.5 <= min(strengths) < 0.6 and 0.9 < max(strengths) <= 1.0
+    torch.testing.assert_close(changed.mean((1, 2)), batch[:, 0].mean((1, 2)))  # the zero frequency is restored

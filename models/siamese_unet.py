@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from .unet_2d_dae import StandardizedConvBlock, StandardizedUpBlock
+
+
+RESIDUALS = ("signed", "squared")
+
+
+# N slices, C modalities, H x W pixels.
+
+
+@dataclass
+class SiameseUNet2DOutput(BaseOutput):
+    """
+    What [`SiameseUNet2DModel`] says of N slices.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, 1, H, W)`): Of a pixel being anomalous; their sigmoid is the probability.
+        decoder_logits (`tuple` of `torch.Tensor`, *optional*):
+            The same of every decoder block, coarse to fine, `(N, 1, H / 2^k, W / 2^k)`; `None` without `deep_supervision`.
+    """
+
+    logits: torch.Tensor
+    # Nothing but None is a default that accelerate's wrapper of mixed precision can copy.
+    decoder_logits: tuple[torch.Tensor, ...] | None = None
+
+
+class SiameseUNet2DModel(ModelMixin, ConfigMixin):
+    r"""
+    SADM's segmentation network (`SegUnet.py`): one encoder sees the residual, image - reconstruction, and the image; at every level the
+    features of both are concatenated, residual first, and one decoder makes logits of them. 16.7 M parameters at the authors' size,
+    33.8 GFLOP for 96 x 96 pixels.
+
+    Blocks, standardisation of the weights and groups are those of [`DAEUNet2DModel`]: convolution, SiLU, then the normalisation.
+    Parameters are named as in the original, whose weights fit as they are.
+
+    Args:
+        in_channels (`int`, defaults to 1): Number of modalities, of image and reconstruction alike.
+        block_out_channels (`tuple[int, ...]`, defaults to `(64, 128, 256, 512)`): Channels of the encoder's levels.
+        residual (`str`, defaults to `"signed"`): `"signed"`, or `"squared"`, which the original has as an option.
+        deep_supervision (`bool`, defaults to `False`): Have a head on every decoder block, for training.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 1,
+        block_out_channels: tuple[int, ...] = (64, 128, 256, 512),
+        residual: str = "signed",
+        deep_supervision: bool = False,
+    ):
+        super().__init__()
+        if len(block_out_channels) < 2:
+            raise ValueError(
+                f"`block_out_channels` must name the channels of at least two levels, got {tuple(block_out_channels)}."
+            )
+        if residual not in RESIDUALS:
+            raise ValueError(f"`residual` must be one of {', '.join(RESIDUALS)}, got {residual!r}.")
+        self.down_path = nn.ModuleList()
+        for before, channels in zip((in_channels, *block_out_channels), block_out_channels, strict=False):
+            self.down_path.append(StandardizedConvBlock(before, channels))
+        # A decoder block leaves as many channels as the skip has: those of both streams one level up.
+        decoded = [2 * channels for channels in block_out_channels[-2::-1]]
+        self.up_path = nn.ModuleList()
+        for before, channels in zip((2 * block_out_channels[-1], *decoded), decoded, strict=False):
+            self.up_path.append(StandardizedUpBlock(before, channels))
+        heads = decoded if deep_supervision else []
+        self.deepsup_1x1 = nn.ModuleList(nn.Conv2d(channels, 1, kernel_size=1) for channels in heads)
+        self.last = nn.Conv2d(decoded[-1], 1, kernel_size=1)
+
+    def forward(
+        self, image: torch.Tensor, reconstruction: torch.Tensor, return_dict: bool = True
+    ) -> SiameseUNet2DOutput | tuple:
+        """
+        Args:
+            image, reconstruction (`torch.Tensor` of shape `(N, C, H, W)`):
+                Slices and what a healthy slice like them looks like, in [0, 1], background 0; H and W are multiples of
+                2^(levels - 1).
+            return_dict (`bool`, defaults to `True`): Whether to return a [`SiameseUNet2DOutput`] or a tuple.
+        """
+        multiple = 2 ** len(self.up_path)
+        if image.shape[2] % multiple or image.shape[3] % multiple:
+            raise ValueError(f"`image` must have H and W that {multiple} divides, got {tuple(image.shape[2:])}.")
+        residual = image - reconstruction
+        if self.config.residual == "squared":
+            residual = residual.square()
+        # Both streams share one pass through the encoder, (2 N, C, H, W).
+        sample = torch.cat([residual, image])
+        features = []
+        for level, block in enumerate(self.down_path):
+            sample = block(nn.functional.avg_pool2d(sample, 2) if level else sample)
+            features.append(torch.cat(sample.chunk(2), dim=1))
+        sample = features.pop()
+        decoded = []
+        for block in self.up_path:
+            sample = block(sample, features.pop())
+            decoded.append(sample)
+        heads = None
+        if self.deepsup_1x1:
+            heads = tuple(head(values) for head, values in zip(self.deepsup_1x1, decoded, strict=True))
+        logits = self.last(sample)
+        return SiameseUNet2DOutput(logits=logits, decoder_logits=heads) if return_dict else (logits, heads)
+
+    def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights of the original network, whose names are the same, for this one. Heads of deep supervision, which inference does
+        not need, stay behind if this model has none."""
+        return {name: tensor for name, tensor in state.items() if self.deepsup_1x1 or not name.startswith("deepsup_")}

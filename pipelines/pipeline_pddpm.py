@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from diffusers import UNet2DModel
+
+from ..data.processor import VolumeProcessor
+from ..models.unet_2d_conditioned import ConditionedUNet2DModel
+from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
+from .pipeline_output import AnomalyOutput
+from .pipeline_utils import AnomalyPipeline, SliceResults, slice_generator
+
+
+OVERLAPS = ("none", "cut", "average")
+SETTINGS = ("timesteps", "patch_size", "overlap", "shared_noise")
+
+
+# N slices of one volume, C modalities, H x W pixels, K timesteps, P patches, B items (a timestep of a patch of a slice) of a batch.
+
+
+class PDDPMPipeline(AnomalyPipeline):
+    r"""
+    pDDPM, patched diffusion: a slice is noised in one patch at a time, a denoiser predicts the slice from the noised patch and the clean
+    rest in a single evaluation, and the patches of the predictions are put together. There is no reverse chain.
+
+    UNet evaluations per slice: patches x `timesteps` (4 x 1). Not deterministic in itself, but fixed by the seed. Training needs healthy
+    images only, no masks.
+
+    Paper: Behrendt, Bhattacharya, Krüger, Opfer, Schlaefer, "Patched Diffusion Models for Unsupervised Anomaly Detection in Brain MRI",
+    MIDL 2023, arXiv 2303.03758.
+
+    Maps are absolute differences on the scale of slices in [0, 1], whatever the processor's `value_range`, never min-max scaled.
+
+    Args:
+        unet ([`ConditionedUNet2DModel`] without a condition, or [`~diffusers.UNet2DModel`]):
+            Predicts the slice, in [-1, 1], from the slice with a noised patch.
+        scheduler ([`AnoDDPMScheduler`]): Noise and schedule. The authors': `beta_schedule="cosine"` and 2-D simplex noise, `z=None`.
+        processor ([`VolumeProcessor`]): From volumes to slices and back.
+        timesteps (`tuple[int, ...]`, defaults to `(499,)`):
+            0-based. Several give the mean of their reconstructions, the authors' "ENS", whose code they have not published:
+            `(249, 499, 749)`.
+        patch_size (`int`, defaults to 48): Side of a patch in pixels.
+        overlap (`str`, defaults to `"none"`):
+            `"none"`: patches must fill the slice exactly. Otherwise as few as cover it are spread evenly over it, and where they overlap
+            `"cut"` takes the first one, row by row, and `"average"` the mean of all.
+        shared_noise (`bool`, defaults to `False`):
+            The same field for all slices at one timestep, as the authors; else each slice has its own. The patches of a slice have parts
+            of the same field either way.
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order:
+            See [`AnomalyPipeline`] and [`PostProcessing`]. The authors: median of 5 x 5 x 5, `erosion` H // 25, so 3 at 96 px, components
+            of 7 voxels and fewer removed.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(
+        self,
+        unet: ConditionedUNet2DModel | UNet2DModel,
+        scheduler: AnoDDPMScheduler,
+        processor: VolumeProcessor,
+        timesteps: tuple[int, ...] | list[int] = (499,),
+        patch_size: int = 48,
+        overlap: str = "none",
+        shared_noise: bool = False,
+        threshold: float | None = None,
+        median_size: int = 5,
+        median_dimensions: int = 3,
+        erosion: int = 3,
+        min_component_size: int = 8,
+        slice_score: str = "mean",
+        filter_order: str = "erosion_first",
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        if unet.config.get("condition_dim") is not None:
+            raise ValueError(f"`unet` must have no condition (`condition_dim` None), got {unet.config.condition_dim}.")
+        self.register_to_config(
+            timesteps=timesteps,
+            patch_size=patch_size,
+            overlap=overlap,
+            shared_noise=shared_noise,
+            threshold=threshold,
+            median_size=median_size,
+            median_dimensions=median_dimensions,
+            erosion=erosion,
+            min_component_size=min_component_size,
+            slice_score=slice_score,
+            filter_order=filter_order,
+        )
+        self.check_inputs(**self.default_settings())
+        if processor.config.size is not None:
+            patch_grid(*processor.config.size, patch_size, overlap)  # checks that the patches fit
+        _ = self.postprocessing  # checks its values
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        volume,
+        *,
+        timesteps: list[int] | None = None,
+        patch_size: int | None = None,
+        overlap: str | None = None,
+        shared_noise: bool | None = None,
+        threshold: float | None = None,
+        brain_mask=None,
+        generator: int | torch.Generator | None = None,
+        batch_size: int = 16,
+        noise: torch.Tensor | Callable | None = None,
+        return_dict: bool = True,
+    ) -> AnomalyOutput | tuple | list:
+        """
+        Args:
+            volume:
+                Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict of modalities, tensor `(N, C, H, W)` that is already
+                processed, or a list of volumes, which gives a list of results.
+            timesteps, patch_size, overlap, shared_noise, threshold (*optional*): Instead of the checkpoint's.
+            brain_mask (*optional*): Mask of the volume, same kinds as the volume.
+            generator (`int` or `torch.Generator`, *optional*): Seed; `None` is 0. Slice and timestep have generators of their own.
+            batch_size (`int`, defaults to 16): Patches, slices and timesteps that share one evaluation. Does not change the result.
+            noise (`torch.Tensor` or callable, *optional*):
+                Replaces every draw. Tensor `(K, N, C, H, W)`: the noise of the K timesteps, in their order, for all N slices. Callable:
+                `noise(draws, items, shape)` with a list of numbers below K, a list of slice numbers as long, and the shape wanted.
+            return_dict (`bool`, defaults to `True`): Whether to return an [`AnomalyOutput`] or a tuple.
+        """
+        given = dict(timesteps=timesteps, patch_size=patch_size, overlap=overlap, shared_noise=shared_noise)
+        return self.run(
+            volume,
+            given,
+            threshold=threshold,
+            brain_mask=brain_mask,
+            generator=generator,
+            batch_size=batch_size,
+            noise=noise,
+            return_dict=return_dict,
+        )
+
+    def default_settings(self) -> dict:
+        """The checkpoint's values of what `compute_maps` needs to be told."""
+        return {name: self.config[name] for name in SETTINGS}
+
+    @torch.no_grad()
+    def compute_maps(
+        self,
+        slices: torch.Tensor,
+        indices: list[int],
+        *,
+        timesteps: list[int],
+        patch_size: int,
+        overlap: str,
+        shared_noise: bool,
+        seed: int,
+        batch_size: int,
+        noise: torch.Tensor | Callable | None = None,
+    ) -> SliceResults:
+        """
+        The method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and mean reconstructions `(N, C, H, W)`, unfiltered.
+
+        `indices` are the slices' numbers in their volume, which their random numbers depend on.
+        """
+        low, high = self.processor.config.value_range
+        slices = (slices - low) / (high - low)
+        device, height, width = slices.device, *slices.shape[2:]
+        boxes = patch_grid(height, width, patch_size, overlap)
+        inside = box_masks(boxes.to(device), height, width)
+        weights = patch_weights(inside, overlap)
+
+        # Items are ordered by timestep, then by slice, then by patch; the batches are full but for the last one.
+        count = len(timesteps) * len(slices) * len(boxes)
+        total = torch.zeros_like(slices)
+        with self.progress_bar(total=-(-count // batch_size)) as progress, self.autocast():
+            for begin in range(0, count, batch_size):
+                numbered = [divmod(item, len(boxes)) for item in range(begin, min(begin + batch_size, count))]
+                items = [(*divmod(other, len(slices)), patch) for other, patch in numbered]
+                rows = torch.tensor([row for _, row, _ in items], device=device)
+                patches = torch.tensor([patch for _, _, patch in items], device=device)
+                steps = torch.tensor([timesteps[number] for number, _, _ in items], device=device)
+
+                # x_t inside of the patch, x_0 around it, both with x_0 in [-1, 1], (B, C, H, W)
+                original = 2.0 * slices[rows] - 1.0
+                keys = [(indices[row], number) for number, row, _ in items]
+                drawn = self._noise(noise, keys, timesteps, shared_noise, seed, original)
+                noised = self.scheduler.add_noise(original, drawn, steps)
+                sample = torch.where(inside[patches, None], noised, original)
+
+                # This network predicts x_0.
+                prediction = (self.predict_noise(sample, steps) + 1.0) / 2.0
+                total.index_add_(0, rows, weights[patches, None] * prediction)
+                progress.update()
+        reconstruction = total / len(timesteps)
+        return SliceResults((slices - reconstruction).abs().mean(1), reconstruction * (high - low) + low)
+
+    def check_inputs(
+        self, timesteps: list[int], patch_size: int, overlap: str, shared_noise: bool, batch_size: int = 1
+    ) -> None:
+        """Raises a `ValueError` that names the argument."""
+        last = self.scheduler.config.num_train_timesteps - 1
+        steps = list(timesteps) if isinstance(timesteps, (list, tuple)) else []
+        if not steps or len(set(steps)) != len(steps) or any(type(t) is not int or not 0 <= t <= last for t in steps):
+            raise ValueError(f"`timesteps` must be a list of different integers from 0 to {last}, got {timesteps!r}.")
+        for name, value, allowed in (("overlap", overlap, OVERLAPS), ("shared_noise", shared_noise, (False, True))):
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {value!r}.")
+        for name, value in (("patch_size", patch_size), ("batch_size", batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+    def _noise(self, noise, keys, timesteps, shared_noise: bool, seed: int, like: torch.Tensor) -> torch.Tensor:
+        """One field for each pair of slice number and number of the timestep, `(B, C, H, W)`; equal pairs have the same one."""
+        if noise is not None:
+            chosen = [number for _, number in keys], [index for index, _ in keys]
+            return (noise(*chosen, tuple(like.shape)) if callable(noise) else noise[chosen]).to(like)
+        if shared_noise:
+            keys = [(0, number) for _, number in keys]  # all slices have the field of slice 0
+        position = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        steps = [timesteps[number] for _, number in position]
+        generators = [
+            slice_generator(seed, index, t, like.device) for (index, _), t in zip(position, steps, strict=True)
+        ]
+        fields = self.scheduler.draw_noise(
+            (len(position), *like.shape[1:]), torch.tensor(steps, device=like.device), generators, like.device
+        )
+        return fields[[position[key] for key in keys]]
+
+
+def patch_grid(height: int, width: int, patch_size: int, overlap: str = "none") -> torch.Tensor:
+    """
+    As few square patches as cover a slice, spread evenly, row by row. With the `overlap` "none" they must fill it.
+
+    Returns:
+        `torch.Tensor` of shape `(P, 4)`, int64: left, top, and right and bottom, which are outside, in pixels.
+
+    Raises:
+        ValueError: The patch is larger than the slice, or does not fill it.
+    """
+    if patch_size > min(height, width):
+        raise ValueError(f"`patch_size` must be at most the side of a slice, {min(height, width)}, got {patch_size}.")
+    if overlap == "none" and (height % patch_size or width % patch_size):
+        raise ValueError(
+            f"`patch_size` must divide the height and width of a slice, {height} and {width}, got {patch_size}; other sizes need"
+            " `overlap` 'cut' or 'average'."
+        )
+    top, left = (
+        torch.linspace(0, size - patch_size, -(-size // patch_size), dtype=torch.float64).round().long()
+        for size in (height, width)
+    )
+    return boxes_at(left.repeat(len(top)), top.repeat_interleave(len(left)), patch_size)
+
+
+def boxes_at(left: torch.Tensor, top: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Square boxes `(P, 4)` from their upper left corners `(P,)`; they may hang over the slice."""
+    return torch.stack([left, top, left + patch_size, top + patch_size], dim=1)
+
+
+def box_masks(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Where boxes `(P, 4)` are in a slice: `(P, H, W)`, bool."""
+    left, top, right, bottom = boxes.T[..., None]
+    x, y = torch.arange(width, device=boxes.device), torch.arange(height, device=boxes.device)
+    return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None, :]
+
+
+def patch_weights(inside: torch.Tensor, overlap: str) -> torch.Tensor:
+    """What share of a pixel each patch has, `(P, H, W)` float32 with the sum 1, from `box_masks`."""
+    if overlap == "average":
+        return inside / inside.sum(0)
+    return (inside & (inside.cumsum(0) == 1)).float()

@@ -1,0 +1,263 @@
+"""Properties of `CDDPMPipeline`, with and without encoder, of the similarity map and of its network."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from anodiff import AnoDDPMScheduler, AnomalyPipeline, CDDPMPipeline, ConditionedUNet2DModel, VolumeProcessor
+from anodiff.pipelines.ssim import ssim_map
+
+
+SIZE = 16
+
+
+def make_unet(channels=1, condition_dim=6) -> ConditionedUNet2DModel:
+    unet = ConditionedUNet2DModel(
+        sample_size=SIZE,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D",) * 2,
+        up_block_types=("ResnetUpsampleBlock2D",) * 2,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        attn_norm_num_groups=4,
+        condition_dim=condition_dim,
+    ).eval()
+    for parameter in unet.parameters():  # zero-initialised branches would hide everything
+        torch.nn.init.normal_(parameter, std=0.2)
+    return unet
+
+
+def make_pipeline(modalities=("image",), conditioned=True, scheduler=None, value_range=(-1.0, 1.0), **settings):
+    torch.manual_seed(0)
+    encoder = None
+    if conditioned:
+        config = ResNetConfig(
+            num_channels=len(modalities), embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=6
+        )
+        encoder = ResNetForImageClassification(config).eval()
+    processor = VolumeProcessor(modalities=modalities, size=(SIZE, SIZE), value_range=value_range)
+    scheduler = AnoDDPMScheduler(
+        **{"num_train_timesteps": 100, "beta_schedule": "cosine", "wavelength": 8.0, "octaves": 3, "z": None},
+        **(scheduler or {}),
+    )
+    unet = make_unet(len(modalities), 6 if conditioned else None)
+    settings = {"timesteps": (20, 50, 80), "median_size": 0, "erosion": 0, "min_component_size": 0, **settings}
+    pipe = CDDPMPipeline(unet, scheduler, processor, encoder, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_volume(shape=(18, 20, 5), seed=0) -> np.ndarray:
+    volume = np.random.default_rng(seed).random(shape).astype(np.float32) + 0.1
+    volume[:3] = 0
+    return volume
+
+
+def assert_same_map(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"map_type": "ssim"}, {"shared_noise": True}, {"conditioned": False}], ids=str
+)
+def test_batch_size_does_not_matter_and_the_seed_does(settings):
+    pipe = make_pipeline(("flair", "t1"), **settings)
+    volume = {"flair": make_volume(seed=1), "t1": make_volume(seed=2)}
+    maps = [pipe(volume, batch_size=size).anomaly_map for size in (1, 2, 64)]
+    assert maps[0].max() > 0
+    for other in maps[1:]:
+        assert_same_map(other, maps[0])
+    assert np.abs(pipe(volume, generator=1).anomaly_map - maps[0]).max() > 1e-3
+
+
+def test_save_and_load_gives_the_same_map(tmp_path):
+    for conditioned in (True, False):
+        folder = tmp_path / str(conditioned)
+        pipe = make_pipeline(conditioned=conditioned, threshold=0.3, median_size=3, map_type="ssim")
+        expected = pipe(make_volume())
+        pipe.save_pretrained(folder)
+        index = json.loads((folder / "model_index.json").read_text())
+        assert index["unet"] == ["anodiff", "ConditionedUNet2DModel"]
+        name = ["transformers", "ResNetForImageClassification"] if conditioned else [None, None]
+        assert index["encoder"] == name
+        for loaded in (CDDPMPipeline.from_pretrained(folder), AnomalyPipeline.from_pretrained(folder)):
+            assert type(loaded) is CDDPMPipeline and (loaded.encoder is not None) == conditioned
+            loaded.set_progress_bar_config(disable=True)
+            assert_same_map(loaded(make_volume()).anomaly_map, expected.anomaly_map)
+            assert loaded.scheduler.config.z is None
+            settings = [key for key in pipe.config if not key.startswith("_") and key not in pipe.components]
+            assert settings and all(loaded.config[key] == pipe.config[key] for key in settings if key != "timesteps")
+            assert list(loaded.config.timesteps) == list(pipe.config.timesteps)
+
+
+def test_every_kind_of_volume_gives_the_same_map(tmp_path):
+    pipe = make_pipeline()
+    array = make_volume()
+    image = nib.Nifti1Image(array, np.eye(4))
+    nib.save(image, tmp_path / "scan.nii.gz")
+    expected = pipe(array).anomaly_map
+    assert expected.shape == array.shape and expected.dtype == np.float32 and expected.max() > 0
+    for volume in (image, tmp_path / "scan.nii.gz", {"image": image}):
+        np.testing.assert_allclose(pipe(volume).anomaly_map, expected, rtol=0, atol=1e-6)
+    picture = PIL.Image.fromarray((array[..., 0] * 200).astype(np.uint8))
+    for map_type in ("residual", "ssim"):
+        assert pipe(picture, map_type=map_type).anomaly_map.shape == array.shape[:2]
+    assert isinstance(pipe(array, return_dict=False), tuple)
+
+
+def test_the_map_is_that_of_the_mean_reconstruction():
+    pipe = make_pipeline(("flair", "t1"), value_range=(0.0, 1.0))
+    slices = torch.rand(4, 2, SIZE, SIZE)
+    result = pipe(slices)
+    torch.testing.assert_close(result.anomaly_map, (slices - result.reconstruction).abs().mean(1))
+    parts = [pipe(slices, timesteps=[t]).reconstruction for t in (20, 50, 80)]
+    torch.testing.assert_close(result.reconstruction, sum(parts) / 3, atol=1e-5, rtol=1e-4)
+    # One timestep and slice of a stream is where it says it is.
+    stream = pipe.iterate_reconstructions(
+        slices, [0, 1, 2, 3], timesteps=[20, 50, 80], shared_noise=False, seed=0, batch_size=5
+    )
+    sizes = []
+    for numbers, rows, reconstructions in stream:
+        sizes.append(len(rows))
+        for number, row, reconstruction in zip(numbers, rows, reconstructions, strict=True):
+            torch.testing.assert_close(reconstruction, parts[number][row], atol=1e-5, rtol=1e-4)
+    assert sizes == [5, 5, 2]
+
+
+def test_the_networks_see_what_they_are_promised():
+    pipe = make_pipeline(value_range=(-1.0, 1.0))
+    slices = torch.rand(3, 1, SIZE, SIZE) * 2 - 1
+    clean, noised = [], []
+    encoder, unet = pipe.encoder.forward, pipe.unet.forward
+    pipe.encoder.forward = lambda images, **more: (clean.append(images), encoder(images, **more))[1]
+    pipe.unet.forward = lambda sample, *more: (noised.append((sample, *more)), unet(sample, *more))[1]
+    noise = torch.randn(3, 3, 1, SIZE, SIZE)
+    pipe(slices, noise=noise, batch_size=64)
+    torch.testing.assert_close(torch.cat(clean), (slices + 1) / 2)  # each slice once
+    [(sample, timesteps, codes)] = noised
+    assert timesteps.tolist() == [20] * 3 + [50] * 3 + [80] * 3
+    expected = pipe.scheduler.add_noise(slices.repeat(3, 1, 1, 1), noise.flatten(0, 1), timesteps)
+    torch.testing.assert_close(sample, expected)
+    torch.testing.assert_close(codes, codes[:3].repeat(3, 1))
+    assert (codes[0] - codes[1]).abs().max() > 1e-4
+
+
+def test_shared_noise_is_the_same_for_all_slices():
+    pipe = make_pipeline(conditioned=False)
+    slices = torch.rand(1, 1, SIZE, SIZE).repeat(3, 1, 1, 1)
+    shared, own = (pipe(slices, shared_noise=value).reconstruction for value in (True, False))
+    torch.testing.assert_close(shared[0], shared[2])
+    assert (own[0] - own[2]).abs().max() > 1e-3
+    torch.testing.assert_close(shared[0], own[0])
+
+
+def test_the_value_range_of_the_processor_does_not_matter():
+    slices = torch.rand(3, 1, SIZE, SIZE)
+    unit, signed = make_pipeline(value_range=(0.0, 1.0)), make_pipeline(value_range=(-1.0, 1.0))
+    expected, result = unit(slices), signed(slices * 2 - 1)
+    torch.testing.assert_close(result.anomaly_map, expected.anomaly_map, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(result.reconstruction, expected.reconstruction * 2 - 1, atol=1e-5, rtol=1e-4)
+
+
+def test_similarity_is_computed_across_slices():
+    pipe = make_pipeline(map_type="ssim")
+    assert pipe.whole_volumes and not make_pipeline().whole_volumes
+    slices = torch.rand(6, 1, SIZE, SIZE) * 2 - 1
+    result = pipe(slices)
+    first, second = ((images[:, 0] + 1) / 2 for images in (slices, result.reconstruction))
+    torch.testing.assert_close(result.anomaly_map, 1 - ssim_map(first, second), atol=1e-5, rtol=1e-4)
+    assert (result.anomaly_map >= 0).all() and result.anomaly_map.max() <= 2
+
+
+def test_similarity_by_hand():
+    torch.manual_seed(0)
+    first, second = torch.rand(3, 7, 12), torch.rand(3, 7, 12)
+    torch.testing.assert_close(ssim_map(first, first), torch.ones(3, 7, 12))
+    torch.testing.assert_close(ssim_map(torch.ones(2, 5, 5), torch.ones(2, 5, 5)), torch.ones(2, 5, 5))
+    assert ssim_map(torch.zeros(0, 5, 5), torch.zeros(0, 5, 5)).shape == (0, 5, 5)
+    # The weighted moments around one voxel; axes shorter than the window are mirrored more than once.
+    values = np.stack([np.pad(one.double().numpy(), 4, mode="reflect")[1:10, 2:11, 5:14] for one in (first, second)])
+    weight = np.exp(-(np.arange(-4, 5) ** 2) / 2)
+    weight = weight[:, None, None] * weight[None, :, None] * weight
+    weight /= weight.sum()
+    mean = (values * weight).sum((1, 2, 3))
+    deviation = values - mean[:, None, None, None]
+    (variance, covariance), (_, other) = np.einsum("axyz,bxyz,xyz->ab", deviation, deviation, weight)
+    span = max(float(np.ptp(one.numpy())) for one in (first, second))
+    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+    expected = (2 * mean.prod() + c1) * (2 * covariance + c2) / (((mean**2).sum() + c1) * (variance + other + c2))
+    assert ssim_map(first, second)[1, 2, 5].item() == pytest.approx(expected, abs=1e-4)
+    # A slice alone is a picture: nothing beside it.
+    alone = ssim_map(first[:1], second[:1])
+    torch.testing.assert_close(alone[0], ssim_map(first[:1].repeat(20, 1, 1), second[:1].repeat(20, 1, 1))[10])
+    with pytest.raises(ValueError, match=r"same shape \(N, H, W\), got \(3, 7, 12\) and \(3, 7\)"):
+        ssim_map(first, second[..., 0])
+
+
+def test_the_condition_changes_the_prediction_and_begins_with_nothing():
+    torch.manual_seed(0)
+    unet = make_unet()
+    sample, timesteps, codes = torch.randn(2, 1, SIZE, SIZE), torch.tensor([3, 70]), torch.randn(2, 6)
+    with torch.no_grad():
+        assert (unet(sample, timesteps, codes).sample - unet(sample, timesteps, 2 * codes).sample).abs().max() > 1e-3
+        with pytest.raises(ValueError, match="class_labels should be provided"):
+            unet(sample, timesteps)
+    fresh = ConditionedUNet2DModel(
+        block_out_channels=(32, 64),
+        down_block_types=unet.config.down_block_types,
+        up_block_types=unet.config.up_block_types,
+    )
+    assert fresh(torch.randn(1, 1, SIZE, SIZE), 3, torch.randn(1, 512)).sample.abs().max() == 0
+
+
+def test_networks_are_as_large_as_the_card_says():
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in ConditionedUNet2DModel(condition_dim=dim).parameters()) for dim in (512, None)]
+        encoder = ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=512))
+    assert [round(size / 1e6, 2) for size in sizes] == [44.07, 37.51]
+    assert round(sum(p.numel() for p in encoder.parameters()) / 1e6, 1) == 24.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"timesteps": [100]}, "`timesteps` must be a list of different integers from 0 to 99"),
+        ({"timesteps": []}, "`timesteps` must be a list"),
+        ({"timesteps": [3, 3]}, "`timesteps` must be a list of different"),
+        ({"timesteps": 50}, "`timesteps` must be a list"),
+        ({"map_type": "l2"}, "`map_type` must be one of residual, ssim"),
+        ({"shared_noise": 2}, "`shared_noise` must be one of False, True"),
+        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
+        ({"noise": torch.zeros(3, 5, 1, 16, 16), "generator": 1}, "either `noise` or `generator`"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline(conditioned=False)(make_volume(), **arguments)
+
+
+def test_wrong_components():
+    pipe = make_pipeline()
+    parts = {name: pipe.components[name] for name in ("scheduler", "processor")}
+    with pytest.raises(
+        ValueError, match="`encoder` must give as many values as `unet.condition_dim` says, 6; it gives none"
+    ):
+        CDDPMPipeline(pipe.unet, **parts)
+    with pytest.raises(ValueError, match="says, none; it gives 6"):
+        CDDPMPipeline(make_unet(condition_dim=None), encoder=pipe.encoder, **parts)
+    with pytest.raises(ValueError, match="`condition_dim` must be at least 1"):
+        ConditionedUNet2DModel(condition_dim=0)
+    with pytest.raises(
+        ValueError, match="`attention_head_dim` must divide the last of `block_out_channels`, 32, got 64"
+    ):
+        ConditionedUNet2DModel(block_out_channels=(32, 32, 32))
+    with pytest.raises(ValueError, match="`class_embed_type` must be None"):
+        ConditionedUNet2DModel(class_embed_type="timestep")
