@@ -21,7 +21,7 @@ import anodiff
 from ..data.prepared import PreparedSplit, load_prepared
 from ..hub.checkpoint import read_model_index
 from ..pipelines.pipeline_utils import device_name
-from .checkpoints import load_pipeline, row_name, training_population
+from .checkpoints import describe_model, load_pipeline
 from .ensemble_metrics import FrequencyCalibration, score_ensemble
 from .metrics import bootstrap_interval
 from .options import EvalOptions
@@ -109,10 +109,7 @@ def evaluate_ensembles(options: EvalOptions) -> dict:
         seconds = _sample_members(pipeline, split, folder, options, accelerator, Path(model).name)
         rows.append(
             {
-                "name": row_name(model, pipeline),
-                "kind": "pipeline",
-                "model": model,
-                "training_population": options.training_population or training_population(model),
+                **describe_model(model, pipeline, options),
                 "settings": {**pipeline.default_settings(), "threshold": pipeline.config.threshold},
                 "seconds_per_slice": seconds,
                 "maps": folder,
