@@ -46,6 +46,7 @@ benchmark: $(BIN)/.installed
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/andi.py
+	$(BIN)/python benchmarks/cimd.py
 	$(BIN)/python benchmarks/anofpdm.py
 
 # A Hub on this machine to try push and pull with; docs/hub.md.
