@@ -56,7 +56,7 @@ class Progress:
                 f"The checkpoint was trained with {state['samples_per_step']} samples per step, this run has"
                 f" {self.samples_per_step} (batch size x processes x accumulation). Make them equal, or start a new run."
             )
-        if state["updates_per_batch"] != self.updates_per_batch:
+        if state.get("updates_per_batch", 1) != self.updates_per_batch:
             raise ValueError(
                 f"The checkpoint was trained with {state['updates_per_batch']} updates per batch, this run has"
                 f" {self.updates_per_batch} (`objective.updates_per_batch`). Make them equal, or start a new run."
