@@ -97,24 +97,34 @@ class StreamedSamples(torch.utils.data.IterableDataset):
 
 
 class PositionBatches:
-    """Sample numbers of each forward pass of one process, from optimizer step `first_step` on."""
+    """Sample numbers of each forward pass of one process, from optimizer step `first_step` on. With `updates_per_batch` u the samples of
+    steps s u ... s u + u - 1 are the same."""
 
     def __init__(
-        self, first_step: int, last_step: int, batch_size: int, accumulation: int, processes: int, process: int
+        self,
+        first_step: int,
+        last_step: int,
+        batch_size: int,
+        accumulation: int,
+        processes: int,
+        process: int,
+        updates_per_batch: int = 1,
     ):
         self.steps = range(first_step, last_step)
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.processes = processes
         self.process = process
+        self.updates_per_batch = updates_per_batch
 
     def __len__(self) -> int:
         return len(self.steps) * self.accumulation
 
     def __iter__(self):
         for step in self.steps:
+            number = step // self.updates_per_batch
             for micro in range(self.accumulation):
-                start = ((step * self.accumulation + micro) * self.processes + self.process) * self.batch_size
+                start = ((number * self.accumulation + micro) * self.processes + self.process) * self.batch_size
                 yield list(range(start, start + self.batch_size))
 
 
@@ -122,3 +132,11 @@ def sample_generators(seed: int, stream: int, positions, device: torch.device) -
     """One generator per sample; `stream` 0 is training, 1 validation."""
     keys = [np.random.SeedSequence([seed, stream, int(p)]).generate_state(1, np.uint64)[0] for p in positions]
     return [torch.Generator(device).manual_seed(int(key)) for key in keys]
+
+
+def repeated_generators(generators: list[torch.Generator], update: int) -> list[torch.Generator]:
+    """Generators for the draws that differ between the updates on one batch, from those of its samples: themselves for update 0."""
+    if not update:
+        return generators
+    keys = [np.random.SeedSequence([g.initial_seed(), update]).generate_state(1, np.uint64)[0] for g in generators]
+    return [torch.Generator(g.device).manual_seed(int(key)) for g, key in zip(generators, keys, strict=True)]
