@@ -45,6 +45,7 @@ benchmark: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/prepared.py
 	$(BIN)/python benchmarks/andi.py
 	$(BIN)/python benchmarks/cimd.py
 	$(BIN)/python benchmarks/anofpdm.py

@@ -2,28 +2,44 @@
 
 python preprocess.py --phantom phantom-mini --out prepared/phantom-mini
 python preprocess.py --recipe tcga_lgg_flair --root raw/tcga_lgg_flair --out prepared/tcga-lgg
-python preprocess.py --recipe my_recipe.yaml --root raw/mine --out prepared/mine --push_to_hub owner/mine
+python preprocess.py --recipe my_recipe.yaml --root raw/mine --out prepared/mine --num_proc 8 --push_to_hub owner/mine
+python preprocess.py --recipe shifts_andi --root raw/shifts --template T1_brain.nii --reference raw/BraTS2021_00000 --out prepared/shifts
+python preprocess.py --check prepared/mine prepared/other
+
+An interrupted run goes on where it was if the same command is given again.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from anodiff.configs import parse_options
 
 
+_WHY_PRIVATE = (
+    "\nAs a private repository only: the licence of the images forbids to offer them for download. Keep it private, and share the"
+    " recipe instead."
+)
+
+
 @dataclass
 class PreprocessOptions:
-    """What to prepare."""
+    """What to prepare, or to check."""
 
-    out: str
-    """Folder to write; must not exist."""
+    out: str | None = None
+    """Folder to write; must not exist. Of `--check`: table of what was found (leaks.csv by default)."""
     recipe: str | None = None
     """YAML file, or the name of a recipe of the package (configs/recipes); a phantom has its own."""
     root: str | None = None
     """Folder of the raw data set; with `phantom`, where its raw volumes are kept (they are thrown away by default)."""
+    num_proc: int = 1
+    """Processes that subjects are shared out to; each holds one subject in memory. The result is the same."""
+    template: str | None = None
+    """Volume that subjects are registered to, if the recipe's `correction` does."""
+    reference: str | None = None
+    """Scan whose histograms subjects are matched to, if the recipe's `correction` does: a file, or a folder with one per modality."""
     phantom: str | None = None
     """Make this phantom (phantom-mini, phantom-std, phantom-raters) instead of reading a raw data set."""
     phantom_anatomy: Literal["mni152", "geometric"] = "mni152"
@@ -32,14 +48,25 @@ class PreprocessOptions:
     """Hub id of a data set that the result is pushed to."""
     hub_private: bool = True
     """Visibility of a new repository: private unless you say otherwise, because images of people are not yours to give."""
+    check: bool = False
+    """Find subjects and nearly equal slices that are in two splits of the prepared data sets that follow; exit status 1 if there are any."""
+    prepared: list[str] = field(default_factory=list)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepares one data set. Returns 0, or 1 if something was left out or nothing could be written."""
-    options = parse_options(PreprocessOptions, argv, prog="preprocess.py", description=__doc__)
+    """Prepares one data set, or checks some. Returns 0, or 1 if something was left out or found, or nothing could be done."""
+    # `--check A B`: the folders are no value of the switch.
+    argv = ["--check=true" if word == "--check" else word for word in (sys.argv[1:] if argv is None else argv)]
+    options = parse_options(PreprocessOptions, argv, prog="preprocess.py", description=__doc__, positional="prepared")
+    if options.check:
+        return _check(options)
     from anodiff.hub.publishing import PublishingError, open_repository, push_folder
 
     try:
+        if options.prepared:
+            raise ValueError(f"{options.prepared[0]} is no option. Prepared data sets are named after `--check` only.")
+        if options.out is None:
+            raise ValueError("Give `--out`, the folder to write.")
         if options.phantom is None and (options.recipe is None or options.root is None):
             raise ValueError("Give `--recipe` and `--root` of a raw data set, or `--phantom`.")
 
@@ -48,15 +75,33 @@ def main(argv: list[str] | None = None) -> int:
         recipe = None if options.recipe is None else read_recipe(options.recipe)
         if options.push_to_hub and not options.hub_private and recipe is not None and "license" not in recipe:
             raise ValueError("A public data set needs `license` in the recipe: who may do what with the images?")
+        forbidden = recipe is not None and recipe.get("rehosting") == "forbidden"
+        if options.push_to_hub and not options.hub_private and forbidden:
+            raise ValueError(
+                "`--hub_private false` is refused: by `rehosting: forbidden` of the recipe, the licence forbids to offer the images for"
+                " download."
+            )
         if options.push_to_hub:
             # Whatever a push would fail at, before the work.
             open_repository(options.push_to_hub, private=options.hub_private, repo_type="dataset")
         if options.phantom is not None:
             failures = prepare_phantom(
-                options.phantom, options.out, recipe=recipe, anatomy=options.phantom_anatomy, raw=options.root
+                options.phantom,
+                options.out,
+                recipe=recipe,
+                anatomy=options.phantom_anatomy,
+                raw=options.root,
+                num_proc=options.num_proc,
             )
         else:
-            failures = prepare_recipe(recipe, options.root, options.out)
+            failures = prepare_recipe(
+                recipe,
+                options.root,
+                options.out,
+                template=options.template,
+                reference=options.reference,
+                num_proc=options.num_proc,
+            )
     except (ValueError, OSError, ImportError, PublishingError) as error:
         print(f"preprocess.py: {error}", file=sys.stderr)
         return 1
@@ -69,8 +114,26 @@ def main(argv: list[str] | None = None) -> int:
         except PublishingError as error:
             print(f"preprocess.py: {error}", file=sys.stderr)
             return 1
-        print(f"Pushed to {url}")
+        print(f"Pushed to {url}" + _WHY_PRIVATE * forbidden)
     return 1 if failures else 0
+
+
+def _check(options: PreprocessOptions) -> int:
+    from anodiff.data.leaks import find_leaks, write_leaks
+
+    table = options.out or "leaks.csv"
+    try:
+        if not options.prepared:
+            raise ValueError("Give the prepared data sets to compare: `--check PREPARED...`.")
+        leaks = find_leaks(options.prepared)
+        write_leaks(leaks, table)
+    except (ValueError, OSError) as error:
+        print(f"preprocess.py: {error}", file=sys.stderr)
+        return 1
+    for leak in leaks:
+        print(f"Leak: {leak}")
+    print(f"{len(leaks)} leaks found. Wrote {table}." if leaks else f"No leak found. Wrote {table}.")
+    return 1 if leaks else 0
 
 
 if __name__ == "__main__":

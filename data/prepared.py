@@ -33,6 +33,7 @@ import yaml
 
 from .preparation import PHANTOMS, phantom_recipe, prepare_phantom
 from .readers import SPLITS
+from .shards import code_digest
 
 
 # N slices, C modalities, A annotations, H x W pixels.
@@ -268,21 +269,8 @@ def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> P
         ConnectionError: With `streaming`, the Hub cannot be reached.
         ValueError: It is no prepared data set, is incomplete, or has no such split.
     """
-    if path in PHANTOMS and not Path(path).is_dir():
-        path = _cached_phantom(path)
-    folder = Path(path)
-    remote = not folder.is_dir()
-    if remote:
-        folder = _download(str(path), split, streaming)
-    missing = [name for name in _SIDE_FILES if not (folder / name).is_file()]
-    if missing:
-        there = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
-        raise ValueError(
-            f"{path} is no prepared data set: {', '.join(missing)} is missing, it holds {there}. See preprocess.py."
-        )
-    available = [
-        name for name in SPLITS if name in set(pq.read_table(folder / "subjects.parquet")["split"].to_pylist())
-    ]
+    folder, remote = _find(path, [] if streaming else [f"data/{split}-*.parquet"])
+    available = _splits_in(folder)
     if split not in available:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(available)}.")
     names = f"data/{split}-*-of-*.parquet"
@@ -299,6 +287,33 @@ def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> P
         return StreamedSplit(shards, folder, split)
     except huggingface_hub.errors.HTTPError as error:
         raise ConnectionError(f"The rows of {path} cannot be streamed: {type(error).__name__}: {error}") from error
+
+
+def list_splits(path: str | Path) -> list[str]:
+    """Names of the splits of a prepared data set, in the order of train, validation, test; errors as of [`load_prepared`]."""
+    return _splits_in(_find(path, [])[0])
+
+
+def _find(path: str | Path, shards: list[str]) -> tuple[Path, bool]:
+    """The folder that holds the files beside the rows, and on the Hub those that match `shards`; whether it is the Hub's cache."""
+    if path in PHANTOMS and not Path(path).is_dir():
+        path = _cached_phantom(path)
+    folder = Path(path)
+    remote = not folder.is_dir()
+    if remote:
+        folder = _download(str(path), shards)
+    missing = [name for name in _SIDE_FILES if not (folder / name).is_file()]
+    if missing:
+        there = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
+        raise ValueError(
+            f"{path} is no prepared data set: {', '.join(missing)} is missing, it holds {there}. See preprocess.py."
+        )
+    return folder, remote
+
+
+def _splits_in(folder: Path) -> list[str]:
+    names = set(pq.read_table(folder / "subjects.parquet")["split"].to_pylist())
+    return [name for name in SPLITS if name in names]
 
 
 def _complete(path: str | Path, split: str, shards: Iterable[str]) -> list[str]:
@@ -331,9 +346,8 @@ def _open(
     return dataset
 
 
-def _download(repo_id: str, split: str, streaming: bool) -> Path:
-    """Folder of the Hub's cache with the side files and, unless streaming, the shards of a split."""
-    shards = [] if streaming else [f"data/{split}-*.parquet"]
+def _download(repo_id: str, shards: list[str]) -> Path:
+    """Folder of the Hub's cache with the side files and those that match `shards`."""
     try:
         return Path(
             huggingface_hub.snapshot_download(repo_id, repo_type="dataset", allow_patterns=[*_SIDE_FILES, *shards])
@@ -352,9 +366,7 @@ def _download(repo_id: str, split: str, streaming: bool) -> Path:
 def _cached_phantom(name: str) -> Path:
     recipe = phantom_recipe(name)
     # Named after the recipe and the code that makes it: what is there never goes stale.
-    made_by = hashlib.sha256(json.dumps(recipe).encode())
-    for module in sorted(Path(__file__).parent.glob("*.py")):
-        made_by.update(module.read_bytes())
+    made_by = hashlib.sha256((json.dumps(recipe) + code_digest()).encode())
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "anodiff" / f"{name}-{made_by.hexdigest()[:16]}"
     if not folder.is_dir():
         try:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import csv
-import glob
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .volume import IMAGE_SUFFIXES
+from .listing import SPLIT_NAMES, SPLITS, Missing, folders_below, folders_in, list_names, match_files, require_folder
+from .volume import IMAGE_SUFFIXES, StoredVolume
 
-
-SPLITS = ("train", "validation", "test")
 
 _T1_WORD = re.compile(r"(?<![a-zA-Z0-9])t1(?![a-zA-Z0-9])")
-_SPLIT_NAMES = {
-    "train": "train",
-    "validation": "validation",
-    "val": "validation",
-    "test": "test",
-    "training": "train",
-    "testing": "test",
-}
 
 
 @dataclass(frozen=True)
@@ -32,7 +22,7 @@ class Subject:
 
     Args:
         name (`str`): Unique in its data set.
-        volume (`dict[str, Path]` or `Path`): Modality to file, or one file.
+        volume (`dict[str, Path]`, `Path` or [`~data.volume.StoredVolume`]): Modality to file, or one file.
         masks (`tuple[Path, ...]`):
             Lesion masks on the volume's grid, one per annotator; empty if the subject is unlabelled. Subjects of one data set may
             have different numbers of them.
@@ -41,16 +31,20 @@ class Subject:
         split (`str`, *optional*): `"train"`, `"validation"` or `"test"`, where the data set says so.
         group (`str`, *optional*): What no split may divide (a patient); the name by default.
         mask_above (`float`, defaults to 0.0): Value in the files of the masks above which a voxel is marked.
+        age (`float`, *optional*): In years, where the data set says so.
+        site (`str`, *optional*): Centre or scanner, where the data set says so.
     """
 
     name: str
-    volume: dict[str, Path] | Path
-    masks: tuple[Path, ...] = ()
-    brain: Path | None = None
+    volume: dict[str, Path | StoredVolume] | Path | StoredVolume
+    masks: tuple[Path | StoredVolume, ...] = ()
+    brain: Path | StoredVolume | None = None
     label: int | None = None
     split: str | None = None
     group: str = ""
     mask_above: float = 0.0
+    age: float | None = None
+    site: str | None = None
 
     def __post_init__(self):
         if self.label not in (0, 1, None):
@@ -59,6 +53,22 @@ class Subject:
             raise ValueError(f"Subject {self.name}: `split` must be one of {', '.join(SPLITS)}, got {self.split!r}.")
         object.__setattr__(self, "group", self.group or self.name)
 
+    @property
+    def volume_files(self) -> list[Path]:
+        """The files that the volume is read from, in channel order."""
+        sources = self.volume.values() if isinstance(self.volume, dict) else [self.volume]
+        return [file for source in sources for file in _files_of(source)]
+
+    @property
+    def mask_files(self) -> list[Path]:
+        """The files that the masks are read from."""
+        return [file for source in self.masks for file in _files_of(source)]
+
+    @property
+    def files(self) -> list[Path]:
+        """All files of the subject."""
+        return [*self.volume_files, *self.mask_files, *(_files_of(self.brain) if self.brain else ())]
+
 
 def read_volume_folders(
     root: str | Path,
@@ -66,6 +76,7 @@ def read_volume_folders(
     masks: Sequence[str] = (),
     brain: str | None = None,
     splits: str | Path | None = None,
+    mask_above: float = 0.0,
 ) -> list[Subject]:
     """
     One folder per subject: `root/SUBJECT/...`. Folders that hold none of the modalities are no subjects.
@@ -78,31 +89,38 @@ def read_volume_folders(
         masks (`list[str]`): Patterns of the lesion masks, one per annotator. None: the data set is unlabelled.
         brain (`str`, *optional*): Pattern of the brain mask.
         splits (`str` or `Path`, *optional*):
-            Folder (relative to `root`) with `train.csv`, `validation.csv` (or `val.csv`), `test.csv`, whose column `subject`, or else
-            first column, lists the subjects; `scans_train.csv` (ANDi's) is a name too. Every subject must be in one of them.
+            Folder (relative to `root`) with `train.csv`, `validation.csv` (or `val.csv`), `test.csv`, whose column `subject` or `Subject_ID`
+            (ANDi's), or else first column, lists the subjects; `scans_train.csv` (ANDi's) is a name too. Every subject must be in one of them.
+        mask_above (`float`, defaults to 0.0): Value in the files of the masks above which a voxel is marked.
 
     Returns:
         `list[Subject]`, sorted by name.
 
     Raises:
-        ValueError: No subject; a file is missing or not unique; a subject is in two splits, in none, or does not exist.
+        ValueError: No subject is complete; a subject is in two splits, in none, or does not exist. A file that is missing or not unique
+            leaves out its subject, and [`prepare`] lists it.
     """
-    root = _folder(root)
+    root = require_folder(root)
     if not modalities:
         raise ValueError("`modalities` must name at least one modality and its pattern, got none.")
     subjects = {}
-    for folder in _folders(root):
-        if any(_matches(folder, pattern) for pattern in modalities.values()):
+    for folder in folders_in(root):
+        if any(match_files(folder, pattern) for pattern in modalities.values()):
             subjects[folder.name] = {
-                "volume": {name: _one_file(folder, pattern) for name, pattern in modalities.items()},
-                "masks": tuple(_one_file(folder, pattern) for pattern in masks),
-                "brain": _one_file(folder, brain) if brain is not None else None,
+                "volume": {name: _file_or_missing(folder, pattern) for name, pattern in modalities.items()},
+                "masks": tuple(_file_or_missing(folder, pattern) for pattern in masks),
+                "brain": _file_or_missing(folder, brain) if brain is not None else None,
             }
     if not subjects:
         patterns = ", ".join(modalities.values())
-        raise ValueError(f"No folder in {root} holds a file {patterns}; there are {_listing(root)}.")
+        raise ValueError(f"No folder in {root} holds a file {patterns}; there are {list_names(root)}.")
+    missing = [_first_missing(files) for files in subjects.values()]
+    if all(missing):
+        raise ValueError(missing[0].reason)  # the patterns are wrong, not a subject
     split_of = {} if splits is None else _read_splits(root / splits, set(subjects))
-    return [Subject(name, **files, split=split_of.get(name)) for name, files in subjects.items()]
+    return [
+        Subject(name, **files, split=split_of.get(name), mask_above=mask_above) for name, files in subjects.items()
+    ]
 
 
 def read_image_folders(
@@ -126,10 +144,10 @@ def read_image_folders(
     Raises:
         ValueError: No pictures, an unknown class, a mixed layout, a picture without group, two pictures with one name.
     """
-    root = _folder(root)
+    root = require_folder(root)
     if isinstance(healthy, str) or not healthy:
         raise ValueError(f"`healthy` must be a list of class names, got {healthy!r}.")
-    classes = [(split, folder) for split, top in _split_folders(root) for folder in _folders(top)]
+    classes = [(split, folder) for split, top in _split_folders(root) for folder in folders_in(top)]
     class_names = sorted({folder.name for _, folder in classes})
     unknown = sorted(set(healthy) - set(class_names))
     if unknown:
@@ -158,7 +176,7 @@ def read_image_folders(
             )
     if not subjects:
         raise ValueError(
-            f"There is no picture ({', '.join(IMAGE_SUFFIXES)}) in the classes of {root}: {_listing(root)}."
+            f"There is no picture ({', '.join(IMAGE_SUFFIXES)}) in the classes of {root}: {list_names(root)}."
         )
     return [subjects[name] for name in sorted(subjects)]
 
@@ -201,7 +219,7 @@ def read_annotated_folders(
     Raises:
         ValueError: No case, no annotation at all, a channel that is missing or not unique, a mixed layout, a case without group.
     """
-    root = _folder(root)
+    root = require_folder(root)
     if not modalities:
         raise ValueError("`modalities` must name at least one channel and its pattern, got none.")
     if isinstance(annotations, str) or not annotations:
@@ -212,12 +230,12 @@ def read_annotated_folders(
         raise ValueError(f"`label_max` must be above 0, got {label_max}.")
     cases = {}
     for split, top in _split_folders(root) if split_folders else [(None, root)]:
-        for folder in (top, *_folders_below(top)):
-            if any(_matches(folder, pattern) for pattern in modalities.values()):
+        for folder in (top, *folders_below(top)):
+            if any(match_files(folder, pattern) for pattern in modalities.values()):
                 cases[folder.relative_to(root).as_posix()] = split, folder
     if not cases:
         patterns = ", ".join(modalities.values())
-        raise ValueError(f"No folder in {root} holds a file {patterns}; there are {_listing(root)}.")
+        raise ValueError(f"No folder in {root} holds a file {patterns}; there are {list_names(root)}.")
     group_of = None if groups is None else _read_groups(root / groups, "case", group_column)
     subjects = []
     for name in sorted(cases):
@@ -225,7 +243,9 @@ def read_annotated_folders(
         if group_of is not None and name not in group_of:
             raise ValueError(f"{root / groups} does not list {name} in its column `case`.")
         volume = {channel: _one_file(folder, pattern) for channel, pattern in modalities.items()}
-        found = sorted({path for pattern in annotations for path in _matches(folder, pattern)} - set(volume.values()))
+        found = sorted(
+            {path for pattern in annotations for path in match_files(folder, pattern)} - set(volume.values())
+        )
         subjects.append(
             Subject(
                 name,
@@ -274,7 +294,7 @@ def read_split_tables(
         ValueError: An unknown split, a table without the columns, a label that is not 0 or 1, or no subject.
         FileNotFoundError: There is no such table. That a volume is missing is found when it is read.
     """
-    root = _folder(root)
+    root = require_folder(root)
     root = root / "Data" if (root / "Data" / "splits").is_dir() else root
     unknown = [name for name in splits if name not in SPLITS]
     if unknown or not splits:
@@ -317,50 +337,40 @@ def read_split_tables(
     return [subjects[name] for name in sorted(subjects)]
 
 
-def _folder(root: str | Path) -> Path:
-    root = Path(root)
-    if not root.is_dir():
-        raise NotADirectoryError(f"`root` must be a folder, and {root} is none.")
-    return root
-
-
-def _folders(path: Path) -> list[Path]:
-    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-
-
-def _folders_below(path: Path) -> Iterator[Path]:
-    for folder in _folders(path):
-        yield folder
-        yield from _folders_below(folder)
+def _files_of(source: Path | StoredVolume) -> tuple[Path, ...]:
+    return source.files if isinstance(source, StoredVolume) else (Path(source),)
 
 
 def _split_folders(root: Path) -> list[tuple[str | None, Path]]:
     """The folders of the first level with the splits that they are called after; if none is, the root without a split."""
-    first_level = _folders(root)
-    if not any(folder.name in _SPLIT_NAMES for folder in first_level):
+    first_level = folders_in(root)
+    if not any(folder.name in SPLIT_NAMES for folder in first_level):
         return [(None, root)]
-    others = [folder.name for folder in first_level if folder.name not in _SPLIT_NAMES]
+    others = [folder.name for folder in first_level if folder.name not in SPLIT_NAMES]
     if others:
         raise ValueError(
             f"{root} mixes splits with other folders: {', '.join(others)}. The first level must be splits"
-            f" ({', '.join(_SPLIT_NAMES)}), or none of them."
+            f" ({', '.join(SPLIT_NAMES)}), or none of them."
         )
-    return [(_SPLIT_NAMES[folder.name], folder) for folder in first_level]
+    return [(SPLIT_NAMES[folder.name], folder) for folder in first_level]
 
 
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "no files"
+def _file_or_missing(folder: Path, pattern: str) -> Path | Missing:
+    try:
+        return _one_file(folder, pattern)
+    except ValueError as error:
+        return Missing(str(error))
 
 
-def _matches(folder: Path, pattern: str) -> list[Path]:
-    return sorted(folder.glob(pattern.replace("{subject}", glob.escape(folder.name))))
+def _first_missing(files: dict) -> Missing | None:
+    everything = (*files["volume"].values(), *files["masks"], files["brain"])
+    return next((file for file in everything if isinstance(file, Missing)), None)
 
 
 def _one_file(folder: Path, pattern: str) -> Path:
-    found = _matches(folder, pattern)
+    found = match_files(folder, pattern)
     if len(found) != 1:
-        what = ", ".join(path.name for path in found) if found else f"none; the folder holds {_listing(folder)}"
+        what = ", ".join(path.name for path in found) if found else f"none; the folder holds {list_names(folder)}"
         raise ValueError(f"Subject {folder.name}: the pattern {pattern!r} must match one file, it matches {what}.")
     return found[0]
 
@@ -371,14 +381,15 @@ def _read_splits(folder: Path, names: set[str]) -> dict[str, str]:
         raise ValueError(f"`splits`: there is no CSV file in {folder}.")
     split_of: dict[str, str] = {}
     for path in files:
-        split = _SPLIT_NAMES.get(path.stem.rpartition("_")[2])
+        split = SPLIT_NAMES.get(path.stem.rpartition("_")[2])
         if split is None:
-            raise ValueError(f"`splits`: {path} must be named after a split: {', '.join(_SPLIT_NAMES)}.")
+            raise ValueError(f"`splits`: {path} must be named after a split: {', '.join(SPLIT_NAMES)}.")
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if any(row)]
         column = 0
-        if rows and "subject" in rows[0]:
-            column = rows.pop(0).index("subject")
+        named = [column for column in ("subject", "Subject_ID") if rows and column in rows[0]]
+        if named:
+            column = rows.pop(0).index(named[0])
         elif rows and rows[0][0] not in names:
             rows.pop(0)  # a header with another word for it
         for row in rows:
@@ -412,7 +423,7 @@ def _read_table(root: Path, table: str, columns: Sequence[str]) -> list[dict[str
     name, rows = re.fullmatch(r"(.*?)(?:\[(\d*:\d*)\])?", table).groups()
     path = root / "splits" / f"{name.removesuffix('.csv')}.csv"
     if not path.is_file():
-        there = _listing(path.parent) if path.parent.is_dir() else "no such folder"
+        there = list_names(path.parent) if path.parent.is_dir() else "no such folder"
         raise FileNotFoundError(f"There is no table {path}: {there}.")
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,23 @@ class InputVolume:
         return image
 
 
+class StoredVolume(ABC):
+    """A volume that no file of its own holds: slices in a file each, an entry of an archive. Readers make them; [`read_volume`] takes
+    them like a path.
+
+    Attributes:
+        files (`tuple[Path, ...]`): What it is read from.
+    """
+
+    files: tuple[Path, ...]
+
+    @abstractmethod
+    def read(self) -> InputVolume:
+        """Reads it; errors as in [`read_volume`]."""
+
+
 def read_volume(source) -> InputVolume:
-    """Reads a path, nibabel image, array or tensor `(X, Y)` or `(X, Y, Z)`, PIL image, or a dict of those, into an
+    """Reads a path, nibabel image, array or tensor `(X, Y)` or `(X, Y, Z)`, PIL image, [`StoredVolume`], or a dict of those, into an
     [`InputVolume`].
 
     Raises:
@@ -87,6 +103,8 @@ def read_volume(source) -> InputVolume:
 
     if isinstance(source, InputVolume):
         return source
+    if isinstance(source, StoredVolume):
+        return _checked(source.read())
     if isinstance(source, Mapping):
         return _read_modalities(source)
     if isinstance(source, (str, os.PathLike)):

@@ -488,8 +488,8 @@ def recipe(**changes):
         ),
         ({"split": [0.5]}, r"`split` must hold `key: value` pairs, got \[0.5\]"),
         (
-            {"reader": "bids"},
-            "`reader` must be one of volume_folders, image_folders, annotated_folders, split_tables, got 'bids'",
+            {"reader": "dicom"},
+            "`reader` must be one of volume_folders, image_folders, annotated_folders, split_tables, .*, got 'dicom'",
         ),
         ({"reader_options": {}}, "`reader_options` needs the key modalities"),
         ({"reader_options": {"modality": {}}}, "`reader_options` has no key modality; known are modalities, masks"),
@@ -508,20 +508,25 @@ def test_recipes_of_the_package(tmp_path):
     folder = Path(__file__).parents[2] / "configs" / "recipes"
     names = sorted(file.stem for file in folder.glob("*.yaml"))
     assert names == [
-        *["anoddpm_nfbs", "atlas_anofpdm", "brain_damage", "brain_tumor_mri", "brats21_andi", "brats21_anofpdm"],
-        *["brats21_flair", "cimd_lidc", "phantom_mini", "phantom_raters", "sadm_atlas", "sadm_brats", "sadm_brats_t2"],
-        *["sadm_mslub_t2", "sadm_t1", "sadm_t2", "tcga_lgg_flair", "tcga_lgg_labelled"],
+        *["anoddpm_nfbs", "atlas_anofpdm", "atlas_v2", "brain_damage", "brain_tumor_mri", "brats21_andi"],
+        *["brats21_anofpdm", "brats21_anofpdm_slices", "brats21_flair", "cddpm_ixi_t1", "cddpm_ixi_t2", "cimd_lidc"],
+        *["generic_bids", "generic_image_masks", "ixi_t1", "ixi_t2", "lidc_pickle", "mslub_flair", "phantom_mini"],
+        *["phantom_raters", "sadm_atlas", "sadm_brats", "sadm_brats_t2", "sadm_mslub_t2", "sadm_t1", "sadm_t2"],
+        *["sadm_wmh", "shifts_andi", "shifts_andi_folders", "shifts_ms", "tcga_lgg_flair", "tcga_lgg_kaggle"],
+        *["tcga_lgg_labelled", "wmh_flair"],
     ]
     for name in names:
         # An empty root: everything of the recipe is read, then there is no subject.
-        with pytest.raises((ValueError, OSError), match="No folder in|the classes in .* are none|There is no table"):
+        with pytest.raises(
+            (ValueError, OSError), match="No (folder|file) in|the classes in .* are none|no table|no file"
+        ):
             prepare_recipe(read_recipe(name), tmp_path, tmp_path / "set")
         settings = read_recipe(name)
         VolumeProcessor.from_dict(settings["processor"])
         SliceRule(**settings.get("slices", {}))
         SplitRule(**settings.get("split", {}))
     with pytest.raises(
-        FileNotFoundError, match="no recipe nothing. The package comes with anoddpm_nfbs, atlas_anofpdm, brain_damage"
+        FileNotFoundError, match="no recipe nothing. The package comes with anoddpm_nfbs, atlas_anofpdm, atlas_v2"
     ):
         read_recipe("nothing")
 

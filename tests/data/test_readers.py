@@ -64,10 +64,12 @@ def test_volume_folders_name_what_is_missing_or_ambiguous(tmp_path):
     ):
         read_volume_folders(tmp_path, **options, masks=["les*"])
     (tmp_path / "c" / "c_t1.nii.gz").unlink()
-    with pytest.raises(
-        ValueError, match="Subject c: the pattern '{subject}_t1.nii.gz' .* none; the folder holds anat, les1"
-    ):
-        read_volume_folders(tmp_path, **options)
+    missing = read_volume_folders(tmp_path, **options)[-1].volume["t1"]
+    assert missing.reason.startswith(
+        "Subject c: the pattern '{subject}_t1.nii.gz' must match one file, it matches none; "
+    )
+    with pytest.raises(ValueError, match="holds anat, les1"):
+        missing.read()
     with pytest.raises(ValueError, match="No folder in .* t2.nii; there are .hidden, a, b"):
         read_volume_folders(tmp_path, {"t2": "t2.nii"})
     with pytest.raises(NotADirectoryError, match="nowhere"):

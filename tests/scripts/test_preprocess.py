@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,43 @@ def test_an_existing_folder_is_never_written_into(tmp_path, monkeypatch, capsys)
     assert main(["--phantom", "phantom-mini", "--out", "set"]) == 1
     assert "`out` set exists" in capsys.readouterr().err
     assert list(Path("set").iterdir()) == []
+
+
+def test_check_finds_what_is_on_both_sides(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--recipe", "recipe.yaml", "--root", "raw", "--out", "clean", "--num_proc", "2"]) == 0
+    capsys.readouterr()
+    assert main(["--check", "clean"]) == 0
+    assert capsys.readouterr().out == "No leak found. Wrote leaks.csv.\n"
+    assert (
+        Path("leaks.csv").read_text().startswith("kind,set_a,split_a,subject_a,")
+        and Path("leaks.csv").read_text().count("\n") == 1
+    )
+    # A scan under two names, one of them in each split.
+    train, test = (load_prepared("clean", name).subjects for name in ("train", "test"))
+    shutil.copy(Path("raw", train[0], "flair.nii.gz"), Path("raw", test[1], "flair.nii.gz"))
+    assert main(["--recipe", "recipe.yaml", "--root", "raw", "--out", "leaky"]) == 0
+    assert main(["--check", "clean", "leaky", "--out", "found.csv"]) == 1
+    out = capsys.readouterr().out
+    assert f"of {train[0]} in train of leaky nearly equal slices of {test[1]} in test of leaky" in out
+    assert "leaks found. Wrote found.csv." in out and f"group {test[1]}" not in out
+    assert main(["--check"]) == 1
+    assert "Give the prepared data sets to compare" in capsys.readouterr().err
+
+
+def test_images_that_may_not_be_given_away(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(yaml.safe_dump({**RECIPE, "rehosting": "forbidden"}))
+    arguments = ["--recipe", "mine.yaml", "--root", "raw", "--out", "set"]
+    assert main([*arguments, "--push_to_hub", "owner/set", "--hub_private", "false"]) == 1
+    assert "`--hub_private false` is refused: by `rehosting: forbidden` of the recipe" in capsys.readouterr().err
+    assert not Path("set").exists()
+    assert main(arguments) == 0
+    card = Path("set", "README.md").read_text()
+    assert "The licence forbids to offer the images for download" in card and "rehosting: forbidden" in card
+    Path("mine.yaml").write_text(yaml.safe_dump({**RECIPE, "rehosting": "maybe"}))
+    assert main([*arguments[:-1], "other"]) == 1
+    assert "`rehosting` must be one of allowed, forbidden, got 'maybe'" in capsys.readouterr().err
 
 
 def test_phantom(tmp_path, monkeypatch):

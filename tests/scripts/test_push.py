@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 
 from anodiff import AnoDDPMPipeline, AnomalyPipeline
@@ -218,6 +219,13 @@ def test_a_prepared_data_set_is_pushed(hub, workplace, tmp_path):
     assert hub.repositories["dataset", "owner/rows"].private
     done = preprocess(tmp_path / "more", "--hub_private", "false", check=False)
     assert done.returncode == 0, done.stderr
+
+    # Where the licence forbids more, into a private repository, and the message says so.
+    recipe = yaml.safe_load((workplace.folder / "recipe.yaml").read_text()) | {"rehosting": "forbidden"}
+    (workplace.folder / "private.yaml").write_text(yaml.safe_dump(recipe))
+    done = preprocess(tmp_path / "mine", "--recipe", "private.yaml", "--push_to_hub", "owner/mine")
+    assert "As a private repository only: the licence of the images forbids" in done.stdout
+    assert hub.repositories["dataset", "owner/mine"].private
 
     # And read by its id, with an empty cache.
     workplace.run(

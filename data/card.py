@@ -1,0 +1,93 @@
+"""The card of a prepared data set."""
+
+from __future__ import annotations
+
+import yaml
+
+from .listing import SPLITS
+from .processor import VolumeProcessor
+
+
+_REHOSTING = {
+    "forbidden": "- The licence forbids to offer the images for download: keep every copy of this repository private\n",
+    "allowed": "- The licence allows to offer the images for download\n",
+}
+
+
+def make_card(
+    name: str,
+    processor: VolumeProcessor,
+    recipe: dict,
+    rows: list[dict],
+    failures: dict[str, str],
+    correction: dict | None = None,
+) -> str:
+    """
+    A card whose header makes `load_dataset` find the shards of every split, and nothing else.
+
+    Args:
+        name (`str`): Of the data set.
+        processor ([`VolumeProcessor`]): Whose slices they are.
+        recipe (`dict`): `source`, `license` and `rehosting` are stated, the rest is quoted.
+        rows (`list[dict]`): Of `subjects.parquet`.
+        failures (`dict[str, str]`): Subjects that were left out.
+        correction (`dict`, *optional*): As [`~data.correction.Correction.describe`].
+    """
+    lines, files = [], []
+    for split in SPLITS:
+        of_split = [row for row in rows if row["split"] == split and row["rows"]]
+        if of_split:
+            counts = (
+                len(of_split),
+                sum(row["rows"] for row in of_split),
+                sum(row["anomalous_rows"] for row in of_split),
+            )
+            lines.append(f"| {split} | " + " | ".join(map(str, counts)) + " |")
+            files.append({"split": split, "path": f"data/{split}-*.parquet"})
+    header = {
+        "license": recipe.get("license", "unknown"),
+        "tags": ["anomaly-detection", "medical-imaging", "anodiff"],
+        "configs": [{"config_name": "default", "data_files": files}],
+    }
+    left_out = f"\nLeft out, because they could not be read: {', '.join(sorted(failures))}.\n" if failures else ""
+    corrected = ""
+    if correction is not None:
+        done = ", ".join(f"{key}: {value}" for key, value in correction.items())
+        corrected = f"- Corrected before: {done}; per subject in `corrections.csv` and `quality/`\n"
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False)}---
+
+# {name}
+
+Slices for anomaly detection with diffusion models, prepared by `anodiff` with `recipe.yaml`.
+
+- Source: {recipe.get("source", "not stated")}
+- Licence of the images: {recipe.get("license", "unknown")}
+{_REHOSTING.get(recipe.get("rehosting"), "")}- Modalities, in channel order: {", ".join(processor.config.modalities)}
+{corrected}- Groups (patients): {len({row["group"] for row in rows})}, none of them in two splits
+
+| split | subjects | slices | anomalous slices |
+| --- | --- | --- | --- |
+{chr(10).join(lines)}
+{left_out}
+| column | content |
+| --- | --- |
+| `image` | (C, H, W), in the range {list(processor.config.value_range)}{"" if processor.config.clip else ", may exceed it"} |
+| `mask` | (A, H, W), one lesion mask per annotator, 0 or 1; the first `annotations` of `subjects.parquet`, then zeros |
+| `brain` | (H, W), 0 or 1 |
+| `label` | 1 anomalous, 0 healthy, -1 unknown |
+| `subject` | name; the rows of a subject are together and in slice order |
+| `slice` | index of the slice in the volume, on the network's grid |
+
+`subjects.parquet` holds groups, grids and source files, `processor/` the settings that checkpoints need to see the same slices.
+
+```python
+from anodiff.data.prepared import load_prepared
+split = load_prepared("{name}", "{files[0]["split"]}")     # this folder, or its id on the Hub
+```
+
+The recipe:
+
+```yaml
+{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```
+"""

@@ -1,0 +1,499 @@
+"""Registers and corrects a subject before the processor sees it: skull stripping, a template's space, the brain's box, bias field,
+histograms. Needs SimpleITK (the extra `preprocess`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import nibabel as nib
+import numpy as np
+
+from .readers import Subject
+from .scans import find_scans
+from .volume import InputVolume, read_volume
+
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+
+# Arrays are (X, Y, Z), affines lead to RAS+ as in nibabel; ITK's world is LPS, and its arrays run backwards.
+
+STRIPPERS = {"hd-bet": "hd-bet", "synthstrip": "mri_synthstrip"}
+TRANSFORMS = ("rigid", "affine")
+
+_INSTALL = {
+    "hd-bet": "`pip install hd-bet`",
+    "synthstrip": "it comes with FreeSurfer: https://surfer.nmr.mgh.harvard.edu/docs/synthstrip/",
+}
+_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_SEED = 1  # 0 is the clock for SimpleITK
+_SAMPLES = 30_000  # voxels of the template that a registration looks at
+_N4_LEVELS, _N4_TOLERANCE, _N4_SHRINK = 4, 5e-4, 4  # as the authors of cDDPM call ANTs
+
+
+@dataclass(frozen=True)
+class Correction:
+    """
+    What is done to a subject's volume, in this order: skull stripping, registration and resampling (one interpolation), cut, bias field,
+    histograms. The grid that comes out is the subject's grid from then on, with its right affine; masks are brought there by nearest
+    neighbours, images linearly. Modalities may come on different grids, but must lie on each other in the world.
+
+    Args:
+        skull_strip (`str`, *optional*):
+            `"hd-bet"` or `"synthstrip"`: program that makes the brain mask of the modality `by`; outside it everything is 0 then.
+        register (`str`, *optional*): `"rigid"` or `"affine"`: the modality `by` to the template, by mutual information.
+        by (`str`, *optional*): Modality that brain and registration are found in; the first by default.
+        spacing (`tuple[float, float, float]`, *optional*):
+            Voxel size of the new grid in mm along its axes; the template's, or without one the subject's, by default. To reduce a
+            volume without aliasing use `spacing` of the processor.
+        cut (`bool`, defaults to `False`): Cut the grid to the box of the brain.
+        n4 (`int`, defaults to 0): N4 bias field correction in the brain: iterations at each of four levels. cDDPM and SADM 200.
+        match_histogram (`bool`, defaults to `False`):
+            Match every modality to that of the reference scan, as ANDi: SimpleITK, 256 levels, one point, above the mean.
+        template (`Path`, *optional*): Of `register`; should be stripped if subjects are.
+        reference (`Path`, *optional*): Of `match_histogram`: a file, or a folder with one per modality, called after it.
+        modalities (`tuple[str, ...]`): Names of the channels, in order.
+    """
+
+    skull_strip: str | None = None
+    register: str | None = None
+    by: str | None = None
+    spacing: tuple[float, float, float] | None = None
+    cut: bool = False
+    n4: int = 0
+    match_histogram: bool = False
+    template: str | Path | None = None
+    reference: str | Path | None = None
+    modalities: tuple[str, ...] = ("image",)
+
+    def __post_init__(self):
+        for name, allowed in (("skull_strip", tuple(STRIPPERS)), ("register", TRANSFORMS), ("by", self.modalities)):
+            if getattr(self, name) not in (None, *allowed):
+                raise ValueError(
+                    f"`correction.{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}."
+                )
+        if self.spacing is not None and (
+            len(self.spacing) != 3 or not all(isinstance(mm, (int, float)) and mm > 0 for mm in self.spacing)
+        ):
+            raise ValueError(f"`correction.spacing` must be three numbers > 0 in mm, got {self.spacing!r}.")
+        if not isinstance(self.n4, int) or self.n4 < 0:
+            raise ValueError(f"`correction.n4` must be an integer >= 0, got {self.n4!r}.")
+
+    @classmethod
+    def rules(cls) -> list[str]:
+        """Names of what a recipe may set. The files are no part of it: they are elsewhere on every machine."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return [name for name in names if name not in ("template", "reference", "modalities")]
+
+    def check(self) -> None:
+        """
+        Raises:
+            ImportError: SimpleITK or the program of `skull_strip` is missing.
+            ValueError: A file is not given, or is given and not used.
+        """
+        _import_sitk()
+        for rule, wanted, name, path in (
+            ("register", self.register is not None, "template", self.template),
+            ("match_histogram", self.match_histogram, "reference", self.reference),
+        ):
+            if wanted and path is None:
+                raise ValueError(f"`correction.{rule}` needs a {name}: give `--{name} FILE`.")
+            if path is not None and not wanted:
+                raise ValueError(f"`--{name}` is given, but the recipe does not set `correction.{rule}`.")
+        if self.skull_strip is not None and shutil.which(STRIPPERS[self.skull_strip]) is None:
+            others = [name for name in STRIPPERS if shutil.which(STRIPPERS[name])]
+            raise ImportError(
+                f"`correction.skull_strip: {self.skull_strip}` needs the program `{STRIPPERS[self.skull_strip]}`, which is not"
+                f" installed ({_INSTALL[self.skull_strip]}). Installed are {', '.join(others) or 'none'}."
+            )
+
+    def describe(self) -> dict:
+        """The rules that are set, and the files by name and SHA-256, in plain values."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        described = {}
+        for name in self.rules():
+            if getattr(self, name) != defaults[name]:
+                value = getattr(self, name)
+                described[name] = list(value) if isinstance(value, (tuple, list)) else value
+        if self.template is not None:
+            described["template"] = _fingerprint(Path(self.template))
+        if self.reference is not None:
+            described["reference"] = [_fingerprint(file) for file in self._reference_files().values()]
+        return described
+
+    def apply(self, subject: Subject, picture: Path) -> tuple[Subject, dict]:
+        """
+        Args:
+            subject ([`Subject`]): Whose files are read.
+            picture (`Path`): PNG file to write: three planes with the contours of brain and masks.
+
+        Returns:
+            `tuple[Subject, dict]`: The subject with corrected volumes ([`InputVolume`]) in place of its files, and its row of
+            `corrections.csv`.
+
+        Raises:
+            ValueError: The files do not fit together, or ITK or the program gives up on them.
+            OSError: A file cannot be read.
+        """
+        sitk = _import_sitk()
+        # The order of sums, and with it the last bits, would depend on threads: `num_proc` shares out subjects instead.
+        threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+        try:
+            return self._apply(sitk, subject, picture)
+        except RuntimeError as error:  # what ITK raises, with its own source lines in front
+            reason = str(error).strip().rpartition("\n")[2]
+            raise ValueError(f"Subject {subject.name}: the correction failed: {reason}") from error
+        finally:
+            sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+
+    def _apply(self, sitk, subject: Subject, picture: Path) -> tuple[Subject, dict]:
+        # 1. Everything into ITK's images, each on its own grid.
+        images = {name: _image(sitk, *volume) for name, volume in self._read(subject).items()}
+        marks = [_read_one(mask) for mask in subject.masks]
+        masks = [_image(sitk, *mask) for mask in marks]
+        by = images[self.by or self.modalities[0]]
+        given = None if subject.brain is None else _image(sitk, *_read_one(subject.brain))
+        row = {"input_shape": list(by.GetSize()), "input_spacing": _rounded(by.GetSpacing())}
+        lesion_before = [_millilitres(sitk, mask, subject.mask_above) for mask in masks]
+
+        # 2. The brain, and where it is in the template.
+        if self.skull_strip is not None:
+            given = self._strip(sitk, by)
+        brain = _positive(
+            sitk, by if given is None else sitk.Resample(given, by, sitk.Transform(), sitk.sitkNearestNeighbor)
+        )
+        row |= {"skull_strip": self.skull_strip or "", "register": self.register or ""}
+        row |= dict.fromkeys(("metric", "rotation_degrees", "volume_ratio", "shift_mm", "matrix"), "")
+        grid, transform = by, sitk.Transform()
+        if self.register is not None:
+            grid = _image(sitk, *_read_one(Path(self.template)))
+            moving = by if given is None else sitk.Mask(by, brain)
+            transform, metric = _register(sitk, grid, moving, self.register)
+            row |= {"metric": round(metric, 4), **_describe_transform(transform, grid)}
+        template = grid if self.register is not None else None
+
+        # 3. One grid for all.
+        if self.spacing is not None:
+            grid = _respaced(sitk, grid, self.spacing)
+        brain = sitk.Resample(brain, grid, transform, sitk.sitkNearestNeighbor)
+        if not sitk.GetArrayViewFromImage(brain).any():
+            raise ValueError(f"Subject {subject.name}: nothing of the brain is left on the new grid.")
+        if self.cut:
+            low, size = _box(sitk, brain)
+            grid = sitk.RegionOfInterest(grid, size, low)
+            brain = sitk.RegionOfInterest(brain, size, low)
+        images = {name: sitk.Resample(image, grid, transform, sitk.sitkLinear) for name, image in images.items()}
+        masks = [sitk.Resample(mask, grid, transform, sitk.sitkNearestNeighbor) for mask in masks]
+        if self.skull_strip is not None:
+            images = {name: sitk.Mask(image, brain) for name, image in images.items()}
+
+        # 4. Intensities.
+        row |= {"n4_field": "", "matched_to": ""}
+        if self.n4:
+            fields = []
+            for name, image in images.items():
+                images[name], field = _correct_bias(sitk, image, brain, self.n4)
+                fields.append(field)
+            row["n4_field"] = fields
+        if self.match_histogram:
+            references = self._reference_files()
+            images = {
+                name: _match(sitk, image, _image(sitk, *_read_one(references[name]))) for name, image in images.items()
+            }
+            row["matched_to"] = [file.name for file in references.values()]
+
+        # 5. Back, and what was done.
+        affine = _affine(grid)
+        arrays = {name: _array(sitk, image) for name, image in images.items()}
+        found = [
+            _volume(_array(sitk, mask), affine, str(path)) for mask, path in zip(masks, subject.masks, strict=True)
+        ]
+        inside = _array(sitk, brain) > 0
+        row |= {"output_shape": list(grid.GetSize()), "output_spacing": _rounded(grid.GetSpacing())}
+        row["brain_ml"] = _millilitres(sitk, brain, 0)
+        row["lesion_ml"] = lesion_before
+        row["lesion_ml_after"] = [_millilitres(sitk, mask, subject.mask_above) for mask in masks]
+        row["overlap_with_template"] = ""
+        beneath = None
+        if template is not None:
+            beneath = _array(sitk, sitk.Resample(template, grid, sitk.Transform(), sitk.sitkLinear))
+            row["overlap_with_template"] = round(
+                2 * (inside & (beneath > 0)).sum() / (inside.sum() + (beneath > 0).sum()), 4
+            )
+        marked = np.any([next(iter(mask.arrays.values())) > subject.mask_above for mask in found], axis=0)
+        _draw(picture, subject.name, affine, arrays[self.by or self.modalities[0]], beneath, inside, marked)
+        volume = InputVolume(arrays, affine, None, False, 3, subject.name)
+        kept = None if given is None else _volume(inside.astype(np.float32), affine, f"brain of {subject.name}")
+        return dataclasses.replace(subject, volume=volume, masks=tuple(found), brain=kept), row
+
+    def _read(self, subject: Subject) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Modality to array and affine."""
+        if isinstance(subject.volume, dict):
+            volumes = {name: _read_one(file) for name, file in subject.volume.items()}
+        else:
+            volume = read_volume(subject.volume)
+            if volume.is_picture:
+                raise ValueError(f"{volume.name} is a picture, and `correction` is for volumes.")
+            names = self.modalities if len(volume.arrays) == len(self.modalities) else volume.arrays
+            volumes = {name: (array, volume.affine) for name, array in zip(names, volume.arrays.values(), strict=True)}
+        if set(volumes) != set(self.modalities):
+            raise ValueError(
+                f"Subject {subject.name} must have the modalities {', '.join(self.modalities)}, it has {', '.join(volumes)}."
+            )
+        if self.register is None and self.spacing is None:
+            read_volume(
+                subject.volume
+            )  # raises if the modalities lie on different grids: nothing would bring them together
+        return volumes
+
+    def _reference_files(self) -> dict[str, Path]:
+        scans, failed = find_scans([str(self.reference)], list(self.modalities))
+        if failed or len(scans) != 1:
+            raise ValueError(
+                f"`reference` {self.reference} must be one scan with the modalities {', '.join(self.modalities)}"
+                f"{': ' + failed[0][1] if failed else f', got {len(scans)} scans.'}"
+            )
+        volume = scans[0].volume
+        if isinstance(volume, dict):
+            return volume
+        if len(self.modalities) != 1:
+            raise ValueError(
+                f"`reference` {self.reference} is one file: give a folder with {', '.join(self.modalities)}."
+            )
+        return {self.modalities[0]: Path(volume)}
+
+    def _strip(self, sitk, image: sitk.Image) -> sitk.Image:
+        """The brain mask that the program makes."""
+        import torch
+
+        gpu = torch.cuda.is_available()
+        with tempfile.TemporaryDirectory() as folder:
+            source, brain = Path(folder) / "scan.nii.gz", Path(folder) / "out" / "scan.nii.gz"
+            brain.parent.mkdir()
+            nib.save(nib.Nifti1Image(_array(sitk, image), _affine(image)), source)
+            if self.skull_strip == "hd-bet":
+                mask = brain.with_name("scan_bet.nii.gz")
+                command = ["hd-bet", "-i", source, "-o", brain, "--save_bet_mask", "-device", "cuda" if gpu else "cpu"]
+                command += [] if gpu else ["--disable_tta"]
+            else:
+                mask = brain.with_name("mask.nii.gz")
+                command = ["mri_synthstrip", "-i", source, "-o", brain, "-m", mask, *(["-g"] if gpu else [])]
+            done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+            if done.returncode or not mask.is_file():
+                said = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
+                raise ValueError(f"`{command[0]}` made no brain mask (exit status {done.returncode}): {said}")
+            array, affine = _read_one(mask)
+            if array.shape != image.GetSize() or not array.any():
+                raise ValueError(
+                    f"`{command[0]}` made a brain mask of shape {array.shape} with {int((array > 0).sum())} voxels for a volume of"
+                    f" shape {image.GetSize()}."
+                )
+        return _image(sitk, (array > 0).astype(np.float32), _affine(image))
+
+
+def _import_sitk():
+    try:
+        import SimpleITK
+    except ImportError as error:
+        raise ImportError("`correction` of a recipe needs SimpleITK: `pip install anodiff[preprocess]`.") from error
+    return SimpleITK
+
+
+def _fingerprint(file: Path) -> str:
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}.")
+    return f"{file.name} (SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]})"
+
+
+def _read_one(source) -> tuple[np.ndarray, np.ndarray]:
+    volume = read_volume(source)
+    if volume.is_picture or len(volume.arrays) != 1:
+        raise ValueError(f"{volume.name} must be a volume of one channel for `correction`.")
+    return next(iter(volume.arrays.values())), volume.affine
+
+
+def _image(sitk, array: np.ndarray, affine: np.ndarray) -> sitk.Image:
+    world = _LPS @ affine
+    spacing = np.linalg.norm(world[:3, :3], axis=0)
+    direction = world[:3, :3] / spacing
+    if np.abs(direction.T @ direction - np.eye(3)).max() > 1e-3:
+        raise ValueError(
+            "The affine has shear, which ITK's images cannot have: resample the volume to a straight grid first."
+        )
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.T, dtype=np.float32))
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(world[:3, 3].tolist())
+    image.SetDirection(direction.ravel().tolist())
+    return image
+
+
+def _array(sitk, image: sitk.Image) -> np.ndarray:
+    return np.ascontiguousarray(sitk.GetArrayFromImage(image).T, dtype=np.float32)
+
+
+def _affine(image: sitk.Image) -> np.ndarray:
+    world = np.eye(4)
+    world[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    world[:3, 3] = image.GetOrigin()
+    return _LPS @ world
+
+
+def _volume(array: np.ndarray, affine: np.ndarray, name: str) -> InputVolume:
+    return InputVolume({"": array}, affine, None, False, 3, name)
+
+
+def _positive(sitk, image: sitk.Image) -> sitk.Image:
+    return sitk.Cast(image > 0, sitk.sitkUInt8)
+
+
+def _millilitres(sitk, image: sitk.Image, above: float) -> float:
+    count = int((sitk.GetArrayViewFromImage(image) > above).sum())
+    return round(count * float(np.prod(image.GetSpacing())) / 1000, 3)
+
+
+def _rounded(values) -> list[float]:
+    return [round(float(value), 6) for value in values]
+
+
+def _respaced(sitk, grid: sitk.Image, spacing) -> sitk.Image:
+    """A grid over the same field of view, about the same centre."""
+    size, old = np.array(grid.GetSize()), np.array(grid.GetSpacing())
+    count = np.maximum(np.rint(size * old / spacing), 1).astype(int)
+    first = (size - 1) / 2 - (count - 1) / 2 * spacing / old  # in voxels of the old grid
+    new = sitk.Image(count.tolist(), sitk.sitkFloat32)
+    new.SetSpacing([float(mm) for mm in spacing])
+    new.SetDirection(grid.GetDirection())
+    new.SetOrigin(grid.TransformContinuousIndexToPhysicalPoint(first.tolist()))
+    return new
+
+
+def _box(sitk, mask: sitk.Image) -> tuple[list[int], list[int]]:
+    array = sitk.GetArrayViewFromImage(mask).T > 0
+    ends = [np.flatnonzero(array.any(axis=tuple(other for other in range(3) if other != axis))) for axis in range(3)]
+    return [int(index[0]) for index in ends], [int(index[-1] - index[0] + 1) for index in ends]
+
+
+def _register(sitk, fixed: sitk.Image, moving: sitk.Image, kind: str) -> tuple[sitk.Transform, float]:
+    """The transform that leads points of `fixed` to those of `moving`, and the (negative) mutual information.
+
+    Centres of mass, then rigid, then affine, each at a quarter and at half of the template's resolution. With one thread and the fixed
+    seed it gives the same bits every time.
+    """
+    transform = sitk.CenteredTransformInitializer(
+        fixed, moving, sitk.Euler3DTransform(), sitk.CenteredTransformInitializerFilter.MOMENTS
+    )
+    metric = 0.0
+    for step in TRANSFORMS[: TRANSFORMS.index(kind) + 1]:
+        if step == "affine":
+            affine = sitk.AffineTransform(3)
+            affine.SetMatrix(transform.GetMatrix())
+            affine.SetCenter(transform.GetCenter())
+            affine.SetTranslation(transform.GetTranslation())
+            transform = affine
+        method = sitk.ImageRegistrationMethod()
+        method.SetMetricAsMattesMutualInformation(32)
+        method.SetMetricSamplingStrategy(method.REGULAR)
+        voxels = fixed.GetNumberOfPixels()
+        method.SetMetricSamplingPercentagePerLevel(
+            [min(1.0, _SAMPLES * shrink**3 / voxels) for shrink in (4, 2)], _SEED
+        )
+        method.SetShrinkFactorsPerLevel([4, 2])
+        method.SetSmoothingSigmasPerLevel([2.0, 1.0])
+        method.SetInterpolator(sitk.sitkLinear)
+        method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-2, 100, gradientMagnitudeTolerance=1e-6)
+        method.SetOptimizerScalesFromPhysicalShift()
+        method.SetInitialTransform(transform, inPlace=True)
+        method.Execute(fixed, moving)
+        metric = method.GetMetricValue()
+    return transform, metric
+
+
+def _describe_transform(transform, grid: sitk.Image) -> dict:
+    """Template world to subject world (RAS+, mm), and what it does, in numbers that a person can check."""
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.reshape(transform.GetMatrix(), (3, 3))
+    matrix[:3, 3] = transform.TransformPoint((0.0, 0.0, 0.0))
+    rotation, scales, other = np.linalg.svd(matrix[:3, :3])
+    angle = np.degrees(np.arccos(np.clip((np.trace(rotation @ other) - 1) / 2, -1, 1)))
+    centre = np.array(grid.TransformContinuousIndexToPhysicalPoint([(size - 1) / 2 for size in grid.GetSize()]))
+    shift = np.linalg.norm(np.array(transform.TransformPoint(centre.tolist())) - centre)
+    return {
+        "rotation_degrees": round(float(angle), 3),
+        "volume_ratio": round(float(np.prod(scales)), 4),
+        "shift_mm": round(float(shift), 3),
+        "matrix": _rounded((_LPS @ matrix @ _LPS).ravel()),
+    }
+
+
+def _correct_bias(sitk, image: sitk.Image, brain: sitk.Image, iterations: int) -> tuple[sitk.Image, list[float]]:
+    """The corrected image, and the least and greatest value of the field that was taken out of the brain."""
+    shrink = [max(1, min(_N4_SHRINK, size // 8)) for size in image.GetSize()]
+    method = sitk.N4BiasFieldCorrectionImageFilter()
+    method.SetMaximumNumberOfIterations([iterations] * _N4_LEVELS)
+    method.SetConvergenceThreshold(_N4_TOLERANCE)
+    method.Execute(sitk.Shrink(image, shrink), sitk.Shrink(brain, shrink))
+    field = sitk.Exp(method.GetLogBiasFieldAsImage(image))
+    inside = _array(sitk, field)[_array(sitk, brain) > 0]
+    return image / field, [round(float(inside.min()), 4), round(float(inside.max()), 4)]
+
+
+def _match(sitk, image: sitk.Image, reference: sitk.Image) -> sitk.Image:
+    """ANDi's call; the background stays 0."""
+    matched = sitk.HistogramMatching(image, reference, 256, 1, True)
+    return sitk.Mask(matched, image != 0)
+
+
+def _draw(
+    path: Path,
+    title: str,
+    affine: np.ndarray,
+    image: np.ndarray,
+    template: np.ndarray | None,
+    brain: np.ndarray,
+    mask: np.ndarray,
+) -> None:
+    """Axial, coronal and sagittal plane through the middle of the lesion (without one, of the brain), in radiological convention; the
+    template beneath, with the same contours."""
+    from matplotlib.figure import Figure
+
+    def canonical(array):
+        return nib.as_closest_canonical(nib.Nifti1Image(array.astype(np.float32), affine))
+
+    zooms = canonical(image).header.get_zooms()
+    layers = {"brain": canonical(brain).get_fdata(), "mask": canonical(np.broadcast_to(mask, brain.shape)).get_fdata()}
+    middle = np.argwhere(layers["mask"] if mask.any() else layers["brain"])
+    middle = np.median(middle, axis=0).astype(int)
+    rows = {title: canonical(image).get_fdata()}
+    if template is not None:
+        rows["template"] = canonical(template).get_fdata()
+    figure = Figure(figsize=(9.6, 3.3 * len(rows)), dpi=100, facecolor="black", layout="constrained")
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for line, (name, array) in zip(axes, rows.items(), strict=True):
+        low, high = 0.0 if array.min() >= 0 else float(array.min()), float(np.quantile(array, 0.998))
+        for place, across, up, axis in zip((0, 1, 2), (0, 0, 1), (1, 2, 2), line, strict=True):
+            cut = 2 - place
+
+            def plane(volume, cut=cut, across=across):
+                flat = np.take(volume, middle[cut], axis=cut).T
+                return flat[:, ::-1] if across == 0 else flat  # the patient's right is on the left
+
+            axis.imshow(
+                plane(array), cmap="gray", vmin=low, vmax=high, origin="lower", aspect=zooms[up] / zooms[across]
+            )
+            for layer, colour in (("brain", "tab:cyan"), ("mask", "red")):
+                if plane(layers[layer]).any() and not plane(layers[layer]).all():
+                    axis.contour(plane(layers[layer]), [0.5], colors=colour, linewidths=0.9)
+            axis.set_axis_off()
+            if across == 0:
+                axis.text(0.02, 0.5, "R", color="white", transform=axis.transAxes)
+        line[0].set_title(name, color="white", fontsize=9, loc="left")
+    figure.savefig(path, metadata={"Software": None})

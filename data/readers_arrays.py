@@ -1,0 +1,344 @@
+"""Finds the subjects of data sets that keep no volumes: a picture or an array per slice, and crops in a pickle."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import PIL.Image
+
+from .listing import Missing, fields_of, folders_in, list_names, match_fields, require_folder
+from .readers import Subject
+from .volume import InputVolume, StoredVolume
+
+
+# C channels, X and Y in the plane, Z slices, R x K rows and columns of a picture.
+
+
+@dataclass(frozen=True)
+class PictureStack(StoredVolume):
+    """Pictures, one on another, from the lowest slice up: rows to posterior, columns to the left, as pictures are shown.
+
+    Args:
+        files (`tuple[Path, ...]`): One slice each, R x K pixels, any kind that PIL reads.
+        channels (`dict[str, int]`, *optional*): Name to channel of colour pictures; grey ones by default.
+        filler (`int`, *optional*): Channel that stands in for others that were not taken: those are an error.
+    """
+
+    files: tuple[Path, ...]
+    channels: Mapping[str, int] | None = None
+    filler: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.files[0])
+
+    def read(self) -> InputVolume:
+        slices = []
+        for file in self.files:
+            try:
+                with PIL.Image.open(file) as picture:
+                    slices.append(np.asarray(picture))
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # a damaged file ends in any of nine kinds of error
+                raise ValueError(f"{file} cannot be read, it may be truncated or damaged: {error}.") from error
+            if slices[-1].shape != slices[0].shape:
+                raise ValueError(
+                    f"{file} must have the shape {slices[0].shape} of {self.files[0]}, got {slices[-1].shape}."
+                )
+        stack = np.stack(slices).astype(np.float32)  # (Z, R, K) or (Z, R, K, C)
+        count = stack.shape[3] if stack.ndim == 4 else 1
+        if self.channels is None:
+            if count != 1:
+                raise ValueError(f"{self} must be grey, and has {count} channels.")
+            arrays = {"": stack.reshape(stack.shape[:3])}
+        else:
+            wrong = {name: index for name, index in self.channels.items() if not 0 <= index < count}
+            if wrong:
+                raise ValueError(f"{self} has the channels 0 to {count - 1}, and `modalities` ask for {wrong}.")
+            stack = stack.reshape(*stack.shape[:3], count)
+            arrays = {name: stack[..., index] for name, index in self.channels.items()}
+            for name, index in self.channels.items():
+                if self.filler not in (None, index) and np.array_equal(arrays[name], stack[..., self.filler]):
+                    raise ValueError(
+                        f"{self}: `{name}` was not taken, its channel {index} is a copy of {self.filler}."
+                    )
+        arrays = {name: np.ascontiguousarray(array.transpose(2, 1, 0)) for name, array in arrays.items()}
+        return InputVolume(arrays, np.diag([-1.0, -1.0, 1.0, 1.0]), None, False, 3, str(self))
+
+
+@dataclass(frozen=True)
+class ArrayStack(StoredVolume):
+    """Arrays of `.npz` files, one on another.
+
+    Args:
+        files (`tuple[Path, ...]`): One slice each.
+        key (`str`): Array in the file: `(1, C, X, Y)`.
+        channels (`dict[str, int]`, *optional*): Name to channel; one channel by default.
+        affine (`tuple`): Sixteen numbers, voxels to millimetres, by rows.
+    """
+
+    files: tuple[Path, ...]
+    key: str
+    channels: Mapping[str, int] | None
+    affine: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return str(self.files[0])
+
+    def read(self) -> InputVolume:
+        slices = []
+        for file in self.files:
+            try:
+                with np.load(file, allow_pickle=False) as arrays:
+                    array = arrays[self.key]
+            except FileNotFoundError:
+                raise
+            except KeyError:
+                raise ValueError(f"{file} holds no array `{self.key}`.") from None
+            except Exception as error:
+                raise ValueError(f"{file} cannot be read, it may be truncated or damaged: {error}.") from error
+            if array.ndim != 4 or len(array) != 1 or (slices and array.shape[1:] != slices[0].shape):
+                raise ValueError(f"{file}: `{self.key}` must be (1, C, X, Y), equal in all slices, got {array.shape}.")
+            slices.append(array[0])
+        stack = np.stack(slices, axis=-1).astype(np.float32)  # (C, X, Y, Z)
+        channels = {"": 0} if self.channels is None else self.channels
+        if self.channels is None and len(stack) != 1 or max(channels.values()) >= len(stack):
+            raise ValueError(f"{self}: `{self.key}` has {len(stack)} channels, and {dict(channels)} is asked for.")
+        arrays = {name: stack[index] for name, index in channels.items()}
+        return InputVolume(arrays, np.reshape(self.affine, (4, 4)), None, False, 3, str(self))
+
+
+@dataclass(frozen=True, eq=False)
+class PicklePicture(StoredVolume):
+    """A picture, R x K, from a pickle that holds many; it is in memory."""
+
+    name: str
+    files: tuple[Path, ...]
+    array: np.ndarray = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.files[0]}"
+
+    def read(self) -> InputVolume:
+        array = np.ascontiguousarray(self.array.T[..., None], dtype=np.float32)
+        return InputVolume({"": array}, np.diag([-1.0, -1.0, 1.0, 1.0]), None, True, 2, str(self))
+
+
+def read_picture_stacks(
+    root: str | Path,
+    modalities: Mapping[str, int],
+    pictures: str = "{subject}_{slice}.tif",
+    masks: str | None = "{subject}_{slice}_mask.tif",
+    filler: int | None = None,
+) -> list[Subject]:
+    """
+    A folder per subject with a picture per slice, whose channels are modalities, and a picture per mask: `kaggle_3m` of TCGA-LGG. No
+    voxel size is known; every voxel counts as 1 mm.
+
+    A subject with a slice that is missing or damaged is listed when the set is made, and the others are written.
+
+    Args:
+        root (`str` or `Path`): Folder of the data set.
+        modalities (`dict[str, int]`): Name to channel, from 0. TCGA-LGG: 0 before contrast, 1 FLAIR, 2 after contrast.
+        pictures, masks (`str`):
+            File names with the field `{slice}`, a number that grows upwards; `{subject}` is the folder's name. `masks` null: unlabelled.
+        filler (`int`, *optional*):
+            Channel that stands in where a sequence was not taken (FLAIR in TCGA-LGG): a subject whose modality is a copy of it is
+            listed as unreadable.
+
+    Returns:
+        `list[Subject]`, sorted by name; marked is what is above 0.
+
+    Raises:
+        ValueError: No subject.
+    """
+    root = require_folder(root)
+    subjects = []
+    for folder, stack in _stacks(root, pictures):
+        volume = stack if isinstance(stack, Missing) else PictureStack(tuple(stack.values()), dict(modalities), filler)
+        found = ()
+        if masks is not None and not isinstance(stack, Missing):
+            mask = _slices_in(folder, masks)
+            missing = sorted(stack.keys() - mask.keys())
+            found = (PictureStack(tuple(mask[number] for number in stack if number in mask)),)
+            if missing:
+                found = (Missing(f"Subject {folder.name} has no mask {masks} of the slices {missing}."),)
+        elif masks is not None:
+            found = (stack,)
+        subjects.append(Subject(folder.name, volume, found))
+    return subjects
+
+
+def read_array_stacks(
+    root: str | Path,
+    modalities: Mapping[str, int],
+    arrays: str = "slice_{slice}.npz",
+    image: str = "x",
+    mask: str | None = "y",
+    mask_above: float = 0.5,
+    orientation: str = "LPS",
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> list[Subject]:
+    """
+    A folder per subject with an `.npz` file per slice: what AnoFPDM's `preprocess.py` writes, `patient_ID/slice_Z.npz` with the image
+    `x (1, C, X, Y)` and the mask `y (1, 1, X, Y)`, of fractions. The slices of a subject follow one another without a gap.
+
+    Args:
+        root (`str` or `Path`): Folder of the data set.
+        modalities (`dict[str, int]`): Name to channel, from 0.
+        arrays (`str`): File names with the field `{slice}`; `{subject}` is the folder's name.
+        image, mask (`str`): Arrays in a file; `mask` null: unlabelled.
+        mask_above (`float`, defaults to 0.5): Value of the mask above which a voxel is marked.
+        orientation (`str`, defaults to `"LPS"`): Directions in which X, Y and the slices grow; those of the files they were made of.
+        spacing (`tuple[float, float, float]`): Voxel size in mm, of X, Y and the slices.
+
+    Returns:
+        `list[Subject]`, sorted by name.
+
+    Raises:
+        ValueError: No subject, an unknown orientation.
+    """
+    root = require_folder(root)
+    try:
+        axes = nib.orientations.axcodes2ornt(orientation)
+    except (ValueError, KeyError):
+        axes = np.full((3, 2), np.nan)
+    if axes.shape != (3, 2) or sorted(axes[:, 0].tolist()) != [0, 1, 2]:
+        raise ValueError(f"`orientation` must be three of L or R, A or P, S or I, got {orientation!r}.")
+    affine = np.zeros((4, 4))
+    affine[3, 3] = 1
+    for axis, (world, sign) in enumerate(axes):
+        affine[int(world), axis] = sign * spacing[axis]
+    subjects = []
+    for folder, stack in _stacks(root, arrays):
+        if isinstance(stack, Missing):
+            subjects.append(Subject(folder.name, stack, () if mask is None else (stack,)))
+            continue
+        placed = affine.copy()
+        placed[:3, 3] = affine[:3, 2] * next(iter(stack))
+        place, files = tuple(placed.ravel().tolist()), tuple(stack.values())
+        masks = () if mask is None else (ArrayStack(files, mask, None, place),)
+        volume = ArrayStack(files, image, dict(modalities), place)
+        subjects.append(Subject(folder.name, volume, masks, mask_above=mask_above))
+    return subjects
+
+
+def read_crop_pickles(root: str | Path, files: str = "*.pickle") -> list[Subject]:
+    """
+    Crops in a pickle, as the public one of LIDC-IDRI by the author of Probabilistic-Unet-Pytorch: a dict, name to dict with `image`
+    (R x K, in [0, 1]), `masks` (a list of R x K, 0 or 1, one per annotator) and `series_uid`. Crops of one series are one group.
+
+    A pickle can run any code when it is opened: this reader admits arrays of numbers and plain containers, and refuses the file
+    otherwise. All of it is in memory while the set is made.
+
+    Args:
+        root (`str` or `Path`): Folder of the data set.
+        files (`str`, defaults to `"*.pickle"`): Pattern of the pickles in it.
+
+    Returns:
+        `list[Subject]`, sorted by name.
+
+    Raises:
+        ValueError: No file, something else than arrays and containers, another structure, one name in two files.
+    """
+    root = require_folder(root)
+    paths = sorted(root.glob(files))
+    if not paths:
+        raise ValueError(f"No file in {root} is {files}; there are {list_names(root)}.")
+    subjects: dict[str, Subject] = {}
+    for path in paths:
+        with open(path, "rb") as file:
+            crops = load_arrays(file, str(path))
+        if not isinstance(crops, dict):
+            raise ValueError(f"{path} must hold a dict of crops, got {type(crops).__name__}.")
+        while crops:  # what is taken over need not be in memory twice
+            key, crop = crops.popitem()
+            name = str(key)
+            if not isinstance(crop, dict) or not {"image", "masks", "series_uid"} <= crop.keys():
+                raise ValueError(f"{path}: the crop {name} must be a dict with image, masks and series_uid.")
+            pictures = [crop["image"], *crop["masks"]]
+            if not all(
+                isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype != object for array in pictures
+            ):
+                raise ValueError(f"{path}: image and masks of the crop {name} must be arrays of two dimensions.")
+            if name in subjects:
+                raise ValueError(f"Two crops are called {name}, one of them in {path}.")
+            subjects[name] = Subject(
+                name,
+                volume=PicklePicture(name, (path,), crop["image"].astype(np.float32)),
+                masks=tuple(PicklePicture(name, (path,), (array > 0).astype(np.uint8)) for array in crop["masks"]),
+                group=str(crop["series_uid"]),
+            )
+    return [subjects[name] for name in sorted(subjects)]
+
+
+def load_arrays(file: io.BufferedIOBase, name: str):
+    """
+    Unpickles arrays of numbers and plain containers (dict, list, tuple, set, text, numbers), and nothing that could run code.
+
+    Raises:
+        ValueError: There is anything else in it, or it is damaged.
+    """
+    try:
+        return _ArrayUnpickler(file).load()
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{name} cannot be read: {error}.") from error
+    except Exception as error:  # a damaged pickle ends in any kind of error
+        raise ValueError(f"{name} cannot be read, it may be truncated or damaged: {error}.") from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    # How numpy puts arrays and numbers together; its modules are called otherwise before version 2.
+    _MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+    _FUNCTIONS = {
+        "_reconstruct": np.empty(1).__reduce__()[0],
+        "_frombuffer": np.empty(1).__reduce_ex__(5)[0],
+        "scalar": np.float64(0).__reduce__()[0],
+    }
+
+    def find_class(self, module, name):
+        if module in self._MODULES and name in self._FUNCTIONS:
+            return self._FUNCTIONS[name]
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return {"ndarray": np.ndarray, "dtype": np.dtype}[name]
+        if module in ("builtins", "__builtin__") and name in ("set", "frozenset"):
+            return {"set": set, "frozenset": frozenset}[name]
+        if (module, name) == ("_codecs", "encode"):
+            return _encode_latin1
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, and only arrays and plain containers are admitted")
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    # How Python 3 writes bytes for Python 2; of all codecs, this one is used there.
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}")
+    return text.encode("latin1")
+
+
+def _stacks(root: Path, pattern: str) -> list[tuple[Path, dict[int, Path] | Missing]]:
+    """Folders that hold slices, with the slices by their number, in order."""
+    if "slice" not in fields_of(pattern):
+        raise ValueError(f"The pattern {pattern!r} must hold the field {{slice}}.")
+    stacks = []
+    for folder in folders_in(root):
+        slices = _slices_in(folder, pattern)
+        if not slices:
+            continue
+        gaps = sorted(set(range(min(slices), max(slices))) - slices.keys())
+        reason = f"Subject {folder.name} has no slices {', '.join(map(str, gaps))} ({pattern})."
+        stacks.append((folder, Missing(reason) if gaps else slices))
+    if not stacks:
+        raise ValueError(f"No folder in {root} holds slices {pattern}; there are {list_names(root)}.")
+    return stacks
+
+
+def _slices_in(folder: Path, pattern: str) -> dict[int, Path]:
+    found = match_fields(folder, pattern.replace("{subject}", folder.name))
+    slices = {int(values["slice"]): path for values, path in found if values["slice"].isdigit()}
+    return dict(sorted(slices.items()))

@@ -1,0 +1,321 @@
+"""Finds the subjects of data sets whose layout is described by file names: by patterns with fields, and BIDS."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .listing import (
+    SPLIT_NAMES,
+    SPLITS,
+    Missing,
+    fields_of,
+    folders_in,
+    list_names,
+    match_fields,
+    read_table,
+    require_folder,
+)
+from .readers import Subject
+
+
+MISSING_MASKS = ("error", "healthy", "unknown")
+
+
+def read_file_patterns(
+    root: str | Path,
+    modalities: Mapping[str, str],
+    masks: Sequence[str] = (),
+    brain: str | None = None,
+    name: str = "{subject}",
+    group: str | None = None,
+    splits: Mapping[str, str] | None = None,
+    label: int | None = None,
+    healthy: Sequence[str] = (),
+    missing_masks: str = "error",
+    mask_above: float = 0.0,
+    ages: str | Path | None = None,
+    ages_key: str = "{subject}",
+    ages_columns: Sequence[str] = ("subject", "age"),
+) -> list[Subject]:
+    """
+    Any layout whose file names say what belongs together: `IXI-T1/IXI{id}-{site}-{scan}-T1.nii.gz`. A field in braces is a part of one
+    name; files with equal fields are one subject. `*`, `?` and `**/` mean what they do in the shell.
+
+    The field `site` is kept with the subject, `split` is its split, `class` its class; others are free.
+
+    A subject with a file that is missing or not unique is listed when the set is made, and the others are written.
+
+    Args:
+        root (`str` or `Path`): Folder of the data set.
+        modalities (`dict[str, str]`): Name to pattern below `root`; all with the same fields.
+        masks (`list[str]`): Patterns of the lesion masks, one per annotator, with fields of the modalities. None: unlabelled.
+        brain (`str`, *optional*): Pattern of the brain mask, likewise.
+        name (`str`, defaults to `"{subject}"`): Of a subject, made of the fields; unique.
+        group (`str`, *optional*): What no split may divide, made of the fields (`"{subject}"` of several sessions); `name` by default.
+        splits (`dict[str, str]`, *optional*):
+            Values of the field `split` to `"train"`, `"validation"` or `"test"`; subjects with other values are left out. By default
+            the value is train (or training), validation (or val) or test (or testing).
+        label (`int`, *optional*): Of every subject: 0 in a healthy set.
+        healthy (`list[str]`): Values of the field `class` that are healthy; the others are anomalous.
+        missing_masks (`str`, defaults to `"error"`):
+            What a subject without any mask is: `"error"` unreadable, `"healthy"`, or `"unknown"`.
+        mask_above (`float`, defaults to 0.0): Value in the files of the masks above which a voxel is marked.
+        ages (`str` or `Path`, *optional*): Table (`.csv`, `.tsv` or `.xls`, relative to `root`) of ages in years.
+        ages_key (`str`): What it names a subject by, made of the fields; zeros in front do not matter.
+        ages_columns (`list[str]`): Its columns with the key and the age.
+
+    Returns:
+        `list[Subject]`, sorted by name.
+
+    Raises:
+        ValueError: No subject, unknown fields, values or splits, two subjects with one name.
+        FileNotFoundError: There is no table `ages`.
+        ImportError: An `.xls` table without xlrd.
+    """
+    root = require_folder(root)
+    _check_labels(missing_masks, label, healthy)
+    fields = _check_fields(
+        modalities,
+        splits,
+        healthy,
+        name=name,
+        group=group,
+        ages_key=ages_key if ages else None,
+        brain=brain,
+        masks=" ".join(masks),
+    )
+    files = {
+        pattern: _by_fields(root, pattern) for pattern in {*modalities.values(), *masks, *([brain] if brain else [])}
+    }
+    keys = sorted({key for pattern in modalities.values() for key in files[pattern]})
+    if not keys:
+        raise ValueError(f"No file in {root} is {', '.join(modalities.values())}; there are {list_names(root)}.")
+    age_of = {} if ages is None else _read_ages(root / ages, ages_columns)
+    subjects: dict[str, Subject] = {}
+    for key in keys:
+        values = dict(key)
+        split = None
+        if "split" in values:
+            split = (SPLIT_NAMES if splits is None else splits).get(values["split"])
+            if split is None and splits is None:
+                raise ValueError(
+                    f"The split {values['split']!r} in {root} is none of {', '.join(SPLIT_NAMES)}: say in `splits` what it is."
+                )
+            if split is None:
+                continue
+        full_name = _fill(name, values)
+        if full_name in subjects:
+            raise ValueError(
+                f"Two subjects are called {full_name}: {subjects[full_name].volume} and {values}. Put more fields into `name`"
+                f" ({', '.join(sorted(fields))})."
+            )
+
+        def find(pattern, values=values, full_name=full_name):
+            wanted = tuple(sorted((field, values[field]) for field in fields_of(pattern)))
+            return _one(files[pattern].get(wanted, []), root, _fill(pattern, values), full_name)
+
+        found, own_label = _masks_and_label([find(pattern) for pattern in masks], missing_masks, label)
+        if healthy:
+            own_label = 0 if values["class"] in healthy else 1
+        subjects[full_name] = Subject(
+            full_name,
+            volume={modality: find(pattern) for modality, pattern in modalities.items()},
+            masks=found,
+            brain=None if brain is None else find(brain),
+            label=own_label,
+            split=split,
+            group=_fill(group or name, values),
+            mask_above=mask_above,
+            age=age_of.get(_plain(_fill(ages_key, values))) if ages is not None else None,
+            site=values.get("site"),
+        )
+    if not subjects:
+        there = sorted({dict(key)["split"] for key in keys})
+        raise ValueError(f"`splits` names none of the splits in {root}: {', '.join(there)}.")
+    return [subjects[full_name] for full_name in sorted(subjects)]
+
+
+def read_bids(
+    root: str | Path,
+    modalities: Mapping[str, str],
+    masks: Sequence[str] = (),
+    brain: str | None = None,
+    label_column: str | None = None,
+    healthy: Sequence[str] = (),
+    missing_masks: str = "error",
+    mask_above: float = 0.0,
+) -> list[Subject]:
+    """
+    A BIDS tree: `root/sub-*/[ses-*/]anat/*`. Every session is a subject, `sub-01_ses-2`; those of one participant are one group.
+
+    A pattern is relative to the folder of the session, `anat/*_T1w.nii.gz`. What is not there is looked for in the same place of every
+    `derivatives/PIPELINE`: masks and brain masks, mostly. `participants.tsv` gives labels, and ages and sites where it has columns
+    called so. A session with a file that is missing or not unique is listed when the set is made, and the others are written.
+
+    Args:
+        root (`str` or `Path`): Folder of the data set.
+        modalities (`dict[str, str]`): Name to pattern. Sessions with none of them are no subjects.
+        masks (`list[str]`): Patterns of the lesion masks, one per annotator. None: unlabelled.
+        brain (`str`, *optional*): Pattern of the brain mask.
+        label_column (`str`, *optional*): Column of `participants.tsv` that tells healthy from ill; `n/a` is unknown.
+        healthy (`list[str]`): Its values that are healthy; the others are anomalous.
+        missing_masks, mask_above: As in [`read_file_patterns`].
+
+    Returns:
+        `list[Subject]`, sorted by name.
+
+    Raises:
+        ValueError: No subject, `participants.tsv` without the column or a participant.
+        FileNotFoundError: `label_column` without `participants.tsv`.
+    """
+    root = require_folder(root)
+    if not modalities:
+        raise ValueError("`modalities` must name at least one modality and its pattern, got none.")
+    _check_labels(missing_masks, None, healthy)
+    if bool(label_column) != bool(healthy):
+        raise ValueError("`label_column` and `healthy` belong together: a column and its values that are healthy.")
+    participants = {}
+    if label_column is not None or (root / "participants.tsv").is_file():
+        columns = ["participant_id", *([label_column] if label_column else [])]
+        table = read_table(root / "participants.tsv", columns, "label_column")
+        participants = {"sub-" + row["participant_id"].removeprefix("sub-"): row for row in table}
+    pipelines = folders_in(root / "derivatives") if (root / "derivatives").is_dir() else []
+    subjects = []
+    for participant in (folder for folder in folders_in(root) if folder.name.startswith("sub-")):
+        sessions = [folder for folder in folders_in(participant) if folder.name.startswith("ses-")]
+        for session in sessions or [participant]:
+            name = "_".join(session.relative_to(root).parts)
+            places = [pipeline / session.relative_to(root) for pipeline in pipelines]
+
+            def find(pattern, session=session, places=places, name=name):
+                found = sorted(session.glob(pattern)) or sorted(
+                    path for place in places for path in place.glob(pattern)
+                )
+                return _one(found, root, (session.relative_to(root) / pattern).as_posix(), name)
+
+            volume = {modality: find(pattern) for modality, pattern in modalities.items()}
+            if all(isinstance(file, Missing) and not file.files for file in volume.values()):
+                continue
+            row = participants.get(participant.name, {})
+            if label_column is not None and not row:
+                raise ValueError(f"{root / 'participants.tsv'} does not list {participant.name}.")
+            label = None
+            if label_column is not None and row[label_column] not in ("", "n/a"):
+                label = 0 if row[label_column] in healthy else 1
+            found, label = _masks_and_label([find(pattern) for pattern in masks], missing_masks, label)
+            subjects.append(
+                Subject(
+                    name,
+                    volume=volume,
+                    masks=found,
+                    brain=None if brain is None else find(brain),
+                    label=label,
+                    group=participant.name,
+                    mask_above=mask_above,
+                    age=_number(row.get("age", "")),
+                    site=row.get("site") or None,
+                )
+            )
+    if not subjects:
+        patterns = ", ".join(modalities.values())
+        raise ValueError(
+            f"No session in {root} (sub-*/[ses-*/]) holds a file {patterns}; there are {list_names(root)}."
+        )
+    return subjects
+
+
+def _check_fields(
+    modalities: Mapping[str, str], splits: Mapping[str, str] | None, healthy: Sequence[str], **made: str | None
+) -> set[str]:
+    """The fields of the modalities; `made` are the options that are made of them."""
+    if not modalities:
+        raise ValueError("`modalities` must name at least one modality and its pattern, got none.")
+    fields = fields_of(next(iter(modalities.values())))
+    listed = ", ".join(sorted(fields)) or "none"
+    for modality, pattern in modalities.items():
+        if fields_of(pattern) != fields:
+            raise ValueError(f"`modalities` must all have the same fields ({listed}), got {pattern!r} of {modality}.")
+    for option, text in made.items():
+        unknown = sorted(fields_of(text or "") - fields)
+        if unknown:
+            raise ValueError(
+                f"`{option}` has the field {', '.join(unknown)}; the fields of `modalities` are {listed}."
+            )
+    for option, given, field in (("splits", splits, "split"), ("healthy", healthy, "class")):
+        if given and field not in fields:
+            raise ValueError(f"`{option}` needs the field {{{field}}} in the patterns of `modalities`.")
+    wrong = sorted(set((splits or {}).values()) - set(SPLITS))
+    if wrong:
+        raise ValueError(f"`splits` must lead to {', '.join(SPLITS)}, got {', '.join(map(str, wrong))}.")
+    return fields
+
+
+def _check_labels(missing_masks: str, label: int | None, healthy: Sequence[str]) -> None:
+    if missing_masks not in MISSING_MASKS:
+        raise ValueError(f"`missing_masks` must be one of {', '.join(MISSING_MASKS)}, got {missing_masks!r}.")
+    if isinstance(healthy, str):
+        raise ValueError(f"`healthy` must be a list, got {healthy!r}.")
+    if label is not None and healthy:
+        raise ValueError("`label` and `healthy` both say what is healthy: give one.")
+
+
+def _masks_and_label(masks: list, missing_masks: str, label: int | None) -> tuple[tuple, int | None]:
+    """Masks that a subject has, and its label where it has none."""
+    absent = [mask for mask in masks if isinstance(mask, Missing) and not mask.files]
+    if not masks or missing_masks == "error" or not absent:
+        return tuple(masks), label
+    there = tuple(mask for mask in masks if mask not in absent)
+    return there, 0 if missing_masks == "healthy" and not there and label is None else label
+
+
+def _by_fields(root: Path, pattern: str) -> dict[tuple, list[Path]]:
+    found: dict[tuple, list[Path]] = {}
+    for values, path in match_fields(root, pattern):
+        found.setdefault(tuple(sorted(values.items())), []).append(path)
+    return found
+
+
+def _one(found: Sequence[Path], root: Path, pattern: str, subject: str) -> Path | Missing:
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        return Missing(f"Subject {subject}: there is no file {root / pattern}.")
+    names = ", ".join(path.relative_to(root).as_posix() for path in found)
+    return Missing(f"Subject {subject}: one file must be {pattern}, there are {names}.", tuple(found))
+
+
+def _fill(pattern: str, values: Mapping[str, str]) -> str:
+    for field, value in values.items():
+        pattern = pattern.replace(f"{{{field}}}", value)
+    return pattern
+
+
+def _read_ages(path: Path, columns: Sequence[str]) -> dict[str, float | None]:
+    if isinstance(columns, str) or len(columns) != 2:
+        raise ValueError(f"`ages_columns` must be two columns, that of the key and that of the age, got {columns!r}.")
+    age_of: dict[str, float | None] = {}
+    different = []
+    for row in read_table(path, columns, "ages"):
+        key, age = _plain(row[columns[0]]), _number(row[columns[1]])
+        if key in age_of and age_of[key] != age:
+            different.append(key)
+        age_of[key] = age
+    if different:
+        warnings.warn(f"{path} lists different ages, which are left out, of {', '.join(different)}.", stacklevel=3)
+    return {key: None if key in different else age for key, age in age_of.items()}
+
+
+def _plain(key: str) -> str:
+    # Spreadsheets keep 002 as the number 2, and xlrd gives it as 2.0.
+    return key.strip().removesuffix(".0").lstrip("0")
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,216 @@
+"""Writes the rows of prepared data sets: a piece per finished subject, by several processes, then Parquet shards of all pieces.
+
+A piece is an Arrow file with the rows of one subject; its row of `subjects.parquet` travels in the header. Its name is made of all
+that it depends on, so a second run finds what a first one finished, and nothing that has changed since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.features.features import numpy_to_pyarrow_listarray
+
+from .readers import Subject
+
+
+SUBJECTS_SCHEMA = pa.schema(
+    {
+        "subject": pa.string(),
+        "split": pa.string(),
+        "group": pa.string(),
+        "label": pa.int8(),
+        "age": pa.float64(),
+        "site": pa.string(),
+        "annotations": pa.int32(),
+        "rows": pa.int32(),
+        "anomalous_rows": pa.int32(),
+        "shape": pa.list_(pa.int32()),
+        "spacing": pa.list_(pa.float64()),
+        "affine": pa.list_(pa.float64()),
+        "network_shape": pa.list_(pa.int32()),
+        "network_affine": pa.list_(pa.float64()),
+        "volume_files": pa.list_(pa.string()),
+        "mask_files": pa.list_(pa.string()),
+        "brain_file": pa.string(),
+    }
+)
+
+_ROW_GROUP = 128  # rows that streaming reads at a time
+_HEADER = b"anodiff"
+_MARKER = "UNFINISHED.txt"
+_MARKER_TEXT = "A data set that is being prepared. If the run was interrupted, the same command goes on from here.\n"
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+
+
+def open_partial(folder: Path) -> None:
+    """
+    Makes the folder of the pieces, or takes up the one that an interrupted run left.
+
+    Raises:
+        FileExistsError: There is such a folder, and it is of something else.
+    """
+    if folder.exists() and not (folder / _MARKER).is_file():
+        raise FileExistsError(f"{folder} exists, and is no interrupted run: its place is needed, move it away.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _MARKER).write_text(_MARKER_TEXT)
+
+
+def code_digest() -> str:
+    """Of the modules that make data: what other code made is made again."""
+    digest = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()
+
+
+def file_state(file: Path) -> list:
+    """Size and time of a file, by which a change shows; nothing of a file that is not there."""
+    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
+
+
+def piece_name(settings: str, subject: Subject, training: bool) -> str:
+    """Name of a subject's piece: of the settings, what the reader says of the subject, and the state of its files."""
+    states = [file_state(file) for file in subject.files]
+    return hashlib.sha256(json.dumps([settings, repr(subject), training, states]).encode()).hexdigest()[:32]
+
+
+def source_files(subject: Subject, root: Path) -> dict:
+    """The columns of `subjects.parquet` that name files."""
+    volumes, masks = subject.volume_files, subject.mask_files
+    names = [Path(os.path.relpath(file, root)).as_posix() for file in subject.files]
+    return {
+        "volume_files": names[: len(volumes)],
+        "mask_files": names[len(volumes) : len(volumes) + len(masks)],
+        "brain_file": (names[len(volumes) + len(masks) :] or [None])[0],
+    }
+
+
+def make_table(arrays: dict, subject: str, dtype: str) -> pa.Table:
+    """The rows of a subject: arrays `image (N, C, H, W)`, `mask (N, A, H, W)`, `brain (N, H, W)`, `label (N,)`, `slice (N,)`."""
+    image, mask, brain = arrays["image"].astype(dtype), arrays["mask"], arrays["brain"]
+    features = datasets.Features(
+        {
+            "image": datasets.Array3D(image.shape[1:], dtype),
+            "mask": datasets.Array3D(mask.shape[1:], "uint8"),
+            "brain": datasets.Array2D(brain.shape[1:], "uint8"),
+            "label": datasets.Value("int8"),
+            "subject": datasets.Value("string"),
+            "slice": datasets.Value("int32"),
+        }
+    )
+    pixels = [
+        pa.ExtensionArray.from_storage(features[name](), numpy_to_pyarrow_listarray(array))
+        for name, array in (("image", image), ("mask", mask), ("brain", brain))
+    ]
+    columns = [
+        *pixels,
+        pa.array(arrays["label"]),
+        pa.array([subject] * len(image), pa.string()),
+        pa.array(arrays["slice"]),
+    ]
+    return pa.Table.from_arrays(columns, schema=features.arrow_schema)
+
+
+def write_piece(path: Path, table: pa.Table, row: dict) -> None:
+    """Writes a piece that is there as a whole or not at all. `row` must survive JSON."""
+    table = table.replace_schema_metadata({**table.schema.metadata, _HEADER: json.dumps(row)})
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    with pa.ipc.new_file(str(unfinished), table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(table)
+    os.replace(unfinished, path)
+
+
+def read_piece_row(path: Path) -> dict:
+    with pa.memory_map(str(path)) as file:
+        return json.loads(pa.ipc.open_file(file).schema.metadata[_HEADER])
+
+
+def read_piece(path: Path) -> pa.Table:
+    with pa.OSFile(str(path)) as file:
+        table = pa.ipc.open_file(file).read_all()
+    metadata = {key: value for key, value in table.schema.metadata.items() if key != _HEADER}
+    return table.replace_schema_metadata(metadata)
+
+
+def write_shards(tables: Iterable[pa.Table], folder: Path, split: str, shard_rows: int) -> None:
+    """Writes `split-00000-of-0000N.parquet`; N is known at the end only, so the files are renamed then."""
+    pending: list[pa.Table] = []
+    shards: list[Path] = []
+    rows = 0
+    for table in itertools.chain(tables, [None]):
+        if table is not None:
+            pending.append(table)
+            rows += table.num_rows
+        while rows >= shard_rows or (table is None and rows):
+            together = pa.concat_tables(pending)
+            shards.append(folder / f"{split}-{len(shards):05d}")
+            # Pixels have no dictionary; looking for one takes time and gains nothing.
+            pq.write_table(
+                together.slice(0, shard_rows), shards[-1], row_group_size=_ROW_GROUP, use_dictionary=["subject"]
+            )
+            pending = [together.slice(shard_rows)]
+            rows = pending[0].num_rows
+    for shard in shards:
+        shard.rename(folder / f"{shard.name}-of-{len(shards):05d}.parquet")
+
+
+def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int) -> Iterator:
+    """
+    Yields `function(*task)` of every task in order: one after the other here, or by `num_proc` processes that take the next task when
+    they are free.
+
+    `datasets.map` is for rows of one table: it divides the subjects before it starts, however long each takes, forks a process in which
+    torch and BLAS may run threads, and gathers the rows of several subjects in the memory of every worker, in its own cache, so that
+    a run that is interrupted begins anew.
+
+    Raises:
+        ChildProcessError: A worker process died.
+    """
+    if num_proc == 1:
+        for task in tasks:
+            yield function(*task)
+        return
+    # One thread each: matrix products give the same bits by one thread and by several (OpenBLAS, which comes with numpy).
+    outside = {name: os.environ.get(name) for name in _THREADS}
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _start_worker)
+    try:
+        os.environ.update(dict.fromkeys(_THREADS, "1"))
+        futures = [pool.submit(function, *task) for task in tasks]
+        for name, value in outside.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        for future in futures:
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "A worker process was stopped from outside, perhaps for want of memory: every worker holds one subject. What is done is"
+            " kept; run the same command again, with a smaller `num_proc`."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    # Ctrl-C is for the main process, which lets subjects be finished; if it is killed, nobody else tells its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

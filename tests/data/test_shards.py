@@ -1,0 +1,200 @@
+"""How prepared data sets are written: by several processes, after an interruption, after a change."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+
+from anodiff.data import shards
+from anodiff.data.preparation import prepare_recipe
+
+
+SCRIPT = Path(__file__).parents[2] / "preprocess.py"
+RECIPE = {
+    "reader": "volume_folders",
+    "reader_options": {"modalities": {"flair": "flair.nii.gz"}, "masks": ["lesion.nii.gz"]},
+    "processor": {"modalities": ["flair"], "size": [16, 16]},
+    "split": {"fractions": {"train": 0.5, "test": 0.5}, "seed": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Arrow copies of test data go away with it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def raw(tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        folder = tmp_path / "raw" / f"s{index}"
+        folder.mkdir(parents=True)
+        lesion = np.zeros((19, 21, 12), np.uint8)
+        lesion[5:9, 5:9, index:8] = 1
+        for name, array in (("flair", rng.uniform(1, 2, lesion.shape).astype(np.float32)), ("lesion", lesion)):
+            nib.save(nib.Nifti1Image(array, np.diag([-1.0, -1.0, 2.0, 1.0])), folder / f"{name}.nii.gz")
+    (tmp_path / "raw" / "s3" / "lesion.nii.gz").write_bytes(b"no scan")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path / "raw"
+
+
+def contents(folder):
+    # Two folders differ in what they are called.
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes().replace(folder.name.encode(), b"") for path in files
+    }
+
+
+def prepared(raw, out, **options):
+    return prepare_recipe(RECIPE, raw, out, progress=False, **options)
+
+
+def spoil(file):
+    """Makes a file unreadable without a change of its size and time."""
+    state = file.stat()
+    file.write_bytes(b"x" * state.st_size)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def pieces_in(partial):
+    # While a piece is written it has a dot in its name.
+    return [path for path in partial.glob("*") if "." not in path.name]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_number_of_processes_changes_nothing(raw, tmp_path):
+    failures = [prepared(raw, tmp_path / f"by-{count}-processes", num_proc=count) for count in (1, 2)]
+    assert failures[0] == failures[1] and list(failures[0]) == ["s3"]
+    assert contents(tmp_path / "by-1-processes") == contents(tmp_path / "by-2-processes")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "by-1-processes",
+        "by-2-processes",
+        "raw",
+        "recipe.yaml",
+    ]
+    with pytest.raises(ValueError, match="`num_proc` must be at least 1, got 0"):
+        prepared(raw, tmp_path / "none", num_proc=0)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked at in /proc")
+def test_a_killed_run_goes_on(raw, tmp_path):
+    # Some smoothing of every subject, so that a run can be killed in the middle.
+    pytest.importorskip("SimpleITK", reason="the extra `preprocess` is missing")
+    recipe = {**RECIPE, "processor": {**RECIPE["processor"], "curvature_flow": 80}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    prepare_recipe(recipe, raw, tmp_path / "whole", progress=False)
+    command = [sys.executable, SCRIPT, "--recipe", "recipe.yaml", "--root", raw, "--out", "resumed", "--num_proc", "2"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    process = subprocess.Popen([*map(str, command)], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    partial, deadline = tmp_path / "resumed.partial", time.monotonic() + 300
+    while len(pieces_in(partial)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert workers
+    while any(map(alive, workers)):  # nobody is left behind
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not (tmp_path / "resumed").exists()
+
+    # What was done is not done again: it could not be.
+    done = {shards.read_piece(piece)["subject"][0].as_py() for piece in pieces_in(partial)}
+    assert 2 <= len(done) < 7
+    for name in done:
+        spoil(raw / name / "flair.nii.gz")
+    assert list(prepare_recipe(recipe, raw, tmp_path / "resumed", progress=False)) == ["s3"]
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+    assert not partial.exists()
+
+
+def test_an_interrupted_run_goes_on_with_what_has_not_changed(raw, tmp_path, monkeypatch):
+    prepared(raw, tmp_path / "whole")
+    written = []
+
+    def write_piece(path, table, row):
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(path)
+        return original(path, table, row)
+
+    original = shards.write_piece
+    with monkeypatch.context() as stopped:
+        stopped.setattr(shards, "write_piece", write_piece)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(raw, tmp_path / "resumed")
+    assert not (tmp_path / "resumed").exists()
+    assert sorted(pieces_in(tmp_path / "resumed.partial")) == sorted(written)
+
+    # Another time of a file, another setting: made again. Otherwise not.
+    changed = raw / "s0" / "flair.nii.gz"
+    os.utime(changed, ns=(0, 0))
+    redone = []
+
+    def count(path, table, row):
+        redone.append(path)
+        return original(path, table, row)
+
+    monkeypatch.setattr(shards, "write_piece", count)
+    prepared(raw, tmp_path / "resumed")
+    assert 3 <= len(redone) <= 4  # the three that were left, and s0 if it was among the first
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+    redone.clear()
+    (tmp_path / "resumed").rename(tmp_path / "first")
+    recipe = {**RECIPE, "dtype": "float16"}
+    assert list(prepare_recipe(recipe, raw, tmp_path / "resumed", progress=False)) == ["s3"]
+    assert len(redone) == 7
+
+
+def test_what_is_not_ours_is_not_touched(raw, tmp_path):
+    (tmp_path / "resumed.partial").mkdir()
+    (tmp_path / "resumed.partial" / "diary.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="resumed.partial exists, and is no interrupted run"):
+        prepared(raw, tmp_path / "resumed")
+    assert (tmp_path / "resumed.partial" / "diary.txt").read_text() == "mine"
+
+
+def die(number):
+    os._exit(number)
+
+
+def test_a_worker_that_dies_is_explained():
+    with pytest.raises(
+        ChildProcessError, match="A worker process was stopped from outside, perhaps for want of memory"
+    ):
+        list(shards.run_tasks(die, [(9,)], 2))
+
+
+def test_pieces_keep_every_bit(tmp_path):
+    rng = np.random.default_rng(0)
+    for dtype in ("float32", "float16"):
+        arrays = {
+            "image": rng.normal(size=(5, 2, 4, 6)),
+            "mask": rng.integers(0, 2, (5, 3, 4, 6)).astype(np.uint8),
+            "brain": rng.integers(0, 2, (5, 4, 6)).astype(np.uint8),
+            "label": np.array([0, 1, -1, 0, 1], np.int8),
+            "slice": np.arange(5, dtype=np.int32),
+        }
+        table = shards.make_table(arrays, "a/b", dtype)
+        row = {"affine": [0.1 + 0.2, 1e-17, -3.0], "label": -1}
+        shards.write_piece(tmp_path / "piece", table, row)
+        assert [path.name for path in tmp_path.iterdir()] == ["piece"]
+        assert shards.read_piece(tmp_path / "piece").equals(table, check_metadata=True)
+        assert shards.read_piece_row(tmp_path / "piece") == row
