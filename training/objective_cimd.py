@@ -49,8 +49,8 @@ class CIMDObjective:
     """
 
     columns = ("image", "mask", "annotations")
-    trains_on = "all"
-    validates_on = "labelled"
+    trains_on = "annotated"
+    validates_on = "annotated"
 
     def __init__(
         self,
