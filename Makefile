@@ -26,7 +26,7 @@ demo: $(BIN)/.installed
 	@echo "Pictures: $(DEMO)/eval/cases.png, $(DEMO)/maps/*/overview.png; NIfTI maps: $(DEMO)/maps/*/anomaly_map.nii.gz"
 
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 quality: $(BIN)/.installed
 	$(BIN)/ruff check .
@@ -46,6 +46,7 @@ benchmark: $(BIN)/.installed
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/andi.py
+	$(BIN)/python benchmarks/cimd.py
 	$(BIN)/python benchmarks/anofpdm.py
 	$(BIN)/python benchmarks/cddpm.py
 

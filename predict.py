@@ -1,8 +1,9 @@
-"""Anomaly maps of new scans.
+"""Anomaly maps of new scans, or ensembles of segmentations (CIMD).
 
     python predict.py --model owner/anoddpm-flair scan.nii.gz -o out
     python predict.py --model outputs/train/pipeline scans/ -o out --brain brain.nii.gz
     python predict.py --model owner/two-modalities patient1/ patient2/ -o out    # flair.nii.gz, t1.nii.gz in each folder
+    python predict.py --model owner/anoddpm-flair scan.nii.gz -o out --dispersion 8    # also how far eight draws lie apart
 
 A folder stands for the scans in it: its files, or its sub-folders with one file per modality.
 Research use, not a medical device.
@@ -35,6 +36,8 @@ class PredictOptions:
     """Inference values instead of the checkpoint's: noise_level, mode, num_draws, ..."""
     seed: int = 0
     """Seed of the draws."""
+    dispersion: int = 0
+    """Draws, 2 or more, with this seed and the following ones: their maps, mean and deviation are written too; 0 for none."""
     batch_size: int = 16
     """Slices and draws that share one evaluation of the network."""
     device: str | None = None
@@ -57,18 +60,23 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit("error: `--model` is missing: a pipeline folder or a Hub id.")
     if not options.scans:
         raise SystemExit("error: no scan given: files, or folders of scans.")
+    if options.dispersion < 0 or options.dispersion == 1:
+        raise SystemExit(f"error: `--dispersion` must be 0, for none, or at least 2, got {options.dispersion}.")
 
     import torch
     from tqdm.auto import tqdm
 
     from anodiff import AnomalyPipeline
     from anodiff.data.scans import find_scans
-    from anodiff.evaluation.overview import draw_overview
+    from anodiff.evaluation.overview import draw_members, draw_overview
+    from anodiff.pipelines.dispersion import check_dispersion, disperse
     from anodiff.pipelines.pipeline_output import AnomalyOutput
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         pipeline = AnomalyPipeline.from_pretrained(options.model).to(device)
+        if options.dispersion:
+            check_dispersion(pipeline, options.dispersion)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     pipeline.set_progress_bar_config(leave=False)
@@ -84,17 +92,24 @@ def main(argv: list[str] | None = None) -> int:
         try:
             if (folder / "result.json").exists() and not options.overwrite:
                 raise FileExistsError(f"{folder} already holds a result; `--overwrite` replaces it.")
-            result = pipeline(
-                scan.volume,
+            arguments = dict(
                 brain_mask=scan.brain,
                 generator=options.seed,
                 batch_size=options.batch_size,
                 threshold=options.threshold,
                 **options.inference,
             )
+            plane = pipeline.processor.config.plane
+            if options.dispersion:
+                spread = disperse(pipeline, scan.volume, options.dispersion, **arguments)
+                spread.save(folder)
+                draw_members(spread, folder / "dispersion.png", scan.name, plane=plane)
+                result = spread.first
+            else:
+                result = pipeline(scan.volume, **arguments)
             result.save(folder)
-            if isinstance(result, AnomalyOutput):
-                draw_overview(result, folder / "overview.png", scan.name, plane=pipeline.processor.config.plane)
+            draw = draw_overview if isinstance(result, AnomalyOutput) else draw_members
+            draw(result, folder / "overview.png", scan.name, plane=plane)
         except Exception as error:  # noqa: BLE001 (whatever is wrong with one scan, the others are still wanted)
             failed.append((str(scan.source), f"{type(error).__name__}: {error}"))
     done = len(scans) - sum(1 for scan in scans if str(scan.source) in dict(failed))

@@ -115,11 +115,25 @@ def _store_values(folder: Path, values: dict) -> None:
         card.write_text(text)
 
 
-def row_name(model: str, pipeline: AnomalyPipeline) -> str:
-    """Method and folder of a model, as tables call it."""
+def describe_model(model: str, pipeline: AnomalyPipeline, options: EvalOptions) -> dict:
+    """What a row of the report says of its model: method and folder as tables call it, which version, who it was trained on."""
     method = type(pipeline).__name__.removesuffix("Pipeline")
     path = Path(model)
-    return f"{method} ({path.parent.name if path.name == 'pipeline' else path.name})"
+    return {
+        "name": f"{method} ({path.parent.name if path.name == 'pipeline' else path.name})",
+        "kind": "pipeline",
+        "model": model,
+        "commit": _commit(model),
+        "training_population": options.training_population or training_population(model),
+    }
+
+
+def _commit(model: str) -> str | None:
+    """The commit of a Hub model that was loaded; `None` for a folder."""
+    if Path(model).is_dir():
+        return None
+    cached = huggingface_hub.try_to_load_from_cache(model, "model_index.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def training_population(model: str) -> str:

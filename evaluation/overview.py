@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
 from ..data.geometry import plane_orientation
-from ..pipelines.pipeline_output import AnomalyOutput
+from ..data.volume import InputVolume
+from ..pipelines.pipeline_output import AnomalyOutput, CIMDOutput, DispersionOutput
 
 
 def draw_overview(output: AnomalyOutput, path: Path, title: str, *, plane: str = "axial", slices: int = 5) -> None:
@@ -30,20 +32,12 @@ def draw_overview(output: AnomalyOutput, path: Path, title: str, *, plane: str =
         raise ValueError(
             "A result of a tensor has no picture: its image is not kept. Call the pipeline with a volume."
         )
-    image = next(iter(source.arrays.values()))
-    to_plane = plane_orientation(source.affine, plane)
-
-    def in_plane(array: np.ndarray) -> np.ndarray:
-        # The input's form back to (X, Y, Z), then (N, H, W).
-        array = array.T[..., None] if source.is_picture else array.reshape(source.shape)
-        return nib.orientations.apply_orientation(array, to_plane).transpose(2, 1, 0)
-
-    image = nib.orientations.apply_orientation(image, to_plane).transpose(2, 1, 0)
+    in_plane, to_plane, zooms = _plane_of(source, plane)
+    image = in_plane(source.as_given(next(iter(source.arrays.values()))))
     maps = in_plane(output.anomaly_map)
     axis = int(np.argsort(to_plane[:, 0])[2])
     scores = output.pred_score if to_plane[axis, 1] > 0 else output.pred_score[::-1]
     chosen = np.sort(np.argsort(scores)[::-1][: min(slices, len(scores))])
-    zooms = np.linalg.norm(source.affine[:3, :3], axis=0)[np.argsort(to_plane[:, 0])]
     rows = {"image": image}
     if output.reconstruction is not None:
         first = output.reconstruction if output.reconstruction.ndim == source.ndim else output.reconstruction[..., 0]
@@ -80,3 +74,96 @@ def draw_overview(output: AnomalyOutput, path: Path, title: str, *, plane: str =
     )
     figure.suptitle(f"{title}: highest scored slices{note}. Research use only.", fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def draw_members(
+    output: CIMDOutput | DispersionOutput,
+    path: Path,
+    title: str,
+    *,
+    plane: str = "axial",
+    slices: int = 5,
+    members: int = 4,
+) -> None:
+    """
+    Draws an ensemble in radiological convention, a line for each of the `slices` where its mean is highest: image, the first
+    `members`, mean and deviation. Masks of CIMD are filled over the image, maps of an anomaly pipeline share one colour scale.
+
+    Args:
+        output ([`CIMDOutput`] or [`DispersionOutput`]): Result of a volume (not of a tensor).
+        path (`Path`): PNG file to write.
+        title (`str`): What the scan is called.
+        plane (`str`): Plane of the checkpoint's processor.
+        slices (`int`): Lines at most.
+        members (`int`): Members at most.
+    """
+    from matplotlib.figure import Figure
+
+    of_masks = isinstance(output, CIMDOutput)
+    source = output.source if of_masks else output.first.source
+    if source is None:
+        raise ValueError(
+            "A result of a tensor has no picture: its image is not kept. Call the pipeline with a volume."
+        )
+    in_plane, _, zooms = _plane_of(source, plane)
+    image = in_plane(source.as_given(next(iter(source.arrays.values()))))
+    shown = (output.member_masks if of_masks else output.member_maps)[:members]
+    shown = [in_plane(one) for one in shown]
+    mean = in_plane(output.mean_map)
+    deviation = in_plane(output.std_map if of_masks else output.dispersion)
+    chosen = np.sort(np.argsort(mean.sum((1, 2)), kind="stable")[::-1][:slices])
+
+    low, high = 0.0 if image.min() >= 0 else float(image.min()), float(np.quantile(image, 0.998))
+    top, widest = 1.0, 0.5
+    if not of_masks:
+        top = max(float(np.quantile(one[chosen], 0.999)) for one in (mean, *shown)) or 1.0
+        widest = float(np.quantile(deviation[chosen], 0.999)) or 1.0
+    colours = "viridis" if of_masks else "inferno"
+    columns = 3 + len(shown)
+    figure = Figure(figsize=(1.7 * columns + 1.3, 1.75 * len(chosen) + 0.5), layout="constrained")
+    axes = figure.subplots(len(chosen), columns, squeeze=False)
+    for line, index in zip(axes, chosen, strict=True):
+        line[0].imshow(image[index], cmap="gray", vmin=low, vmax=high)
+        if not source.is_picture:
+            line[0].set_ylabel(f"slice {index}", fontsize=7)
+        for axis, one in zip(line[1:-2], shown, strict=True):
+            if of_masks:
+                axis.imshow(image[index], cmap="gray", vmin=low, vmax=high)
+                marked = np.ma.masked_equal(one[index], 0)
+                axis.imshow(marked, cmap="autumn", vmin=1, vmax=2, alpha=0.3, interpolation="nearest")
+                if marked.count():
+                    axis.contour(one[index], [0.5], colors="red", linewidths=0.8)
+            else:
+                axis.imshow(one[index], cmap=colours, vmin=0.0, vmax=top)
+        of_mean = line[-2].imshow(mean[index], cmap=colours, vmin=0.0, vmax=top)
+        of_deviation = line[-1].imshow(deviation[index], cmap="magma", vmin=0.0, vmax=widest)
+        for axis in line:
+            axis.set_aspect(zooms[1] / zooms[0])
+            axis.set_xticks([])
+            axis.set_yticks([])
+    names = ["image", *(f"member {number + 1}" for number in range(len(shown))), "mean", "deviation"]
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name, fontsize=8)
+    for drawn, label in ((of_deviation, "deviation"), (of_mean, "mean" if of_masks else "score")):
+        bar = figure.colorbar(drawn, ax=axes, shrink=0.9 if len(chosen) == 1 else 0.4, fraction=0.03, pad=0.01)
+        bar.set_label(label, fontsize=7)
+        bar.ax.tick_params(labelsize=6)
+    figure.suptitle(
+        f"{title}: {len(output.member_maps)} members. Deviation is dispersion, not confidence. Research use only.",
+        fontsize=8,
+    )
+    figure.savefig(path, dpi=120)
+
+
+def _plane_of(source: InputVolume, plane: str) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray, np.ndarray]:
+    """What brings an array of the input's form to `(N, H, W)`; the orientation that it goes by; and the sizes of a voxel along
+    W, H, N in mm."""
+    to_plane = plane_orientation(source.affine, plane)
+
+    def in_plane(array: np.ndarray) -> np.ndarray:
+        # The input's form back to (X, Y, Z), then (N, H, W).
+        array = array.T[..., None] if source.is_picture else array.reshape(source.shape)
+        return nib.orientations.apply_orientation(array, to_plane).transpose(2, 1, 0)
+
+    zooms = np.linalg.norm(source.affine[:3, :3], axis=0)[np.argsort(to_plane[:, 0])]
+    return in_plane, to_plane, zooms

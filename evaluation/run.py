@@ -29,11 +29,10 @@ from .checkpoints import (
     calibrate_checkpoint,
     check_calibrate,
     check_set_threshold,
+    describe_model,
     load_pipeline,
     postprocessing_changes,
-    row_name,
     set_threshold,
-    training_population,
 )
 from .options import EvalOptions
 from .protocol_andi import (
@@ -105,10 +104,7 @@ def evaluate(options: EvalOptions) -> dict:
         seconds = _pipeline_cases(pipeline, splits, folder, options, accelerator, Path(model).name)
         rows.append(
             {
-                "name": row_name(model, pipeline),
-                "kind": "pipeline",
-                "model": model,
-                "training_population": options.training_population or training_population(model),
+                **describe_model(model, pipeline, options),
                 "settings": settings,
                 "seconds_per_slice": seconds,
                 "maps": folder,

@@ -21,7 +21,7 @@ import anodiff
 from ..data.prepared import PreparedSplit, load_prepared
 from ..hub.checkpoint import read_model_index
 from ..pipelines.pipeline_utils import device_name
-from .checkpoints import load_pipeline, row_name, training_population
+from .checkpoints import describe_model, load_pipeline
 from .ensemble_metrics import FrequencyCalibration, score_ensemble
 from .metrics import bootstrap_interval
 from .options import EvalOptions
@@ -109,10 +109,7 @@ def evaluate_ensembles(options: EvalOptions) -> dict:
         seconds = _sample_members(pipeline, split, folder, options, accelerator, Path(model).name)
         rows.append(
             {
-                "name": row_name(model, pipeline),
-                "kind": "pipeline",
-                "model": model,
-                "training_population": options.training_population or training_population(model),
+                **describe_model(model, pipeline, options),
                 "settings": {**pipeline.default_settings(), "threshold": pipeline.config.threshold},
                 "seconds_per_slice": seconds,
                 "maps": folder,
@@ -392,11 +389,10 @@ def _draw_cases(report: dict, row: dict, split: PreparedSplit, path: Path) -> No
     raters = min(4, max(len(masks) for _, masks, _ in cases))
     shown = min(4, row["metrics"]["num_samples"])
     columns = 4 + raters + shown
-    figure = Figure(figsize=(1.45 * columns, 1.75 * len(cases)), layout="constrained")
+    figure = Figure(figsize=(1.45 * columns + 1.1, 1.75 * len(cases)), layout="constrained")
+    axes = figure.subplots(len(cases), columns, squeeze=False)
     low, high = split.processor_settings["value_range"]
-    for line, record, (image, masks, members) in zip(
-        figure.subplots(len(cases), columns, squeeze=False), chosen, cases, strict=True
-    ):
+    for line, record, (image, masks, members) in zip(axes, chosen, cases, strict=True):
         for axis in line:
             axis.set_axis_off()
         pictures = [
@@ -413,7 +409,13 @@ def _draw_cases(report: dict, row: dict, split: PreparedSplit, path: Path) -> No
         for axis, (title, picture, colours, bottom, top) in zip(line, pictures, strict=True):
             if picture is not None:
                 axis.imshow(picture, cmap=colours, vmin=bottom, vmax=top, interpolation="nearest")
-                axis.set_title(title, fontsize=6)
+                axis.set_title(title, fontsize=7)
+    for axis, label in ((line[-1], "deviation"), (line[-2], "mean")):
+        bar = figure.colorbar(
+            axis.images[0], ax=axes, shrink=0.9 if len(cases) == 1 else 0.4, fraction=0.02, pad=0.005
+        )
+        bar.set_label(label, fontsize=7)
+        bar.ax.tick_params(labelsize=6)
     data = report["data"]
     figure.suptitle(
         f"{row['name']} on {data['name']}, {data['split']}: best to worst GED, {row['metrics']['num_samples']} members."

@@ -87,7 +87,7 @@ def make_card(
         if not key.startswith("_") and key not in pipeline.components
     }
 
-    tags = ["anodiff", "anomaly-detection", "medical-imaging", "diffusion"]
+    tags = ["anodiff", pipeline.task, "medical-imaging", "diffusion"]
     tags += ["brain-mri"] if MRI_MODALITIES.issuperset(modalities) else []
     tags += [modality for modality in modalities if modality != "image"]
     card_data = ModelCardData(
@@ -106,6 +106,7 @@ def make_card(
         template_path=str(Path(__file__).with_name("model_card_template.md")),
         name=name,
         class_name=class_name,
+        segments=pipeline.task == "segmentation",
         method=method,
         paper=paper,
         plane=processor["plane"],

@@ -46,6 +46,7 @@ class CIMDPipeline(AnomalyPipeline):
             size.
     """
 
+    task = "segmentation"
     model_cpu_offload_seq = "unet"
 
     def __init__(

@@ -65,9 +65,7 @@ class AnomalyOutput(BaseOutput):
             "settings": self.settings,
         }
         if self.source.is_picture:
-            per_level = float(self.anomaly_map.max()) / 65535 or 1.0
-            record["anomaly_map_per_grey_level"] = per_level
-            levels = np.rint(self.anomaly_map / per_level).astype(np.uint16)
+            levels, record["anomaly_map_per_grey_level"] = _grey_levels(self.anomaly_map)
             PIL.Image.fromarray(levels).save(folder / "anomaly_map.png")
             if self.pred_mask is not None:
                 PIL.Image.fromarray(self.pred_mask * np.uint8(255)).save(folder / "pred_mask.png")
@@ -145,6 +143,73 @@ class CIMDOutput(BaseOutput):
                 PIL.Image.fromarray(levels).save(folder / f"{file}.png")
         with open(folder / "result.json", "w") as file:
             json.dump(record, file, indent=2, allow_nan=False)
+
+
+@dataclass
+class DispersionOutput(BaseOutput):
+    """
+    Maps of one volume from repeated draws, and how far they lie apart. For a tensor input `(N, C, H, W)` the arrays are tensors on the
+    network's grid; E is the number of members.
+
+    The deviation is dispersion of the draws, not confidence of a diagnosis: an error that all members share does not show.
+
+    Args:
+        member_maps (`np.ndarray` of shape `(E, ...)`, the rest as the input): float32, the raw scores >= 0 of each member.
+        mean_map (`np.ndarray` of the input's shape): float32, their mean.
+        dispersion (`np.ndarray` of the input's shape): float32, their standard deviation (of the population), in units of the score.
+        pred_score (`np.ndarray` of shape `(E, N)`): Scores of the slices of each member.
+        volume_score (`np.ndarray` of shape `(E,)`): Score of the volume of each member.
+        seeds (`list[int]`): Seed of each member.
+        first ([`AnomalyOutput`]): The whole result of the first seed, which is that of a plain call.
+    """
+
+    member_maps: np.ndarray | torch.Tensor
+    mean_map: np.ndarray | torch.Tensor
+    dispersion: np.ndarray | torch.Tensor
+    pred_score: np.ndarray | torch.Tensor
+    volume_score: np.ndarray | torch.Tensor
+    seeds: list[int]
+    first: AnomalyOutput
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """
+        Writes `member_maps`, `mean_map` and `dispersion` into `folder` (made if missing) as NIfTI with the affine of the input, members
+        along the fourth axis; or as PNG for a picture, one file per member (`member_maps_00.png`, ...); and `dispersion.json` with seeds,
+        scores and settings. `first.save(folder)` may go into the same folder.
+
+        PNG maps have 16 bits; `dispersion.json` holds the factors that give raw scores back (`mean_map_per_grey_level`, ...).
+        """
+        source = self.first.source
+        if source is None:
+            raise ValueError(
+                "A result of a tensor has no grid to be written on. Disperse a volume to save the result."
+            )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "seeds": self.seeds,
+            "volume_score": self.volume_score.tolist(),
+            "pred_score": self.pred_score.tolist(),
+            "settings": {name: value for name, value in self.first.settings.items() if name != "seed"},
+        }
+        for name in ("member_maps", "mean_map", "dispersion"):
+            array = getattr(self, name)
+            if not source.is_picture:
+                array = np.moveaxis(array, 0, -1) if name == "member_maps" else array
+                nib.save(source.image(array), folder / f"{name}.nii.gz")
+                continue
+            levels, record[f"{name}_per_grey_level"] = _grey_levels(array)
+            members = {f"{name}_{member:02d}": one for member, one in enumerate(levels)}
+            for file, one in (members if name == "member_maps" else {name: levels}).items():
+                PIL.Image.fromarray(one).save(folder / f"{file}.png")
+        with open(folder / "dispersion.json", "w") as file:
+            json.dump(record, file, indent=2, allow_nan=False)
+
+
+def _grey_levels(scores: np.ndarray) -> tuple[np.ndarray, float]:
+    """Scores as 16 bits, and the factor that gives them back."""
+    per_level = float(scores.max()) / 65535 or 1.0
+    return np.rint(scores / per_level).astype(np.uint16), per_level
 
 
 def _no_nan(values):

@@ -67,6 +67,8 @@ class AnomalyPipeline(DiffusionPipeline):
     [`PostProcessing`]. Its `compute_maps` is the method itself, slices in, maps out.
     """
 
+    # What it is for, in its card: maps of anomalies, or (`segmentation`) masks like those it was trained on.
+    task = "anomaly-detection"
     # Whether a call draws nothing: `noise` is then no argument, and a seed changes nothing.
     deterministic = False
     # Whether a map depends on other slices of its volume: `compute_maps` then wants those of one volume, and of no other.
@@ -209,7 +211,10 @@ class AnomalyPipeline(DiffusionPipeline):
 
     def prepare_volume(self, volume, brain_mask=None) -> PreparedSlices:
         """Brings whatever a volume may be to slices on the device. A tensor `(N, C, H, W)` counts as processed: all of it is
-        brain unless `brain_mask`, a bool tensor `(N, H, W)`, says otherwise."""
+        brain unless `brain_mask`, a bool tensor `(N, H, W)`, says otherwise. [`PreparedSlices`] are returned, so that several calls
+        can share them."""
+        if isinstance(volume, PreparedSlices) and brain_mask is None:
+            return volume
         if isinstance(volume, torch.Tensor):
             channels = len(self.processor.config.modalities)
             if volume.ndim != 4 or volume.shape[1] != channels or volume.shape[0] == 0:

@@ -20,6 +20,10 @@ os.environ["HF_HOME"] = _CACHE.name
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
+# On a busy machine threads of pyarrow or the Hub's client can abort the interpreter while it takes itself down.
+LEAVE = "\nimport os, sys; sys.stdout.flush(); os._exit(0)\n"
+
+
 @pytest.fixture
 def hub():
     """A Hub on 127.0.0.1."""
@@ -35,7 +39,7 @@ def hub_client(hub, tmp_path):
     def run(script: str, *arguments: str | Path, home: str = "home", **variables: str):
         environment = {**os.environ, **hub.environment(tmp_path / home), "OMP_NUM_THREADS": "1", **variables}
         done = subprocess.run(
-            [sys.executable, "-c", script, *map(str, arguments)],
+            [sys.executable, "-c", script + LEAVE, *map(str, arguments)],
             env=environment,
             cwd=tmp_path,
             text=True,

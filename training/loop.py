@@ -4,6 +4,9 @@ Sample number p of a run (p = 0, 1, ...) decides everything random about it: its
 permutations of the training set, and augmentation, timestep and noise come from a generator keyed by (seed, p). Optimizer
 step s consumes the samples s G ... (s + 1) G - 1 with G = batch size x processes x accumulation. So a run that was
 interrupted, or that has another number of processes with the same G, sees the same samples with the same noise.
+
+An objective may ask for u updates on every batch (`updates_per_batch`, CIMD's original has two). Every update is an optimizer step
+like any other, for `max_steps`, the learning rate, the average and checkpoints; step s then consumes the samples of batch s // u.
 """
 
 from __future__ import annotations
@@ -37,20 +40,26 @@ from .samples import PositionBatches, SampleStream, StreamedSamples, sample_gene
 
 
 class Progress:
-    """Optimizer steps done, and the number of samples per step that they were done with; part of a checkpoint."""
+    """Optimizer steps done, the number of samples per step and of updates per batch that they were done with; part of a checkpoint."""
 
-    def __init__(self, samples_per_step: int):
+    def __init__(self, samples_per_step: int, updates_per_batch: int):
         self.step = 0
         self.samples_per_step = samples_per_step
+        self.updates_per_batch = updates_per_batch
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "samples_per_step": self.samples_per_step}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict) -> None:
         if state["samples_per_step"] != self.samples_per_step:
             raise ValueError(
                 f"The checkpoint was trained with {state['samples_per_step']} samples per step, this run has"
                 f" {self.samples_per_step} (batch size x processes x accumulation). Make them equal, or start a new run."
+            )
+        if state.get("updates_per_batch", 1) != self.updates_per_batch:
+            raise ValueError(
+                f"The checkpoint was trained with {state['updates_per_batch']} updates per batch, this run has"
+                f" {self.updates_per_batch} (`objective.updates_per_batch`). Make them equal, or start a new run."
             )
         self.step = state["step"]
 
@@ -62,8 +71,8 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
     Args:
         options ([`TrainOptions`]): The run.
         objective_class (`type`):
-            Gives `from_options(options, processor)`, `columns`, `trains_on`, `validates_on`, `model`, `loss(model, batch, generators) -> (N,)`,
-            `preview(model, batch, generators) -> dict` and `export(model, folder)`; docs/adding_a_method.md says more.
+            Gives `from_options(options, processor)`, `columns`, `trains_on`, `validates_on`, `updates_per_batch`, `model`,
+            `loss(model, batch, generators) -> (N,)`, `preview(model, batch, generators) -> dict` and `export(model, folder)`; docs/adding_a_method.md says more.
 
     Returns:
         `Path`: The exported folder.
@@ -92,12 +101,19 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
     # 2. Objective, optimizer, average.
     set_seed(loop.seed)
     objective = objective_class.from_options(options, processor)
+    if objective.updates_per_batch > 1 and isinstance(train_split, StreamedSplit):
+        raise ValueError(
+            f"`objective.updates_per_batch` is {objective.updates_per_batch}, but `data.streaming` reads every slice once: set one to 1,"
+            " or the other to false."
+        )
     optimizer = make_optimizer(objective.model.parameters(), optim)
     # Stepped by hand once per optimizer step and not prepared: accelerate would count processes as steps.
     lr_scheduler = make_lr_scheduler(optimizer, optim, loop.max_steps)
     model, optimizer = accelerator.prepare(objective.model, optimizer)
     set_seed(loop.seed, device_specific=True)  # dropout differs between processes
-    progress = Progress(loop.batch_size * accelerator.num_processes * loop.gradient_accumulation_steps)
+    progress = Progress(
+        loop.batch_size * accelerator.num_processes * loop.gradient_accumulation_steps, objective.updates_per_batch
+    )
     accelerator.register_for_checkpointing(lr_scheduler, progress)
     ema = None
     if loop.ema.enabled:
@@ -128,16 +144,21 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         loop.gradient_accumulation_steps,
         accelerator.num_processes,
         accelerator.process_index,
+        objective.updates_per_batch,
     )
-    healthy = objective_class.trains_on == "healthy"
     if isinstance(train_split, StreamedSplit):
         samples = StreamedSamples(
-            train_split, loop.seed, options.data.shuffle_buffer, batches, objective_class.columns, healthy
+            train_split,
+            loop.seed,
+            options.data.shuffle_buffer,
+            batches,
+            objective_class.columns,
+            objective_class.trains_on,
         )
         source: dict = {"dataset": samples, "batch_size": None}  # it makes whole batches
     else:
         source = {
-            "dataset": SampleStream(train_split, loop.seed, objective_class.columns, healthy),
+            "dataset": SampleStream(train_split, loop.seed, objective_class.columns, objective_class.trains_on),
             "batch_sampler": batches,
         }
     loader = torch.utils.data.DataLoader(
@@ -176,7 +197,8 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
             batch["image"] = augment_intensity(
                 batch["image"], generators, options.data.augmentation, processor.config.value_range
             )
-            loss = objective.loss(model, batch, generators).mean()
+            update = progress.step % objective.updates_per_batch
+            loss = objective.loss(model, batch, generators, **({"update": update} if update else {})).mean()
             accelerator.backward(loss)
             step_loss += loss.detach() / loop.gradient_accumulation_steps
             if accelerator.sync_gradients and optim.max_grad_norm:
@@ -261,9 +283,10 @@ def _load_splits(
     # The first process makes a phantom or fills a cache, the others then find it.
     with accelerator.main_process_first():
         train_split = load_prepared(data.path, data.train_split, streaming=data.streaming)
-        if objective.trains_on == "healthy" and not train_split.count_rows(healthy=True):
+        if not train_split.count_rows(objective.trains_on):
             raise ValueError(
-                f"The split `{data.train_split}` holds anomalous slices only, and this method learns from healthy ones."
+                f"The split `{data.train_split}` of {data.path} holds no {objective.trains_on} slice, which this method learns from:"
+                " name another with `--data.train_split`, or prepare other data."
             )
         if not options.train.validate_every:
             return train_split, None
@@ -306,7 +329,7 @@ def _export(
         card += f"{parts}, made by anodiff. {training} Research use only, not a medical device.\n"
         (folder / "README.md").write_text(card)
         return
-    picture = _example(folder, options, train_split)
+    picture = _example(folder, options, train_split, objective.validates_on)
     card = make_card(
         pipeline,
         repo_id=options.train.push_to_hub,
@@ -315,7 +338,7 @@ def _export(
         data_summary={
             name: {
                 "subjects": len(split.subjects),
-                "slices": split.count_rows(healthy=objective.trains_on == "healthy"),
+                "slices": split.count_rows(objective.trains_on),
             }
             for name, split in (("train", train_split), ("validation", validation_split))
             if split is not None
@@ -327,7 +350,7 @@ def _export(
     complete_folder(folder, str(card))
 
 
-def _example(folder: Path, options: TrainOptions, split) -> tuple[str, str] | None:
+def _example(folder: Path, options: TrainOptions, split, shown: str) -> tuple[str, str] | None:
     """Copies the picture of the card: the user's, or the last validation of a phantom. Scans of people are nobody's example."""
     given, samples = options.train.hub_picture, sorted(Path(options.train.output_dir, "samples").glob("*.png"))
     if given:
@@ -336,7 +359,8 @@ def _example(folder: Path, options: TrainOptions, split) -> tuple[str, str] | No
     if not is_phantom(split.recipe) or not samples:
         return None
     shutil.copy(samples[-1], folder / "example.png")
-    return "example.png", "Healthy slices of the phantom that the network has not seen in training"
+    slices = "Healthy slices" if shown == "healthy" else "Slices"
+    return "example.png", f"{slices} of the phantom that the network has not seen in training"
 
 
 def _validate(accelerator, objective, model, ema, split: PreparedSplit, options: TrainOptions, step: int) -> None:
@@ -480,6 +504,7 @@ def _as_tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def _validation_rows(split: PreparedSplit, objective: type) -> np.ndarray:
-    """The slices that an objective is validated on: those that count as healthy, or those with a known label."""
-    known = split.labels >= 0 if objective.validates_on == "labelled" else split.labels != 1
-    return np.flatnonzero(known)
+    """The slices that an objective is validated on: those of a population, or those with a known label."""
+    if objective.validates_on == "labelled":
+        return np.flatnonzero(split.labels >= 0)
+    return split.rows_of(objective.validates_on)

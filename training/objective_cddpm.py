@@ -45,6 +45,7 @@ class DDPM2DObjective:
     columns = ("image",)
     trains_on = "healthy"
     validates_on = "healthy"
+    updates_per_batch = 1
     pipeline_class = CDDPMPipeline
     unet_classes = (UNet2DModel, UNet2DHeadsModel, ConditionedUNet2DModel)
 

@@ -15,6 +15,7 @@ from ..pipelines.pipeline_cimd import CIMDPipeline
 from ..schedulers.scheduling_cimd import CIMDScheduler
 from .objective_noise import check_keys
 from .options import TrainOptions
+from .samples import repeated_generators
 
 
 # N slices, C modalities, A annotations, H x W pixels.
@@ -42,11 +43,14 @@ class CIMDObjective:
         vb_weight (`float`, defaults to 1.0): Weight of the variational bound, 0 or more. Without it the variance learns nothing.
         kl_weight (`float`, defaults to 0.0): Weight of the divergence, 0 or more. The authors: 1e-3.
         train_encoders (`bool`, defaults to `False`): Train the encoders too; needs a `kl_weight`.
+        updates_per_batch (`int`, defaults to 1):
+            Optimizer steps on one batch with one choice of annotations, each with timesteps and noise of its own. The authors' program
+            has 2 and counts one. Here every update is a step: its 53,000 steps are `train.max_steps` 106000.
     """
 
     columns = ("image", "mask", "annotations")
-    trains_on = "all"
-    validates_on = "labelled"
+    trains_on = "annotated"
+    validates_on = "annotated"
 
     def __init__(
         self,
@@ -58,18 +62,22 @@ class CIMDObjective:
         vb_weight: float = 1.0,
         kl_weight: float = 0.0,
         train_encoders: bool = False,
+        updates_per_batch: int = 1,
     ):
         for name, value in (("vb_weight", vb_weight), ("kl_weight", kl_weight)):
             if not value >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {value}.")
         if train_encoders and not kl_weight:
             raise ValueError("`train_encoders` needs a `kl_weight` above 0: without it there are no encoders.")
+        if isinstance(updates_per_batch, bool) or not isinstance(updates_per_batch, int) or updates_per_batch < 1:
+            raise ValueError(f"`updates_per_batch` must be an integer of at least 1, got {updates_per_batch!r}.")
         self.model = UNetWithEncoders(unet, train_encoders) if kl_weight else unet
         self.scheduler = scheduler
         self.processor = processor
         self.inference = inference or {}
         self.vb_weight = vb_weight
         self.kl_weight = kl_weight
+        self.updates_per_batch = updates_per_batch
         # Built once here, so that a wrong inference value is found before the training and not after it.
         self._pipeline(self.model)
 
@@ -101,7 +109,11 @@ class CIMDObjective:
         return cls(classes[name](**unet), scheduler, processor, options.inference, **options.objective)
 
     def loss(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generators: list[torch.Generator]
+        self,
+        model: torch.nn.Module,
+        batch: dict[str, torch.Tensor],
+        generators: list[torch.Generator],
+        update: int = 0,
     ) -> torch.Tensor:
         """
         Loss of every sample, `(N,)`.
@@ -112,9 +124,11 @@ class CIMDObjective:
                 `image (N, C, H, W)` in the processor's value range, `mask (N, A, H, W)`, 0 or 1, `annotations (N,)`: how many of a
                 slice's masks are there.
             generators (`list[torch.Generator]`): One per slice; annotation, timestep and noise are drawn from it, in this order.
+            update (`int`): Number of the update on this batch; the later ones keep the annotation, and draw the rest anew.
         """
         images, annotations = batch["image"], _checked(batch["annotations"])
         target = draw_annotation(batch["mask"], annotations, generators).to(images.dtype)
+        generators = repeated_generators(generators, update)
         timesteps = torch.cat(
             [torch.randint(len(self.scheduler), (1,), generator=g, device=images.device) for g in generators]
         )

@@ -30,6 +30,7 @@ class DAEObjective:
     columns = ("image",)
     trains_on = "healthy"
     validates_on = "healthy"
+    updates_per_batch = 1
     pipeline_class = DAEPipeline
 
     def __init__(

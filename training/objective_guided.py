@@ -46,6 +46,7 @@ class GuidedObjective:
     columns = ("image", "label")
     trains_on = "all"
     validates_on = "labelled"
+    updates_per_batch = 1
 
     def __init__(
         self,
@@ -142,6 +143,7 @@ class ClassifierObjective:
     columns = ("image", "label")
     trains_on = "all"
     validates_on = "labelled"
+    updates_per_batch = 1
 
     def __init__(self, classifier: NoisyClassifierModel, scheduler: AnoFPDMScheduler, processor: VolumeProcessor):
         self.model = classifier
@@ -223,6 +225,7 @@ class LearnedSigmaObjective:
     columns = ("image",)
     trains_on = "all"
     validates_on = "healthy"
+    updates_per_batch = 1
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class NoiseObjective:
     columns = ("image",)
     trains_on = "healthy"
     validates_on = "healthy"
+    updates_per_batch = 1
     pipeline_class = AnoDDPMPipeline
     scheduler_class = AnoDDPMScheduler
 

@@ -45,6 +45,7 @@ class SADMObjective:
     columns = ("image",)
     trains_on = "healthy"
     validates_on = "healthy"
+    updates_per_batch = 1
 
     def __init__(
         self,
@@ -190,6 +191,7 @@ class LabelledSADMObjective(SADMObjective):
     columns = ("image", "mask", "annotations", "label")
     trains_on = "all"
     validates_on = "labelled"
+    updates_per_batch = 1
 
     def anomalies(
         self, batch: dict[str, torch.Tensor], images: torch.Tensor, generators: list[torch.Generator]

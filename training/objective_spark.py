@@ -29,6 +29,7 @@ class SparKObjective:
     columns = ("image",)
     trains_on = "healthy"
     validates_on = "healthy"
+    updates_per_batch = 1
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from huggingface_hub import ModelCard
 
 import anodiff
-from anodiff import AnoDDPMPipeline, AnoDDPMScheduler, VolumeProcessor
+from anodiff import AnoDDPMPipeline, AnoDDPMScheduler, CIMDPipeline, CIMDScheduler, VolumeProcessor
 from anodiff.hub.model_card import PROTOCOL_FIELDS, add_evaluation, make_card
 from anodiff.hub.publishing import complete_folder
 
@@ -265,3 +265,31 @@ print(json.dumps([str(pulled) == open(sys.argv[1], encoding="utf-8").read(), pul
     assert hub.requests.count("POST /api/validate-yaml") >= 2
     broken = make_card(pipeline, licence="all mine")
     assert any("license" in error for error in check_card(str(broken), "model")[0])
+
+
+def test_an_ensemble_of_segmentations_is_no_anomaly_map():
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=2,
+        out_channels=2,
+        layers_per_block=1,
+        block_out_channels=(4,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        add_attention=False,
+    )
+    for modality, where in (("image", "in pictures, 8 x 8"), ("ct", "in axial slices of ct, 8 x 8")):
+        processor = VolumeProcessor(modalities=(modality,), size=(8, 8), value_range=(0.0, 1.0))
+        card = make_card(CIMDPipeline(unet, CIMDScheduler(), processor), repo_id="owner/cimd")
+        detects = section(card, "What it detects")
+        assert f"What the annotators of its training data marked, {where} pixels: several" in detects
+        assert "not confidence of a diagnosis" in detects
+        assert "the mask of every member" in section(card, "Quick start")
+        assert "segmentation whose annotators disagree" in section(card, "Intended use and limits")
+        assert "segmentation" in card.data.tags and "anomaly-detection" not in card.data.tags
+        assert "anomaly map" not in str(card) and "pseudo-healthy" not in str(card)
+        assert check_card(str(card), "model") == ([], [])
+    report = {**evaluation(), "task": "Ambiguous segmentation"}
+    text = section(add_evaluation(card, report, repo_id="owner/cimd", picture="cases.png"), "Evaluation")
+    assert "77 of them marked by an annotator." in text and "![Best to worst case: image, annotations, samples" in text

@@ -135,7 +135,8 @@ def test_loss_and_gradients(path):
 @pytest.mark.parametrize("path", recordings("train_steps*.npz"), ids=lambda path: path.stem)
 def test_updates(path):
     arrays = load(path)
-    # They go on from the batch, the network and the encoders of the recording of the loss.
+    # They go on from the batch, the network and the encoders of the recording of the loss. All updates are on this one batch and its
+    # labels, with timesteps and noise of their own: what `updates_per_batch` repeats.
     start = load(path.with_name(path.name.replace("train_steps", "training_loss")))
     model = make_model(start)
     encoders = [

@@ -151,16 +151,19 @@ def test_results_go_into_the_card(hub, hub_client, workplace, trained):
     report = json.loads((workplace.folder / "eval-folder" / "report.json").read_text())
     card = ModelCard(pushed(hub)["README.md"].decode())
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert report["results"][0]["commit"] is None
     assert values["slice_auroc"] == report["results"][0]["metrics"]["slice_auroc"]
     assert "### prepared, split `test`" in card.text and "Not evaluated." not in card.text
 
     # Of a repository only the card changes, and somebody's words in it stay.
-    hub.put("owner/tiny", {"README.md": (str(card) + "\nThanks to all.\n").encode()})
+    version = hub.put("owner/tiny", {"README.md": (str(card) + "\nThanks to all.\n").encode()})
     before = pushed(hub)
     picture = workplace.folder / "mine.png"
     picture.write_bytes(b"a picture")
     other = ["--split", "validation", "--validation_split", "none", "--hub_picture", picture]
     evaluate(hub, workplace, "eval-id", "--model", "owner/tiny", "--push_to_hub", "owner/tiny", *other)
+    report = json.loads((workplace.folder / "eval-id" / "report.json").read_text())
+    assert report["results"][0]["commit"] == version
     after = pushed(hub)
     changed = {path for path, content in after.items() if before.get(path) != content}
     assert changed == {"README.md", "evaluation-prepared-validation.png"}

@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 
 from anodiff import AnoDDPMScheduler, VolumeProcessor
 from anodiff.training.objective_noise import NoiseObjective
-from anodiff.training.samples import PositionBatches, SampleStream, sample_generators
+from anodiff.training.samples import PositionBatches, SampleStream, repeated_generators, sample_generators
 
 
 class Numbers:
@@ -17,10 +17,13 @@ class Numbers:
 
     def __init__(self, length):
         self.length = length
-        self.labels = np.zeros(length, int)
 
     def __len__(self):
         return self.length
+
+    def rows_of(self, population):
+        assert population == "all"
+        return np.arange(self.length)
 
     def read_rows(self, rows, columns):
         assert columns == ("image",)
@@ -57,6 +60,29 @@ def test_going_on_is_as_if_nothing_had_happened():
     assert list(PositionBatches(0, 2, 4, 2, 1, 0)) + list(PositionBatches(2, 6, 4, 2, 1, 0)) == whole
     stream, again = SampleStream(Numbers(5), seed=0), SampleStream(Numbers(5), seed=0)
     assert order(stream, whole)[16:] == order(again, whole[4:])
+
+
+def test_several_updates_of_a_batch_see_its_samples():
+    once = list(PositionBatches(0, 2, 3, 2, 1, 0))
+    twice = list(PositionBatches(0, 4, 3, 2, 1, 0, updates_per_batch=2))
+    assert twice == once[:2] * 2 + once[2:] * 2
+    # Going on in the middle of a batch is as if nothing had happened.
+    assert list(PositionBatches(3, 4, 3, 2, 1, 0, updates_per_batch=2)) == twice[6:]
+
+
+def test_each_update_of_a_batch_draws_anew():
+    device = torch.device("cpu")
+    draws = []
+    for update in (0, 1, 2, 1):
+        first = sample_generators(0, 0, range(3), device)
+        for generator in first:
+            torch.rand(2, generator=generator)  # what was drawn before changes nothing
+        draws.append(torch.stack([torch.rand(4, generator=g) for g in repeated_generators(first, update)]))
+    torch.testing.assert_close(draws[3], draws[1], rtol=0, atol=0)
+    plain = sample_generators(0, 0, range(3), device)
+    torch.testing.assert_close(draws[0], torch.stack([torch.rand(6, generator=g)[2:] for g in plain]), rtol=0, atol=0)
+    values = torch.cat([draws[0], draws[1], draws[2]]).flatten().tolist()
+    assert len(set(values)) == len(values)
 
 
 def objective(**options):

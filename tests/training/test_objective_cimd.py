@@ -153,6 +153,26 @@ def test_one_annotation_per_visit():
         built.loss(built.model, data, generators(range(2)))
 
 
+def test_updates_of_a_batch_share_their_annotation():
+    built, data = make(), batch(60)
+    seen = []
+    add_noise = built.scheduler.add_noise
+
+    def recording(target, noise, timesteps):
+        seen.append((target, noise, timesteps))
+        return add_noise(target, noise, timesteps)
+
+    built.scheduler.add_noise = recording
+    with torch.no_grad():
+        losses = [built.loss(built.model, data, generators(range(60)), update) for update in (0, 1, 1)]
+        plain = built.loss(built.model, data, generators(range(60)))
+    torch.testing.assert_close(losses[0], plain, rtol=0, atol=0)
+    torch.testing.assert_close(losses[2], losses[1], rtol=0, atol=0)
+    (target, noise, t), (other_target, other_noise, other_t), *_ = seen
+    assert torch.equal(target, other_target)
+    assert (noise - other_noise).abs().amax((1, 2, 3)).min() > 0.1 and (t != other_t).float().mean() > 0.9
+
+
 def test_network_sees_image_and_noised_mask():
     seen = []
 
@@ -207,7 +227,7 @@ def test_from_options():
     assert type(built.model) is UNet2DModel and built.columns == ("image", "mask", "annotations")
     assert built.model.config.in_channels == 3 and built.model.config.out_channels == 2
     assert built.model.config.sample_size == 8 and built.vb_weight == 1 and built.kl_weight == 0
-    assert built.trains_on == "all" and built.validates_on == "labelled"
+    assert built.trains_on == built.validates_on == "annotated"
     heads = make(unet={**UNET, "_class_name": "UNet2DHeadsModel", "num_attention_heads": 1})
     assert type(heads.model) is UNet2DHeadsModel and (heads.model.conv_out.weight == 0).all()
     for wrong, message in (
@@ -221,6 +241,7 @@ def test_from_options():
         ({"objective": {"loss": "l1"}}, "`objective` has no key loss"),
         ({"objective": {"vb_weight": -1}}, "`vb_weight` must not be negative, got -1"),
         ({"objective": {"kl_weight": -1}}, "`kl_weight` must not be negative, got -1"),
+        ({"objective": {"updates_per_batch": 0}}, "`updates_per_batch` must be an integer of at least 1, got 0"),
         ({"objective": {"train_encoders": True}}, "`train_encoders` needs a `kl_weight` above 0"),
     ):
         with pytest.raises(ValueError, match=message):
