@@ -40,6 +40,9 @@ from .shards import code_digest
 
 COLUMNS = ("image", "mask", "brain", "label", "subject", "slice")
 
+# Whose slices a method learns from: everybody's, those not known to be anomalous, those of subjects with at least one annotation.
+POPULATIONS = ("all", "healthy", "annotated")
+
 _SIDE_FILES = ("subjects.parquet", "processor/processor_config.json", "recipe.yaml")
 
 
@@ -109,9 +112,14 @@ class PreparedSplit(_DescribedSplit):
     def __getitems__(self, indices: Sequence[int]) -> dict:
         return self.read_rows(indices)
 
-    def count_rows(self, *, healthy: bool = False) -> int:
-        """Number of slices, or of those that are not known to be anomalous."""
-        return int((self.labels != 1).sum()) if healthy else len(self)
+    def rows_of(self, population: str) -> np.ndarray:
+        """Numbers of the slices of one of `POPULATIONS`, int64, rising."""
+        belongs = {"all": np.ones(len(self), bool), "healthy": self.labels != 1, "annotated": self.annotations > 0}
+        return np.flatnonzero(belongs[population])
+
+    def count_rows(self, population: str = "all") -> int:
+        """Number of slices of one of `POPULATIONS`."""
+        return len(self.rows_of(population))
 
     def read_rows(self, indices: Sequence[int], columns: Sequence[str] = COLUMNS) -> dict:
         """Some columns of some rows, stacked; what is not asked for is not read. There is one more column to ask for than files
@@ -192,13 +200,17 @@ class StreamedSplit(_DescribedSplit):
     def __iter__(self) -> Iterator[dict]:
         return iter(_open(self._shards, self._split, streaming=True).with_format("numpy"))
 
-    def count_rows(self, *, healthy: bool = False) -> int:
-        """Number of slices, or of those that are not known to be anomalous."""
-        anomalous = sum(row["anomalous_rows"] for row in self.subject_info.values())
-        return len(self) - anomalous if healthy else len(self)
+    def count_rows(self, population: str = "all") -> int:
+        """Number of slices of one of `POPULATIONS`."""
+        subjects = self.subject_info.values()
+        return {
+            "all": len(self),
+            "healthy": len(self) - sum(row["anomalous_rows"] for row in subjects),
+            "annotated": sum(row["rows"] for row in subjects if row["annotations"]),
+        }[population]
 
     def shuffled_rows(
-        self, seed: Sequence[int], buffer_size: int, columns: Sequence[str] = ("image",), *, healthy: bool = False
+        self, seed: Sequence[int], buffer_size: int, columns: Sequence[str] = ("image",), population: str = "all"
     ) -> Iterator[dict[str, np.ndarray]]:
         """
         One pass over the slices in an order that `seed` decides.
@@ -209,7 +221,7 @@ class StreamedSplit(_DescribedSplit):
                 Slices in memory to shuffle among. They are read in groups of 128 neighbours, whose order is shuffled too.
             columns (`Sequence[str]`):
                 `"image"`, `"mask"`, `"brain"`, `"label"`, `"annotations"` (how many of the masks are there); others are not read.
-            healthy (`bool`): Leave out slices that are known to be anomalous.
+            population (`str`): One of `POPULATIONS`; other slices are left out.
 
         Returns:
             `Iterator[dict[str, np.ndarray]]`:
@@ -226,7 +238,8 @@ class StreamedSplit(_DescribedSplit):
         try:
             # The number of annotations is a subject's, and not in the file.
             names = ["subject" if name == "annotations" else name for name in columns]
-            names = list(dict.fromkeys([*names, "label"] if healthy else names))
+            decides = {"all": [], "healthy": ["label"], "annotated": ["subject"]}[population]
+            names = list(dict.fromkeys([*names, *decides]))
             stream = _open(self._shards, self._split, names, streaming=True).reshard()  # row groups, not files
             stream = stream.shuffle(
                 generator=np.random.default_rng(seed), buffer_size=buffer_size, max_buffer_input_shards=1
@@ -239,12 +252,16 @@ class StreamedSplit(_DescribedSplit):
                     else array.to_numpy(zero_copy_only=False)
                     for name, array in arrays.items()
                 }
-                if "annotations" in columns:
+                if "subject" in names:
                     counts = [self.subject_info[subject]["annotations"] for subject in arrays["subject"]]
                     arrays["annotations"] = np.array(counts, dtype=np.int64)
-                for place in range(len(table)):
-                    if not healthy or arrays["label"][place] != 1:
-                        yield {name: arrays[name][place] for name in columns}
+                belongs = np.ones(len(table), bool)
+                if population == "healthy":
+                    belongs = arrays["label"] != 1
+                elif population == "annotated":
+                    belongs = arrays["annotations"] > 0
+                for place in np.flatnonzero(belongs):
+                    yield {name: arrays[name][place] for name in columns}
                 count += len(table)
         except (OSError, huggingface_hub.errors.HTTPError) as error:
             raise ConnectionError(f"A stream broke off: {type(error).__name__}: {error}") from error

@@ -146,15 +146,19 @@ def fit(options: TrainOptions, objective_class: type) -> Path:
         accelerator.process_index,
         objective.updates_per_batch,
     )
-    healthy = objective_class.trains_on == "healthy"
     if isinstance(train_split, StreamedSplit):
         samples = StreamedSamples(
-            train_split, loop.seed, options.data.shuffle_buffer, batches, objective_class.columns, healthy
+            train_split,
+            loop.seed,
+            options.data.shuffle_buffer,
+            batches,
+            objective_class.columns,
+            objective_class.trains_on,
         )
         source: dict = {"dataset": samples, "batch_size": None}  # it makes whole batches
     else:
         source = {
-            "dataset": SampleStream(train_split, loop.seed, objective_class.columns, healthy),
+            "dataset": SampleStream(train_split, loop.seed, objective_class.columns, objective_class.trains_on),
             "batch_sampler": batches,
         }
     loader = torch.utils.data.DataLoader(
@@ -279,9 +283,10 @@ def _load_splits(
     # The first process makes a phantom or fills a cache, the others then find it.
     with accelerator.main_process_first():
         train_split = load_prepared(data.path, data.train_split, streaming=data.streaming)
-        if objective.trains_on == "healthy" and not train_split.count_rows(healthy=True):
+        if not train_split.count_rows(objective.trains_on):
             raise ValueError(
-                f"The split `{data.train_split}` holds anomalous slices only, and this method learns from healthy ones."
+                f"The split `{data.train_split}` of {data.path} holds no {objective.trains_on} slice, which this method learns from:"
+                " name another with `--data.train_split`, or prepare other data."
             )
         if not options.train.validate_every:
             return train_split, None
@@ -333,7 +338,7 @@ def _export(
         data_summary={
             name: {
                 "subjects": len(split.subjects),
-                "slices": split.count_rows(healthy=objective.trains_on == "healthy"),
+                "slices": split.count_rows(objective.trains_on),
             }
             for name, split in (("train", train_split), ("validation", validation_split))
             if split is not None
@@ -499,6 +504,7 @@ def _as_tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def _validation_rows(split: PreparedSplit, objective: type) -> np.ndarray:
-    """The slices that an objective is validated on: those that count as healthy, or those with a known label."""
-    known = split.labels >= 0 if objective.validates_on == "labelled" else split.labels != 1
-    return np.flatnonzero(known)
+    """The slices that an objective is validated on: those of a population, or those with a known label."""
+    if objective.validates_on == "labelled":
+        return np.flatnonzero(split.labels >= 0)
+    return split.rows_of(objective.validates_on)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from ..schedulers.scheduling_cimd import CIMDScheduler
 from .objective_noise import check_keys
 from .options import TrainOptions
 from .samples import repeated_generators
+from .variational_bound import variance_bound
 
 
 # N slices, C modalities, A annotations, H x W pixels.
@@ -49,8 +49,8 @@ class CIMDObjective:
     """
 
     columns = ("image", "mask", "annotations")
-    trains_on = "all"
-    validates_on = "labelled"
+    trains_on = "annotated"
+    validates_on = "annotated"
 
     def __init__(
         self,
@@ -260,51 +260,12 @@ def cimd_loss_terms(
     else:
         model_output = model(model_input, timesteps).sample
     epsilon, variance_output = model_output.float().chunk(2, dim=1)
+    estimate = scheduler.predict_original_sample(epsilon, timesteps, sample)
     return {
         "mse": (noise - epsilon).square().mean((1, 2, 3)),
-        "vb": variance_bound(scheduler, target, sample, epsilon, variance_output, timesteps),
+        "vb": variance_bound(scheduler, target, estimate, sample, variance_output, timesteps),
         "kl": divergence,
     }
-
-
-def variance_bound(
-    scheduler: CIMDScheduler,
-    target: torch.Tensor,
-    sample: torch.Tensor,
-    epsilon: torch.Tensor,
-    variance_output: torch.Tensor,
-    timesteps: torch.Tensor,
-) -> torch.Tensor:
-    """
-    Term of the variational bound of each sample's timestep in bits per pixel, `(N,)`, with gradients for the variance only: a
-    Kullback-Leibler divergence for t > 0, for t = 0 the likelihood of a bin that is 2 / 255 wide (DDPM eq. 5 and 13). The estimate of x_0
-    is not limited. The bins are those of pictures in [-1, 1], as in the original: that of 1 is open above, that of 0 is closed.
-
-    Args:
-        scheduler ([`CIMDScheduler`]): Of the noise.
-        target, sample, epsilon, variance_output (`torch.Tensor` of shape `(N, 1, H, W)`):
-            x_0, x_t, predicted noise, and where the variance is: -1 for the posterior's, 1 for beta_t.
-        timesteps (`torch.Tensor` of shape `(N,)`): t, from 0.
-    """
-    # mean, log -> p_theta(x_{t-1} | x_t); true_mean, true_log -> q(x_{t-1} | x_t, x_0).
-    estimate = scheduler.predict_original_sample(epsilon.detach(), timesteps, sample)
-    mean = scheduler.posterior_mean(estimate, timesteps, sample)
-    true_mean = scheduler.posterior_mean(target, timesteps, sample)
-    log = scheduler.learned_log_variance(variance_output, timesteps)
-    true_log = scheduler.learned_log_variance(torch.full_like(variance_output, -1.0), timesteps)
-    divergence = 0.5 * (-1.0 + log - true_log + (true_log - log).exp() + (true_mean - mean).square() * (-log).exp())
-
-    deviation = (-0.5 * log).exp()
-
-    def cumulative(value: torch.Tensor) -> torch.Tensor:
-        # The original's approximation of the normal distribution function.
-        return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (value + 0.044715 * value**3)))
-
-    upper = cumulative((target - mean + 1.0 / 255) * deviation)
-    lower = cumulative((target - mean - 1.0 / 255) * deviation)
-    probability = torch.where(target > 0.999, 1.0 - lower, upper - lower).clamp(min=1e-12)
-    bound = torch.where((timesteps == 0).reshape(-1, 1, 1, 1), -probability.log(), divergence)
-    return bound.mean((1, 2, 3)) / math.log(2.0)
 
 
 def _checked(annotations: torch.Tensor) -> torch.Tensor:

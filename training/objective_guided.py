@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from ..pipelines.pipeline_utils import AnomalyPipeline
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from .objective_noise import check_keys
 from .options import TrainOptions
+from .variational_bound import variance_bound
 
 
 HEALTHY, NULL = 0, 2  # labels of the network; 1 is unhealthy
@@ -322,49 +322,8 @@ def learned_sigma_loss(
     sample = scheduler.add_noise(images, noise, timesteps)
     model_output, variance_output = model(sample, timesteps).sample.float().chunk(2, dim=1)
     error = (model_output - noise).square().mean((1, 2, 3))
-    return error, learned_sigma_bound(scheduler, images, sample, model_output, variance_output, timesteps)
-
-
-def learned_sigma_bound(
-    scheduler: AnoFPDMScheduler,
-    images: torch.Tensor,
-    sample: torch.Tensor,
-    model_output: torch.Tensor,
-    variance_output: torch.Tensor,
-    timesteps: torch.Tensor,
-) -> torch.Tensor:
-    """
-    Term of the variational bound of each sample's timestep in bits per dimension, `(N,)`, with gradients for the variance only: a
-    Kullback-Leibler divergence for t > 0, for t = 0 the likelihood of 8-bit images in [-1, 1] (DDPM eq. 5 and 13).
-
-    Args:
-        scheduler ([`AnoFPDMScheduler`]): Of the noise.
-        images, sample, model_output, variance_output (`torch.Tensor` of shape `(N, C, H, W)`):
-            x_0, x_t, predicted noise, and the other half of the outputs: -1 for the posterior's variance, 1 for beta_t.
-        timesteps (`torch.Tensor` of shape `(N,)`): t, from 0.
-    """
-    # mean, log -> p_theta(x_{t-1} | x_t); true_mean, true_log -> q(x_{t-1} | x_t, x_0).
-    estimate = scheduler.predict_original_sample(model_output.detach(), timesteps, sample, clip_sample=False)
-    mean = scheduler.posterior_mean(estimate, timesteps, sample)
-    true_mean = scheduler.posterior_mean(images, timesteps, sample)
-    log = scheduler.learned_log_variance(variance_output, timesteps)
-    true_log = scheduler.learned_log_variance(torch.full_like(variance_output, -1.0), timesteps)
-    divergence = 0.5 * (-1.0 + log - true_log + (true_log - log).exp() + (true_mean - mean).square() * (-log).exp())
-
-    # Probability of the grey level's bin, 2 / 255 wide; the outermost bins are open.
-    deviation = (-0.5 * log).exp()
-
-    def cumulative(value: torch.Tensor) -> torch.Tensor:
-        # The original's approximation of the normal distribution function.
-        return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (value + 0.044715 * value**3)))
-
-    upper = cumulative((images - mean + 1.0 / 255) * deviation)
-    lower = cumulative((images - mean - 1.0 / 255) * deviation)
-    probability = torch.where(images < -0.999, upper, torch.where(images > 0.999, 1.0 - lower, upper - lower)).clamp(
-        min=1e-12
-    )
-    bound = torch.where((timesteps == 0).reshape(-1, 1, 1, 1), -probability.log(), divergence)
-    return bound.mean((1, 2, 3)) / math.log(2.0)
+    estimate = scheduler.predict_original_sample(model_output, timesteps, sample, clip_sample=False)
+    return error, variance_bound(scheduler, images, estimate, sample, variance_output, timesteps)
 
 
 def export_classifier(

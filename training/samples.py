@@ -13,14 +13,14 @@ from ..data.prepared import PreparedSplit, StreamedSplit
 
 
 class SampleStream(torch.utils.data.Dataset):
-    """Samples by number: the slices of an endless sequence of permutations of a split, with the columns that are asked for; only those
-    that are not known to be anomalous if they are to count as `healthy`."""
+    """Samples by number: the slices of an endless sequence of permutations of a split, with the columns that are asked for; only
+    those of the `population` (`data.prepared.POPULATIONS`)."""
 
-    def __init__(self, split: PreparedSplit, seed: int, columns: Sequence[str] = ("image",), healthy: bool = False):
+    def __init__(self, split: PreparedSplit, seed: int, columns: Sequence[str] = ("image",), population: str = "all"):
         self.split = split
         self.seed = seed
         self.columns = columns
-        self.rows = np.flatnonzero(split.labels != 1) if healthy else np.arange(len(split))
+        self.rows = split.rows_of(population)
         self._epoch, self._order = -1, None
 
     def __getitems__(self, positions: list[int]) -> dict:
@@ -48,7 +48,7 @@ class StreamedSamples(torch.utils.data.IterableDataset):
         buffer_size (`int`): Slices in memory to shuffle among. Another size is another order.
         batches (`Iterable[list[int]]`): Numbers of the samples of each batch, rising.
         columns (`Sequence[str]`): What is read of a slice.
-        healthy (`bool`): Pass over slices that are known to be anomalous.
+        population (`str`): Of `data.prepared.POPULATIONS`; other slices are passed over.
 
     Yields:
         `dict`: A whole batch: the columns, `image (N, C, H, W)` in float32, and `position (N,)` int64.
@@ -64,18 +64,18 @@ class StreamedSamples(torch.utils.data.IterableDataset):
         buffer_size: int,
         batches: Iterable[list[int]],
         columns: Sequence[str] = ("image",),
-        healthy: bool = False,
+        population: str = "all",
     ):
         self.split = split
         self.seed = seed
         self.buffer_size = buffer_size
         self.batches = batches
         self.columns = columns
-        self.healthy = healthy
+        self.population = population
 
     def __iter__(self) -> Iterator[dict]:
         current, rows, done = -1, iter(()), 0
-        length = self.split.count_rows(healthy=self.healthy)
+        length = self.split.count_rows(self.population)
         for positions in self.batches:
             batch = []
             for position in positions:
@@ -83,7 +83,7 @@ class StreamedSamples(torch.utils.data.IterableDataset):
                 if epoch != current:
                     current, done = epoch, 0
                     rows = self.split.shuffled_rows(
-                        [self.seed, epoch], self.buffer_size, self.columns, healthy=self.healthy
+                        [self.seed, epoch], self.buffer_size, self.columns, self.population
                     )
                 try:
                     batch.append(next(itertools.islice(rows, index - done, None)))

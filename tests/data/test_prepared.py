@@ -215,8 +215,18 @@ def test_subjects_with_different_numbers_of_annotations(tmp_path):
     expected = {row["image"].tobytes(): (row["mask"].sum(), split.annotations[i]) for i, row in enumerate(split)}
     for row in seen:
         assert (row["mask"].sum(), row["annotations"]) == expected[row["image"].tobytes()]
-    healthy = list(streamed.shuffled_rows([0], 4, columns, healthy=True))
-    assert len(healthy) == streamed.count_rows(healthy=True) == 21
+    healthy = list(streamed.shuffled_rows([0], 4, columns, "healthy"))
+    assert len(healthy) == streamed.count_rows("healthy") == 21
+    annotated = list(streamed.shuffled_rows([0], 4, ("image",), "annotated"))
+    expected = [split[int(row)]["image"].tobytes() for row in split.rows_of("annotated")]
+    assert sorted(row["image"].tobytes() for row in annotated) == sorted(expected)
+    assert (
+        len(expected)
+        == split.count_rows("annotated")
+        == streamed.count_rows("annotated")
+        == (split.annotations > 0).sum()
+        < 24
+    )
 
 
 @pytest.mark.parametrize(

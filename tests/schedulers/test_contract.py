@@ -13,6 +13,7 @@ SCHEDULERS = {
     "gaussian, cosine": lambda: AnoDDPMScheduler(
         num_train_timesteps=25, beta_schedule="cosine", noise_type="gaussian"
     ),
+    "cDDPM": lambda: AnoDDPMScheduler(num_train_timesteps=25, beta_schedule="cosine", z=None),
     "ANDi authors": lambda: AnoDDPMScheduler(
         num_train_timesteps=25, beta_schedule="linear_float32", noise_type="gaussian", variance_type="fixed_small"
     ),

@@ -21,6 +21,7 @@ VARIANTS = [
     {"z": 13.7, "normalize": "per_image"},
     {"z": "timestep", "normalize": "analytic"},
     {"z": "timestep_unscaled", "wavelength": 32, "normalize": "per_image"},
+    {"z": None, "normalize": "per_image"},
     {"z": 5, "wavelength": 8, "random_offset": True},
     {"z": "timestep", "wavelength": 8, "random_offset": True},
 ]
@@ -78,6 +79,17 @@ def test_octaves_are_points_of_the_noise():
     expected = opensimplex3(seeds, points / 16) + 0.5 * opensimplex3(seeds, points / 8)
     noise = OctaveSimplexNoise(2, 0.5, 16, z=40)
     assert_close(noise(seeds, None, 5, 6, dtype=torch.float64).flatten(1), expected, rtol=0, atol=1e-12)
+
+
+def test_octaves_of_two_coordinates():
+    seeds = torch.tensor([3, 4])
+    y, x = torch.meshgrid(torch.arange(5.0), torch.arange(6.0), indexing="ij")
+    points = torch.stack([x, y], -1).reshape(-1, 2).double()
+    expected = opensimplex2(seeds, points / 16) + 0.5 * opensimplex2(seeds, points / 8)
+    noise = OctaveSimplexNoise(2, 0.5, 16, z=None)
+    assert_close(noise(seeds, None, 5, 6, dtype=torch.float64).flatten(1), expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="`normalize` must be 'none' or 'per_image' with `z=None`"):
+        OctaveSimplexNoise(z=None, normalize="analytic")
 
 
 def test_unscaled_timestep_is_the_same_in_every_octave():

@@ -227,7 +227,7 @@ def test_from_options():
     assert type(built.model) is UNet2DModel and built.columns == ("image", "mask", "annotations")
     assert built.model.config.in_channels == 3 and built.model.config.out_channels == 2
     assert built.model.config.sample_size == 8 and built.vb_weight == 1 and built.kl_weight == 0
-    assert built.trains_on == "all" and built.validates_on == "labelled"
+    assert built.trains_on == built.validates_on == "annotated"
     heads = make(unet={**UNET, "_class_name": "UNet2DHeadsModel", "num_attention_heads": 1})
     assert type(heads.model) is UNet2DHeadsModel and (heads.model.conv_out.weight == 0).all()
     for wrong, message in (

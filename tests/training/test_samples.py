@@ -103,11 +103,11 @@ def test_passes_before_the_first_sample_are_not_read():
         def __len__(self):
             return 5
 
-        def count_rows(self, *, healthy):
+        def count_rows(self, population):
             return 5
 
-        def shuffled_rows(self, seed, buffer_size, columns, *, healthy):
-            assert columns == ("image",) and not healthy
+        def shuffled_rows(self, seed, buffer_size, columns, population):
+            assert columns == ("image",) and population == "all"
             self.begun.append((seed, buffer_size))
             yield from ({"image": np.full((1, 1, 1), 10 * seed[1] + row)} for row in range(5))
 
@@ -146,13 +146,13 @@ def test_known_anomalies_are_left_out(tmp_path, monkeypatch):
     whole = load_prepared(tmp_path / "set", "train")
     streamed = load_prepared(tmp_path / "set", "train", streaming=True)
     assert whole.count_rows() == streamed.count_rows() == 18
-    assert whole.count_rows(healthy=True) == streamed.count_rows(healthy=True) == 15
+    assert whole.count_rows("healthy") == streamed.count_rows("healthy") == 15
     number = {image.tobytes(): row for row, image in enumerate(whole[:]["image"])}
     positions = list(PositionBatches(0, 3, 5, 1, 1, 0))
-    stored = SampleStream(whole, 0, healthy=True)
+    stored = SampleStream(whole, 0, population="healthy")
     for batches in (
         [stored.__getitems__(part) for part in positions],
-        list(StreamedSamples(streamed, 0, 7, positions, healthy=True)),
+        list(StreamedSamples(streamed, 0, 7, positions, population="healthy")),
     ):
         rows = [number[image.tobytes()] for batch in batches for image in batch["image"]]
         assert sorted(rows) == np.flatnonzero(whole.labels == 0).tolist()
