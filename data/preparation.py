@@ -140,7 +140,7 @@ def prepare(
     pieces, tasks = {}, []
     for subject in ordered:
         training = split_of[subject.name] == "train"
-        piece = partial / shards.piece_name(json.dumps(settings), subject, training)
+        piece = partial / shards.piece_name(json.dumps(settings, sort_keys=True), subject, training)
         pieces[subject.name] = piece
         tasks.append((subject, processor, correction, slices, raters, training, annotations, dtype, piece))
 

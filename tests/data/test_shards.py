@@ -43,7 +43,7 @@ def raw(tmp_path):
         for name, array in (("flair", rng.uniform(1, 2, lesion.shape).astype(np.float32)), ("lesion", lesion)):
             nib.save(nib.Nifti1Image(array, np.diag([-1.0, -1.0, 2.0, 1.0])), folder / f"{name}.nii.gz")
     (tmp_path / "raw" / "s3" / "lesion.nii.gz").write_bytes(b"no scan")
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     return tmp_path / "raw"
 
 
@@ -93,11 +93,15 @@ def test_the_number_of_processes_changes_nothing(raw, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked at in /proc")
-def test_a_killed_run_goes_on(raw, tmp_path):
+def test_a_killed_run_goes_on(raw, tmp_path, monkeypatch, request):
     # Some smoothing of every subject, so that a run can be killed in the middle.
-    pytest.importorskip("SimpleITK", reason="the extra `preprocess` is missing")
-    recipe = {**RECIPE, "processor": {**RECIPE["processor"], "curvature_flow": 80}}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    sitk = pytest.importorskip("SimpleITK", reason="the extra `preprocess` is missing")
+    monkeypatch.setenv("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
+    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    request.addfinalizer(lambda: sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads))
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    recipe = {**RECIPE, "processor": {**RECIPE["processor"], "curvature_flow": 400}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     prepare_recipe(recipe, raw, tmp_path / "whole", progress=False)
     command = [sys.executable, SCRIPT, "--recipe", "recipe.yaml", "--root", raw, "--out", "resumed", "--num_proc", "2"]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
