@@ -121,7 +121,8 @@ class AnoFPDMPipeline(AnomalyPipeline):
             Of the encoding: `"original"` moves with the timestep t *before* it predicts at t, so that predictions see a sample of t + 1
             (the authors' numbers), `"aligned"` afterwards: a third less work, other numbers, see docs/results.md.
         stride (`int`, defaults to 1):
-            Walk every k-th timestep only: k times faster, other numbers, see docs/results.md. Best with `"aligned"`: the shift of
+            Walk every k-th timestep only: k times faster. The map bears it; the similarity, and so label and mask, does not (measured in
+            docs/results.md). Best with `"aligned"`: the shift of
             `"original"` is one step of the grid, so it grows with the stride.
         unguided_branch (`str`, defaults to `"healthy"`):
             Class of U: `"healthy"` as in the authors' program, or `"none"` as in the paper's wording.
