@@ -168,6 +168,16 @@ class VolumeProcessor(ConfigMixin):
         """Writes `processor_config.json` into a folder."""
         self.save_config(save_directory, **kwargs)
 
+    def to_unit(self, slices: torch.Tensor) -> torch.Tensor:
+        """Slices in the `value_range`, brought to [0, 1]; what lies outside of the range stays outside."""
+        low, high = self.config.value_range
+        return (slices - low) / (high - low)
+
+    def from_unit(self, slices: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_unit`."""
+        low, high = self.config.value_range
+        return slices * (high - low) + low
+
     def settings(self) -> dict:
         """The settings as plain JSON values, equal before and after saving: what two processors are compared by."""
         return {key: _lists(value) for key, value in self.config.items() if not key.startswith("_")}

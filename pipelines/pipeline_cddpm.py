@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from ..data.processor import VolumeProcessor
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
+from .one_step import check_timesteps, draw_fields
 from .pipeline_output import AnomalyOutput
-from .pipeline_utils import AnomalyPipeline, SliceResults, slice_generator
+from .pipeline_utils import AnomalyPipeline, SliceResults
 from .ssim import ssim_map
 
 
@@ -176,7 +177,7 @@ class CDDPMPipeline(AnomalyPipeline):
         `indices` are the slices' numbers in their volume, which their random numbers depend on. For `"ssim"` the slices must be those of
         one volume in their order; a slice that is left out is taken to be no gap.
         """
-        slices = self.to_unit(slices)
+        slices = self.processor.to_unit(slices)
         total = torch.zeros_like(slices)
         # Sums only: memory does not depend on the number of timesteps.
         for _, rows, reconstructions in self.iterate_reconstructions(
@@ -190,8 +191,8 @@ class CDDPMPipeline(AnomalyPipeline):
         ):
             total.index_add_(0, rows, reconstructions)
         reconstruction = total / len(timesteps)
-        low, high = self.processor.config.value_range
-        return SliceResults(self.difference(slices, reconstruction, map_type), reconstruction * (high - low) + low)
+        maps = self.difference(slices, reconstruction, map_type)
+        return SliceResults(maps, self.processor.from_unit(reconstruction))
 
     @torch.no_grad()
     def iterate_reconstructions(
@@ -210,7 +211,7 @@ class CDDPMPipeline(AnomalyPipeline):
         all from the second one, and so on. The encoder sees each slice once, before.
 
         Args:
-            slices (`torch.Tensor` of shape `(N, C, H, W)`): In [0, 1], see `to_unit`.
+            slices (`torch.Tensor` of shape `(N, C, H, W)`): In [0, 1], see [`~VolumeProcessor.to_unit`].
             indices (`list[int]`): The slices' numbers in their volume.
             timesteps, shared_noise, seed, batch_size, noise: As of `compute_maps`.
 
@@ -230,7 +231,7 @@ class CDDPMPipeline(AnomalyPipeline):
                 # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n with x_0 in [-1, 1], (B, C, H, W)
                 original = 2.0 * slices[rows] - 1.0
                 keys = [(indices[row], number) for number, row in items]
-                drawn = self._noise(noise, keys, timesteps, shared_noise, seed, original)
+                drawn = draw_fields(self.scheduler, keys, timesteps, seed, original, shared_noise, noise)
                 sample = self.scheduler.add_noise(original, drawn, steps)
 
                 # This network predicts x_0.
@@ -260,36 +261,11 @@ class CDDPMPipeline(AnomalyPipeline):
         # At most 1 but for rounding.
         return (1.0 - similarity).mean(0).clamp(min=0.0).to(slices)
 
-    def to_unit(self, slices: torch.Tensor) -> torch.Tensor:
-        """Slices in the processor's `value_range`, brought to [0, 1]."""
-        low, high = self.processor.config.value_range
-        return (slices - low) / (high - low)
-
     def check_inputs(self, timesteps: list[int], map_type: str, shared_noise: bool, batch_size: int = 1) -> None:
         """Raises a `ValueError` that names the argument."""
-        last = self.scheduler.config.num_train_timesteps - 1
-        steps = list(timesteps) if isinstance(timesteps, (list, tuple)) else []
-        if not steps or len(set(steps)) != len(steps) or any(type(t) is not int or not 0 <= t <= last for t in steps):
-            raise ValueError(f"`timesteps` must be a list of different integers from 0 to {last}, got {timesteps!r}.")
+        check_timesteps(timesteps, self.scheduler.config.num_train_timesteps)
         for name, value, allowed in (("map_type", map_type, MAP_TYPES), ("shared_noise", shared_noise, (False, True))):
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {value!r}.")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
-
-    def _noise(self, noise, keys, timesteps, shared_noise: bool, seed: int, like: torch.Tensor) -> torch.Tensor:
-        """One field for each pair of slice number and number of the timestep, `(B, C, H, W)`."""
-        if noise is not None:
-            chosen = [number for _, number in keys], [index for index, _ in keys]
-            return (noise(*chosen, tuple(like.shape)) if callable(noise) else noise[chosen]).to(like)
-        if shared_noise:
-            keys = [(0, number) for _, number in keys]  # all slices have the field of slice 0
-        position = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-        steps = [timesteps[number] for _, number in position]
-        generators = [
-            slice_generator(seed, index, t, like.device) for (index, _), t in zip(position, steps, strict=True)
-        ]
-        fields = self.scheduler.draw_noise(
-            (len(position), *like.shape[1:]), torch.tensor(steps, device=like.device), generators, like.device
-        )
-        return fields[[position[key] for key in keys]]

@@ -121,8 +121,7 @@ class DAEPipeline(AnomalyPipeline):
         The method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and reconstructions `(N, C, H, W)`, unfiltered. The map is
         the maximum over modalities of |slice - reconstruction| inside the foreground. `indices` and `seed` change nothing.
         """
-        low, high = self.processor.config.value_range
-        slices = (slices - low) / (high - low)
+        slices = self.processor.to_unit(slices)
         reconstruction = torch.empty_like(slices)
         batches = range(0, len(slices), batch_size)
         with self.progress_bar(total=len(batches)) as progress, self.autocast():
@@ -135,7 +134,7 @@ class DAEPipeline(AnomalyPipeline):
         foreground = self.scheduler.foreground(slices).to(slices.dtype)
         filled = torch.nn.functional.avg_pool2d(foreground, rim_window, stride=1, padding=rim_window // 2)
         maps = ((slices - reconstruction).abs() * (filled > FILLED)).amax(1)
-        return SliceResults(maps, reconstruction * (high - low) + low)
+        return SliceResults(maps, self.processor.from_unit(reconstruction))
 
     def check_inputs(self, rim_window: int, batch_size: int = 1) -> None:
         """Raises a `ValueError` that names the argument."""

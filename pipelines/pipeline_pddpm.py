@@ -8,8 +8,9 @@ from diffusers import UNet2DModel
 from ..data.processor import VolumeProcessor
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
+from .one_step import check_timesteps, draw_fields
 from .pipeline_output import AnomalyOutput
-from .pipeline_utils import AnomalyPipeline, SliceResults, slice_generator
+from .pipeline_utils import AnomalyPipeline, SliceResults
 
 
 OVERLAPS = ("none", "cut", "average")
@@ -158,8 +159,7 @@ class PDDPMPipeline(AnomalyPipeline):
 
         `indices` are the slices' numbers in their volume, which their random numbers depend on.
         """
-        low, high = self.processor.config.value_range
-        slices = (slices - low) / (high - low)
+        slices = self.processor.to_unit(slices)
         device, height, width = slices.device, *slices.shape[2:]
         boxes = patch_grid(height, width, patch_size, overlap)
         inside = box_masks(boxes.to(device), height, width)
@@ -179,7 +179,7 @@ class PDDPMPipeline(AnomalyPipeline):
                 # x_t inside of the patch, x_0 around it, both with x_0 in [-1, 1], (B, C, H, W)
                 original = 2.0 * slices[rows] - 1.0
                 keys = [(indices[row], number) for number, row, _ in items]
-                drawn = self._noise(noise, keys, timesteps, shared_noise, seed, original)
+                drawn = draw_fields(self.scheduler, keys, timesteps, seed, original, shared_noise, noise)
                 noised = self.scheduler.add_noise(original, drawn, steps)
                 sample = torch.where(inside[patches, None], noised, original)
 
@@ -188,39 +188,20 @@ class PDDPMPipeline(AnomalyPipeline):
                 total.index_add_(0, rows, weights[patches, None] * prediction)
                 progress.update()
         reconstruction = total / len(timesteps)
-        return SliceResults((slices - reconstruction).abs().mean(1), reconstruction * (high - low) + low)
+        maps = (slices - reconstruction).abs().mean(1)
+        return SliceResults(maps, self.processor.from_unit(reconstruction))
 
     def check_inputs(
         self, timesteps: list[int], patch_size: int, overlap: str, shared_noise: bool, batch_size: int = 1
     ) -> None:
         """Raises a `ValueError` that names the argument."""
-        last = self.scheduler.config.num_train_timesteps - 1
-        steps = list(timesteps) if isinstance(timesteps, (list, tuple)) else []
-        if not steps or len(set(steps)) != len(steps) or any(type(t) is not int or not 0 <= t <= last for t in steps):
-            raise ValueError(f"`timesteps` must be a list of different integers from 0 to {last}, got {timesteps!r}.")
+        check_timesteps(timesteps, self.scheduler.config.num_train_timesteps)
         for name, value, allowed in (("overlap", overlap, OVERLAPS), ("shared_noise", shared_noise, (False, True))):
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {value!r}.")
         for name, value in (("patch_size", patch_size), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-
-    def _noise(self, noise, keys, timesteps, shared_noise: bool, seed: int, like: torch.Tensor) -> torch.Tensor:
-        """One field for each pair of slice number and number of the timestep, `(B, C, H, W)`; equal pairs have the same one."""
-        if noise is not None:
-            chosen = [number for _, number in keys], [index for index, _ in keys]
-            return (noise(*chosen, tuple(like.shape)) if callable(noise) else noise[chosen]).to(like)
-        if shared_noise:
-            keys = [(0, number) for _, number in keys]  # all slices have the field of slice 0
-        position = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-        steps = [timesteps[number] for _, number in position]
-        generators = [
-            slice_generator(seed, index, t, like.device) for (index, _), t in zip(position, steps, strict=True)
-        ]
-        fields = self.scheduler.draw_noise(
-            (len(position), *like.shape[1:]), torch.tensor(steps, device=like.device), generators, like.device
-        )
-        return fields[[position[key] for key in keys]]
 
 
 def patch_grid(height: int, width: int, patch_size: int, overlap: str = "none") -> torch.Tensor:

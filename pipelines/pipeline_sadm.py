@@ -158,7 +158,7 @@ class SADMPipeline(CDDPMPipeline):
         probability `(N, H, W)`, which is added to the maps when these are filtered. `indices` and the order of the slices are those of
         [`CDDPMPipeline.compute_maps`].
         """
-        slices = self.to_unit(slices)
+        slices = self.processor.to_unit(slices)
         reconstruction, probability = torch.zeros_like(slices), torch.zeros_like(slices[:, 0])
         # Sums only: memory does not depend on the number of timesteps.
         for _, rows, reconstructions in self.iterate_reconstructions(
@@ -179,8 +179,7 @@ class SADMPipeline(CDDPMPipeline):
         if residual_weight is not None:
             # The weight before the median is the weight after it.
             maps, probability = residual_weight * maps, (1.0 - residual_weight) * probability
-        low, high = self.processor.config.value_range
-        return SliceResults(maps, reconstruction * (high - low) + low, added=probability)
+        return SliceResults(maps, self.processor.from_unit(reconstruction), added=probability)
 
     def segment(self, slices: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         """Probability `(B, H, W)`, float32, of each pixel being anomalous, from slices and reconstructions `(B, C, H, W)` in [0, 1]."""

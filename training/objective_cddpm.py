@@ -112,7 +112,7 @@ class DDPM2DObjective:
             batch (`dict[str, torch.Tensor]`): `image (N, C, H, W)` in the processor's value range.
             generators (`list[torch.Generator]`): One per slice; timestep, noise and, in pDDPM, box are drawn from it, in this order.
         """
-        images = self._unit(batch["image"])
+        images = self.processor.to_unit(batch["image"])
         target = 2.0 * images - 1.0
         timesteps = torch.cat(
             [torch.randint(len(self.scheduler), (1,), generator=g, device=images.device) for g in generators]
@@ -132,13 +132,12 @@ class DDPM2DObjective:
         """Rows of a validation picture, each `(N, C, H, W)`: slice, a noised slice, its reconstruction by the pipeline that would be
         exported, their difference."""
         images = batch["image"]
-        low, high = self.processor.config.value_range
         pipeline = self._pipeline(model)
         pipeline.set_progress_bar_config(disable=True)
         settings = pipeline.default_settings()
         level = settings["timesteps"][len(settings["timesteps"]) // 2]
         timesteps = torch.full((len(images),), level, device=images.device)
-        sample, _ = self._corrupt(2.0 * self._unit(images) - 1.0, timesteps, generators)
+        sample, _ = self._corrupt(2.0 * self.processor.to_unit(images) - 1.0, timesteps, generators)
         reconstruction = pipeline.compute_maps(
             images,
             list(range(len(images))),
@@ -148,9 +147,9 @@ class DDPM2DObjective:
         ).reconstruction
         return {
             "slice": images,
-            f"noised, t = {level}": (sample + 1.0) / 2.0 * (high - low) + low,
+            f"noised, t = {level}": self.processor.from_unit((sample + 1.0) / 2.0),
             f"reconstruction, t = {', '.join(map(str, settings['timesteps']))}": reconstruction,
-            "difference": (images - reconstruction).abs() + low,
+            "difference": (images - reconstruction).abs() + self.processor.config.value_range[0],
         }
 
     def export(self, model: torch.nn.Module, folder: str | Path) -> CDDPMPipeline | PDDPMPipeline:
@@ -173,10 +172,6 @@ class DDPM2DObjective:
 
     def _pipeline(self, model: torch.nn.Module) -> CDDPMPipeline | PDDPMPipeline:
         return self.pipeline_class(model, self.scheduler, self.processor, **self.inference)
-
-    def _unit(self, images: torch.Tensor) -> torch.Tensor:
-        low, high = self.processor.config.value_range
-        return (images - low) / (high - low)
 
 
 class CDDPMObjective(DDPM2DObjective):

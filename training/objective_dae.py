@@ -81,7 +81,7 @@ class DAEObjective:
             batch (`dict`): `"image"`, slices `(N, C, H, W)` in the processor's value range.
             generators (`list[torch.Generator]`): One per slice; field and shift are drawn from it.
         """
-        images = self._unit(batch["image"])
+        images = self.processor.to_unit(batch["image"])
         noise = self.scheduler.draw_noise(images.shape, generators, images.device)
         model_output = model(self.scheduler.add_noise(images, noise)).sample.float()
         return denoising_loss(self.scheduler, images, model_output)
@@ -91,7 +91,7 @@ class DAEObjective:
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generators: list[torch.Generator]
     ) -> dict:
         """Rows of a validation picture, each `(N, C, H, W)`: slice, noised slice, its reconstruction, and what the map is made of."""
-        images = self._unit(batch["image"])
+        images = self.processor.to_unit(batch["image"])
         sample = self.scheduler.add_noise(images, self.scheduler.draw_noise(images.shape, generators, images.device))
         rows = {
             "slice": images,
@@ -99,12 +99,7 @@ class DAEObjective:
             "denoised": model(sample).sample.float(),
             "difference without noise": (images - model(images).sample.float()).abs(),
         }
-        low, high = self.processor.config.value_range
-        return {title: row * (high - low) + low for title, row in rows.items()}
-
-    def _unit(self, images: torch.Tensor) -> torch.Tensor:
-        low, high = self.processor.config.value_range
-        return (images - low) / (high - low)
+        return {title: self.processor.from_unit(row) for title, row in rows.items()}
 
     def export(self, model: torch.nn.Module, folder: str | Path) -> DAEPipeline:
         """Writes a complete pipeline folder with the weights of `model`."""

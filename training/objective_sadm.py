@@ -150,8 +150,7 @@ class SADMObjective:
             "difference": (images - reconstruction).abs(),
             "probability": pipeline.segment(images, reconstruction)[:, None],
         }
-        low, high = self.processor.config.value_range
-        return {title: row * (high - low) + low for title, row in rows.items()}
+        return {title: self.processor.from_unit(row) for title, row in rows.items()}
 
     def export(self, model: torch.nn.Module, folder: str | Path) -> SADMPipeline:
         """Writes a complete pipeline folder with the weights of `model` and those of the cDDPM."""
@@ -167,8 +166,7 @@ class SADMObjective:
 
     def _draw(self, batch: dict[str, torch.Tensor], generators: list[torch.Generator]):
         """Slices with anomalies in [0, 1], masks, timesteps `(N,)` and noise."""
-        low, high = self.processor.config.value_range
-        images, masks = self.anomalies(batch, (batch["image"] - low) / (high - low), generators)
+        images, masks = self.anomalies(batch, self.processor.to_unit(batch["image"]), generators)
         scheduler, device = self.reconstruction.scheduler, images.device
         timesteps = torch.cat([torch.randint(len(scheduler), (1,), generator=g, device=device) for g in generators])
         count = 1 if self.shared_noise else len(images)

@@ -90,7 +90,7 @@ class SparKObjective:
             batch (`dict[str, torch.Tensor]`): `image (N, C, H, W)` in the processor's value range.
             generators (`list[torch.Generator]`): One per slice; the visible cells are drawn from it.
         """
-        images = self._unit(batch["image"])
+        images = self.processor.to_unit(batch["image"])
         visible = self._draw(images, generators)
         return spark_loss(images, model(images, visible).float(), visible, **self.settings)
 
@@ -99,7 +99,7 @@ class SparKObjective:
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generators: list[torch.Generator]
     ) -> dict[str, torch.Tensor]:
         """Rows of a validation picture, each `(N, C, H, W)`: slice, what is seen of it, the prediction, and both put together."""
-        images = self._unit(batch["image"])
+        images = self.processor.to_unit(batch["image"])
         visible = self._draw(images, generators)
         seen = resize_cells(visible, images.shape[2:])
         prediction = model(images, visible).float()
@@ -109,8 +109,7 @@ class SparKObjective:
             "prediction": prediction,
             "prediction in the hidden cells": torch.where(seen, images, prediction),
         }
-        low, high = self.processor.config.value_range
-        return {title: row * (high - low) + low for title, row in rows.items()}
+        return {title: self.processor.from_unit(row) for title, row in rows.items()}
 
     def export(self, model: SparKModel, folder: str | Path) -> None:
         """Writes `encoder/`, a model folder of transformers, and `processor/`: what `encoder_path` of the objective cddpm takes. It is no
@@ -118,10 +117,6 @@ class SparKObjective:
         folder = Path(folder)
         model.encoder.save_pretrained(folder / "encoder")
         self.processor.save_pretrained(folder / "processor")
-
-    def _unit(self, images: torch.Tensor) -> torch.Tensor:
-        low, high = self.processor.config.value_range
-        return (images - low) / (high - low)
 
     def _draw(self, images: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         rows, columns = self.model.mask_grid
