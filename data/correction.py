@@ -443,7 +443,8 @@ def _correct_bias(sitk, image: sitk.Image, brain: sitk.Image, iterations: int) -
     method.Execute(sitk.Shrink(image, shrink), sitk.Shrink(brain, shrink))
     field = sitk.Exp(method.GetLogBiasFieldAsImage(image))
     inside = _array(sitk, field)[_array(sitk, brain) > 0]
-    return image / field, [round(float(inside.min()), 4), round(float(inside.max()), 4)]
+    corrected = sitk.Cast(image / field, sitk.sitkFloat32)  # a quotient has 64 bits, which histogram matching refuses
+    return corrected, [round(float(inside.min()), 4), round(float(inside.max()), 4)]
 
 
 def _match(sitk, image: sitk.Image, reference: sitk.Image) -> sitk.Image:
