@@ -10,6 +10,7 @@ from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from .pipeline_output import AnomalyOutput
 from .pipeline_utils import NOT_FINITE, AnomalyPipeline, SliceResults, slice_generator
 from .postprocessing import median_filter, remove_small_components
+from .running_maps import RunningMaps
 
 
 # N slices, B of them in a batch, C channels, M of them compared, S steps of the forward process, H x W pixels.
@@ -29,54 +30,6 @@ FORWARD_SETTINGS = (
     "modalities",
 )
 MASK_SETTINGS = ("similarity_threshold", "gap_scale", "quantile_range", "quantile_region", "gate_by_label")
-
-
-class RunningMaps:
-    """
-    What AnoFPDM keeps of the forward process of B slices: the sum of the squared errors so far, a snapshot of their mean at the step
-    with the largest gap so far, and three numbers per step and modality. Images of single steps are not kept.
-
-    Args:
-        original (`torch.Tensor` of shape `(B, M, H, W)`): The slices' compared modalities.
-        num_steps (`int`): S.
-
-    Attributes:
-        maps (`torch.Tensor` of shape `(B, M, H, W)`):
-            Mean squared error of the guided predictions over the steps below the one with the largest gap; of the first step if that
-            is the one.
-        best_step (`torch.Tensor` of shape `(B, M)`): Number of the step with the largest gap, the first of equals.
-        guided_error, unguided_error, gap (`torch.Tensor` of shape `(B, S, M)`):
-            Means over pixels of (G_t - x_0)^2, (U_t - x_0)^2 and (G_t - U_t)^2.
-    """
-
-    def __init__(self, original: torch.Tensor, num_steps: int):
-        self.original = original
-        self.total = torch.zeros_like(original)
-        self.maps = torch.zeros_like(original)
-        self.best_gap = original.new_full(original.shape[:2], -torch.inf)
-        self.best_step = torch.zeros_like(self.best_gap, dtype=torch.int64)
-        shape = len(original), num_steps, original.shape[1]
-        self.guided_error, self.unguided_error, self.gap = (original.new_zeros(shape) for _ in range(3))
-
-    def update(self, step: int, guided: torch.Tensor, unguided: torch.Tensor) -> None:
-        """Takes in the predictions G_t and U_t of step number `step`, `(B, M, H, W)` each; steps come in turn."""
-        error = (guided - self.original).square()
-        gap = (guided - unguided).square().mean((2, 3))
-        self.guided_error[:, step] = error.mean((2, 3))
-        self.unguided_error[:, step] = (unguided - self.original).square().mean((2, 3))
-        self.gap[:, step] = gap
-        better = gap > self.best_gap
-        # The step itself does not count (t < t_e). The first one has none below it: the original divides 0 by 0 there.
-        mean_below = error if step == 0 else self.total / step
-        self.maps = torch.where(better[..., None, None], mean_below, self.maps)
-        self.best_gap = torch.where(better, gap, self.best_gap)
-        self.best_step = torch.where(better, step, self.best_step)
-        self.total += error
-
-    def similarity(self) -> torch.Tensor:
-        """Cosine similarity of the curves of the two errors, `(B,)`: high where guidance changes little, in healthy slices."""
-        guided, unguided = (curve.double().mean(2) for curve in (self.guided_error, self.unguided_error))
-        return torch.nn.functional.cosine_similarity(guided, unguided, dim=1, eps=1e-6).float()
 
 
 class AnoFPDMPipeline(AnomalyPipeline):
@@ -122,8 +75,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
             (the authors' numbers), `"aligned"` afterwards: a third less work, other numbers, see docs/results.md.
         stride (`int`, defaults to 1):
             Walk every k-th timestep only: k times faster. The map bears it; the similarity, and so label and mask, does not (measured in
-            docs/results.md). Best with `"aligned"`: the shift of
-            `"original"` is one step of the grid, so it grows with the stride.
+            docs/results.md). Best with `"aligned"`: the shift of `"original"` is one step of the grid, so it grows with the stride.
         unguided_branch (`str`, defaults to `"healthy"`):
             Class of U: `"healthy"` as in the authors' program, or `"none"` as in the paper's wording.
         modalities (`tuple[str, ...]`, *optional*):

@@ -318,7 +318,12 @@ def test_real_scans_meet_in_one_space(tmp_path):
         halved("tcga_lgg_sri24/TCGA-DU-7294", f"{name}.nii.gz", "brain.nii.gz")
     files = {name: halved("ms_lesjak_mni/patient26", f"{name}.nii.gz") for name in ("t1", "flair", "brain", "lesion")}
     files_of_rules = {"template": template, "reference": tmp_path / "tcga_lgg_sri24" / "TCGA-DU-7294"}
-    rules = {"register": "affine", "cut": True, "n4": 50, "match_histogram": True}  # each works on what the one before leaves
+    rules = {
+        "register": "affine",
+        "cut": True,
+        "n4": 50,
+        "match_histogram": True,
+    }  # each works on what the one before leaves
     found, row = correct(tmp_path, files, **rules, **files_of_rules)
     assert row["n4_field"] and row["matched_to"] == ["t1.nii.gz", "flair.nii.gz"]
     assert row["overlap_with_template"] > 0.9 and 5 < row["rotation_degrees"] < 25

@@ -15,8 +15,9 @@ import torch
 from torch.testing import assert_close
 
 from anodiff import AnoDDPMScheduler, AnoFPDMPipeline, AnoFPDMScheduler, VolumeProcessor
-from anodiff.pipelines.pipeline_anofpdm import FORWARD_SETTINGS, RunningMaps
+from anodiff.pipelines.pipeline_anofpdm import FORWARD_SETTINGS
 from anodiff.pipelines.postprocessing import median_filter
+from anodiff.pipelines.running_maps import RunningMaps
 
 
 GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "anofpdm"

@@ -10,8 +10,9 @@ from diffusers import UNet2DModel
 from torch.testing import assert_close
 
 from anodiff import AnoFPDMPipeline, AnoFPDMScheduler, AnomalyPipeline, VolumeProcessor
-from anodiff.pipelines.pipeline_anofpdm import FORWARD_SETTINGS, RunningMaps
+from anodiff.pipelines.pipeline_anofpdm import FORWARD_SETTINGS
 from anodiff.pipelines.postprocessing import median_filter
+from anodiff.pipelines.running_maps import RunningMaps
 
 
 SIZE = 16
