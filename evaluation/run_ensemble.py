@@ -193,10 +193,13 @@ def _sample_members(
         if slices * settings["num_ensemble"] < options.batch_size and position + 1 < len(mine):
             continue
         start = time.perf_counter()
-        images, numbers = (np.concatenate([item[key] for _, item in waiting]) for key in ("image", "slice"))
+        images = np.concatenate([item["image"] for _, item in waiting])
+        # Numbers of the split's rows, not of a volume's slices: in pictures, all of number 0, a member would have the same noise
+        # everywhere, and what it draws by chance would count in every one of them.
+        numbers = [row for subject, _ in waiting for row in split.subject_rows(subject)]
         members = pipeline.compute_members(
             torch.from_numpy(images).to(accelerator.device),
-            numbers.tolist(),
+            numbers,
             seed=options.seed,
             batch_size=options.batch_size,
             **settings,

@@ -97,14 +97,15 @@ def test_report(place, report):
         assert picture.width > 800
     with PIL.Image.open(place / "eval" / "reliability.png") as picture:
         assert picture.width > 800
-    # Members are those of a call with the picture, whatever the batch, and scores those of the members.
+    # Members are those of one call with all pictures, each with noise of its own, whatever the batch, and scores those of the members.
     pipe = CIMDPipeline.from_pretrained(place / "model")
     pipe.set_progress_bar_config(disable=True)
-    for image in rows["CIMD (model)"]["subjects"]:
-        item = split.read_subject(image["subject"])
-        output = pipe(torch.from_numpy(item["image"]))
-        scores = score_ensemble(output.member_masks[:, 0].numpy(), item["mask"][0])
-        for name, value in scores.items():
+    items = [split.read_subject(subject) for subject in split.subjects]
+    members = pipe(torch.from_numpy(np.concatenate([item["image"] for item in items]))).member_masks.numpy()
+    records = rows["CIMD (model)"]["subjects"]
+    assert [image["subject"] for image in records] == split.subjects
+    for number, (image, item) in enumerate(zip(records, items, strict=True)):
+        for name, value in score_ensemble(members[:, number], item["mask"][0]).items():
             assert image[name] == pytest.approx(value, abs=1e-9), name
         assert image["group"] == image["subject"][:-2]
 
