@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     from anodiff.data.scans import find_scans
     from anodiff.evaluation.overview import draw_members, draw_overview
     from anodiff.pipelines.dispersion import check_dispersion, disperse
-    from anodiff.pipelines.pipeline_output import AnomalyOutput
+    from anodiff.pipelines.pipeline_output import AnomalyOutput, remove_results
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -86,7 +86,10 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(
             f"error: `inference` has no key {', '.join(unknown)}; {type(pipeline).__name__} takes {known}."
         )
-    scans, failed = find_scans(options.scans, list(pipeline.processor.config.modalities), options.brain)
+    try:
+        scans, failed = find_scans(options.scans, list(pipeline.processor.config.modalities), options.brain)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     for scan in tqdm(scans, desc="scans", disable=len(scans) < 2):
         folder = Path(options.output) / scan.name
         try:
@@ -100,13 +103,13 @@ def main(argv: list[str] | None = None) -> int:
                 **options.inference,
             )
             plane = pipeline.processor.config.plane
-            if options.dispersion:
-                spread = disperse(pipeline, scan.volume, options.dispersion, **arguments)
+            spread = disperse(pipeline, scan.volume, options.dispersion, **arguments) if options.dispersion else None
+            result = pipeline(scan.volume, **arguments) if spread is None else spread.first
+            if folder.is_dir():
+                remove_results(folder)  # of a call with other options, which wrote other files
+            if spread is not None:
                 spread.save(folder)
                 draw_members(spread, folder / "dispersion.png", scan.name, plane=plane)
-                result = spread.first
-            else:
-                result = pipeline(scan.volume, **arguments)
             result.save(folder)
             draw = draw_overview if isinstance(result, AnomalyOutput) else draw_members
             draw(result, folder / "overview.png", scan.name, plane=plane)

@@ -91,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
                 recipe=recipe,
                 anatomy=options.phantom_anatomy,
                 raw=options.root,
+                template=options.template,
+                reference=options.reference,
                 num_proc=options.num_proc,
             )
         else:
@@ -126,12 +128,12 @@ def _check(options: PreprocessOptions) -> int:
         if not options.prepared:
             raise ValueError("Give the prepared data sets to compare: `--check PREPARED...`.")
         leaks = find_leaks(options.prepared)
+        for leak in leaks:
+            print(f"Leak: {leak}")
         write_leaks(leaks, table)
     except (ValueError, OSError) as error:
         print(f"preprocess.py: {error}", file=sys.stderr)
         return 1
-    for leak in leaks:
-        print(f"Leak: {leak}")
     print(f"{len(leaks)} leaks found. Wrote {table}." if leaks else f"No leak found. Wrote {table}.")
     return 1 if leaks else 0
 

@@ -158,10 +158,15 @@ class Correction:
     def _apply(self, sitk, subject: Subject, picture: Path) -> tuple[Subject, dict]:
         # 1. Everything into ITK's images, each on its own grid.
         images = {name: _image(sitk, *volume) for name, volume in self._read(subject).items()}
-        marks = [_read_one(mask) for mask in subject.masks]
-        masks = [_image(sitk, *mask) for mask in marks]
+        masks = [_image(sitk, *_read_one(mask)) for mask in subject.masks]
         by = images[self.by or self.modalities[0]]
         given = None if subject.brain is None else _image(sitk, *_read_one(subject.brain))
+        for path, mask in zip((*subject.masks, subject.brain), (*masks, given), strict=True):
+            # A mask with a wrong affine would be moved away from its lesion without a word.
+            if mask is not None and not any(_on_one_grid(mask, image) for image in images.values()):
+                raise ValueError(
+                    f"The mask {path} must lie on the grid of one of {', '.join(images)}: shape and affine."
+                )
         row = {"input_shape": list(by.GetSize()), "input_spacing": _rounded(by.GetSpacing())}
         lesion_before = [_millilitres(sitk, mask, subject.mask_above) for mask in masks]
 
@@ -193,6 +198,13 @@ class Correction:
             brain = sitk.RegionOfInterest(brain, size, low)
         images = {name: sitk.Resample(image, grid, transform, sitk.sitkLinear) for name, image in images.items()}
         masks = [sitk.Resample(mask, grid, transform, sitk.sitkNearestNeighbor) for mask in masks]
+        lesion_after = [_millilitres(sitk, mask, subject.mask_above) for mask in masks]
+        for path, before, after in zip(subject.masks, lesion_before, lesion_after, strict=True):
+            if before > 0 and after == 0:
+                raise ValueError(
+                    f"Nothing of the {before} ml that {path} marks is left on the new grid: look at the registration, the box"
+                    " (`cut`) and the voxel size."
+                )
         if self.skull_strip is not None:
             images = {name: sitk.Mask(image, brain) for name, image in images.items()}
 
@@ -221,7 +233,7 @@ class Correction:
         row |= {"output_shape": list(grid.GetSize()), "output_spacing": _rounded(grid.GetSpacing())}
         row["brain_ml"] = _millilitres(sitk, brain, 0)
         row["lesion_ml"] = lesion_before
-        row["lesion_ml_after"] = [_millilitres(sitk, mask, subject.mask_above) for mask in masks]
+        row["lesion_ml_after"] = lesion_after
         row["overlap_with_template"] = ""
         beneath = None
         if template is not None:
@@ -334,6 +346,10 @@ def _image(sitk, array: np.ndarray, affine: np.ndarray) -> sitk.Image:
     image.SetOrigin(world[:3, 3].tolist())
     image.SetDirection(direction.ravel().tolist())
     return image
+
+
+def _on_one_grid(one: sitk.Image, other: sitk.Image) -> bool:
+    return one.GetSize() == other.GetSize() and np.allclose(_affine(one), _affine(other), atol=1e-3)
 
 
 def _array(sitk, image: sitk.Image) -> np.ndarray:

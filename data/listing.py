@@ -44,6 +44,11 @@ def require_folder(root: str | Path) -> Path:
     return root
 
 
+def require_list(name: str, value: Sequence[str]) -> None:
+    if isinstance(value, str):
+        raise ValueError(f"`{name}` must be a list, got {value!r}.")
+
+
 def folders_in(path: Path) -> list[Path]:
     return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
 
@@ -60,8 +65,9 @@ def list_names(folder: Path) -> str:
 
 
 def match_files(folder: Path, pattern: str) -> list[Path]:
-    """Files by a glob pattern; `{subject}` in it is the folder's name."""
-    return sorted(folder.glob(pattern.replace("{subject}", glob.escape(folder.name))))
+    """Files by a glob pattern; `{subject}` in it is the folder's name. Names that begin with a dot are not looked at."""
+    found = folder.glob(pattern.replace("{subject}", glob.escape(folder.name)))
+    return sorted(path for path in found if not path.name.startswith("."))  # macOS puts `._NAME` beside a file
 
 
 def match_fields(root: Path, pattern: str) -> list[tuple[dict[str, str], Path]]:

@@ -169,8 +169,9 @@ def prepare(
             if not any(row["rows"] for row in rows if row["split"] == name):
                 raise ValueError(f"`slices` keeps no slice of the split {name}: {slices}.")
     except (ValueError, ImportError):
-        # The rules must change, and then nothing of this could be used again.
-        shutil.rmtree(partial)
+        # What is done is kept: a subject or the split may be what has to change.
+        if not any(piece.exists() for piece in pieces.values()):
+            shutil.rmtree(partial)
         raise
 
     # A folder of a temporary folder: it has ordinary permissions, and the renaming stays on one disk.
@@ -211,8 +212,12 @@ def _finish_piece(
         if correction is not None:
             source, row["correction"] = correction.apply(subject, piece.with_suffix(".png"))
         arrays, found = slices_of(source, processor, slices, raters, training, annotations)
+    except ImportError:
+        raise  # of every subject
     except (ValueError, OSError) as error:
         return str(error)
+    except Exception as error:  # noqa: BLE001 (whatever is wrong with one subject, the others are still wanted)
+        return f"{type(error).__name__}: {error}"
     table = shards.make_table(arrays, subject.name, dtype)
     shards.write_piece(piece, table, {**found, **row, "size": list(arrays["image"].shape[1:])})
     return None
@@ -286,23 +291,12 @@ def prepare_recipe(
     parameters = {key: value for key, value in inspect.signature(reader).parameters.items() if key != "root"}
     required = [key for key, value in parameters.items() if value.default is inspect.Parameter.empty]
     _check_keys("reader_options", options, parameters, required)
-    absolute = [str(value) for value in options.values() if isinstance(value, str) and Path(value).is_absolute()]
+    absolute = [text for value in options.values() for text in _texts(value) if Path(text).is_absolute()]
     if absolute:
         raise ValueError(f"`reader_options` must hold paths relative to the root, got {', '.join(absolute)}.")
     if recipe.get("rehosting", "allowed") not in REHOSTING:
         raise ValueError(f"`rehosting` must be one of {', '.join(REHOSTING)}, got {recipe['rehosting']!r}.")
-    rules = {}
-    for key, rule in (("slices", SliceRule), ("split", SplitRule)):
-        _check_keys(key, recipe.get(key, {}), [field.name for field in dataclasses.fields(rule)])
-        rules[key] = rule(**recipe.get(key, {}))
-    if "raters" in recipe:
-        _check_keys("raters", recipe["raters"], [field.name for field in dataclasses.fields(RaterRule)])
-        rules["raters"] = RaterRule(**recipe["raters"])
-    processor = VolumeProcessor.from_dict(recipe["processor"])
-    if "correction" in recipe or template is not None or reference is not None:
-        _check_keys("correction", recipe.get("correction", {}), Correction.rules())
-        files = {"template": template, "reference": reference, "modalities": tuple(processor.config.modalities)}
-        rules["correction"] = Correction(**recipe.get("correction", {}), **files)
+    processor, rules = _read_rules(recipe, template, reference)
     return prepare(
         reader(root, **options),
         processor,
@@ -316,6 +310,25 @@ def prepare_recipe(
     )
 
 
+def _read_rules(
+    recipe: dict, template: str | Path | None, reference: str | Path | None
+) -> tuple[VolumeProcessor, dict]:
+    """Processor and rules of a recipe, as [`prepare`] takes them."""
+    rules = {}
+    for key, rule in (("slices", SliceRule), ("split", SplitRule)):
+        _check_keys(key, recipe.get(key, {}), [field.name for field in dataclasses.fields(rule)])
+        rules[key] = rule(**recipe.get(key, {}))
+    if "raters" in recipe:
+        _check_keys("raters", recipe["raters"], [field.name for field in dataclasses.fields(RaterRule)])
+        rules["raters"] = RaterRule(**recipe["raters"])
+    processor = VolumeProcessor.from_dict(recipe["processor"])
+    if "correction" in recipe or template is not None or reference is not None:
+        _check_keys("correction", recipe.get("correction", {}), Correction.rules())
+        files = {"template": template, "reference": reference, "modalities": tuple(processor.config.modalities)}
+        rules["correction"] = Correction(**recipe.get("correction", {}), **files)
+    return processor, rules
+
+
 def prepare_phantom(
     name: str,
     out: str | Path,
@@ -324,6 +337,8 @@ def prepare_phantom(
     anatomy: str = "mni152",
     seed: int = SET_SEED,
     raw: str | Path | None = None,
+    template: str | Path | None = None,
+    reference: str | Path | None = None,
     num_proc: int = 1,
     progress: bool = True,
 ) -> dict[str, str]:
@@ -337,6 +352,7 @@ def prepare_phantom(
         anatomy (`str`): Of brains, as in [`~data.phantom.write_phantom`].
         seed (`int`): As in [`~data.phantom.write_phantom`] and [`~data.raters.write_rater_phantom`].
         raw (`str` or `Path`, *optional*): Where the raw volumes are kept; must not exist. They are not kept by default.
+        template, reference (`str` or `Path`, *optional*): As in [`prepare_recipe`], of a recipe with `correction`.
         num_proc (`int`): As in [`prepare`]; the raw volumes are made by one process.
         progress (`bool`): Show progress bars.
     """
@@ -349,6 +365,9 @@ def prepare_phantom(
     recipe = dict(recipe or phantom_recipe(name))
     what = f"{_PHANTOM_SOURCES[0]}, anatomy {anatomy}" if brains else _PHANTOM_SOURCES[1]
     recipe["source"] = f"{name} of {what}, seed {seed}"
+    _, rules = _read_rules(recipe, template, reference)
+    if "correction" in rules:
+        rules["correction"].check()  # before the work
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-raw-", dir=out.parent) as temporary:
         raw = Path(temporary) / name if raw is None else Path(raw)
@@ -356,7 +375,8 @@ def prepare_phantom(
             write_phantom(raw, name, seed=seed, anatomy=anatomy, progress=progress)
         else:
             write_rater_phantom(raw, name, seed=seed, progress=progress)
-        return prepare_recipe(recipe, raw, out, num_proc=num_proc, progress=progress)
+        files = {"template": template, "reference": reference}
+        return prepare_recipe(recipe, raw, out, **files, num_proc=num_proc, progress=progress)
 
 
 def phantom_recipe(name: str) -> dict:
@@ -389,6 +409,12 @@ def _check_keys(block: str, given: dict, known: Iterable[str], required: Iterabl
     missing = [key for key in required if key not in given]
     if missing:
         raise ValueError(f"`{block}` needs the key {', '.join(missing)}.")
+
+
+def _texts(value) -> list[str]:
+    """The texts in an option of a reader."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    return [item for item in values if isinstance(item, str)]
 
 
 def _check_subjects(subjects: Sequence[Subject], raters: RaterRule | None) -> None:

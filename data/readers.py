@@ -9,7 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .listing import SPLIT_NAMES, SPLITS, Missing, folders_below, folders_in, list_names, match_files, require_folder
+from .listing import (
+    SPLIT_NAMES,
+    SPLITS,
+    Missing,
+    folders_below,
+    folders_in,
+    list_names,
+    match_files,
+    require_folder,
+    require_list,
+)
 from .volume import IMAGE_SUFFIXES, StoredVolume
 
 
@@ -31,6 +41,8 @@ class Subject:
         split (`str`, *optional*): `"train"`, `"validation"` or `"test"`, where the data set says so.
         group (`str`, *optional*): What no split may divide (a patient); the name by default.
         mask_above (`float`, defaults to 0.0): Value in the files of the masks above which a voxel is marked.
+        mask_max (`float`, *optional*):
+            Value of a marked voxel, where it is known: a mask that is not empty and stays at or below `mask_above` is an error then.
         age (`float`, *optional*): In years, where the data set says so.
         site (`str`, *optional*): Centre or scanner, where the data set says so.
     """
@@ -43,6 +55,7 @@ class Subject:
     split: str | None = None
     group: str = ""
     mask_above: float = 0.0
+    mask_max: float | None = None
     age: float | None = None
     site: str | None = None
 
@@ -103,6 +116,7 @@ def read_volume_folders(
     root = require_folder(root)
     if not modalities:
         raise ValueError("`modalities` must name at least one modality and its pattern, got none.")
+    require_list("masks", masks)
     subjects = {}
     for folder in folders_in(root):
         if any(match_files(folder, pattern) for pattern in modalities.values()):
@@ -217,13 +231,15 @@ def read_annotated_folders(
         `list[Subject]`, sorted by name.
 
     Raises:
-        ValueError: No case, no annotation at all, a channel that is missing or not unique, a mixed layout, a case without group.
+        ValueError: No complete case, no annotation at all, a mixed layout, a case without group. A channel that is missing or not unique
+            leaves out its case, and [`prepare`] lists it.
     """
     root = require_folder(root)
     if not modalities:
         raise ValueError("`modalities` must name at least one channel and its pattern, got none.")
-    if isinstance(annotations, str) or not annotations:
-        raise ValueError(f"`annotations` must be a list of patterns, got {annotations!r}.")
+    require_list("annotations", annotations)
+    if not annotations:
+        raise ValueError("`annotations` must name at least one pattern, got none.")
     if not 0 <= label_threshold < 1:
         raise ValueError(f"`label_threshold` must be at least 0 and below 1, got {label_threshold}.")
     if not label_max > 0:
@@ -242,7 +258,7 @@ def read_annotated_folders(
         split, folder = cases[name]
         if group_of is not None and name not in group_of:
             raise ValueError(f"{root / groups} does not list {name} in its column `case`.")
-        volume = {channel: _one_file(folder, pattern) for channel, pattern in modalities.items()}
+        volume = {channel: _file_or_missing(folder, pattern, name) for channel, pattern in modalities.items()}
         found = sorted(
             {path for pattern in annotations for path in match_files(folder, pattern)} - set(volume.values())
         )
@@ -254,8 +270,14 @@ def read_annotated_folders(
                 split=split,
                 group="" if group_of is None else group_of[name],
                 mask_above=label_threshold * label_max,
+                mask_max=label_max,
             )
         )
+    missing = [
+        next((file for file in subject.volume.values() if isinstance(file, Missing)), None) for subject in subjects
+    ]
+    if all(missing):
+        raise ValueError(missing[0].reason)  # the patterns are wrong, not a case
     if not any(subject.masks for subject in subjects):
         raise ValueError(f"`annotations`: no case in {root} holds a file {', '.join(annotations)}.")
     return subjects
@@ -355,24 +377,17 @@ def _split_folders(root: Path) -> list[tuple[str | None, Path]]:
     return [(SPLIT_NAMES[folder.name], folder) for folder in first_level]
 
 
-def _file_or_missing(folder: Path, pattern: str) -> Path | Missing:
-    try:
-        return _one_file(folder, pattern)
-    except ValueError as error:
-        return Missing(str(error))
+def _file_or_missing(folder: Path, pattern: str, name: str = "") -> Path | Missing:
+    found = match_files(folder, pattern)
+    if len(found) == 1:
+        return found[0]
+    what = ", ".join(path.name for path in found) if found else f"none; the folder holds {list_names(folder)}"
+    return Missing(f"Subject {name or folder.name}: the pattern {pattern!r} must match one file, it matches {what}.")
 
 
 def _first_missing(files: dict) -> Missing | None:
     everything = (*files["volume"].values(), *files["masks"], files["brain"])
     return next((file for file in everything if isinstance(file, Missing)), None)
-
-
-def _one_file(folder: Path, pattern: str) -> Path:
-    found = match_files(folder, pattern)
-    if len(found) != 1:
-        what = ", ".join(path.name for path in found) if found else f"none; the folder holds {list_names(folder)}"
-        raise ValueError(f"Subject {folder.name}: the pattern {pattern!r} must match one file, it matches {what}.")
-    return found[0]
 
 
 def _read_splits(folder: Path, names: set[str]) -> dict[str, str]:

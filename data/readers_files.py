@@ -15,8 +15,10 @@ from .listing import (
     folders_in,
     list_names,
     match_fields,
+    match_files,
     read_table,
     require_folder,
+    require_list,
 )
 from .readers import Subject
 
@@ -76,6 +78,7 @@ def read_file_patterns(
         ImportError: An `.xls` table without xlrd.
     """
     root = require_folder(root)
+    require_list("masks", masks)
     _check_labels(missing_masks, label, healthy)
     fields = _check_fields(
         modalities,
@@ -174,6 +177,7 @@ def read_bids(
     root = require_folder(root)
     if not modalities:
         raise ValueError("`modalities` must name at least one modality and its pattern, got none.")
+    require_list("masks", masks)
     _check_labels(missing_masks, None, healthy)
     if bool(label_column) != bool(healthy):
         raise ValueError("`label_column` and `healthy` belong together: a column and its values that are healthy.")
@@ -186,13 +190,14 @@ def read_bids(
     subjects = []
     for participant in (folder for folder in folders_in(root) if folder.name.startswith("sub-")):
         sessions = [folder for folder in folders_in(participant) if folder.name.startswith("ses-")]
-        for session in sessions or [participant]:
+        beside = [participant] if not sessions or (participant / "anat").is_dir() else []
+        for session in (*beside, *sessions):
             name = "_".join(session.relative_to(root).parts)
             places = [pipeline / session.relative_to(root) for pipeline in pipelines]
 
             def find(pattern, session=session, places=places, name=name):
-                found = sorted(session.glob(pattern)) or sorted(
-                    path for place in places for path in place.glob(pattern)
+                found = match_files(session, pattern) or sorted(
+                    path for place in places for path in match_files(place, pattern)
                 )
                 return _one(found, root, (session.relative_to(root) / pattern).as_posix(), name)
 
@@ -256,8 +261,7 @@ def _check_fields(
 def _check_labels(missing_masks: str, label: int | None, healthy: Sequence[str]) -> None:
     if missing_masks not in MISSING_MASKS:
         raise ValueError(f"`missing_masks` must be one of {', '.join(MISSING_MASKS)}, got {missing_masks!r}.")
-    if isinstance(healthy, str):
-        raise ValueError(f"`healthy` must be a list, got {healthy!r}.")
+    require_list("healthy", healthy)
     if label is not None and healthy:
         raise ValueError("`label` and `healthy` both say what is healthy: give one.")
 

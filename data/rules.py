@@ -49,6 +49,13 @@ class SliceRule:
         for name, allowed in (("train", TRAIN_RULES), ("masks", MASK_RULES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`slices.{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        for name in ("first", "last", "step"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (value is None and name != "step"):
+                raise ValueError(f"`slices.{name}` must be an integer, got {value!r}.")
+        for name in ("min_brain", "min_sum"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"`slices.{name}` must be a number, got {getattr(self, name)!r}.")
         if self.min_sum < 0:
             raise ValueError(f"`slices.min_sum` must not be negative, got {self.min_sum}.")
         if not 0 <= self.min_brain <= 1:
@@ -82,6 +89,10 @@ class SplitRule:
             raise ValueError(f"`split.order` must be one of {', '.join(SPLIT_ORDERS)}, got {self.order!r}.")
         if self.fractions is None:
             return
+        if not isinstance(self.fractions, dict):
+            raise ValueError(
+                f"`split.fractions` must give splits their shares, {{train: 0.7, ...}}, got {self.fractions!r}."
+            )
         unknown = [name for name in self.fractions if name not in SPLITS]
         if unknown:
             raise ValueError(f"`split.fractions` must name {', '.join(SPLITS)}, got {', '.join(unknown)}.")

@@ -82,7 +82,8 @@ def _by_modality(folder: Path, modalities: list[str]) -> dict[str, Path] | None:
 
 def _files(folder: Path) -> list[Path]:
     suffixes = VOLUME_SUFFIXES + IMAGE_SUFFIXES
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.name.lower().endswith(suffixes))
+    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in files if path.name.lower().endswith(suffixes))
 
 
 def _stem(path: Path) -> str:

@@ -30,7 +30,7 @@ def slices_of(
     processed = processor.preprocess(subject.volume, subject.brain)
     geometry = processed.geometry
     images, brain = processed.slices.numpy(), processed.brain.numpy()
-    marked = [_read_marked(path, subject, processed) for path in subject.masks]
+    marked = given = [_read_marked(path, subject, processed) for path in subject.masks]
     if raters is not None and marked:
         spacing = np.linalg.norm(geometry.input_affine[:3, :3], axis=0)
         marked = list(raters.annotate(marked[0], spacing, subject.name))
@@ -44,9 +44,13 @@ def slices_of(
         else:
             masks[:, index] = processor.preprocess_mask(array, geometry)
         touched |= _touched(array, geometry)
-        if subject.label is None:
-            label = max(label or 0, int(array.any()))
     slice_labels = masks.any((1, 2, 3)).astype(np.int8) if subject.masks else np.full(len(images), -1, dtype=np.int8)
+    # Raters that are made may drop a lesion, which is there nevertheless.
+    for array in given if raters is not None else ():
+        touched |= _touched(array.astype(np.float32), geometry)
+        slice_labels |= processor.preprocess_mask(array.astype(np.float32), geometry).any((1, 2))
+    if subject.label is None and given:
+        label = int(any(array.any() for array in given))
     if not subject.masks and label is not None:
         slice_labels[:] = label
 
@@ -88,17 +92,21 @@ def slices_of(
 def _read_marked(path: Path, subject: Subject, processed: ProcessedVolume) -> np.ndarray:
     """What an annotation marks on the grid of the input, `(X, Y, Z)` bool."""
     mask, geometry = read_volume(path), processed.geometry
+    if len(mask.arrays) != 1:
+        raise ValueError(f"The mask {mask.name} must have one channel, got {len(mask.arrays)}.")
     if mask.shape != geometry.input_shape or not np.allclose(mask.affine, geometry.input_affine, atol=1e-3):
         raise ValueError(
-            f"The mask {path} must lie on the grid of {processed.source.name}: shape {geometry.input_shape}, got"
+            f"The mask {mask.name} must lie on the grid of {processed.source.name}: shape {geometry.input_shape}, got"
             f" {mask.shape}, or another affine."
         )
     (array,) = mask.arrays.values()
-    if subject.mask_above >= 1 and array.max() == 1:
-        # It would count as empty without a word.
+    highest = array.max()
+    # Either would count as empty without a word. JPEG alone leaves small values where nothing is marked.
+    exact = subject.mask_max is not None and Path(mask.name).suffix.lower() not in (".jpg", ".jpeg")
+    if (subject.mask_above >= 1 and highest == 1) or (exact and 0 < highest <= subject.mask_above):
         raise ValueError(
-            f"The mask {path} holds 0 and 1, and values above {subject.mask_above:g} are marked: set `label_max: 1`"
-            " (or a smaller `mask_above`)."
+            f"The mask {mask.name} holds values up to {highest:g}, and those above {subject.mask_above:g} are marked: set `label_max`"
+            " to the value of a marked voxel (or a smaller `mask_above`)."
         )
     return array > subject.mask_above
 
@@ -107,7 +115,11 @@ def _intensity_sums(processed: ProcessedVolume, processor: VolumeProcessor) -> n
     """`(N,)`: for every slice the sum that `SliceRule.min_sum` is compared with."""
     geometry = processed.geometry
     mean = np.zeros(geometry.input_shape)
-    for array in processed.source.arrays.values():
+    for name, array in processed.source.arrays.items():
+        if not (array > 0).any():
+            raise ValueError(
+                f"{processed.source.name}: `slices.min_sum` needs values above 0, and {name or 'it'} has none."
+            )
         mean += array / np.quantile(array[array > 0], processor.config.quantile) / len(processed.source.arrays)
     slice_axis = int(np.argsort(plane_orientation(geometry.input_affine, geometry.plane)[:, 0])[2])
     others = tuple(axis for axis in range(3) if axis != slice_axis)

@@ -193,7 +193,7 @@ def _sample_members(
         if slices * settings["num_ensemble"] < options.batch_size and position + 1 < len(mine):
             continue
         start = time.perf_counter()
-        images = np.concatenate([item["image"] for _, item in waiting])
+        images, brain = (np.concatenate([item[key] for _, item in waiting]) for key in ("image", "brain"))
         # Numbers of the split's rows, not of a volume's slices: in pictures, all of number 0, a member would have the same noise
         # everywhere, and what it draws by chance would count in every one of them.
         numbers = [row for subject, _ in waiting for row in split.subject_rows(subject)]
@@ -204,7 +204,7 @@ def _sample_members(
             batch_size=options.batch_size,
             **settings,
         )
-        members = members.float().cpu().numpy()
+        members = members.float().cpu().numpy() * brain[:, None]  # as in the pipeline's call
         seconds += time.perf_counter() - start
         count += slices
         first = 0

@@ -93,7 +93,7 @@ class CIMDPipeline(AnomalyPipeline):
                 Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict of modalities, tensor `(N, C, H, W)` that is already
                 processed, or a list of volumes, which gives a list of results. Volumes are segmented slice by slice.
             num_ensemble, num_inference_steps, sampler, median_size, threshold (*optional*): Instead of the checkpoint's.
-            brain_mask (*optional*): Mask of the volume, same kinds as the volume: slices without any of it are not computed.
+            brain_mask (*optional*): Mask of the volume, same kinds as the volume: nothing is marked outside it.
             generator (`int` or `torch.Generator`, *optional*): Seed; `None` is 0. Every member of every slice has its own generator.
             batch_size (`int`, defaults to 16): Members and slices that share one evaluation. Does not change the result.
             noise (`torch.Tensor` of shape `(N, E, 1 + steps, H, W)`, *optional*):
@@ -144,12 +144,13 @@ class CIMDPipeline(AnomalyPipeline):
         # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
         prepared = self.prepare_volume(volume, brain_mask)
 
-        # 3. Sample: members (N, E, H, W) in [0, 1], 0 in slices without brain.
+        # 3. Sample: members (N, E, H, W) in [0, 1], 0 outside the brain.
         rows = torch.nonzero(prepared.brain.flatten(1).any(1)).flatten()
         members = torch.zeros(len(prepared.slices), settings["num_ensemble"], *prepared.slices.shape[2:])
         members[rows.cpu()] = self.compute_members(
             prepared.slices[rows], rows.tolist(), seed=seed, batch_size=batch_size, noise=noise, **settings
         ).cpu()
+        members *= prepared.brain[:, None].cpu()
 
         # 4., 5. Back onto the grid of the input, masks and what the members have in common.
         record = {**settings, "threshold": threshold, "seed": None if noise is not None else seed}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,21 @@ import torch
 from diffusers.utils import BaseOutput
 
 from ..data.volume import InputVolume
+
+
+# Stems of the files that results are saved as.
+_MAP_NAMES = ("anomaly_map", "pred_mask", "reconstruction")
+_ENSEMBLE_NAMES = (
+    "member_masks",
+    "member_maps",
+    "mean_map",
+    "std_map",
+    "probability_map",
+    "agreement",
+    "majority_mask",
+)
+_DISPERSION_NAMES = ("member_maps", "mean_map", "dispersion")
+RESULT_NAMES = (*_MAP_NAMES, *_ENSEMBLE_NAMES, *_DISPERSION_NAMES, "result", "overview")
 
 
 @dataclass
@@ -50,7 +66,7 @@ class AnomalyOutput(BaseOutput):
 
         A PNG map has 16 bits; `result.json` holds the factor `anomaly_map_per_grey_level` that gives the raw score back. A
         reconstructed picture has 8 bits, 16 where the input exceeds 255; of several modalities each has its own
-        `reconstruction_NAME.png`.
+        `reconstruction_NAME.png`. Files of an earlier result in `folder` are replaced.
         """
         if self.source is None:
             raise ValueError(
@@ -58,6 +74,7 @@ class AnomalyOutput(BaseOutput):
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_results(folder, (*_MAP_NAMES, "result"))
         record = {
             "volume_score": self.volume_score,
             "pred_score": self.pred_score.tolist(),
@@ -77,7 +94,7 @@ class AnomalyOutput(BaseOutput):
                     grey = np.clip(np.rint(channel), 0, np.iinfo(levels).max).astype(levels)
                     PIL.Image.fromarray(grey).save(folder / f"reconstruction{f'_{name}' if several else ''}.png")
         else:
-            for name in ("anomaly_map", "pred_mask", "reconstruction"):
+            for name in _MAP_NAMES:
                 array = getattr(self, name)
                 if array is not None:
                     nib.save(self.source.image(array), folder / f"{name}.nii.gz")
@@ -121,7 +138,7 @@ class CIMDOutput(BaseOutput):
         Writes the result into `folder` (made if missing), one file per array as NIfTI with the affine of the input, members along the
         fourth axis; or as PNG for a picture, one file per member (`member_masks_00.png`, ...); and `result.json` with the settings.
 
-        PNG maps have 16 bits: 65535 is 1.
+        PNG maps have 16 bits: 65535 is 1. Files of an earlier result in `folder` are replaced.
         """
         if self.source is None:
             raise ValueError(
@@ -129,9 +146,9 @@ class CIMDOutput(BaseOutput):
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_results(folder, (*_ENSEMBLE_NAMES, "result"))
         record = {"num_members": len(self.member_masks), "settings": self.settings}
-        names = ("member_masks", "member_maps", "mean_map", "std_map", "probability_map", "agreement", "majority_mask")
-        for name in names:
+        for name in _ENSEMBLE_NAMES:
             array = getattr(self, name)
             if not self.source.is_picture:
                 array = np.moveaxis(array, 0, -1) if name.startswith("member_") else array
@@ -177,7 +194,8 @@ class DispersionOutput(BaseOutput):
         along the fourth axis; or as PNG for a picture, one file per member (`member_maps_00.png`, ...); and `dispersion.json` with seeds,
         scores and settings. `first.save(folder)` may go into the same folder.
 
-        PNG maps have 16 bits; `dispersion.json` holds the factors that give raw scores back (`mean_map_per_grey_level`, ...).
+        PNG maps have 16 bits; `dispersion.json` holds the factors that give raw scores back (`mean_map_per_grey_level`, ...). Files of
+        an earlier result in `folder` are replaced.
         """
         source = self.first.source
         if source is None:
@@ -186,13 +204,14 @@ class DispersionOutput(BaseOutput):
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_results(folder, _DISPERSION_NAMES)
         record = {
             "seeds": self.seeds,
             "volume_score": self.volume_score.tolist(),
             "pred_score": self.pred_score.tolist(),
             "settings": {name: value for name, value in self.first.settings.items() if name != "seed"},
         }
-        for name in ("member_maps", "mean_map", "dispersion"):
+        for name in _DISPERSION_NAMES:
             array = getattr(self, name)
             if not source.is_picture:
                 array = np.moveaxis(array, 0, -1) if name == "member_maps" else array
@@ -204,6 +223,17 @@ class DispersionOutput(BaseOutput):
                 PIL.Image.fromarray(one).save(folder / f"{file}.png")
         with open(folder / "dispersion.json", "w") as file:
             json.dump(record, file, indent=2, allow_nan=False)
+
+
+def remove_results(folder: str | os.PathLike, names: Sequence[str] = RESULT_NAMES) -> None:
+    """Removes the files of an earlier result from a folder, and nothing else: members beyond the number of the new ones, say, would
+    pass for its own."""
+    for path in list(Path(folder).iterdir()):
+        stem = path.name.removesuffix(".gz").rpartition(".")[0]
+        if path.suffix in (".png", ".gz", ".json") and any(
+            stem == name or stem.startswith(f"{name}_") for name in names
+        ):
+            path.unlink()
 
 
 def _grey_levels(scores: np.ndarray) -> tuple[np.ndarray, float]:

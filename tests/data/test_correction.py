@@ -221,6 +221,15 @@ def test_skull_stripping_calls_the_program(tmp_path, phantom, monkeypatch, tool,
         correct(tmp_path, with_skull, skull_strip=tool)
 
 
+def test_a_mask_is_not_lost_without_a_word(tmp_path, phantom):
+    files = write(tmp_path, phantom)
+    with pytest.raises(ValueError, match="Nothing of the .* ml that .*lesion.nii.gz marks is left on the new grid"):
+        correct(tmp_path, files, spacing=(60, 60, 60))
+    save(files["lesion"], phantom.lesion, np.eye(4))
+    with pytest.raises(ValueError, match="lesion.nii.gz must lie on the grid of one of t1, flair: shape and affine"):
+        correct(tmp_path, files, cut=True)
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [

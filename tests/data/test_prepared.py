@@ -140,6 +140,13 @@ def test_any_rows_in_any_order(tmp_path):
     np.testing.assert_array_equal(np.concatenate([batch["image"] for batch in loader]), everything["image"])
 
 
+def test_any_name_of_a_folder(tmp_path):
+    out = tmp_path / "a [1] *, ü" / "set{1}"
+    make_set(tmp_path / "raw", out)
+    assert len(load_prepared(out, "train")) > 0
+    assert len(list(load_prepared(out, "train", streaming=True))) == len(load_prepared(out, "train"))
+
+
 def test_load_dataset_finds_the_splits(tmp_path):
     make_set(tmp_path / "raw", tmp_path / "set", shard_rows=5)
     found = datasets.load_dataset(str(tmp_path / "set"))
@@ -295,6 +302,9 @@ def test_masks_by_linear_interpolation(tmp_path):
         ({"min_brain": 1.5}, "between 0 and 1, got 1.5"),
         ({"train": "healthy"}, "one of all, healthy_by_mask, healthy_by_label, got 'healthy'"),
         ({"masks": "cubic"}, "`slices.masks` must be one of nearest, linear, got 'cubic'"),
+        ({"first": 2.0}, "`slices.first` must be an integer, got 2.0"),
+        ({"step": "2"}, "`slices.step` must be an integer, got '2'"),
+        ({"min_brain": "1 %"}, "`slices.min_brain` must be a number, got '1 %'"),
         ({"min_sum": -1.0}, "`slices.min_sum` must not be negative, got -1.0"),
     ],
 )
@@ -329,7 +339,7 @@ def test_what_is_kept_for_training(tmp_path):
         run(subjects, tmp_path / "set", slices=SliceRule(train="healthy_by_label"))
     with pytest.raises(ValueError, match="keeps no slice of the split train"):
         run(subjects[:1], tmp_path / "set", slices=SliceRule(train="healthy_by_label"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "label", "mask", "raw"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "label", "mask", "raw", "set.partial"]
 
 
 def test_fractions_keep_groups_together():
@@ -380,12 +390,36 @@ def test_broken_subjects_are_left_out(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_stopped_run_leaves_nothing(tmp_path):
+def test_whatever_is_wrong_with_one_subject_the_others_are_written(tmp_path, monkeypatch):
+    subjects = [make_subject(tmp_path / "raw", name) for name in ("dark", "good", "odd")]
+    for path in subjects[0].volume.values():
+        save(path, -np.random.default_rng(0).uniform(1, 9, SHAPE).astype(np.float32))
+    save(subjects[2].masks[0], np.zeros((*SHAPE, 2), np.uint8))
+    rules = {"slices": SliceRule(min_sum=0.5), "processor": processor(intensity="given")}
+    failures = run(subjects, tmp_path / "set", **rules)
+    assert list(failures) == ["dark", "odd"]
+    assert "`slices.min_sum` needs values above 0, and a has none" in failures["dark"]
+    assert "lesion0.nii.gz must have one channel, got 2" in failures["odd"]
+
+    def stumble(*arguments):
+        raise IndexError("index -1 is out of bounds")
+
+    monkeypatch.setattr("anodiff.data.slicing._touched", stumble)  # what nobody has thought of
+    with pytest.raises(ValueError, match="good: IndexError: index -1 is out of bounds"):
+        run([subjects[1]], tmp_path / "other")
+
+
+def test_a_stopped_run_leaves_what_can_be_used(tmp_path):
     subjects = [make_subject(tmp_path / "raw", "a"), make_subject(tmp_path / "raw", "b", shape=(12, 11, 7))]
     with pytest.raises(ValueError, match=r"b has slices \(2, 11, 12\), those before it \(2, 10, 12\): set `size`"):
         run(subjects, tmp_path / "new" / "set", processor=processor(size=None), shard_rows=2)
-    assert list((tmp_path / "new").iterdir()) == []
-    run(subjects, tmp_path / "new" / "set")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["set.partial"]
+    for path in subjects[0].files:  # unreadable, by size and time unchanged: subject a is not done again
+        state = path.stat()
+        path.write_bytes(b"x" * state.st_size)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert run(subjects[:1], tmp_path / "new" / "set", processor=processor(size=None), shard_rows=2) == {}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["set"]
     with pytest.raises(FileExistsError, match="exists: choose another folder"):
         run(subjects, tmp_path / "new" / "set")
     with pytest.raises(ValueError, match="different names, twice there are a"):
@@ -504,6 +538,11 @@ def recipe(**changes):
         ({"reader_options": {}}, "`reader_options` needs the key modalities"),
         ({"reader_options": {"modality": {}}}, "`reader_options` has no key modality; known are modalities, masks"),
         ({"reader_options": {"modalities": {}, "splits": "/splits"}}, "relative to the root, got /splits"),
+        ({"reader_options": {"modalities": {"a": "/a.nii"}, "masks": ["/m"]}}, "relative to the root, got /a.nii, /m"),
+        (
+            {"split": {"fractions": [0.5, 0.5]}},
+            r"`split.fractions` must give splits their shares, .* got \[0.5, 0.5\]",
+        ),
         ({"processor": {"shape": 3}}, "no setting shape"),
         ({"dtype": "int8"}, "`dtype` must be one of float32, float16, got 'int8'"),
     ],

@@ -142,7 +142,16 @@ def test_raters_in_a_recipe(tmp_path, own_cache):
     # The network's rows and columns are the file's axes here.
     np.testing.assert_array_equal(ill, drawn.transpose(3, 0, 2, 1))
     assert len({ill[:, rater].tobytes() for rater in range(3)}) == 3
-    assert split.read_subject("ill")["label"].tolist() == ill.any((1, 2, 3)).astype(int).tolist()
+    touched = ill.any((1, 2, 3)) | mask.any((0, 1))
+    assert split.read_subject("ill")["label"].tolist() == touched.astype(int).tolist()
+
+    # The lesion is there, though no rater sees it: its slices are not healthy.
+    recipe["raters"]["drop"] = 1.0
+    recipe["slices"] = {"train": "healthy_by_mask"}
+    assert prepare_recipe(recipe, tmp_path / "raw", tmp_path / "dropped", progress=False) == {}
+    split = load_prepared(tmp_path / "dropped", "train")
+    assert split.read_subject("ill")["slice"].tolist() == [0, 1, 5, 6]
+    assert split.subject_info["ill"]["label"] == 1 and len(split.read_subject("well")["slice"]) == 7
 
     recipe["raters"]["count"] = 3
     with pytest.raises(

@@ -74,6 +74,8 @@ def test_volume_folders_name_what_is_missing_or_ambiguous(tmp_path):
         read_volume_folders(tmp_path, {"t2": "t2.nii"})
     with pytest.raises(NotADirectoryError, match="nowhere"):
         read_volume_folders(tmp_path / "nowhere", {"t2": "t2.nii"})
+    with pytest.raises(ValueError, match="`masks` must be a list, got 'lesion.nii'"):
+        read_volume_folders(tmp_path, {"t2": "t2.nii"}, masks="lesion.nii")
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,7 @@ def test_annotated_folders_in_the_layout_of_cimd(tmp_path):
         {"image": tmp_path / "training/3/image_4.jpg"},
         masks=tuple(tmp_path / f"training/3/label{k}_.jpg" for k in range(3)),
         split="train",
+        mask_max=255.0,
         group="training/3",
         mask_above=127.5,
     )
@@ -181,18 +184,22 @@ def test_wrong_annotated_folders(tmp_path):
         read_annotated_folders(tmp_path, {"image": "photo*"}, ["l*"])
     with pytest.raises(ValueError, match=r"`annotations`: no case in .* holds a file label\*"):
         read_annotated_folders(tmp_path, IMAGE, ["label*"])
-    with pytest.raises(ValueError, match=r"`annotations` must be a list of patterns, got 'l\*'"):
+    with pytest.raises(ValueError, match=r"`annotations` must be a list, got 'l\*'"):
         read_annotated_folders(tmp_path, IMAGE, "l*")
     with pytest.raises(ValueError, match="`modalities` must name at least one channel"):
         read_annotated_folders(tmp_path, {}, ["l*"])
     for name, value in (("label_threshold", 1.0), ("label_threshold", -0.1), ("label_max", 0)):
         with pytest.raises(ValueError, match=f"`{name}` must be"):
             read_annotated_folders(tmp_path, IMAGE, ["l*"], **{name: value})
-    touch(tmp_path, "b/image_2.png")
-    with pytest.raises(ValueError, match="Subject b: the pattern 'image_\\*' must match one file, it matches image_1"):
-        read_annotated_folders(tmp_path, IMAGE, ["l*"])
+    touch(tmp_path, "deep/b/image_1.png", "deep/b/image_2.png", "deep/b/._image_3.png")
+    _, _, ambiguous = read_annotated_folders(tmp_path, IMAGE, ["l*"])  # the others are read
+    message = "the pattern 'image_\\*' must match one file, it matches image_1.png, image_2.png."
+    with pytest.raises(ValueError, match=f"Subject deep/b: {message}"):
+        ambiguous.volume["image"].read()
+    with pytest.raises(ValueError, match=f"Subject b: {message}"):
+        read_annotated_folders(tmp_path / "deep", IMAGE, ["l*"])
     touch(tmp_path, "train/1/image_1.png")
-    with pytest.raises(ValueError, match="mixes splits with other folders: a, b"):
+    with pytest.raises(ValueError, match="mixes splits with other folders: a, b, deep"):
         read_annotated_folders(tmp_path, IMAGE, ["l*"])
 
 
@@ -243,21 +250,22 @@ def test_annotations_survive_preparation(tmp_path, monkeypatch):
                 np.testing.assert_allclose(split.read_subject("one")["image"][0, 0] * 255, picture, atol=1e-3)
     assert areas[0.0] > 1.2 * areas[0.5]
 
-    # Files of 0 and 1 would count as empty.
-    save_picture(tmp_path / "ones/c/image_a.png", rng.integers(0, 255, (16, 12)).astype(np.uint8))
-    save_picture(tmp_path / "ones/c/label.png", np.eye(16, 12, dtype=np.uint8))
+    # Files of 0 and 1, or of 0 and 4, would count as empty.
+    for highest in (1, 4):
+        save_picture(tmp_path / f"of{highest}/c/image_a.png", rng.integers(0, 255, (16, 12)).astype(np.uint8))
+        save_picture(tmp_path / f"of{highest}/c/label.png", highest * np.eye(16, 12, dtype=np.uint8))
     processor = VolumeProcessor(("a",), size=(16, 12), intensity="given", brain_mask="none")
-    for label_max in (255, 1):
-        (subject,) = read_annotated_folders(tmp_path / "ones", {"a": "image*"}, ["label*"], label_max=label_max)
+    for highest, label_max in ((1, 255), (4, 255), (1, 1), (4, 4)):
+        raw = tmp_path / f"of{highest}"
+        (subject,) = read_annotated_folders(raw, {"a": "image*"}, ["label*"], label_max=label_max)
         subject = Subject(**{**vars(subject), "split": "train"})
         if label_max == 255:
-            with pytest.raises(
-                ValueError, match="holds 0 and 1, and values above 127.5 are marked: set `label_max: 1`"
-            ):
+            message = f"holds values up to {highest}, and those above 127.5 are marked: set `label_max`"
+            with pytest.raises(ValueError, match=message):
                 prepare([subject], processor, tmp_path / "wrong", recipe={}, progress=False)
         else:
-            prepare([subject], processor, tmp_path / "ones-set", recipe={}, progress=False)
-            assert load_prepared(tmp_path / "ones-set", "train")[0]["mask"].sum() == 12
+            prepare([subject], processor, tmp_path / f"set-of-{highest}", recipe={}, progress=False)
+            assert load_prepared(tmp_path / f"set-of-{highest}", "train")[0]["mask"].sum() == 12
 
 
 COLUMNS = ["", "img_name", "age", "label", "img_path", "mask_path", "seg_path"]

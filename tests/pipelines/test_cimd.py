@@ -212,6 +212,16 @@ def test_volumes_on_their_own_grid():
     np.testing.assert_allclose(result.member_maps[1], expected, rtol=0, atol=1e-4)
 
 
+def test_nothing_is_marked_outside_the_brain():
+    brain = np.zeros((18, 20, 5), np.uint8)
+    brain[4:9, 5:12, 1:3] = 1
+    result = make_pipeline(brain_mask="given", threshold=0.0)(make_volume(), brain_mask=brain)
+    far = ~ndimage.binary_dilation(
+        brain, np.ones((5, 5, 1))
+    )  # what is interpolated reaches a pixel of the network further
+    assert result.member_masks[:, brain > 0].any() and not result.member_masks[:, far].any()
+
+
 def test_every_kind_of_volume_gives_the_same(tmp_path):
     pipe = make_pipeline()
     array = make_volume()
@@ -265,6 +275,11 @@ def test_results_are_saved(tmp_path):
         saved = np.asarray(PIL.Image.open(tmp_path / "picture" / f"{name}.png"))
         assert saved.shape == picture.size[::-1]
         np.testing.assert_allclose(saved, expected, rtol=0, atol=0.5)
+    # Two members in place of three: the third does not stay, what is not ours does.
+    (tmp_path / "picture" / "notes.txt").write_text("mine")
+    pipe(picture, num_ensemble=2).save(tmp_path / "picture")
+    left = [name for name in names if "_02" not in name]
+    assert sorted(path.name for path in (tmp_path / "picture").iterdir()) == sorted([*left, "notes.txt"])
     with pytest.raises(ValueError, match="has no grid to be written on"):
         pipe(make_slices(1)).save(tmp_path / "tensor")
 

@@ -85,6 +85,10 @@ def test_what_cannot_be_read_is_listed(raw, tmp_path):
             ["--phantom", "phantom-maxi"],
             "`name` must be one of phantom-mini, phantom-std, phantom-raters, got 'phantom-maxi'",
         ),
+        (
+            ["--phantom", "phantom-mini", "--recipe", "registered.yaml"],
+            "`correction.register` needs a template: give `--template FILE`.",
+        ),
         (["--recipe", "nothing", "--root", "raw"], "There is no recipe nothing. The package comes with anoddpm_nfbs"),
         (["--recipe", "wrong.yaml", "--root", "raw"], "`recipe` has no key slice; known are source, license, reader"),
         (["--recipe", "recipe.yaml", "--root", "nowhere"], "`root` must be a folder, and nowhere is none."),
@@ -94,6 +98,7 @@ def test_what_cannot_be_read_is_listed(raw, tmp_path):
 def test_one_clear_line_about_what_is_wrong(raw, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path("wrong.yaml").write_text(yaml.safe_dump({**RECIPE, "slice": {}}))
+    Path("registered.yaml").write_text(yaml.safe_dump({**RECIPE, "correction": {"register": "rigid"}}))
     assert main([*arguments, "--out", "set"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("preprocess.py: ") and message in error and error.count("\n") == 1
