@@ -184,11 +184,11 @@ def _brain_damage():
     import yaml
 
     from anodiff import AnoDDPMPipeline, VolumeProcessor
-    from anodiff.configs import config_path
+    from anodiff.configs import packaged_config
     from anodiff.training.objective_noise import NoiseObjective
     from anodiff.training.options import TrainOptions
 
-    config = yaml.safe_load(config_path("brain_damage.yaml").read_text())
+    config = yaml.safe_load(packaged_config("brain_damage.yaml").read_text())
     blocks = {name: config[name] for name in ("unet", "scheduler", "inference", "objective") if name in config}
     processor = VolumeProcessor.from_dict(config["processor"])
     objective = NoiseObjective.from_options(TrainOptions(**blocks), processor)
@@ -219,7 +219,7 @@ def _anofpdm(network: str, state: dict, options: ConvertOptions):
         UNet2DHeadsModel,
         VolumeProcessor,
     )
-    from anodiff.configs import config_path
+    from anodiff.configs import packaged_config
     from anodiff.data.preparation import read_recipe
     from anodiff.training.objective_guided import ClassifierObjective, load_classifier
     from anodiff.training.objective_noise import check_keys
@@ -250,7 +250,7 @@ def _anofpdm(network: str, state: dict, options: ConvertOptions):
     name = {"v2": "anofpdm", "classifier": "classifier"}.get(
         network, "classifier_guided" if learned_sigma else "unguided"
     )
-    config = yaml.safe_load(config_path(f"{name}_{data}.yaml").read_text())
+    config = yaml.safe_load(packaged_config(f"{name}_{data}.yaml").read_text())
     processor = VolumeProcessor.from_dict(read_recipe(f"{data}_anofpdm")["processor"])
     inference = config.get("inference", {})
     if network == "v2":
@@ -283,11 +283,11 @@ def _cimd(state: dict, options: ConvertOptions):
     import yaml
 
     from anodiff import CIMDPipeline, CIMDScheduler, UNet2DHeadsModel, VolumeProcessor
-    from anodiff.configs import config_path
+    from anodiff.configs import packaged_config
     from anodiff.data.preparation import read_recipe
     from anodiff.training.objective_noise import check_keys
 
-    config = yaml.safe_load(config_path("cimd_lidc.yaml").read_text())
+    config = yaml.safe_load(packaged_config("cimd_lidc.yaml").read_text())
     processor = VolumeProcessor.from_dict(read_recipe("cimd_lidc")["processor"])
     first = state.get("input_blocks.0.0.weight")
     if first is None or first.shape[1] != 5:
@@ -311,7 +311,7 @@ def _cddpm(method: str, state: dict, options: ConvertOptions):
     from transformers import ResNetConfig, ResNetForImageClassification
 
     from anodiff import AnoDDPMScheduler, CDDPMPipeline, ConditionedUNet2DModel, PDDPMPipeline, VolumeProcessor
-    from anodiff.configs import config_path
+    from anodiff.configs import packaged_config
     from anodiff.data.preparation import read_recipe
     from anodiff.training.objective_noise import check_keys
 
@@ -332,7 +332,7 @@ def _cddpm(method: str, state: dict, options: ConvertOptions):
             f" {'an' if resnet else 'no'} encoder and {'a' if conditioned else 'no'} condition."
         )
     name = {"pddpm": "pddpm", "cddpm": "cddpm" if conditioned else "ddpm_2d"}[method]
-    config = yaml.safe_load(config_path(f"{name}.yaml").read_text())
+    config = yaml.safe_load(packaged_config(f"{name}.yaml").read_text())
     processor = VolumeProcessor.from_dict(read_recipe(f"sadm_{options.modality}")["processor"])
 
     check_keys("unet", options.unet, ConditionedUNet2DModel)
@@ -355,16 +355,18 @@ def _cddpm(method: str, state: dict, options: ConvertOptions):
         return PDDPMPipeline(**parts, **config["inference"]), config
     encoder = None
     if conditioned:
-        # The sizes of the encoder are those of its weights: bottlenecks whose last convolution widens.
+        # The sizes of the encoder are those of its weights: bottlenecks of three convolutions, or basic blocks of two.
         stages = sorted({int(match[1]) for name in resnet if (match := re.match(r"layer(\d)\.", name))})
         blocks = [
             {int(name.split(".")[1]) for name in resnet if name.startswith(f"layer{stage}.")} for stage in stages
         ]
         resnet = {name: resnet[name] for name in resnet if re.match(r"(conv1|bn1|layer\d|fc)\.", name)}
+        last = "conv3" if "layer1.0.conv3.weight" in resnet else "conv2"
         settings = ResNetConfig(
+            layer_type="bottleneck" if last == "conv3" else "basic",
             num_channels=resnet["conv1.weight"].shape[1],
             embedding_size=len(resnet["conv1.weight"]),
-            hidden_sizes=[len(resnet[f"layer{stage}.0.conv3.weight"]) for stage in stages],
+            hidden_sizes=[len(resnet[f"layer{stage}.0.{last}.weight"]) for stage in stages],
             depths=[len(numbers) for numbers in blocks],
             num_labels=len(resnet["fc.weight"]),
         )

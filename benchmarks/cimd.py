@@ -19,7 +19,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from anodiff import CIMDPipeline, CIMDScheduler, UNet2DHeadsModel, VolumeProcessor
-from anodiff.configs import config_path
+from anodiff.configs import packaged_config
 
 
 # N slices, E members, H x W pixels.
@@ -28,7 +28,7 @@ from anodiff.configs import config_path
 def make_pipeline(size: int, widths: list[int] | None, device: str) -> tuple[CIMDPipeline, float]:
     """The network of configs/cimd_lidc.yaml, with other widths if they are given, and its GFLOP per evaluation (one multiply-add = 2)."""
     torch.manual_seed(0)
-    settings = yaml.safe_load(config_path("cimd_lidc.yaml").read_text())["unet"]
+    settings = yaml.safe_load(packaged_config("cimd_lidc.yaml").read_text())["unet"]
     settings.pop("_class_name")
     if widths is not None:
         settings["block_out_channels"] = widths

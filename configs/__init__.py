@@ -68,13 +68,17 @@ def parse_options(
     return options_class(**{field.name: options[field.name] for field in dataclasses.fields(options_class)})
 
 
+def packaged_config(name: str) -> Path:
+    """A configuration of the package, whatever lies in the working directory."""
+    return Path(__file__).parent / name
+
+
 def config_path(name: str | Path) -> Path:
     """A configuration file on disk or, for a bare name such as `anoddpm_nfbs.yaml`, one that comes with the package."""
     path = Path(name)
     if path.exists():
         return path
-    packaged = Path(__file__).parent / path.name
-    if packaged.exists() and path.parent.name in ("", "configs"):
-        return packaged
+    if packaged_config(path.name).exists() and path.parent.name in ("", "configs"):
+        return packaged_config(path.name)
     available = sorted(file.name for file in Path(__file__).parent.glob("*.yaml"))
     raise FileNotFoundError(f"There is no configuration {name}. The package comes with {', '.join(available)}.")

@@ -107,6 +107,7 @@ def make_card(
         name=name,
         class_name=class_name,
         segments=pipeline.task == "segmentation",
+        learns_lesions="segmentation_network" in pipeline.components,
         method=method,
         paper=paper,
         plane=processor["plane"],

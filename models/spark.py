@@ -58,7 +58,12 @@ class SparKModel(nn.Module):
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         _check_layers(encoder)
         # A trial of a copy without weights, which computes nothing.
-        trial = copy.deepcopy(encoder).to("meta")(torch.zeros(1, in_channels, height, width, device="meta"))
+        try:
+            trial = copy.deepcopy(encoder).eval().to("meta")(torch.zeros(1, in_channels, height, width, device="meta"))
+        except Exception as error:  # noqa: BLE001 (what an unfit network stumbles over can be anything)
+            raise ValueError(
+                f"`encoder` {type(encoder).__name__} does not take images of {in_channels} x {height} x {width}: {error}"
+            ) from error
         shapes = [tuple(map_.shape[1:]) for map_ in trial.feature_maps[::-1]]
         coarsest = shapes[0][1:]
         stages = (height // coarsest[0]).bit_length() - 1
@@ -217,14 +222,17 @@ def spark_loss(
 
 
 def _check_layers(encoder: nn.Module) -> None:
+    unknown = set()
     for module in encoder.modules():
         layer = not list(module.children()) and bool(list(module.parameters(recurse=False)))
         mixes = isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d))
         if mixes or (layer and not isinstance(module, (*_MASKED, *_POINTWISE, nn.BatchNorm2d))):
-            raise ValueError(
-                f"`encoder` has a layer {type(module).__name__}, which is not known to be sparse; a CNN may have convolutions, max and"
-                " average pooling, batch normalisation, and layers of single positions (linear, layer normalisation over channels)."
-            )
+            unknown.add(type(module).__name__)
+    if unknown:
+        raise ValueError(
+            f"`encoder` has layers {', '.join(sorted(unknown))}, which are not known to be sparse; a CNN may have convolutions, max and"
+            " average pooling, batch normalisation, and layers of single positions (linear, layer normalisation over channels)."
+        )
 
 
 def _initialize(module: nn.Module) -> None:

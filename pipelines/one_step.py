@@ -43,6 +43,11 @@ def draw_fields(
         `torch.Tensor` of shape `(B, C, H, W)`.
     """
     if noise is not None:
+        wanted = (len(timesteps), *like.shape[1:])
+        if not callable(noise) and (noise.shape[0], *noise.shape[2:]) != wanted:
+            raise ValueError(
+                f"`noise` must have the shape (timesteps, N, C, H, W), for each slice {wanted}, got {tuple(noise.shape)}."
+            )
         chosen = [number for _, number in keys], [index for index, _ in keys]
         return (noise(*chosen, tuple(like.shape)) if callable(noise) else noise[chosen]).to(like)
     if shared_noise:

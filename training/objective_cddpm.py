@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
 
 from ..data.processor import VolumeProcessor
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
@@ -15,7 +21,7 @@ from ..pipelines.pipeline_cddpm import CDDPMPipeline
 from ..pipelines.pipeline_pddpm import PDDPMPipeline, box_masks, boxes_at, patch_grid
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from .objective_noise import check_keys
-from .objective_spark import backbone_config
+from .objective_spark import encoder_config
 from .options import TrainOptions
 
 
@@ -223,9 +229,12 @@ class CDDPMObjective(DDPM2DObjective):
         if path is not None:
             encoder = load_encoder(path, channels, outputs)
         else:
-            config = backbone_config(given or {}, channels)
+            config = encoder_config(given or {}, channels)
             config.num_labels = outputs
+            if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+                raise ValueError(f"`objective.encoder`: transformers has no image classifier of {config.model_type}.")
             encoder = AutoModelForImageClassification.from_config(config)
+        _try_encoder(encoder, channels, processor.config.size)
         return cls(unet, encoder, scheduler, processor, options.inference, **settings)
 
     def _predict(self, model, sample: torch.Tensor, timesteps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -313,18 +322,35 @@ def load_encoder(path: str | Path, channels: int, outputs: int) -> PreTrainedMod
 
     Raises:
         OSError: There is no encoder.
-        ValueError: It takes another number of modalities.
+        ValueError: It takes another number of modalities, or makes codes of another length.
     """
     try:
         config = AutoConfig.from_pretrained(path, subfolder="encoder")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OSError(
             f"`objective.encoder_path`: {path} is neither a folder nor a repository of the Hub with an encoder/ of transformers. Train"
             f" one with the method spark, or begin with new weights, `objective.encoder`. {error}"
         ) from error
-    if config.num_channels != channels:
+    if getattr(config, "num_channels", channels) != channels:
         raise ValueError(f"The encoder {path} is for {config.num_channels} modalities, the data has {channels}.")
+    is_whole = any("ForImageClassification" in name for name in config.architectures or ())
+    if is_whole and config.num_labels != outputs:
+        raise ValueError(
+            f"The encoder {path} makes codes of {config.num_labels} values, and `unet.condition_dim` is {outputs}: make them equal."
+        )
     return AutoModelForImageClassification.from_pretrained(path, subfolder="encoder", num_labels=outputs)
+
+
+def _try_encoder(encoder: PreTrainedModel, channels: int, size: tuple[int, int] | None) -> None:
+    """Before the training, not at its first batch."""
+    if size is None:
+        return
+    try:
+        copy.deepcopy(encoder).eval().to("meta")(torch.zeros(1, channels, *size, device="meta"))
+    except Exception as error:  # noqa: BLE001 (what an unfit network stumbles over can be anything)
+        raise ValueError(
+            f"The encoder, {type(encoder).__name__}, does not take slices of {channels} x {size[0]} x {size[1]}: {error}"
+        ) from error
 
 
 def draw_boxes(

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoBackbone, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_BACKBONE_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoBackbone,
+    PretrainedConfig,
+)
 
 from ..data.processor import VolumeProcessor
 from ..models.spark import LOSSES, REGIONS, SparKModel, resize_cells, spark_loss
@@ -62,9 +69,13 @@ class SparKObjective:
         if processor.config.size is None:
             raise ValueError("`processor.size` must be given, (H, W): masks are made for slices of one size.")
         settings = dict(options.objective)
-        encoder = AutoBackbone.from_config(
-            backbone_config(settings.pop("encoder", {}), len(processor.config.modalities))
-        )
+        config = backbone_config(settings.pop("encoder", {}), len(processor.config.modalities))
+        if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+            warnings.warn(
+                f"transformers has no image classifier of {config.model_type}: no cddpm can load this encoder.",
+                stacklevel=2,
+            )
+        encoder = AutoBackbone.from_config(config)
         of_model, of_loss = ("mask_ratio", "mask_grid", "decoder_width"), ("loss", "region", "normalize")
         unknown = sorted(set(settings) - set(of_model) - set(of_loss))
         if unknown:
@@ -126,7 +137,23 @@ class SparKObjective:
 
 def backbone_config(settings: dict, channels: int) -> PretrainedConfig:
     """
-    Configuration of a transformers backbone that gives the maps of all its stages.
+    Configuration of a transformers backbone that gives the maps of all its stages; arguments as of [`encoder_config`].
+
+    Raises:
+        ValueError: As of [`encoder_config`], and a model without such a backbone.
+    """
+    config = encoder_config(settings, channels)
+    if type(config) not in MODEL_FOR_BACKBONE_MAPPING or not hasattr(config, "stage_names"):
+        raise ValueError(
+            f"`objective.encoder.model_type`: transformers has no backbone of {config.model_type} with stages."
+        )
+    config.out_features = list(config.stage_names)[1:]  # without the stem
+    return config
+
+
+def encoder_config(settings: dict, channels: int) -> PretrainedConfig:
+    """
+    Configuration of an image encoder of transformers.
 
     Args:
         settings (`dict`): Of the configuration, with `model_type`, `resnet` by default.
@@ -141,16 +168,18 @@ def backbone_config(settings: dict, channels: int) -> PretrainedConfig:
         raise ValueError(
             f"`objective.encoder.model_type` must be one that transformers knows, such as resnet, got {name!r}."
         )
-    if settings.setdefault("num_channels", channels) != channels:
+    known = CONFIG_MAPPING[name]().to_dict()
+    if "num_channels" in known and settings.setdefault("num_channels", channels) != channels:
         raise ValueError(
             f"`objective.encoder.num_channels` must be {channels}, the number of modalities, got {settings['num_channels']}."
         )
-    known = CONFIG_MAPPING[name]().to_dict()
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(
             f"`objective.encoder` has no key {', '.join(unknown)}; {name} takes {', '.join(sorted(known))}."
         )
     config = CONFIG_MAPPING[name](**settings)
-    config.out_features = config.stage_names[1:]  # without the stem
+    for key, value in vars(config).items():
+        if isinstance(value, tuple):  # a default that the backbones of ConvNeXt and FocalNet cannot add to a list
+            setattr(config, key, list(value))
     return config

@@ -7,6 +7,7 @@ import PIL.ImageOps
 import pytest
 import torch
 
+from anodiff.data import synthetic
 from anodiff.data.synthetic import (
     AUGMENTERS,
     _autocontrast,
@@ -101,3 +102,7 @@ def test_rotation_of_a_slice_that_is_not_square():
     turned = rotate(image, torch.tensor([90.0]))[0]
     assert turned[:, 7].sum() == pytest.approx(4, abs=1e-4) and turned.sum() == pytest.approx(4, abs=1e-4)
     torch.testing.assert_close(rotate(image, torch.zeros(1)), image, rtol=0, atol=1e-6)
+
+
+def test_constants_of_draem():
+    assert (synthetic.ROTATION, synthetic.NUM_AUGMENTERS, len(synthetic.AUGMENTERS)) == (90.0, 3, 10)

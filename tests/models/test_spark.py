@@ -169,5 +169,5 @@ def test_wrong_settings(settings, message):
 
 def test_an_encoder_that_mixes_positions_in_another_way():
     encoder = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.GroupNorm(2, 8))
-    with pytest.raises(ValueError, match="`encoder` has a layer GroupNorm, which is not known to be sparse"):
+    with pytest.raises(ValueError, match="`encoder` has layers GroupNorm, which are not known to be sparse"):
         SparKModel(encoder, 24)

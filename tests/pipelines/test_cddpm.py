@@ -10,6 +10,7 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from anodiff import AnoDDPMScheduler, AnomalyPipeline, CDDPMPipeline, ConditionedUNet2DModel, VolumeProcessor
+from anodiff.pipelines.one_step import draw_fields
 from anodiff.pipelines.ssim import ssim_map
 
 
@@ -157,6 +158,19 @@ def test_shared_noise_is_the_same_for_all_slices():
     torch.testing.assert_close(shared[0], shared[2])
     assert (own[0] - own[2]).abs().max() > 1e-3
     torch.testing.assert_close(shared[0], own[0])
+
+
+def test_each_slice_and_timestep_has_noise_of_its_own():
+    scheduler, like = AnoDDPMScheduler(beta_schedule="cosine", z=None, wavelength=8.0), torch.zeros(4, 1, 16, 16)
+    keys = [(5, 0), (5, 1), (6, 0), (5, 0)]
+    fields = draw_fields(scheduler, keys, [249, 749], 0, like, False)
+    assert fields[0].equal(fields[3]) and len({field.numpy().tobytes() for field in fields}) == 3
+    shared = draw_fields(scheduler, keys, [249, 749], 0, like, True)
+    assert shared[0].equal(shared[2]) and not shared[0].equal(shared[1])
+    with pytest.raises(
+        ValueError, match=r"`noise` must have the shape .* for each slice \(2, 1, 16, 16\), got \(3, 7, 1,"
+    ):
+        draw_fields(scheduler, keys, [249, 749], 0, like, False, torch.zeros(3, 7, 1, 16, 16))
 
 
 def test_the_value_range_of_the_processor_does_not_matter():

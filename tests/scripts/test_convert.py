@@ -2,11 +2,13 @@
 
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from anodiff import ANDiUNet2DModel, AnomalyPipeline, NoisyClassifierModel
 from anodiff.convert import main as convert
@@ -272,7 +274,28 @@ def timm_state_dict(outputs: int) -> dict:
     return state
 
 
-def test_convert_cddpm(tmp_path):
+def basic_blocks(outputs: int) -> tuple[ResNetForImageClassification, dict]:
+    """A ResNet of basic blocks, as resnet18, and its weights under timm's names."""
+    torch.manual_seed(0)
+    sizes = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [8, 12], "depths": [2, 1]}
+    config = ResNetConfig(**sizes, layer_type="basic", num_labels=outputs)
+    network, original = ResNetForImageClassification(config), {}
+    for name, tensor in network.state_dict().items():
+        name = re.sub(r"^resnet\.embedder\.embedder\.convolution\.", "conv1.", name)
+        name = re.sub(r"^resnet\.embedder\.embedder\.normalization\.", "bn1.", name)
+        name = re.sub(r"^classifier\.1\.", "fc.", name)
+        name = re.sub(r"^resnet\.encoder\.stages\.(\d)\.layers", lambda match: f"layer{int(match[1]) + 1}", name)
+        name = re.sub(r"\.layer\.(\d)\.convolution", lambda match: f".conv{int(match[1]) + 1}", name)
+        name = re.sub(r"\.layer\.(\d)\.normalization", lambda match: f".bn{int(match[1]) + 1}", name)
+        name = name.replace("shortcut.convolution", "downsample.0").replace("shortcut.normalization", "downsample.1")
+        original[name] = tensor
+    return network.eval(), original
+
+
+def test_convert_cddpm(tmp_path, monkeypatch):
+    # A configuration of one's own in the working directory is not that of the authors.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cddpm.yaml").write_text("method: cddpm\n")
     with np.load(GOLDEN / "sadm" / "cond_unet_tiny.npz", allow_pickle=False) as golden:
         recorded = {name: torch.from_numpy(np.array(golden[name])) for name in golden.files}
     unet = {name[2:]: tensor.float() for name, tensor in recorded.items() if name[:2] == "w/"}
@@ -300,6 +323,14 @@ def test_convert_cddpm(tmp_path):
         codes = pipe.encoder(images).logits
         torch.testing.assert_close(codes, timm_resnet(encoder, images.mT), atol=1e-4, rtol=1e-4)
         assert (codes[0] - codes[1]).abs().max() > 1e-3
+
+    network, basic = basic_blocks(len(encoder["fc.weight"]))
+    state = {f"diffusion.model.{name}": tensor for name, tensor in unet.items()}
+    torch.save({**state, **{f"encoder.{name}": tensor for name, tensor in basic.items()}}, tmp_path / "basic.pt")
+    assert run("cddpm", "basic.pt", "basic") == 0
+    with torch.no_grad():
+        codes = AnomalyPipeline.from_pretrained(tmp_path / "basic").encoder(images).logits
+        torch.testing.assert_close(codes, network(images.mT).logits, atol=1e-5, rtol=1e-4)
 
     plain = {name: tensor for name, tensor in unet.items() if not name.startswith("label_emb")}
     for name, tensor in plain.items():

@@ -2,7 +2,10 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -79,7 +82,8 @@ def test_sadm_is_trained_and_evaluated(workplace, reconstruction, monkeypatch):
     run_training(workplace, reconstruction, "sadm-labelled", "sadm_labelled", train_split="validation")
 
     options = ["--model", "sadm/pipeline", "--data", "prepared", "--output_dir", "sadm-eval", "--protocol", "sadm"]
-    assert evaluate(options) == 0
+    assert evaluate([*options, "--keep_maps", "--batch_size", "64"]) == 0
+    check_cases(pipe, load_prepared(workplace.folder / "prepared", "test"), workplace.folder / "sadm-eval")
     report = json.loads((workplace.folder / "sadm-eval" / "report.json").read_text())
     sadm, intensity = report["results"][:2]
     assert sadm["settings"]["residual_weight"] == 0.5 and sadm["settings"]["filter_order"] == "erosion_first"
@@ -98,6 +102,22 @@ def test_sadm_is_trained_and_evaluated(workplace, reconstruction, monkeypatch):
     assert all(sum(record[f"sadm_{name}"] for name in ("tp", "fp", "fn", "tn")) % 256 == 0 for record in counts)
 
 
+def check_cases(pipe, split, folder):
+    """What was scored is what the pipeline makes of every subject alone: residual of the whole volume, segmentation added."""
+    for subject in split.subjects:
+        item = split.read_subject(subject)
+        brain = item["brain"].astype(bool)
+        assert brain.any((1, 2)).all() and len(brain) < 64
+        images = torch.from_numpy(item["image"])
+        results = pipe.compute_maps(images, item["slice"].tolist(), seed=0, batch_size=5, **pipe.default_settings())
+        assert results.added.any()
+        expected = pipe.postprocessing.filter(results.maps.numpy(), brain, results.added.numpy())
+        with np.load(folder / "maps" / "00" / "test" / f"{subject}.npz") as case:
+            np.testing.assert_allclose(case["maps"], expected, rtol=0, atol=1e-5)
+            error = (images - results.reconstruction).abs().mean(1) / 2  # of the range from -1 to 1
+            np.testing.assert_allclose(case["error"], error, rtol=0, atol=1e-5)
+
+
 def test_wrong_options_are_found_before_the_training(workplace, reconstruction, monkeypatch):
     monkeypatch.chdir(workplace.folder)
     where = ["--data", "prepared", "--train.output_dir", "sadm-wrong"]
@@ -112,6 +132,11 @@ def test_wrong_options_are_found_before_the_training(workplace, reconstruction, 
         (workplace.folder / "wrong.yaml").write_text("method: sadm")
         with pytest.raises(ValueError, match=message):
             train(["--config", "wrong.yaml", *where, *arguments])
+    shutil.copytree(reconstruction, "cddpm-other")
+    settings = json.loads(Path("cddpm-other/processor/processor_config.json").read_text())
+    Path("cddpm-other/processor/processor_config.json").write_text(json.dumps({**settings, "quantile": 0.5}))
+    with pytest.raises(ValueError, match="(?s)cDDPM cddpm-other was trained with.*quantile"):
+        train(["--config", "wrong.yaml", *where, "--objective.reconstruction_path", "cddpm-other"])
     with pytest.raises(ValueError, match="`sweep` needs `protocol` andi, uad_imag or anofpdm"):
         evaluate(["--data", "prepared", "--output_dir", "no", "--protocol", "sadm", "--sweep", "[0.1,0.2,0.1]"])
 

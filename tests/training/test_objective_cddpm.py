@@ -183,12 +183,22 @@ def test_a_pretrained_encoder_is_the_start(tmp_path, caplog):
 
     with pytest.raises(ValueError, match="is for 2 modalities, the data has 1"):
         load_encoder(tmp_path, 1, 6)
+    with pytest.raises(ValueError, match="makes codes of 6 values, and `unet.condition_dim` is 7: make them equal"):
+        load_encoder(tmp_path / "pipeline", 2, 7)
+    with pytest.raises(OSError, match="`objective.encoder_path`: .*pipeline/encoder is neither"):
+        load_encoder(tmp_path / "pipeline" / "encoder", 2, 6)
     with pytest.raises(OSError, match="`objective.encoder_path`: .*nothing is neither a folder nor a repository"):
         build(CDDPMObjective, encoder_path=str(tmp_path / "nothing"))
 
 
-def test_every_classifier_of_transformers_can_be_the_encoder():
-    encoder = {"model_type": "convnext", "hidden_sizes": [4, 8, 8, 8], "depths": [1, 1, 1, 1], "patch_size": 2}
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        {"model_type": "convnext", "hidden_sizes": [4, 8, 8, 8], "depths": [1, 1, 1, 1], "patch_size": 2},
+        {"model_type": "regnet", "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "groups_width": 4},
+    ],
+)
+def test_classifiers_of_transformers_can_be_the_encoder(encoder):
     built = build(CDDPMObjective, encoder=encoder)
     assert type(built.model.encoder) is type(AutoModelForImageClassification.from_config(built.model.encoder.config))
     assert losses(built, torch.rand(2, 2, SIZE, SIZE) * 2 - 1, range(2)).shape == (2,)
@@ -208,6 +218,8 @@ def test_every_classifier_of_transformers_can_be_the_encoder():
         (DDPM2DObjective, {"unet": {"condition_dim": 6}}, "`encoder` must give as many values"),
         (DDPM2DObjective, {"unet": {"in_channels": 1}}, "`unet.in_channels` must be 2"),
         (DDPM2DObjective, {"inference": {"timesteps": [100]}}, "`timesteps` must be a list"),
+        (CDDPMObjective, {"encoder": {"model_type": "vit"}}, "ViTForImageClassification, does not take slices of 2 x"),
+        (CDDPMObjective, {"encoder": {"model_type": "rt_detr_resnet"}}, "no image classifier of rt_detr_resnet"),
         (CDDPMObjective, {"unet": {"condition_dim": None}}, "without a condition the method is ddpm_2d"),
         (
             CDDPMObjective,
