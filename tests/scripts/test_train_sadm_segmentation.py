@@ -21,6 +21,7 @@ from anodiff import (
 from anodiff.convert import main as convert
 from anodiff.data.prepared import load_prepared
 from anodiff.eval import main as evaluate
+from anodiff.evaluation.calibration import _map_threshold, otsu_threshold
 from anodiff.train import main as train
 
 from .conftest import TINY
@@ -112,6 +113,9 @@ def check_cases(pipe, split, folder):
         results = pipe.compute_maps(images, item["slice"].tolist(), seed=0, batch_size=5, **pipe.default_settings())
         assert results.added.any()
         expected = pipe.postprocessing.filter(results.maps.numpy(), brain, results.added.numpy())
+        arguments = {"seed": 0, "batch_size": 64}
+        chosen = _map_threshold(pipe, [item], "otsu", 0.05, arguments)
+        assert chosen == pytest.approx(otsu_threshold(expected[brain]), rel=1e-4)
         with np.load(folder / "maps" / "00" / "test" / f"{subject}.npz") as case:
             np.testing.assert_allclose(case["maps"], expected, rtol=0, atol=1e-5)
             error = (images - results.reconstruction).abs().mean(1) / 2  # of the range from -1 to 1
