@@ -208,7 +208,7 @@ def test_volumes_on_their_own_grid():
     # Slice by slice: the slice at the same place of the network's grid.
     processed = pipe.processor.preprocess(nib.Nifti1Image(volume, affine))
     members = pipe.compute_members(processed.slices, list(range(4)))
-    expected = pipe.processor.postprocess(members[:, 1], processed)
+    expected = pipe.processor.postprocess(members[:, 1] * processed.brain, processed)
     np.testing.assert_allclose(result.member_maps[1], expected, rtol=0, atol=1e-4)
 
 
