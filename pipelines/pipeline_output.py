@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ _ENSEMBLE_NAMES = (
 )
 _DISPERSION_NAMES = ("member_maps", "mean_map", "dispersion")
 RESULT_NAMES = (*_MAP_NAMES, *_ENSEMBLE_NAMES, *_DISPERSION_NAMES, "result", "overview")
+# Of a picture each member, and the reconstruction of each of several modalities, is a file of its own.
+_RESULT_FILE = re.compile(r"(reconstruction)_.+\.png|(member_masks|member_maps)_\d+\.png|(\w+)\.(?:nii\.gz|png|json)")
 
 
 @dataclass
@@ -229,10 +232,8 @@ def remove_results(folder: str | os.PathLike, names: Sequence[str] = RESULT_NAME
     """Removes the files of an earlier result from a folder, and nothing else: members beyond the number of the new ones, say, would
     pass for its own."""
     for path in list(Path(folder).iterdir()):
-        stem = path.name.removesuffix(".gz").rpartition(".")[0]
-        if path.suffix in (".png", ".gz", ".json") and any(
-            stem == name or stem.startswith(f"{name}_") for name in names
-        ):
+        match = _RESULT_FILE.fullmatch(path.name)
+        if match and match[match.lastindex] in names:
             path.unlink()
 
 

@@ -276,10 +276,12 @@ def test_results_are_saved(tmp_path):
         assert saved.shape == picture.size[::-1]
         np.testing.assert_allclose(saved, expected, rtol=0, atol=0.5)
     # Two members in place of three: the third does not stay, what is not ours does.
-    (tmp_path / "picture" / "notes.txt").write_text("mine")
+    own = ["notes.txt", "mean_map_of_mine.png", "result_table.json"]
+    for name in own:
+        (tmp_path / "picture" / name).write_text("mine")
     pipe(picture, num_ensemble=2).save(tmp_path / "picture")
     left = [name for name in names if "_02" not in name]
-    assert sorted(path.name for path in (tmp_path / "picture").iterdir()) == sorted([*left, "notes.txt"])
+    assert sorted(path.name for path in (tmp_path / "picture").iterdir()) == sorted([*left, *own])
     with pytest.raises(ValueError, match="has no grid to be written on"):
         pipe(make_slices(1)).save(tmp_path / "tensor")
 
