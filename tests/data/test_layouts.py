@@ -794,3 +794,16 @@ def test_real_annotations(test_data, tmp_path):
     failures, splits = prepare("cimd_lidc", test_data / "lidc_sample", tmp_path / "lidc")
     assert failures == {} and {name: len(split) for name, split in splits.items()} == {"train": 13, "test": 5}
     assert set(splits["train"].annotations) == {4}
+
+
+def test_bids_beside_sessions_and_files_of_macos(tmp_path):
+    for name in (
+        "sub-1/anat/sub-1_T1w.nii.gz",
+        "sub-1/ses-2/anat/sub-1_ses-2_T1w.nii.gz",
+        "sub-1/anat/._sub-1_T1w.nii.gz",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    subjects = read_bids(tmp_path, {"t1": "anat/*_T1w.nii.gz"})
+    assert [(subject.name, subject.group) for subject in subjects] == [("sub-1", "sub-1"), ("sub-1_ses-2", "sub-1")]
+    assert subjects[0].volume == {"t1": tmp_path / "sub-1/anat/sub-1_T1w.nii.gz"}

@@ -8,6 +8,7 @@ import torch
 
 from anodiff import AnomalyOutput
 from anodiff.data.volume import read_volume
+from anodiff.pipelines.pipeline_output import remove_results
 
 
 COS, SIN = np.cos(np.deg2rad(20)), np.sin(np.deg2rad(20))
@@ -198,3 +199,19 @@ def test_a_result_of_a_tensor_refuses_to_be_saved(tmp_path):
     with pytest.raises(ValueError, match="A result of a tensor has no grid"):
         output.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_an_earlier_call_wrote_is_removed_and_nothing_else(tmp_path):
+    written = (
+        "dispersion.png",
+        "dispersion.json",
+        "member_maps.nii.gz",
+        "member_masks_03.png",
+        "reconstruction_t1.png",
+        "result.json",
+    )
+    own = ("dispersion_plot.png", "member_masks_of_mine.png", "result.csv", "reconstruction.txt")
+    for name in (*written, *own):
+        (tmp_path / name).touch()
+    remove_results(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(own)
