@@ -12,7 +12,6 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "data.processor": ["VolumeProcessor"],
         "hub.registration": ["ModelMixin", "SchedulerMixin"],
         "models.classifier_2d": ["NoisyClassifierModel"],
         "models.siamese_unet": ["SiameseUNet2DModel"],
@@ -22,7 +21,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "models.unet_2d_conditioned": ["ConditionedUNet2DModel"],
         "models.unet_2d_dae": ["DAEUNet2DModel"],
         "models.unet_2d_heads": ["UNet2DHeadsModel"],
+        "pipelines.base": ["AnomalyPipeline"],
         "pipelines.dispersion": ["disperse"],
+        "pipelines.output": ["AnomalyOutput", "CIMDOutput", "DispersionOutput"],
         "pipelines.pipeline_andi": ["ANDiPipeline"],
         "pipelines.pipeline_anoddpm": ["AnoDDPMPipeline"],
         "pipelines.pipeline_anofpdm": ["AnoFPDMPipeline"],
@@ -32,14 +33,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "pipelines.pipeline_classifier_guided": ["ClassifierGuidedPipeline"],
         "pipelines.pipeline_dae": ["DAEPipeline"],
         "pipelines.pipeline_ddib": ["DDIBPipeline"],
-        "pipelines.pipeline_output": ["AnomalyOutput", "CIMDOutput", "DispersionOutput"],
         "pipelines.pipeline_pddpm": ["PDDPMPipeline"],
         "pipelines.pipeline_sadm": ["SADMPipeline"],
-        "pipelines.pipeline_utils": ["AnomalyPipeline"],
         "schedulers.scheduling_andi": ["ANDiScheduler"],
         "schedulers.scheduling_anoddpm": ["AnoDDPMScheduler"],
         "schedulers.scheduling_anofpdm": ["AnoFPDMScheduler"],
         "schedulers.scheduling_cimd": ["CIMDScheduler"],
         "schedulers.scheduling_dae": ["DAEScheduler"],
+        "volumes.processor": ["VolumeProcessor"],
     },
 )

@@ -198,7 +198,7 @@ def _brain_damage():
 def _andi():
     """Pipeline with untrained weights; its configuration is that of the classes."""
     from anodiff import ANDiPipeline, ANDiScheduler, ANDiUNet2DModel, VolumeProcessor
-    from anodiff.data.preparation import read_recipe
+    from anodiff.data.prepare import read_recipe
 
     processor = VolumeProcessor.from_dict(read_recipe("brats21_andi")["processor"])
     return ANDiPipeline(ANDiUNet2DModel(), ANDiScheduler(), processor), None
@@ -220,7 +220,7 @@ def _anofpdm(network: str, state: dict, options: ConvertOptions):
         VolumeProcessor,
     )
     from anodiff.configs import packaged_config
-    from anodiff.data.preparation import read_recipe
+    from anodiff.data.prepare import read_recipe
     from anodiff.training.objective_guided import ClassifierObjective, load_classifier
     from anodiff.training.objective_noise import check_keys
 
@@ -284,7 +284,7 @@ def _cimd(state: dict, options: ConvertOptions):
 
     from anodiff import CIMDPipeline, CIMDScheduler, UNet2DHeadsModel, VolumeProcessor
     from anodiff.configs import packaged_config
-    from anodiff.data.preparation import read_recipe
+    from anodiff.data.prepare import read_recipe
     from anodiff.training.objective_noise import check_keys
 
     config = yaml.safe_load(packaged_config("cimd_lidc.yaml").read_text())
@@ -312,7 +312,7 @@ def _cddpm(method: str, state: dict, options: ConvertOptions):
 
     from anodiff import AnoDDPMScheduler, CDDPMPipeline, ConditionedUNet2DModel, PDDPMPipeline, VolumeProcessor
     from anodiff.configs import packaged_config
-    from anodiff.data.preparation import read_recipe
+    from anodiff.data.prepare import read_recipe
     from anodiff.training.objective_noise import check_keys
 
     def part(first: str) -> dict:

@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     from tqdm.auto import tqdm
 
     from anodiff import AnomalyPipeline
-    from anodiff.data.scans import find_scans
     from anodiff.evaluation.overview import draw_members, draw_overview
     from anodiff.pipelines.dispersion import check_dispersion, disperse
-    from anodiff.pipelines.pipeline_output import AnomalyOutput, remove_results
+    from anodiff.pipelines.output import AnomalyOutput, remove_results
+    from anodiff.volumes.scans import find_scans
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.phantom is None and (options.recipe is None or options.root is None):
             raise ValueError("Give `--recipe` and `--root` of a raw data set, or `--phantom`.")
 
-        from anodiff.data.preparation import prepare_phantom, prepare_recipe, read_recipe
+        from anodiff.data.prepare import prepare_phantom, prepare_recipe, read_recipe
 
         recipe = None if options.recipe is None else read_recipe(options.recipe)
         if options.push_to_hub and not options.hub_private and recipe is not None and "license" not in recipe:

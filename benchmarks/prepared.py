@@ -22,10 +22,10 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from anodiff.data.preparation import prepare
+from anodiff.data.prepare import prepare
 from anodiff.data.prepared import PreparedSplit, load_prepared
-from anodiff.data.processor import VolumeProcessor
-from anodiff.data.readers import read_volume_folders
+from anodiff.data.readers.subjects import read_volume_folders
+from anodiff.volumes.processor import VolumeProcessor
 
 
 # N images, C modalities, H x W pixels.

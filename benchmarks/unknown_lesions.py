@@ -23,11 +23,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from anodiff.data.phantom import make_subject
-from anodiff.data.preparation import prepare
-from anodiff.data.processor import VolumeProcessor
-from anodiff.data.readers import Subject, read_volume_folders
+from anodiff.data.phantoms.brains import make_subject
+from anodiff.data.prepare import prepare
+from anodiff.data.readers.subjects import Subject, read_volume_folders
 from anodiff.data.rules import SliceRule, SplitRule
+from anodiff.volumes.processor import VolumeProcessor
 
 
 SLICE_DISTANCE = 6.0  # mm

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import yaml
 
-from .listing import SPLITS
-from .processor import VolumeProcessor
+from ..volumes.processor import VolumeProcessor
+from .readers.listing import SPLITS
 
 
 _REHOSTING = {

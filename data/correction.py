@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import nibabel as nib
 import numpy as np
 
-from .readers import Subject
-from .scans import find_scans
-from .volume import InputVolume, read_volume
+from ..volumes.scans import find_scans
+from ..volumes.volume import InputVolume, read_volume
+from .readers.subjects import Subject
 
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from .preparation import PHANTOMS, phantom_recipe, prepare_phantom
-from .readers import SPLITS
+from .prepare import PHANTOMS, phantom_recipe, prepare_phantom
+from .readers.subjects import SPLITS
 from .shards import code_digest
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .readers import SPLITS, Subject
+from .readers.subjects import SPLITS, Subject
 
 
 TRAIN_RULES = ("all", "healthy_by_mask", "healthy_by_label")

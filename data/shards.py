@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.features.features import numpy_to_pyarrow_listarray
 
-from .readers import Subject
+from .readers.subjects import Subject
 
 
 SUBJECTS_SCHEMA = pa.schema(
@@ -71,8 +71,10 @@ def open_partial(folder: Path) -> None:
 def code_digest() -> str:
     """Of the modules that make data: what other code made is made again."""
     digest = hashlib.sha256()
-    for module in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(module.read_bytes())
+    data = Path(__file__).parent
+    for folder in (data, data.parent / "volumes"):
+        for module in sorted(folder.rglob("*.py")):
+            digest.update(module.read_bytes())
     return digest.hexdigest()
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .geometry import Geometry, plane_orientation
-from .processor import ProcessedVolume, VolumeProcessor
-from .raters import RaterRule
-from .readers import Subject
+from ..volumes.geometry import Geometry, plane_orientation
+from ..volumes.processor import ProcessedVolume, VolumeProcessor
+from ..volumes.volume import read_volume
+from .phantoms.nodules import RaterRule
+from .readers.subjects import Subject
 from .rules import SliceRule
-from .volume import read_volume
 
 
 # N slices, C modalities, A annotations, H x W pixels.

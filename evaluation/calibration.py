@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..data.prepared import PreparedSplit
+from ..pipelines.base import AnomalyPipeline
 from ..pipelines.pipeline_anofpdm import AnoFPDMPipeline
-from ..pipelines.pipeline_utils import AnomalyPipeline
 from .metrics import PooledScores
 
 

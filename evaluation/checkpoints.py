@@ -11,9 +11,9 @@ import huggingface_hub
 import torch
 import yaml
 
-from ..data.preparation import describe_population
+from ..data.prepare import describe_population
 from ..data.prepared import PreparedSplit
-from ..pipelines.pipeline_utils import AnomalyPipeline
+from ..pipelines.base import AnomalyPipeline
 from ..pipelines.postprocessing import PostProcessing
 from .calibration import CALIBRATION_POLICIES, LabelledSlices, calibrate
 from .options import EvalOptions

@@ -8,9 +8,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ..data.geometry import plane_orientation
-from ..data.volume import InputVolume
-from ..pipelines.pipeline_output import AnomalyOutput, CIMDOutput, DispersionOutput
+from ..pipelines.output import AnomalyOutput, CIMDOutput, DispersionOutput
+from ..volumes.geometry import plane_orientation
+from ..volumes.volume import InputVolume
 
 
 def draw_overview(output: AnomalyOutput, path: Path, title: str, *, plane: str = "axial", slices: int = 5) -> None:

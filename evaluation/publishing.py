@@ -7,10 +7,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from ..data.preparation import is_phantom
+from ..data.prepare import is_phantom
 from ..hub.model_card import add_evaluation, make_card
 from ..hub.publishing import PublishingError, complete_folder, open_repository, push_folder, read_card, write_card
-from ..pipelines.pipeline_utils import AnomalyPipeline
+from ..pipelines.base import AnomalyPipeline
 from .options import EvalOptions
 
 

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 import anodiff
 
 from ..data.prepared import PreparedSplit, load_prepared
-from ..data.processor import VolumeProcessor
-from ..pipelines.pipeline_utils import NOT_FINITE, device_name
+from ..pipelines.base import NOT_FINITE, device_name
 from ..pipelines.postprocessing import PostProcessing
+from ..volumes.processor import VolumeProcessor
 from .baselines import equalised_map, intensity_map, slice_statistics
 from .calibration import LabelledSlices
 from .checkpoints import (
@@ -35,7 +35,7 @@ from .checkpoints import (
     set_threshold,
 )
 from .options import EvalOptions
-from .protocol_andi import (
+from .protocols.andi import (
     ANDI_SWEEP,
     EQUALISED_SWEEP,
     PROTOCOL_TEXT,
@@ -44,8 +44,8 @@ from .protocol_andi import (
     score_uad_imag,
     sweep_thresholds,
 )
-from .protocol_anofpdm import ANOFPDM_SWEEP, foreground_of, score_anofpdm
-from .protocol_sadm import score_sadm
+from .protocols.anofpdm import ANOFPDM_SWEEP, foreground_of, score_anofpdm
+from .protocols.sadm import score_sadm
 from .publishing import check_hub, push_report
 from .report import draw_cases, markdown_table
 from .scoring import Case, score_cases, score_statistic

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 import anodiff
 
 from ..data.prepared import PreparedSplit, load_prepared
-from ..hub.checkpoint import read_model_index
-from ..pipelines.pipeline_utils import device_name
+from ..hub.model_index import read_model_index
+from ..pipelines.base import device_name
 from .checkpoints import describe_model, load_pipeline
 from .ensemble_metrics import FrequencyCalibration, score_ensemble
 from .metrics import bootstrap_interval

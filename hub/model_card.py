@@ -15,11 +15,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
-from ..data.preparation import describe_population
+from ..data.prepare import describe_population
 
 
 if TYPE_CHECKING:
-    from ..pipelines.pipeline_utils import AnomalyPipeline
+    from ..pipelines.base import AnomalyPipeline
 
 
 # Without these, a number cannot be compared with anybody's.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .base import AnomalyPipeline, resolve_seed
+from .output import DispersionOutput
 from .pipeline_cimd import CIMDPipeline
-from .pipeline_output import DispersionOutput
-from .pipeline_utils import AnomalyPipeline, resolve_seed
 
 
 def disperse(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
-from .pipeline_utils import slice_generator
+from .base import slice_generator
 
 
 def check_timesteps(timesteps: list[int] | tuple[int, ...], num_train_timesteps: int) -> None:

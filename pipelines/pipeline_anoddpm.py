@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from diffusers import UNet2DModel
 
-from ..data.processor import VolumeProcessor
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
-from .pipeline_output import AnomalyOutput
-from .pipeline_utils import AnomalyPipeline, SliceResults, slice_generator
+from ..volumes.processor import VolumeProcessor
+from .base import AnomalyPipeline, SliceResults, slice_generator
+from .output import AnomalyOutput
 
 
 MODES = ("partial", "one_shot", "partial_offset")

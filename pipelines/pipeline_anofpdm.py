@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 import torch
 from diffusers import ModelMixin, UNet2DModel
 
-from ..data.processor import VolumeProcessor
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
-from .pipeline_output import AnomalyOutput
-from .pipeline_utils import NOT_FINITE, AnomalyPipeline, SliceResults, slice_generator
+from ..volumes.processor import VolumeProcessor
+from .base import NOT_FINITE, AnomalyPipeline, SliceResults, slice_generator
+from .output import AnomalyOutput
 from .postprocessing import median_filter, remove_small_components
 from .running_maps import RunningMaps
 

@@ -6,12 +6,12 @@ import torch
 from diffusers import UNet2DModel
 from transformers import PreTrainedModel
 
-from ..data.processor import VolumeProcessor
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
+from ..volumes.processor import VolumeProcessor
+from .base import AnomalyPipeline, SliceResults
 from .one_step import check_timesteps, draw_fields
-from .pipeline_output import AnomalyOutput
-from .pipeline_utils import AnomalyPipeline, SliceResults
+from .output import AnomalyOutput
 from .ssim import ssim_map
 
 

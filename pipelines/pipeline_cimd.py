@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 
-from ..data.processor import VolumeProcessor
 from ..schedulers.scheduling_cimd import SAMPLERS, CIMDScheduler
-from .pipeline_output import CIMDOutput
-from .pipeline_utils import NOT_FINITE, AnomalyPipeline, PreparedSlices, resolve_seed, slice_generator
+from ..volumes.processor import VolumeProcessor
+from .base import NOT_FINITE, AnomalyPipeline, PreparedSlices, resolve_seed, slice_generator
+from .output import CIMDOutput
 from .postprocessing import median_filter
 
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import torch
 from diffusers import UNet2DModel
 
-from ..data.processor import VolumeProcessor
 from ..models.classifier_2d import NoisyClassifierModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
-from .pipeline_output import AnomalyOutput
-from .pipeline_utils import AnomalyPipeline, SliceResults, slice_generator
+from ..volumes.processor import VolumeProcessor
+from .base import AnomalyPipeline, SliceResults, slice_generator
+from .output import AnomalyOutput
 
 
 HEALTHY = 0  # class of the classifier

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import torch
 
-from ..data.processor import VolumeProcessor
 from ..models.unet_2d_dae import DAEUNet2DModel
 from ..schedulers.scheduling_dae import DAEScheduler
-from .pipeline_output import AnomalyOutput
-from .pipeline_utils import AnomalyPipeline, SliceResults
+from ..volumes.processor import VolumeProcessor
+from .base import AnomalyPipeline, SliceResults
+from .output import AnomalyOutput
 
 
 # A window of the foreground that is filled by more than this counts as its inside (the ANDi authors' value).

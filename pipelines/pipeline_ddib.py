@@ -3,10 +3,10 @@ from __future__ import annotations
 import torch
 from diffusers import UNet2DModel
 
-from ..data.processor import VolumeProcessor
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
-from .pipeline_output import AnomalyOutput
-from .pipeline_utils import AnomalyPipeline, SliceResults
+from ..volumes.processor import VolumeProcessor
+from .base import AnomalyPipeline, SliceResults
+from .output import AnomalyOutput
 
 
 # Class labels of the network.

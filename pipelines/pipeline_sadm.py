@@ -6,13 +6,13 @@ import torch
 from diffusers import UNet2DModel
 from transformers import PreTrainedModel
 
-from ..data.processor import VolumeProcessor
 from ..models.siamese_unet import SiameseUNet2DModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
+from ..volumes.processor import VolumeProcessor
+from .base import SliceResults
+from .output import AnomalyOutput
 from .pipeline_cddpm import CDDPMPipeline
-from .pipeline_output import AnomalyOutput
-from .pipeline_utils import SliceResults
 
 
 # N slices of one volume, C modalities, H x W pixels, K timesteps, B items (a timestep of a slice) of a batch.

@@ -27,12 +27,12 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 
-from ..data.preparation import PHANTOMS, is_phantom
+from ..data.prepare import PHANTOMS, is_phantom
 from ..data.prepared import PreparedSplit, StreamedSplit, load_prepared
-from ..data.processor import VolumeProcessor
 from ..hub.model_card import make_card
 from ..hub.publishing import BackgroundPush, PublishingError, complete_folder, open_repository, push_folder
-from ..pipelines.pipeline_utils import device_name
+from ..pipelines.base import device_name
+from ..volumes.processor import VolumeProcessor
 from .augmentation import augment, augment_intensity
 from .optimization import check_optim, make_ema, make_lr_scheduler, make_optimizer
 from .options import LoopOptions, TrainOptions

@@ -14,12 +14,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..data.processor import VolumeProcessor
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..models.unet_2d_heads import UNet2DHeadsModel
 from ..pipelines.pipeline_cddpm import CDDPMPipeline
 from ..pipelines.pipeline_pddpm import PDDPMPipeline, box_masks, boxes_at, patch_grid
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
+from ..volumes.processor import VolumeProcessor
 from .objective_noise import check_keys
 from .objective_spark import encoder_config
 from .options import TrainOptions

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DModel
 
-from ..data.processor import VolumeProcessor
 from ..models.gaussian_encoder import GaussianEncoder, gaussian_divergence
 from ..models.unet_2d_heads import UNet2DHeadsModel
 from ..pipelines.pipeline_cimd import CIMDPipeline
 from ..schedulers.scheduling_cimd import CIMDScheduler
+from ..volumes.processor import VolumeProcessor
 from .objective_noise import check_keys
 from .options import TrainOptions
 from .samples import repeated_generators

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from ..data.processor import VolumeProcessor
 from ..models.unet_2d_dae import DAEUNet2DModel
 from ..pipelines.pipeline_dae import DAEPipeline
 from ..schedulers.scheduling_dae import DAEScheduler
+from ..volumes.processor import VolumeProcessor
 from .objective_noise import check_keys
 from .options import TrainOptions
 

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 
-from ..data.processor import VolumeProcessor
 from ..models.classifier_2d import NoisyClassifierModel
 from ..models.unet_2d_anofpdm import AnoFPDMUNet2DModel
 from ..models.unet_2d_heads import UNet2DHeadsModel
+from ..pipelines.base import AnomalyPipeline
 from ..pipelines.pipeline_anofpdm import AnoFPDMPipeline
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from ..pipelines.pipeline_ddib import DDIBPipeline
-from ..pipelines.pipeline_utils import AnomalyPipeline
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
+from ..volumes.processor import VolumeProcessor
 from .objective_noise import check_keys
 from .options import TrainOptions
 from .variational_bound import variance_bound

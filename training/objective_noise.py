@@ -11,13 +11,13 @@ from diffusers import UNet2DModel
 
 import anodiff
 
-from ..data.processor import VolumeProcessor
+from ..pipelines.base import AnomalyPipeline
 from ..pipelines.pipeline_andi import ANDiPipeline
 from ..pipelines.pipeline_anoddpm import AnoDDPMPipeline
 from ..pipelines.pipeline_autoddpm import AutoDDPMPipeline
-from ..pipelines.pipeline_utils import AnomalyPipeline
 from ..schedulers.scheduling_andi import ANDiScheduler
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
+from ..volumes.processor import VolumeProcessor
 from .options import TrainOptions
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..data.processor import VolumeProcessor
-from ..data.synthetic import draw_anomalies
 from ..models.siamese_unet import SiameseUNet2DModel, SiameseUNet2DOutput
 from ..pipelines.pipeline_cddpm import CDDPMPipeline
 from ..pipelines.pipeline_sadm import SADMPipeline
+from ..volumes.processor import VolumeProcessor
 from .objective_noise import check_keys
 from .options import TrainOptions
+from .synthetic_anomalies import draw_anomalies
 
 
 LOSSES = ("bce", "dice", "bce_dice")

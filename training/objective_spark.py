@@ -14,8 +14,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from ..data.processor import VolumeProcessor
 from ..models.spark import LOSSES, REGIONS, SparKModel, resize_cells, spark_loss
+from ..volumes.processor import VolumeProcessor
 from .options import TrainOptions
 
 

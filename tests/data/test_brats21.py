@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from anodiff.data.preparation import prepare_recipe, read_recipe
+from anodiff.data.prepare import prepare_recipe, read_recipe
 from anodiff.data.prepared import load_prepared
 
 

@@ -13,11 +13,11 @@ import PIL.Image
 import pytest
 
 from anodiff.data.correction import Correction
-from anodiff.data.phantom import make_subject
-from anodiff.data.preparation import prepare_recipe
+from anodiff.data.phantoms.brains import make_subject
+from anodiff.data.prepare import prepare_recipe
 from anodiff.data.prepared import load_prepared
-from anodiff.data.processor import VolumeProcessor
-from anodiff.data.readers import Subject
+from anodiff.data.readers.subjects import Subject
+from anodiff.volumes.processor import VolumeProcessor
 
 
 sitk = pytest.importorskip("SimpleITK", reason="the extra `preprocess` is missing")

@@ -13,13 +13,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from anodiff.data.listing import Missing
-from anodiff.data.phantom import make_subject
-from anodiff.data.preparation import prepare_recipe, read_recipe
+from anodiff.data.phantoms.brains import make_subject
+from anodiff.data.prepare import prepare_recipe, read_recipe
 from anodiff.data.prepared import load_prepared
-from anodiff.data.readers import read_volume_folders
-from anodiff.data.readers_arrays import read_array_stacks, read_crop_pickles, read_picture_stacks
-from anodiff.data.readers_files import read_bids, read_file_patterns
+from anodiff.data.readers.arrays import read_array_stacks, read_crop_pickles, read_picture_stacks
+from anodiff.data.readers.files import read_bids, read_file_patterns
+from anodiff.data.readers.listing import Missing
+from anodiff.data.readers.subjects import read_volume_folders
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import pytest
 import scipy.ndimage
 
 from anodiff.data.leaks import find_leaks, hash_pictures, write_leaks
-from anodiff.data.preparation import prepare
-from anodiff.data.processor import VolumeProcessor
-from anodiff.data.readers import Subject
+from anodiff.data.prepare import prepare
+from anodiff.data.readers.subjects import Subject
+from anodiff.volumes.processor import VolumeProcessor
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ import pytest
 import torch.utils.data
 import yaml
 
-from anodiff.data.phantom import PHANTOM_SETS
-from anodiff.data.preparation import (
+from anodiff.data.phantoms.brains import PHANTOM_SETS
+from anodiff.data.prepare import (
     SliceRule,
     SplitRule,
     prepare,
@@ -22,8 +22,8 @@ from anodiff.data.preparation import (
     read_recipe,
 )
 from anodiff.data.prepared import COLUMNS, PreparedSplit, load_prepared
-from anodiff.data.processor import VolumeProcessor
-from anodiff.data.readers import SPLITS, Subject, read_volume_folders
+from anodiff.data.readers.subjects import SPLITS, Subject, read_volume_folders
+from anodiff.volumes.processor import VolumeProcessor
 
 
 SHAPE = (12, 10, 7)

@@ -6,16 +6,16 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from anodiff.data.preparation import prepare
+from anodiff.data.prepare import prepare
 from anodiff.data.prepared import load_prepared
-from anodiff.data.processor import VolumeProcessor
-from anodiff.data.readers import (
+from anodiff.data.readers.subjects import (
     Subject,
     read_annotated_folders,
     read_image_folders,
     read_split_tables,
     read_volume_folders,
 )
+from anodiff.volumes.processor import VolumeProcessor
 
 
 def touch(root, *files):

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from anodiff.data import shards
-from anodiff.data.preparation import prepare_recipe
+from anodiff.data.prepare import prepare_recipe
 
 
 SCRIPT = Path(__file__).parents[2] / "preprocess.py"

@@ -12,9 +12,9 @@ from diffusers import UNet2DModel
 from skimage.filters import threshold_otsu
 
 from anodiff import AnoFPDMPipeline, AnoFPDMScheduler, AnomalyPipeline, DDIBPipeline, VolumeProcessor
-from anodiff.data.preparation import prepare
+from anodiff.data.prepare import prepare
 from anodiff.data.prepared import load_prepared
-from anodiff.data.readers import Subject
+from anodiff.data.readers.subjects import Subject
 from anodiff.evaluation.calibration import (
     LabelledSlices,
     calibrate,

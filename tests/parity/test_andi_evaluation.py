@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from anodiff.data.preparation import SliceRule, prepare
+from anodiff.data.prepare import SliceRule, prepare
 from anodiff.data.prepared import load_prepared
-from anodiff.data.processor import VolumeProcessor
-from anodiff.data.readers import Subject
+from anodiff.data.readers.subjects import Subject
 from anodiff.evaluation.baselines import equalise, equalised_map
 from anodiff.evaluation.calibration import yen_threshold
 from anodiff.evaluation.metrics import PooledScores, dice
-from anodiff.evaluation.protocol_andi import (
+from anodiff.evaluation.protocols.andi import (
     dice_curve,
     evaluate_threshold,
     scale_to_range,
@@ -29,6 +28,7 @@ from anodiff.evaluation.protocol_andi import (
 )
 from anodiff.evaluation.scoring import Case
 from anodiff.pipelines.postprocessing import PostProcessing, median_filter
+from anodiff.volumes.processor import VolumeProcessor
 
 
 GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "andi"

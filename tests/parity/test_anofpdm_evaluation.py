@@ -13,13 +13,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from anodiff.data.preparation import SliceRule, SplitRule, prepare, read_recipe
+from anodiff.data.prepare import SliceRule, SplitRule, prepare, read_recipe
 from anodiff.data.prepared import load_prepared
-from anodiff.data.processor import VolumeProcessor
-from anodiff.data.readers import Subject
+from anodiff.data.readers.subjects import Subject
 from anodiff.evaluation.metrics import dice, iou
-from anodiff.evaluation.protocol_andi import sweep_thresholds
-from anodiff.evaluation.protocol_anofpdm import (
+from anodiff.evaluation.protocols.andi import sweep_thresholds
+from anodiff.evaluation.protocols.anofpdm import (
     ANOFPDM_SWEEP,
     SliceScores,
     best_threshold,
@@ -29,6 +28,7 @@ from anodiff.evaluation.protocol_anofpdm import (
 )
 from anodiff.evaluation.scoring import Case, score_cases
 from anodiff.pipelines.postprocessing import median_filter, remove_small_components
+from anodiff.volumes.processor import VolumeProcessor
 
 
 GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "anofpdm"

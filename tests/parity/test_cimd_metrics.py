@@ -11,10 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from anodiff.data.preparation import prepare_recipe, read_recipe
+from anodiff.data.prepare import prepare_recipe, read_recipe
 from anodiff.data.prepared import load_prepared
-from anodiff.data.readers import read_annotated_folders
-from anodiff.data.volume import read_volume
+from anodiff.data.readers.subjects import read_annotated_folders
 from anodiff.evaluation.ensemble_metrics import (
     DIVERSITY_READINGS,
     collective_insight,
@@ -28,6 +27,7 @@ from anodiff.evaluation.ensemble_metrics import (
     sample_diversity,
     score_ensemble,
 )
+from anodiff.volumes.volume import read_volume
 
 
 GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "cimd"

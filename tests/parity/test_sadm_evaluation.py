@@ -14,7 +14,7 @@ import torch
 
 from anodiff.evaluation.calibration import threshold_for_dice, threshold_for_fpr
 from anodiff.evaluation.metrics import auroc, average_precision, dice
-from anodiff.evaluation.protocol_sadm import find_best_val, reconstruction_metrics, score_sadm, volume_metrics
+from anodiff.evaluation.protocols.sadm import find_best_val, reconstruction_metrics, score_sadm, volume_metrics
 from anodiff.evaluation.scoring import Case
 from anodiff.pipelines.postprocessing import PostProcessing, erode_brain, median_filter, remove_small_components
 from anodiff.pipelines.ssim import ssim_map

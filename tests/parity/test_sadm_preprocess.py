@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from anodiff import VolumeProcessor
-from anodiff.data.preparation import read_recipe
+from anodiff.data.prepare import read_recipe
 
 
 GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "sadm"

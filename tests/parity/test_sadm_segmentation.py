@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from anodiff import SiameseUNet2DModel
-from anodiff.data import synthetic
-from anodiff.data.synthetic import blend, draw_anomalies, next_power_of_two, perlin_noise, texture
 from anodiff.models.unet_2d_dae import StandardizedConvBlock
+from anodiff.training import synthetic_anomalies
 from anodiff.training.objective_sadm import segmentation_loss
+from anodiff.training.synthetic_anomalies import blend, draw_anomalies, next_power_of_two, perlin_noise, texture
 
 
 FILES = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "sadm"
@@ -111,7 +111,7 @@ def test_perlin_noise():
 def test_texture_and_blend():
     for golden in load("draem*.npz"):
         noise = golden["perlin_after_rot"]
-        mask = (noise > synthetic.THRESHOLD)[:, None].float()
+        mask = (noise > synthetic_anomalies.THRESHOLD)[:, None].float()
         close(mask, golden["mask"], atol=0)
         close(texture(noise), golden["source_u8"].float(), atol=0)
         augmented = golden["augmented_u8"][:, None].float()
@@ -120,7 +120,7 @@ def test_texture_and_blend():
 
 def test_distribution(monkeypatch):
     """Masks and textures are as large and as bright as those of the recording, for fixed seeds."""
-    monkeypatch.setattr(synthetic, "OPACITY", (1.0, 1.0))
+    monkeypatch.setattr(synthetic_anomalies, "OPACITY", (1.0, 1.0))
     for golden in load("draem*.npz"):
         count, size = len(golden["stat_mask_fraction"]), golden["x"].shape[-2:]
         generators = [torch.Generator().manual_seed(number) for number in range(count)]

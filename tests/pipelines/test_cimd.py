@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from scipy import ndimage
 
 from anodiff import AnomalyPipeline, CIMDPipeline, CIMDScheduler, VolumeProcessor
-from anodiff.pipelines.pipeline_utils import NOT_FINITE
+from anodiff.pipelines.base import NOT_FINITE
 
 
 SIZE = 16

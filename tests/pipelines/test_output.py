@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from anodiff import AnomalyOutput
-from anodiff.data.volume import read_volume
-from anodiff.pipelines.pipeline_output import remove_results
+from anodiff.pipelines.output import remove_results
+from anodiff.volumes.volume import read_volume
 
 
 COS, SIN = np.cos(np.deg2rad(20)), np.sin(np.deg2rad(20))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from anodiff.data.phantom import make_subject
+from anodiff.data.phantoms.brains import make_subject
 
 
 ROOT = Path(__file__).parents[2]

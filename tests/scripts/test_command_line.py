@@ -147,7 +147,7 @@ def test_every_configuration_builds_what_it_names(path):
     from accelerate import init_empty_weights
 
     from anodiff import VolumeProcessor
-    from anodiff.data.preparation import read_recipe
+    from anodiff.data.prepare import read_recipe
     from anodiff.train import OBJECTIVES
     from anodiff.training.optimization import check_optim
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from anodiff.data.phantom import PHANTOM_SETS
+from anodiff.data.phantoms.brains import PHANTOM_SETS
 from anodiff.data.prepared import load_prepared
 from anodiff.preprocess import main
 

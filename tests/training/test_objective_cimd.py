@@ -8,7 +8,7 @@ import yaml
 from diffusers import UNet2DModel
 
 from anodiff import AnomalyPipeline, CIMDPipeline, CIMDScheduler, UNet2DHeadsModel, VolumeProcessor
-from anodiff.data.preparation import read_recipe
+from anodiff.data.prepare import read_recipe
 from anodiff.models.gaussian_encoder import GaussianEncoder
 from anodiff.training.loop import sample_generators
 from anodiff.training.objective_cimd import CIMDObjective, UNetWithEncoders, cimd_loss_terms, draw_annotation

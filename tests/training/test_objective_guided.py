@@ -17,7 +17,7 @@ from anodiff import (
     UNet2DHeadsModel,
     VolumeProcessor,
 )
-from anodiff.data.preparation import read_recipe
+from anodiff.data.prepare import read_recipe
 from anodiff.training.loop import sample_generators
 from anodiff.training.objective_guided import (
     ClassifierObjective,

@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch.utils.data
 
-from anodiff.data.preparation import prepare
+from anodiff.data.prepare import prepare
 from anodiff.data.prepared import StreamedSplit, load_prepared
-from anodiff.data.processor import VolumeProcessor
-from anodiff.data.readers import Subject
+from anodiff.data.readers.subjects import Subject
 from anodiff.training.loop import fit
 from anodiff.training.objective_noise import NoiseObjective
 from anodiff.training.options import DataOptions, LoopOptions, TrainOptions
 from anodiff.training.samples import PositionBatches, SampleStream, StreamedSamples
+from anodiff.volumes.processor import VolumeProcessor
 
 
 LENGTH = 18  # slices, in four files

@@ -7,11 +7,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from anodiff.data.preparation import is_phantom, prepare, prepare_phantom, prepare_recipe
+from anodiff.data.phantoms.nodules import RATER_SETS, RaterRule, make_case, write_rater_phantom
+from anodiff.data.prepare import is_phantom, prepare, prepare_phantom, prepare_recipe
 from anodiff.data.prepared import load_prepared
-from anodiff.data.processor import VolumeProcessor
-from anodiff.data.raters import RATER_SETS, RaterRule, make_case, write_rater_phantom
-from anodiff.data.readers import Subject
+from anodiff.data.readers.subjects import Subject
+from anodiff.volumes.processor import VolumeProcessor
 
 
 @pytest.fixture
@@ -246,6 +246,9 @@ def test_a_phantom_with_several_raters(tmp_path, monkeypatch, own_cache):
     found = split.read_subject(case.name)
     np.testing.assert_allclose(found["image"][0, 0] * 255, case.image, atol=1e-3)
     np.testing.assert_array_equal(found["mask"][0], case.masks)
-    assert is_phantom(split.recipe) and split.recipe["source"] == "phantom-raters of anodiff.data.raters, seed 11"
+    assert (
+        is_phantom(split.recipe)
+        and split.recipe["source"] == "phantom-raters of anodiff.data.phantoms.nodules, seed 11"
+    )
     made = load_prepared("phantom-raters", "test")
     np.testing.assert_array_equal(made[:]["mask"], splits["test"][:]["mask"])

@@ -1,6 +1,6 @@
 """Several annotations of one image: made of the one mask that most data sets have, and a phantom whose raters are known.
 
-Import as `from anodiff.data.raters import RaterRule, make_case, write_rater_phantom`.
+Import as `from anodiff.data.phantoms.nodules import RaterRule, make_case, write_rater_phantom`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scipy import ndimage
 from scipy.special import expit
 from tqdm.auto import tqdm
 
-from .phantom import SET_SEED, smooth_field
+from .brains import SET_SEED, smooth_field
 
 
 # A raters, X, Y, Z voxels, H x W pixels.

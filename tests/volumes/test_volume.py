@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
-from anodiff.data.volume import read_volume
+from anodiff.volumes.volume import read_volume
 
 
 AFFINE = np.array([[0, 0, 3.0, -40], [-0.9, 0.2, 0, 30], [0.2, 0.9, 0, 10], [0, 0, 0, 1]])

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ..data.processor import ProcessedVolume
-from ..data.volume import InputVolume
-from ..hub.checkpoint import check_processor, read_model_index
-from .pipeline_output import AnomalyOutput
+from ..hub.model_index import check_processor, read_model_index
+from ..volumes.processor import ProcessedVolume
+from ..volumes.volume import InputVolume
+from .output import AnomalyOutput
 from .postprocessing import PostProcessing
 
 

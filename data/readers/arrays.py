@@ -12,9 +12,9 @@ import nibabel as nib
 import numpy as np
 import PIL.Image
 
+from ...volumes.volume import InputVolume, StoredVolume
 from .listing import Missing, fields_of, folders_in, list_names, match_fields, require_folder
-from .readers import Subject
-from .volume import InputVolume, StoredVolume
+from .subjects import Subject
 
 
 # C channels, X and Y in the plane, Z slices, R x K rows and columns of a picture.

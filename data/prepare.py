@@ -20,13 +20,15 @@ import pyarrow.parquet as pq
 import yaml
 from tqdm.auto import tqdm
 
+from ..volumes.processor import VolumeProcessor
 from . import shards
 from .card import make_card
 from .correction import Correction
-from .phantom import PHANTOM_SETS, SET_SEED, write_phantom
-from .processor import VolumeProcessor
-from .raters import RATER_SETS, RaterRule, write_rater_phantom
-from .readers import (
+from .phantoms.brains import PHANTOM_SETS, SET_SEED, write_phantom
+from .phantoms.nodules import RATER_SETS, RaterRule, write_rater_phantom
+from .readers.arrays import read_array_stacks, read_crop_pickles, read_picture_stacks
+from .readers.files import read_bids, read_file_patterns
+from .readers.subjects import (
     SPLITS,
     Subject,
     read_annotated_folders,
@@ -34,8 +36,6 @@ from .readers import (
     read_split_tables,
     read_volume_folders,
 )
-from .readers_arrays import read_array_stacks, read_crop_pickles, read_picture_stacks
-from .readers_files import read_bids, read_file_patterns
 from .rules import SliceRule, SplitRule
 from .slicing import slices_of
 
@@ -61,7 +61,7 @@ REHOSTING = ("allowed", "forbidden")
 # Every set that is made and not read; those with several annotations are pictures.
 PHANTOMS = (*PHANTOM_SETS, *RATER_SETS)
 
-_PHANTOM_SOURCES = ("anodiff.data.phantom", "anodiff.data.raters")
+_PHANTOM_SOURCES = ("anodiff.data.phantoms.brains", "anodiff.data.phantoms.nodules")
 
 
 def prepare(
@@ -273,7 +273,7 @@ def prepare_recipe(
     Args:
         recipe (`dict`):
             `reader` (a key of `READERS`), `reader_options`, `processor` (settings of [`VolumeProcessor`]), and optionally
-            `correction` ([`~data.correction.Correction`]), `slices` ([`SliceRule`]), `raters` ([`~data.raters.RaterRule`]), `split`
+            `correction` ([`~data.correction.Correction`]), `slices` ([`SliceRule`]), `raters` ([`~data.phantoms.nodules.RaterRule`]), `split`
             ([`SplitRule`]), `dtype`, `license` (identifier of the Hub), `rehosting` (`"allowed"` or `"forbidden"` by the licence) and
             `source` (one line of the card). Paths in it are relative to `root`.
         template, reference (`str` or `Path`, *optional*):
@@ -349,8 +349,8 @@ def prepare_phantom(
         name (`str`): One of `PHANTOMS`: `"phantom-mini"` and `"phantom-std"` are brains, `"phantom-raters"` pictures with several annotations.
         out (`str` or `Path`): As in [`prepare`].
         recipe (`dict`, *optional*): Instead of the packaged one, see [`phantom_recipe`].
-        anatomy (`str`): Of brains, as in [`~data.phantom.write_phantom`].
-        seed (`int`): As in [`~data.phantom.write_phantom`] and [`~data.raters.write_rater_phantom`].
+        anatomy (`str`): Of brains, as in [`~data.phantoms.brains.write_phantom`].
+        seed (`int`): As in [`~data.phantoms.brains.write_phantom`] and [`~data.phantoms.nodules.write_rater_phantom`].
         raw (`str` or `Path`, *optional*): Where the raw volumes are kept; must not exist. They are not kept by default.
         template, reference (`str` or `Path`, *optional*): As in [`prepare_recipe`], of a recipe with `correction`.
         num_proc (`int`): As in [`prepare`]; the raw volumes are made by one process.

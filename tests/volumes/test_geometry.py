@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from anodiff import VolumeProcessor
-from anodiff.data.geometry import Geometry
+from anodiff.volumes.geometry import Geometry
 
 
 SHAPE = (9, 12, 7)

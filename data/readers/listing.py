@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .volume import InputVolume, StoredVolume
+from ...volumes.volume import InputVolume, StoredVolume
 
 
 SPLITS = ("train", "validation", "test")

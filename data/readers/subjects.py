@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...volumes.volume import IMAGE_SUFFIXES, StoredVolume
 from .listing import (
     SPLIT_NAMES,
     SPLITS,
@@ -20,7 +21,6 @@ from .listing import (
     require_folder,
     require_list,
 )
-from .volume import IMAGE_SUFFIXES, StoredVolume
 
 
 _T1_WORD = re.compile(r"(?<![a-zA-Z0-9])t1(?![a-zA-Z0-9])")
@@ -32,7 +32,7 @@ class Subject:
 
     Args:
         name (`str`): Unique in its data set.
-        volume (`dict[str, Path]`, `Path` or [`~data.volume.StoredVolume`]): Modality to file, or one file.
+        volume (`dict[str, Path]`, `Path` or [`~volumes.volume.StoredVolume`]): Modality to file, or one file.
         masks (`tuple[Path, ...]`):
             Lesion masks on the volume's grid, one per annotator; empty if the subject is unlabelled. Subjects of one data set may
             have different numbers of them.

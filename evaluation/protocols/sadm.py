@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from ..pipelines.postprocessing import remove_small_components
-from .calibration import threshold_for_dice, threshold_for_fpr
-from .metrics import auroc, average_precision, confusion, dice, false_positive_rate, precision, recall
-from .scoring import Case
+from ...pipelines.postprocessing import remove_small_components
+from ..calibration import threshold_for_dice, threshold_for_fpr
+from ..metrics import auroc, average_precision, confusion, dice, false_positive_rate, precision, recall
+from ..scoring import Case
 
 
 HEALTHY_RATES = {"fpr1": 0.01, "fpr5": 0.05, "fpr10": 0.1}

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from .calibration import yen_threshold
-from .metrics import PooledScores, dice
-from .scoring import Case
+from ..calibration import yen_threshold
+from ..metrics import PooledScores, dice
+from ..scoring import Case
 
 
 PROTOCOLS = ("pooled", "andi", "uad_imag", "anofpdm", "sadm")

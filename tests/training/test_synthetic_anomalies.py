@@ -7,8 +7,8 @@ import PIL.ImageOps
 import pytest
 import torch
 
-from anodiff.data import synthetic
-from anodiff.data.synthetic import (
+from anodiff.training import synthetic_anomalies
+from anodiff.training.synthetic_anomalies import (
     AUGMENTERS,
     _autocontrast,
     _equalize,
@@ -105,4 +105,8 @@ def test_rotation_of_a_slice_that_is_not_square():
 
 
 def test_constants_of_draem():
-    assert (synthetic.ROTATION, synthetic.NUM_AUGMENTERS, len(synthetic.AUGMENTERS)) == (90.0, 3, 10)
+    assert (synthetic_anomalies.ROTATION, synthetic_anomalies.NUM_AUGMENTERS, len(synthetic_anomalies.AUGMENTERS)) == (
+        90.0,
+        3,
+        10,
+    )

@@ -13,7 +13,7 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
-from ..data.volume import InputVolume
+from ..volumes.volume import InputVolume
 
 
 # Stems of the files that results are saved as.

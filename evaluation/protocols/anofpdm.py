@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..pipelines.postprocessing import remove_small_components
-from .calibration import threshold_for_fpr
-from .metrics import PooledScores, dice, iou
-from .scoring import Case
+from ...pipelines.postprocessing import remove_small_components
+from ..calibration import threshold_for_fpr
+from ..metrics import PooledScores, dice, iou
+from ..scoring import Case
 
 
 # First and last threshold and step of the grid that validation data with masks decide on.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from anodiff.data import phantom
-from anodiff.data.phantom import LESIONS, MODALITIES, PHANTOM_SETS, TISSUE_MEANS, make_subject, write_phantom
+from anodiff.data.phantoms import brains
+from anodiff.data.phantoms.brains import LESIONS, MODALITIES, PHANTOM_SETS, TISSUE_MEANS, make_subject, write_phantom
 
 
 def geometric(index=0, **options):
@@ -60,10 +60,10 @@ def test_spacing_keeps_the_field_of_view_and_the_anatomy():
 
 
 def test_smooth_field_has_unit_variance_everywhere():
-    template = phantom._geometric_template()
-    grid = phantom._Grid((16, 19, 15), 12.0, template.origin, template.extent)
+    template = brains._geometric_template()
+    grid = brains._Grid((16, 19, 15), 12.0, template.origin, template.extent)
     rng = np.random.default_rng(0)
-    fields = np.stack([phantom._smooth_field(rng, grid, 28.0) for _ in range(2000)])
+    fields = np.stack([brains._smooth_field(rng, grid, 28.0) for _ in range(2000)])
     np.testing.assert_allclose(fields.mean(axis=0), 0, atol=0.12)  # 5 standard errors
     np.testing.assert_allclose(fields.std(axis=0), 1, atol=0.08)
     neighbours = np.corrcoef(fields[:, 8, 9, 7], fields[:, 9, 9, 7])[0, 1]
@@ -166,12 +166,12 @@ def test_jacobian_determinant():
     grid = np.stack(np.meshgrid(*(3.0 * np.arange(n) for n in (6, 7, 8)), indexing="ij"))
     matrix = np.array([[1.1, 0.2, 0.0], [0.1, 0.9, 0.3], [0.0, 0.1, 1.2]])
     mapped = np.tensordot(matrix, grid, axes=1)
-    np.testing.assert_allclose(phantom._jacobian_determinant(mapped, 3.0), np.linalg.det(matrix), rtol=1e-10)
+    np.testing.assert_allclose(brains._jacobian_determinant(mapped, 3.0), np.linalg.det(matrix), rtol=1e-10)
 
 
 def test_folding_shapes_are_rejected(monkeypatch):
     assert all(geometric(i, spacing=6.0).parameters["smallest_jacobian"] > 0.2 for i in range(5))
-    monkeypatch.setattr(phantom, "DISPLACEMENT", ((28.0, 40.0),))
+    monkeypatch.setattr(brains, "DISPLACEMENT", ((28.0, 40.0),))
     with pytest.raises(RuntimeError, match="Jacobian"):
         geometric(spacing=6.0)
 
@@ -251,7 +251,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return make_subject(index, **options)
 
-    monkeypatch.setattr(phantom, "make_subject", interrupt)
+    monkeypatch.setattr(brains, "make_subject", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_phantom(tmp_path / "set", anatomy="geometric", spacing=6.0, progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -273,7 +273,7 @@ def test_mni152():
 
 
 def test_mni152_without_nilearn_says_what_to_install(monkeypatch):
-    phantom._mni152_template.cache_clear()
+    brains._mni152_template.cache_clear()
     monkeypatch.setitem(sys.modules, "nilearn.datasets", None)
     with pytest.raises(ImportError, match=r"anodiff\[phantom\]"):
         make_subject(0)

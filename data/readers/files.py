@@ -20,7 +20,7 @@ from .listing import (
     require_folder,
     require_list,
 )
-from .readers import Subject
+from .subjects import Subject
 
 
 MISSING_MASKS = ("error", "healthy", "unknown")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from skimage.metrics import hausdorff_distance as hausdorff_of_scikit_image
 
-from anodiff.evaluation.protocol_sadm import choose_thresholds, find_best_val, hausdorff_distance, score_sadm
+from anodiff.evaluation.protocols.sadm import choose_thresholds, find_best_val, hausdorff_distance, score_sadm
 from anodiff.evaluation.scoring import Case
 
 

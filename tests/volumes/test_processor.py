@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from anodiff import VolumeProcessor
-from anodiff.data.processor import INTENSITY_RULES
-from anodiff.data.volume import read_volume
+from anodiff.volumes.processor import INTENSITY_RULES
+from anodiff.volumes.volume import read_volume
 
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -3,7 +3,7 @@
 The phantom shows that a method is correct: the error falls, AUROC rises with `contrast`, two runs agree. It cannot
 support a claim of accuracy, because all subjects share the gyral pattern of one template and one simulated scanner.
 
-Import as `from anodiff.data.phantom import make_subject, write_phantom`.
+Import as `from anodiff.data.phantoms.brains import make_subject, write_phantom`.
 """
 
 import csv
