@@ -96,11 +96,11 @@ def test_draws_are_bit_identical_for_any_batch_size(noise_type):
     for batch_size in (1, 4, 100):
         seen = {}
 
-        def recording(shape, timesteps, generator, *args, seen=seen, **kwargs):
-            noise = original(shape, timesteps, generator, *args, **kwargs)
-            for one, image in zip(generator, noise, strict=True):
-                assert one.initial_seed() not in seen
-                seen[one.initial_seed()] = image.numpy().tobytes()
+        def recording(keys, seen=seen, **arguments):
+            noise = original(keys, **arguments)
+            for key, image in zip(keys.tolist(), noise, strict=True):
+                assert tuple(key) not in seen
+                seen[tuple(key)] = image.numpy().tobytes()
             return noise
 
         pipe.scheduler.draw_noise = recording
@@ -223,28 +223,39 @@ def test_blocks_of_one_step_are_the_timesteps():
     assert_same_map(pipe(make_slices(), normative_blocks=True, block_length=1).anomaly_map, expected)
 
 
-@pytest.mark.parametrize("length", [2, 3, 25])
-def test_blocks_walk_every_timestep_once(length):
+@pytest.mark.parametrize(
+    ("length", "blocks"), [(2, [[78], [77, 76]]), (3, [[78], [77, 76, 75]]), (25, [[78, 77, 76, 75]])]
+)
+def test_blocks_end_at_multiples_of_their_length(length, blocks):
     pipe = make_pipeline(normative_blocks=True, block_length=length)
     batches = evaluated_batches(pipe)
     slices = make_slices()
-    tops = {2: [78, 76], 3: [78, 77], 25: [78]}[length]
-    noise = torch.randn(len(tops), 3, 1, SIZE, SIZE)
+    noise = torch.randn(len(blocks), 3, 1, SIZE, SIZE)
     result = pipe(slices, noise=noise, aggregation="arithmetic").anomaly_map
-    assert torch.cat(batches).bincount().tolist() == [0] * 75 + [3] * 4
+    # Every timestep once for each slice, but those below the last end.
+    assert sorted(torch.cat(batches).tolist()) == sorted(3 * sum(blocks, []))
 
     # Both chains, walked by the scheduler's own means.
     scheduler, expected = pipe.scheduler, []
-    for number, top in enumerate(tops):
-        true = predicted = scheduler.add_noise(slices, noise[number], top)
-        end = tops[number + 1] + 1 if number + 1 < len(tops) else 75
-        for t in range(top, end - 1, -1):
+    for block, drawn in zip(blocks, noise, strict=True):
+        true = predicted = scheduler.add_noise(slices, drawn, block[0])
+        for t in block:
             with torch.no_grad():
                 model_output = pipe.unet(predicted, torch.full((3,), t)).sample
             predicted = scheduler.predicted_mean(model_output, t, predicted)
             true = scheduler.posterior_mean(slices, t, true)
         expected.append((true - predicted).square())
     torch.testing.assert_close(result, torch.stack(expected).mean(0)[:, 0], rtol=1e-2, atol=1e-8)
+
+
+def test_a_range_without_an_end_of_a_block_is_refused():
+    with pytest.raises(ValueError, match="`block_length` must have a multiple from `start` to `stop` - 1, 76 to 78"):
+        make_pipeline()(make_slices(), normative_blocks=True, block_length=25, start=76)
+    # The chain of the lowest range ends at 1, which is no multiple.
+    pipe = make_pipeline(normative_blocks=True, block_length=25)
+    batches = evaluated_batches(pipe)
+    pipe(make_slices(1), start=1, stop=4)
+    assert torch.cat(batches).tolist() == [3, 2, 1]
 
 
 def test_background_can_be_zero():
@@ -372,10 +383,10 @@ def test_return_tuple():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"start": 0}, "1 <= start < stop <= 1000, got 0 and 79. t = 0 has no reverse transition"),
-        ({"start": 79}, "1 <= start < stop <= 1000, got 79 and 79"),
-        ({"stop": 1001}, "1 <= start < stop <= 1000, got 75 and 1001"),
-        ({"stop": 78.0}, "`start` and `stop` must be integers"),
+        ({"start": 0}, "`start` must be an integer between 1 and 999, got 0"),
+        ({"start": 79}, "`stop` must be an integer between 80 and 1000, got 79"),
+        ({"stop": 1001}, "`stop` must be an integer between 76 and 1000, got 1001"),
+        ({"stop": 78.0}, "`stop` must be an integer between 76 and 1000, got 78.0"),
         ({"num_timesteps": 5}, "`num_timesteps` must be an integer between 1 and 4, got 5"),
         ({"num_timesteps": 0}, "`num_timesteps` must be an integer between 1 and 4, got 0"),
         ({"noise_type": "simplex"}, "`noise_type` must be one of pyramid, gaussian, got 'simplex'"),
@@ -398,7 +409,7 @@ def test_wrong_arguments(arguments, message):
 def test_wrong_settings():
     with pytest.raises(ValueError, match="`aggregation` must be one of"):
         make_pipeline(aggregation="sum")
-    with pytest.raises(ValueError, match="1 <= start < stop <= 100, got 75 and 200"):
+    with pytest.raises(ValueError, match="`stop` must be an integer between 76 and 100, got 200"):
         make_pipeline(scheduler=ANDiScheduler(num_train_timesteps=100), stop=200)
     with pytest.raises(ValueError, match="under the key 'brain'"):
         make_pipeline()([make_volume()], brain_mask=make_volume())

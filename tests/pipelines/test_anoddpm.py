@@ -56,23 +56,23 @@ def test_batch_size_does_not_matter(mode, noise_type):
 @pytest.mark.parametrize("noise_type", ["simplex", "gaussian"])
 def test_draws_are_bit_identical_for_any_batch_size(noise_type):
     pipe = make_pipeline(scheduler=AnoDDPMScheduler(noise_type=noise_type), num_draws=2)
+    original = pipe.scheduler.draw_noise
     drawn = {}
     for batch_size in (1, 4, 100):
         seen = {}
-        step = pipe.scheduler.step
-        original = pipe.scheduler.draw_noise
 
-        def recording(shape, timesteps, generator, device, dtype, seen=seen, original=original):
-            noise = original(shape, timesteps, generator, device, dtype)
-            for one, image in zip(generator, noise, strict=True):
-                seen.setdefault(one.initial_seed(), []).append(image.numpy().tobytes())
+        def recording(keys, seen=seen, **arguments):
+            noise = original(keys, **arguments)
+            for key, image in zip(keys.tolist(), noise, strict=True):
+                assert tuple(key) not in seen
+                seen[tuple(key)] = image.numpy().tobytes()
             return noise
 
         pipe.scheduler.draw_noise = recording
         pipe(make_volume(), batch_size=batch_size)
-        pipe.scheduler.draw_noise, pipe.scheduler.step = original, step
         drawn[batch_size] = seen
-    assert len(drawn[1]) == 10 and all(len(images) == 5 for images in drawn[1].values())
+    # Two members of five slices, each with the noise of the start and of three steps, no two alike.
+    assert len(drawn[1]) == len(set(drawn[1].values())) == 2 * 5 * 4
     assert drawn[1] == drawn[4] == drawn[100]
 
 
@@ -232,19 +232,36 @@ def test_modalities_are_reduced_as_asked():
 def test_draws_are_averaged_before_the_difference():
     pipe = make_pipeline(mode="one_shot", noise_level=30)
     slices = torch.rand(2, 1, SIZE, SIZE) * 2 - 1
-    noise = torch.randn(1, 2 * 3, 1, SIZE, SIZE)
+    noise = torch.randn(3, 2, 1, SIZE, SIZE)
     together = pipe(slices, num_draws=3, noise=noise).reconstruction
-    single = [pipe(slices, noise=noise[:, draw::3]).reconstruction for draw in range(3)]
+    single = [pipe(slices, noise=noise[draw : draw + 1]).reconstruction for draw in range(3)]
     torch.testing.assert_close(together, torch.stack(single).mean(0), rtol=0, atol=1e-5)
 
 
-def test_noise_may_be_a_callable():
-    pipe = make_pipeline()
+@pytest.mark.parametrize(
+    ("mode", "starts"), [("partial", [0, 5, 10, 15]), ("partial_offset", [0, 4, 8, 12]), ("one_shot", [0, 1, 2, 3])]
+)
+def test_draws_of_members_are_numbered_one_after_the_other(mode, starts):
+    pipe = make_pipeline(mode=mode)
     slices = torch.rand(3, 1, SIZE, SIZE) * 2 - 1
-    noise = torch.randn(5, 3, 1, SIZE, SIZE)
-    expected = pipe(slices, noise=noise).anomaly_map
-    actual = pipe(slices, noise=lambda step, items, shape: noise[step][items], batch_size=2).anomaly_map
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    noise = torch.randn(starts[-1] + 5, 3, 1, SIZE, SIZE)
+    asked = set()
+
+    def draw(draws, indices, shape):
+        asked.update(draws)
+        assert shape == (len(draws), 1, SIZE, SIZE)
+        return noise[draws, indices]
+
+    result = pipe(slices, noise=draw, noise_level=[3, 5], num_draws=2, batch_size=2)
+    # Chains of different lengths: each member has as many numbers as the longest chain, and uses the first of them.
+    shorter = {"partial": 3, "partial_offset": 2, "one_shot": 1}[mode]
+    lengths = [shorter, shorter, starts[1], starts[1]]
+    assert asked == {start + step for start, length in zip(starts, lengths, strict=True) for step in range(length)}
+    members = [
+        pipe(slices, noise=noise[start:], noise_level=level).reconstruction
+        for level, start in zip((3, 3, 5, 5), starts, strict=True)
+    ]
+    torch.testing.assert_close(result.reconstruction, torch.stack(members).mean(0), rtol=0, atol=1e-5)
 
 
 def test_speed_options_change_little():
@@ -301,12 +318,12 @@ def test_return_tuple():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"noise_level": 0}, "`noise_level` must be between 1 and 1000"),
-        ({"noise_level": 1001}, "`noise_level` must be between 1 and 1000"),
-        ({"noise_level": []}, "`noise_level` must be between 1 and 1000"),
-        ({"noise_level": 2.5}, "`noise_level` must be between 1 and 1000"),
-        ({"noise_level": 1, "mode": "partial_offset"}, "`noise_level` must be between 2 and 999"),
-        ({"noise_level": 1000, "mode": "partial_offset"}, "`noise_level` must be between 2 and 999"),
+        ({"noise_level": 0}, "`noise_level` must be an integer between 1 and 1000"),
+        ({"noise_level": 1001}, "`noise_level` must be an integer between 1 and 1000"),
+        ({"noise_level": []}, "`noise_level` must be an integer between 1 and 1000"),
+        ({"noise_level": 2.5}, "`noise_level` must be an integer between 1 and 1000"),
+        ({"noise_level": 1, "mode": "partial_offset"}, "`noise_level` must be an integer between 2 and 999"),
+        ({"noise_level": 1000, "mode": "partial_offset"}, "`noise_level` must be an integer between 2 and 999"),
         ({"mode": "two_shot"}, "`mode` must be one of partial, one_shot"),
         ({"modality_reduction": "median"}, "`modality_reduction` must be one of mean, max"),
         ({"num_draws": 0}, "`num_draws` must be an integer of at least 1"),
@@ -342,9 +359,9 @@ def test_wrong_volumes(tmp_path):
     ("settings", "message"),
     [
         ({"slice_score": "median"}, "`slice_score` must be one of mean, max, p99"),
-        ({"median_size": -1}, "`median_size` must not be negative"),
-        ({"median_dimensions": 4}, "`median_dimensions` must be 2 or 3"),
-        ({"erosion": -1}, "`erosion` must not be negative"),
+        ({"median_size": -1}, "`median_size` must be an integer of at least 0"),
+        ({"median_dimensions": 4}, "`median_dimensions` must be one of 2, 3"),
+        ({"erosion": -1}, "`erosion` must be an integer of at least 0"),
         ({"mode": "both"}, "`mode` must be one of"),
     ],
 )

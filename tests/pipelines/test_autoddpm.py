@@ -84,9 +84,9 @@ def test_noise_may_be_a_callable_and_every_draw_is_used():
     expected = pipe(slices, noise=noise).anomaly_map
     asked = set()
 
-    def draw(number, items, shape):
-        asked.update((number, item) for item in items)
-        return noise[number][items].reshape(shape)
+    def draw(draws, indices, shape):
+        asked.update(zip(draws, indices, strict=True))
+        return noise[draws, indices].reshape(shape)
 
     torch.testing.assert_close(pipe(slices, noise=draw, batch_size=2).anomaly_map, expected, rtol=0, atol=1e-5)
     assert asked == {(number, item) for number in range(DRAWS) for item in range(3)}
@@ -202,8 +202,8 @@ def test_progress_bar_is_silent_when_asked(capfd):
         ({"inpainting_level": 2}, "`inpainting_level` must be an integer between 3 and 999"),
         ({"resample": 0}, "`resample` must be an integer of at least 1"),
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
-        ({"masking_threshold": -0.1}, "`masking_threshold` must not be negative"),
-        ({"quantile": 0.0}, "`quantile` must be above 0"),
+        ({"masking_threshold": -0.1}, "`masking_threshold` must be a finite number and at least 0"),
+        ({"quantile": 0.0}, "`quantile` must be a finite number and above 0 and at most 1"),
         ({"mask_distance": "ssim"}, "`mask_distance` must be one of lpips, residual"),
         ({"perceptual_distance": distance}, "`perceptual_distance` is not used with `mask_distance` 'residual'"),
         ({"noise": torch.zeros(DRAWS, 5, 1, SIZE, SIZE), "generator": 1}, "either `noise` or `generator`"),

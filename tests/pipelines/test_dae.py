@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from anodiff import AnomalyPipeline, DAEPipeline, DAEScheduler, DAEUNet2DModel, VolumeProcessor
+from anodiff.schedulers.draws import make_keys
 from anodiff.schedulers.scheduling_dae import coarse_noise
 
 
@@ -32,10 +33,6 @@ def make_volume(shape=(18, 20, 5), seed=0) -> np.ndarray:
 
 def assert_same_map(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
-
-
-def generators(count=3):
-    return [torch.Generator().manual_seed(number) for number in range(count)]
 
 
 def test_batch_size_and_seed_do_not_matter():
@@ -109,24 +106,21 @@ def test_a_slice_is_evaluated_once_and_as_it_is():
 
 def test_noise_is_coarse_shifted_and_of_each_slice_alone():
     scheduler = DAEScheduler(noise_resolution=4, noise_std=0.2, shared_shift=False)
-    shape = (3, 2, SIZE, 12)
-    noise = scheduler.draw_noise(shape, generators(), "cpu")
-    assert noise.shape == shape
+    size, keys = (2, SIZE, 12), make_keys(0, range(3))
+    noise = scheduler.draw_noise(keys, size)
+    assert noise.shape == (3, *size)
     for number in range(3):
-        one = torch.Generator().manual_seed(number)
-        torch.testing.assert_close(scheduler.draw_noise((1, *shape[1:]), [one], "cpu")[0], noise[number])
-    with pytest.raises(ValueError, match="one entry per sample"):
-        scheduler.draw_noise(shape, generators(2), "cpu")
+        torch.testing.assert_close(scheduler.draw_noise(keys[number : number + 1], size)[0], noise[number])
 
-    large = scheduler.draw_noise((200, 2, SIZE, SIZE), generators(200), "cpu")
+    large = scheduler.draw_noise(make_keys(0, range(200)), (2, SIZE, SIZE))
     # Corners meet, so values lie between the draws: variance 0.04 (2/3)^2 in the middle, 0.04 at the draws.
     assert 0.1 < large.std() < 0.2 and large.mean().abs() < 0.01
 
 
 def test_shift_of_a_batch_is_that_of_its_first_slice():
-    shape = (3, 1, SIZE, SIZE)
-    own = DAEScheduler(noise_resolution=4, shared_shift=False).draw_noise(shape, generators(), "cpu")
-    shared = DAEScheduler(noise_resolution=4).draw_noise(shape, generators(), "cpu")
+    size, keys = (1, SIZE, SIZE), make_keys(0, range(3))
+    own = DAEScheduler(noise_resolution=4, shared_shift=False).draw_noise(keys, size)
+    shared = DAEScheduler(noise_resolution=4).draw_noise(keys, size)
     torch.testing.assert_close(shared[0], own[0], rtol=0, atol=0)
     shifts = [
         [(y, x) for y in range(SIZE) for x in range(SIZE) if torch.roll(shared[i], (y, x), (1, 2)).equal(own[i])]
@@ -169,8 +163,8 @@ def test_network_does_not_see_the_scale_of_its_weights(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rim_window": 4}, "`rim_window` must be an odd integer"),
-        ({"rim_window": 0}, "`rim_window` must be an odd integer"),
+        ({"rim_window": 4}, "`rim_window` must be odd, got 4"),
+        ({"rim_window": 0}, "`rim_window` must be an integer of at least 1, got 0"),
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
     ],
 )
@@ -200,7 +194,7 @@ def test_wrong_components_and_volumes():
         DAEPipeline(pipe.unet, pipe.scheduler, VolumeProcessor(intensity="mean_std"))
     with pytest.raises(ValueError, match="`noise_resolution` must be an integer of at least 1"):
         DAEScheduler(noise_resolution=0)
-    with pytest.raises(ValueError, match="`noise_std` must be above 0"):
+    with pytest.raises(ValueError, match="`noise_std` must be a finite number and above 0"):
         DAEScheduler(noise_std=0.0)
     with pytest.raises(ValueError, match="`block_out_channels`"):
         DAEUNet2DModel(block_out_channels=())
