@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import ModelMixin, UNet2DModel
 
 
 GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden"))
@@ -38,7 +39,7 @@ def load(path: Path | str) -> dict[str, torch.Tensor]:
     return {name: a if a.dtype.kind == "U" else torch.from_numpy(np.array(a)) for name, a in read(path).items()}
 
 
-class ToyUNet(torch.nn.Module):
+class ToyUNet(UNet2DModel):
     """
     The network of the recordings: scale * tanh(conv2d(x, W, padding=1) + t / T * b + E[label]), with the scale 1 where none is recorded,
     and without E for the label behind the last class, or without labels.
@@ -50,14 +51,15 @@ class ToyUNet(torch.nn.Module):
     """
 
     def __init__(self, arrays: dict[str, torch.Tensor], steps: int | None = None, prefix: str = "toy_"):
-        super().__init__()
+        ModelMixin.__init__(self)  # without the layers of a `UNet2DModel`, which pipelines ask for
+        channels = arrays[f"{prefix}W"].shape
+        self.register_to_config(in_channels=channels[1], out_channels=channels[0])
         self.weight = torch.nn.Parameter(arrays[f"{prefix}W"].clone())
         self.bias = torch.nn.Parameter(arrays[f"{prefix}b"].clone())
         self.steps = float(arrays[f"{prefix}T"] if steps is None else steps)
         self.scale = float(arrays.get(f"{prefix}scale", 1.0))
         classes = arrays.get(f"{prefix}E", torch.zeros(0, len(self.bias)))
         self.classes = torch.cat([classes, torch.zeros_like(self.bias.detach())[None]])
-        self.dtype, self.device = torch.float32, torch.device("cpu")
 
     def forward(self, sample, timesteps, class_labels=None):
         shift = (timesteps / self.steps).reshape(-1, 1) * self.bias
@@ -72,6 +74,7 @@ class ToySegmentationUNet(ToyUNet):
 
     def __init__(self, arrays: dict[str, torch.Tensor], steps: int):
         super().__init__(arrays, steps, prefix="")
+        self.register_to_config(in_channels=2)
 
     def forward(self, sample, timesteps):
         image, mask = sample.float().split(1, dim=1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from anodiff import ANDiPipeline, ANDiScheduler, VolumeProcessor
+from anodiff.schedulers.draws import make_keys
 from anodiff.schedulers.noise import draw_pyramid, pyramid_noise, pyramid_sizes
 
 from .recordings import ToyUNet, load, over, recordings
@@ -103,10 +104,9 @@ def test_pyramid_noise_in_distribution(path):
     # Two images with two channels per call, as recorded.
     arrays = load(path)
     size, discount, calls = int(arrays["size"]), float(arrays["discount"]), int(arrays["n_draws"])
-    generator = torch.Generator().manual_seed(0)
     fields = [
-        draw_pyramid((2, size, size), [generator] * 2, "cpu", torch.float32, discount=discount, per_image=False)
-        for _ in range(calls)
+        draw_pyramid(make_keys(0, [call] * 2, [0, 1]), (2, size, size), discount=discount, per_image=False)
+        for call in range(calls)
     ]
     fields = torch.stack(fields)  # (calls, 2, 2, S, S)
     torch.testing.assert_close(fields.flatten(1).std(1), torch.ones(calls), rtol=0, atol=1e-5)
@@ -196,26 +196,26 @@ def test_normative_blocks(path):
     arrays = load(path)
     scheduler = ANDiScheduler(**beta_range(), log_floor=0.0)
     start, stop, length = max(int(arrays["start"]), 1), int(arrays["stop"]), int(arrays["skip"])
+    # The original begins at `stop` - 1 and behind every end; what is below the last end is not compared.
+    ends = [t for t in range(stop - 1, start - 1, -1) if t % length == 0 or t == 1]
+    tops = [stop - 1] + [end - 1 for end in ends[:-1]]
     pipe = make_pipeline(
         arrays, scheduler, len(scheduler), start=start, stop=stop, normative_blocks=True, block_length=length
     )
-    images, noise, blocks = arrays["images"], arrays["noise"], arrays["d_blocks"]
-    # Each block alone, then all of them. The draw after the last block end is not used.
-    for block in range(blocks.shape[1]):
-        ends = start + block * length, min(start + (block + 1) * length, stop)
-        draw = noise[blocks.shape[1] - 1 - block : blocks.shape[1] - block]
-        for reduction, expected in (("max", blocks[:, block].amax(1)), ("mean", blocks[:, block].mean(1))):
-            found = compute(
-                pipe,
-                images,
-                draw,
-                start=ends[0],
-                stop=ends[1],
-                aggregation="arithmetic",
-                modality_reduction=reduction,
-            )
+    # The draw behind the last end is not used.
+    images, noise = arrays["images"], arrays["noise"][: len(ends)]
+    # Where the original writes the block of t = 1 over another one, the last one is recorded.
+    places = {(end - start) // length: draw for draw, end in enumerate(ends)}
+    for place, draw in places.items():
+        alone = dict(start=ends[draw], stop=tops[draw] + 1, aggregation="arithmetic")
+        block = arrays["d_blocks"][:, place]
+        for reduction, expected in (("max", block.amax(1)), ("mean", block.mean(1))):
+            found = compute(pipe, images, noise[draw : draw + 1], modality_reduction=reduction, **alone)
             assert_close_deviations(found, expected)
-    assert_close_maps(compute(pipe, images, noise), blocks.log().mean(1).exp().amax(1), map_tolerance(blocks).amax(1))
+    if len(places) == len(ends):
+        blocks = arrays["d_blocks"][:, sorted(places)]
+        expected = blocks.log().mean(1).exp().amax(1)
+        assert_close_maps(compute(pipe, images, noise), expected, map_tolerance(blocks).amax(1))
 
 
 @over("andi/eval_andi_[!n]*.npz")
