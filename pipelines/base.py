@@ -542,11 +542,11 @@ class AnomalyPipeline(DiffusionPipeline):
         )
 
     def check_value_range(self) -> None:
-        """Raises a `ValueError` unless slices are in [-1, 1], which the estimates of x_0 of some methods are limited to."""
-        given = tuple(self.processor.config.value_range)
-        if given != (-1.0, 1.0):
+        """Raises a `ValueError` unless the processor brings slices to [-1, 1], which predictions of the clean slice are limited to."""
+        value_range = tuple(self.processor.config.value_range)
+        if value_range != (-1.0, 1.0):
             raise ValueError(
-                f"`processor` must have the `value_range` (-1, 1), which reconstructions are limited to, got {given}."
+                f"`processor` must have the `value_range` (-1, 1), which the predictions are limited to, got {value_range}."
             )
 
 
