@@ -1,4 +1,4 @@
-"""Structural similarity of two volumes, as a map."""
+"""Structural similarity of two volumes as a map."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ RADIUS = 4  # of the window, in voxels
 
 def ssim_map(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """
-    Structural similarity (Wang et al. 2004) of the surroundings of every voxel, in three dimensions: Gaussian window of 9 voxels with a
-    sigma of 1, mirrored at the border, k1 = 0.01, k2 = 0.03. SADM takes 1 - SSIM of slice and reconstruction as anomaly map (method card,
-    section 6).
+    Computes the structural similarity (Wang et al. 2004) of the surroundings of every voxel, in three dimensions: Gaussian window of 9
+    voxels with a sigma of 1, mirrored at the border, k1 = 0.01, k2 = 0.03. SADM takes 1 - SSIM of slice and reconstruction as anomaly map.
 
     Args:
         first, second (`torch.Tensor` of shape `(N, H, W)`):
@@ -55,7 +54,7 @@ def ssim_map(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def _mirror(volumes: torch.Tensor) -> torch.Tensor:
-    """Volumes `(2, N, H, W)` with `RADIUS` mirrored voxels on each side (d c b | a b c d), also where an axis is shorter than that."""
+    """Pads volumes `(2, N, H, W)` with `RADIUS` mirrored voxels on each side (d c b | a b c d), also where an axis is shorter than that."""
     for axis, length in enumerate(volumes.shape[1:], start=1):
         period = max(2 * (length - 1), 1)
         index = torch.arange(-RADIUS, length + RADIUS) % period

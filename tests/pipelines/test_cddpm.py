@@ -119,18 +119,10 @@ def test_the_map_is_that_of_the_mean_reconstruction():
     slices = torch.rand(4, 2, SIZE, SIZE)
     result = pipe(slices)
     torch.testing.assert_close(result.anomaly_map, (slices - result.reconstruction).abs().mean(1))
-    parts = [pipe(slices, timesteps=[t]).reconstruction for t in (20, 50, 80)]
-    torch.testing.assert_close(result.reconstruction, sum(parts) / 3, atol=1e-5, rtol=1e-4)
-    # One timestep and slice of a stream is where it says it is.
-    stream = pipe.iterate_reconstructions(
-        slices, [0, 1, 2, 3], timesteps=[20, 50, 80], shared_noise=False, seed=0, batch_size=5
-    )
-    sizes = []
-    for numbers, rows, reconstructions in stream:
-        sizes.append(len(rows))
-        for number, row, reconstruction in zip(numbers, rows, reconstructions, strict=True):
-            torch.testing.assert_close(reconstruction, parts[number][row], atol=1e-5, rtol=1e-4)
-    assert sizes == [5, 5, 2]
+    noise, steps = torch.randn(3, 4, 2, SIZE, SIZE), (20, 50, 80)
+    parts = [pipe(slices, timesteps=[t], noise=noise[k : k + 1]).reconstruction for k, t in enumerate(steps)]
+    whole = pipe(slices, noise=noise, batch_size=5).reconstruction
+    torch.testing.assert_close(whole, sum(parts) / 3, atol=1e-5, rtol=1e-4)
 
 
 def test_the_networks_see_what_they_are_promised():
@@ -149,6 +141,9 @@ def test_the_networks_see_what_they_are_promised():
     torch.testing.assert_close(sample, expected)
     torch.testing.assert_close(codes, codes[:3].repeat(3, 1))
     assert (codes[0] - codes[1]).abs().max() > 1e-4
+    noised.clear()
+    pipe(slices, noise=noise, batch_size=5)
+    assert [len(batch) for batch, *_ in noised] == [5, 4]
 
 
 def test_shared_noise_is_the_same_for_all_slices():
@@ -161,16 +156,16 @@ def test_shared_noise_is_the_same_for_all_slices():
 
 
 def test_each_slice_and_timestep_has_noise_of_its_own():
-    scheduler, like = AnoDDPMScheduler(beta_schedule="cosine", z=None, wavelength=8.0), torch.zeros(4, 1, 16, 16)
-    keys = [(5, 0), (5, 1), (6, 0), (5, 0)]
-    fields = draw_fields(scheduler, keys, [249, 749], 0, like, False)
+    scheduler, like = AnoDDPMScheduler(beta_schedule="cosine", z=None, wavelength=8.0), torch.zeros(1, 1, 16, 16)
+    numbers, draws, timesteps = torch.tensor([5, 5, 6, 5]), torch.tensor([0, 1, 0, 0]), torch.tensor([249, 749])
+    drawn, draw_noise = [], scheduler.draw_noise
+    scheduler.draw_noise = lambda keys, **more: (drawn.append(len(keys)), draw_noise(keys, **more))[1]
+    fields = draw_fields(scheduler, 0, None, numbers, draws, timesteps, like)
+    assert drawn == [3]  # equal ones once
     assert fields[0].equal(fields[3]) and len({field.numpy().tobytes() for field in fields}) == 3
-    shared = draw_fields(scheduler, keys, [249, 749], 0, like, True)
-    assert shared[0].equal(shared[2]) and not shared[0].equal(shared[1])
-    with pytest.raises(
-        ValueError, match=r"`noise` must have the shape .* for each slice \(2, 1, 16, 16\), got \(3, 7, 1,"
-    ):
-        draw_fields(scheduler, keys, [249, 749], 0, like, False, torch.zeros(3, 7, 1, 16, 16))
+    for index, field in enumerate(fields):
+        alone = draw_fields(scheduler, 0, None, numbers[index : index + 1], draws[index : index + 1], timesteps, like)
+        assert alone[0].equal(field)
 
 
 def test_the_value_range_of_the_processor_does_not_matter():
@@ -260,11 +255,15 @@ def test_wrong_arguments(arguments, message):
 
 def test_wrong_components():
     pipe = make_pipeline()
-    parts = {name: pipe.components[name] for name in ("scheduler", "processor")}
+    parts = {"scheduler": pipe.scheduler, "processor": pipe.processor, "timesteps": (50,)}
     with pytest.raises(
         ValueError, match="`encoder` must give as many values as `unet.condition_dim` says, 6; it gives none"
     ):
         CDDPMPipeline(pipe.unet, **parts)
+    with pytest.raises(TypeError, match="`encoder` must be a PreTrainedModel or None, got VolumeProcessor"):
+        CDDPMPipeline(pipe.unet, **parts, encoder=pipe.processor)
+    with pytest.raises(ValueError, match="`unet` must have 1 `in_channels` for the modalities image, got 2"):
+        CDDPMPipeline(make_unet(2), **parts, encoder=pipe.encoder)
     with pytest.raises(ValueError, match="says, none; it gives 6"):
         CDDPMPipeline(make_unet(condition_dim=None), encoder=pipe.encoder, **parts)
     with pytest.raises(ValueError, match="`condition_dim` must be at least 1"):

@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from anodiff import AnomalyPipeline, CIMDPipeline, CIMDScheduler, VolumeProcessor
 from anodiff.pipelines.base import NOT_FINITE
+from anodiff.schedulers.draws import DRAWS_VERSION
 
 
 SIZE = 16
@@ -90,17 +91,21 @@ def test_batch_size_does_not_matter(sampler):
         assert_same(other, results[0])
 
 
+def sample_members(pipe, slices, indices, **settings) -> torch.Tensor:
+    return pipe.compute_maps(slices, indices, **{**pipe.default_settings(), **settings}).maps
+
+
 def test_a_member_does_not_depend_on_the_others():
     pipe = make_pipeline()
     slices = make_slices(5)
-    members = pipe.compute_members(slices, [0, 1, 2, 3, 4], num_ensemble=7)
+    members = sample_members(pipe, slices, [0, 1, 2, 3, 4], num_ensemble=7)
     assert members.shape == (5, 7, SIZE, SIZE) and members.min() >= 0 and members.max() <= 1
-    fewer = pipe.compute_members(slices, [0, 1, 2, 3, 4], num_ensemble=2, batch_size=3)
+    fewer = sample_members(pipe, slices, [0, 1, 2, 3, 4], num_ensemble=2, batch_size=3)
     torch.testing.assert_close(fewer, members[:, :2], rtol=0, atol=1e-4)
-    alone = pipe.compute_members(slices[3:4], [3], num_ensemble=7)
+    alone = sample_members(pipe, slices[3:4], [3], num_ensemble=7)
     torch.testing.assert_close(alone[0], members[3], rtol=0, atol=1e-4)
     # No two are alike, nor are those of two slices with the same image.
-    same = pipe.compute_members(slices[:1].expand(2, -1, -1, -1), [0, 1], num_ensemble=3).flatten(0, 1)
+    same = sample_members(pipe, slices[:1].expand(2, -1, -1, -1), [0, 1], num_ensemble=3).flatten(0, 1)
     distances = (same[:, None] - same).abs().amax((2, 3))
     assert (distances[~torch.eye(6, dtype=torch.bool)] > 0.05).all()
 
@@ -119,18 +124,18 @@ def test_draws_are_bit_identical_for_any_batch_size():
         pipe = make_pipeline()
         seen, original = {}, pipe.scheduler.draw_noise
 
-        def recording(shape, timesteps, generator, *args, seen=seen, original=original):
-            noise = original(shape, timesteps, generator, *args)
-            for one, image in zip(generator, noise, strict=True):
-                seen.setdefault(one.initial_seed(), []).append(image.numpy().tobytes())
+        def recording(keys, size, seen=seen, original=original):
+            noise = original(keys, size)
+            for key, image in zip(keys, noise, strict=True):
+                assert tuple(key.tolist()) not in seen
+                seen[tuple(key.tolist())] = image.numpy().tobytes()
             return noise
 
         pipe.scheduler.draw_noise = recording
         pipe(make_slices(2), batch_size=batch_size)
         drawn[batch_size] = seen
-    # A generator per slice and member; it draws the start and each of the steps.
-    assert len(drawn[1]) == 2 * 3 and {len(draws) for draws in drawn[1].values()} == {1 + 4}
-    assert len({draw for draws in drawn[1].values() for draw in draws}) == 2 * 3 * 5
+    # Every member of every slice draws the start and each of the steps, no two alike.
+    assert len(drawn[1]) == len(set(drawn[1].values())) == 2 * 3 * (1 + 4)
     assert drawn[1] == drawn[4] == drawn[100]
 
 
@@ -147,17 +152,16 @@ def test_batches_are_full_across_slices_and_members():
 
 def test_members_are_chains_of_the_scheduler():
     pipe = make_pipeline(("t1", "t2"), CIMDScheduler(clip_range=(0.0, 1.0)))
-    slices, noise = make_slices(2, 2), torch.randn(2, 3, 5, SIZE, SIZE)
+    slices, noise = make_slices(2, 2), torch.randn(3 * 5, 2, 1, SIZE, SIZE)
     for sampler in ("ddpm", "ddim"):
         result = pipe(slices, noise=noise, batch_size=4, sampler=sampler)
         for member in range(3):
-            sample = noise[:, member, :1]
+            sample, *drawn = noise[5 * member : 5 * (member + 1)]
             for step, t in enumerate((999, 666, 333, 0)):
                 with torch.no_grad():
                     model_output = pipe.unet(torch.cat([slices, sample], 1), torch.full((2,), t)).sample
-                output = pipe.scheduler.step(
-                    model_output, t, sample, variance_noise=noise[:, member, step + 1, None], sampler=sampler
-                )
+                given = drawn[step] if sampler == "ddpm" else None
+                output = pipe.scheduler.step(model_output, t, sample, variance_noise=given, sampler=sampler)
                 sample = output.prev_sample
             torch.testing.assert_close(result.member_maps[member], sample[:, 0], rtol=0, atol=1e-4)
 
@@ -183,6 +187,7 @@ def test_summary_of_the_members():
         "median_size": 0,
         "threshold": 0.4,
         "seed": 0,
+        "draws": DRAWS_VERSION,
     }
 
 
@@ -207,7 +212,7 @@ def test_volumes_on_their_own_grid():
     np.testing.assert_allclose(result.mean_map, result.member_maps.mean(0), rtol=0, atol=1e-6)
     # Slice by slice: the slice at the same place of the network's grid.
     processed = pipe.processor.preprocess(nib.Nifti1Image(volume, affine))
-    members = pipe.compute_members(processed.slices, list(range(4)))
+    members = sample_members(pipe, processed.slices, list(range(4)))
     expected = pipe.processor.postprocess(members[:, 1] * processed.brain, processed)
     np.testing.assert_allclose(result.member_maps[1], expected, rtol=0, atol=1e-4)
 
@@ -348,11 +353,11 @@ def test_a_damaged_network_is_told():
         ({"sampler": "euler"}, "`sampler` must be one of ddpm, ddim, got 'euler'"),
         ({"median_size": 4}, "`median_size` must be odd, or 0 for no filter, got 4"),
         ({"median_size": -1}, "`median_size` must be an integer of at least 0, got -1"),
-        ({"threshold": 1.0}, "`threshold` must be at least 0 and below 1, got 1.0"),
-        ({"threshold": -0.1}, "`threshold` must be at least 0 and below 1, got -0.1"),
+        ({"threshold": 1.0}, "`threshold` must be a finite number and at least 0 and below 1, got 1.0"),
+        ({"threshold": -0.1}, "`threshold` must be a finite number and at least 0 and below 1, got -0.1"),
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
-        ({"noise": torch.zeros(5, 3, 5, SIZE, SIZE), "generator": 1}, "either `noise` or `generator`"),
-        ({"noise": torch.zeros(5, 3, 4, SIZE, SIZE)}, r"for each slice \(3, 5, 16, 16\), got \(3, 4, 16, 16\)"),
+        ({"noise": torch.zeros(15, 5, 1, SIZE, SIZE), "generator": 1}, "either `noise` or `generator`"),
+        ({"noise": torch.zeros(15, 5, 2, SIZE, SIZE)}, r"must have the shape \(at least 11, at least 5, 1, 16, 16\)"),
     ],
 )
 def test_wrong_arguments(arguments, message):

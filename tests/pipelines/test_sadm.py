@@ -166,7 +166,7 @@ def test_accelerate_can_convert_the_output(deep_supervision):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"residual_weight": 1.5}, "`residual_weight` must be between 0 and 1, got 1.5"),
+        ({"residual_weight": 1.5}, "`residual_weight` must be a finite number and between 0 and 1, got 1.5"),
         ({"timesteps": [1000]}, "`timesteps` must be a list of different integers from 0 to 999"),
         ({"map_type": "l2"}, "`map_type` must be one of residual, ssim"),
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
@@ -182,7 +182,7 @@ def test_wrong_components():
     unet, model, scheduler, processor, encoder = make_parts()
     with pytest.raises(ValueError, match="`segmentation_network.in_channels` must be 1"):
         SADMPipeline(unet, SiameseUNet2DModel(2, (4, 8)), scheduler, processor, encoder)
-    with pytest.raises(ValueError, match="`residual_weight` must be between 0 and 1"):
+    with pytest.raises(ValueError, match="`residual_weight` must be a finite number and between 0 and 1"):
         make_pipeline(residual_weight=-1)
     with pytest.raises(ValueError, match="`residual` must be one of signed, squared"):
         SiameseUNet2DModel(1, (4, 8), residual="absolute")
