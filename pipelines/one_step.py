@@ -1,4 +1,4 @@
-"""What cDDPM, pDDPM and SADM share: slices that are noised once, to each of a few timesteps, and restored in one evaluation."""
+"""What cDDPM, pDDPM and SADM share: slices are noised once to each of a few timesteps, and restored at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .ssim import ssim_map
 MAP_TYPES = ("residual", "ssim")
 
 
-# N slices of one volume, C modalities, H x W pixels, K timesteps, E values of a condition, B items (a timestep of a slice) of a batch.
+# N slices, C modalities, H x W pixels, K timesteps, E values of a code, B items (a timestep of a slice) of a batch.
 
 
 def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> None:
@@ -29,11 +29,12 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> None:
 
 
 def check_encoder(unet: UNet2DModel, encoder: PreTrainedModel | None) -> None:
-    """Raises a `ValueError` unless the encoder gives as many values as the UNet is conditioned by, or both have no condition."""
+    """Raises a `ValueError` unless the encoder gives as many values as the UNet takes; without an encoder, none."""
     wanted, given = unet.config.get("condition_dim"), None if encoder is None else encoder.config.num_labels
     if wanted != given:
         raise ValueError(
-            f"`encoder` must give as many values as `unet.condition_dim` says, {wanted or 'none'}; it gives {given or 'none'}."
+            f"`encoder` must give as many values as `unet.condition_dim` says, {wanted or 'none'}; it gives"
+            f" {given or 'none'}."
         )
 
 
@@ -48,8 +49,8 @@ def iterate_reconstructions(
     noise: torch.Tensor | Callable | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """
-    Reconstructs each slice from each timestep, in full batches: all slices from the first timestep, then all from the second one, and so
-    on. The encoder sees each slice once, before.
+    Reconstructs each slice from each timestep, in full batches: all slices from the first timestep, then all from the
+    second one, and so on. The encoder sees each slice once, before.
 
     Args:
         pipeline ([`AnomalyPipeline`]): Has `unet`, `scheduler` and `encoder`, which may be `None`.
@@ -100,13 +101,14 @@ def draw_fields(
     like: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Draws the noise of the items of a batch; items of the same slice and timestep have the same field, which is drawn once.
+    Draws the noise of the items of a batch; items of the same slice and timestep share a field, which is drawn once.
 
     Args:
         scheduler ([`AnoDDPMScheduler`]): Draws.
         seed, noise: As of the call.
-        numbers, draws (`torch.Tensor` of shape `(B,)`, int64, on the CPU): Of each item the number of its slice, and that of its timestep.
-        timesteps (`torch.Tensor` of shape `(K,)`, on the CPU): What `draws` counts.
+        numbers, draws (`torch.Tensor` of shape `(B,)`, int64, on the CPU):
+            Slice number and draw number of each item.
+        timesteps (`torch.Tensor` of shape `(K,)`, on the CPU): Those of the draws.
         like (`torch.Tensor` of shape `(N, C, H, W)`): Slices, for size, type and device.
 
     Returns:
@@ -120,8 +122,8 @@ def draw_fields(
 
 
 def difference_maps(slices: torch.Tensor, reconstruction: torch.Tensor, map_type: str) -> torch.Tensor:
-    """Computes maps `(N, H, W)`, unfiltered, from slices and reconstructions `(N, C, H, W)`, both in [0, 1]: by `map_type` the mean absolute
-    difference of the modalities, or 1 - their mean structural similarity."""
+    """Computes maps `(N, H, W)`, unfiltered, from slices and reconstructions `(N, C, H, W)`, both in [0, 1]: by
+    `map_type` the mean absolute difference of the modalities, or 1 - their mean structural similarity."""
     if map_type == "residual":
         return (slices - reconstruction).abs().mean(1)
     similarity = torch.stack([ssim_map(slices[:, c], reconstruction[:, c]) for c in range(slices.shape[1])])

@@ -16,40 +16,45 @@ from .one_step import MAP_TYPES, check_encoder, check_timesteps, difference_maps
 from .output import AnomalyOutput
 
 
-# N slices of one volume, C modalities, H x W pixels, K timesteps, E values of a condition.
+# N slices, C modalities, H x W pixels, K timesteps, E values of a condition.
 
 
 class CDDPMPipeline(AnomalyPipeline):
     r"""
-    cDDPM, reconstruction guided by the image: a slice is noised once for each of a few timesteps, and a denoiser that knows the code of
-    the clean slice predicts the slice in a single evaluation. There is no reverse chain, although the authors speak of a DDPM. Without an
-    `encoder` it is their unconditional DDPM_2D.
+    cDDPM, reconstruction guided by the image: a slice is noised once for each of a few timesteps, and a denoiser that
+    knows the code of the clean slice predicts the slice in a single evaluation. There is no reverse chain, although
+    the authors speak of a DDPM. Without an `encoder` it is their unconditional DDPM_2D.
 
-    UNet evaluations per slice: one for each of `timesteps` (3), and one of the encoder. Not deterministic in itself, but fixed by the
-    seed. Training needs healthy images only, no masks.
+    UNet evaluations per slice: one for each of `timesteps` (3), and one of the encoder. Not deterministic in itself,
+    but fixed by the seed. Training needs healthy images only, no masks.
 
-    Paper: Behrendt, Bhattacharya, Mieling, Maack, Krüger, Opfer, Schlaefer, "Guided Reconstruction with Conditioned Diffusion Models for
-    Unsupervised Anomaly Detection in Brain MRIs", Computers in Biology and Medicine 186 (2025) 109660, arXiv 2312.04215.
+    Paper: Behrendt, Bhattacharya, Mieling, Maack, Krüger, Opfer, Schlaefer, "Guided Reconstruction with Conditioned
+    Diffusion Models for Unsupervised Anomaly Detection in Brain MRIs", Computers in Biology and Medicine 186 (2025)
+    109660, arXiv 2312.04215.
 
     Maps are on the scale of slices in [0, 1], whatever the processor's `value_range`, never min-max scaled.
 
     Args:
         unet ([`ConditionedUNet2DModel`] or [`~diffusers.UNet2DModel`]):
             Predicts the slice, in [-1, 1], from the noised slice. With an encoder a [`ConditionedUNet2DModel`].
-        scheduler ([`AnoDDPMScheduler`]): Noise and schedule. The authors': `beta_schedule="cosine"` and 2-D simplex noise, `z=None`.
+        scheduler ([`AnoDDPMScheduler`]):
+            Noise and schedule. The authors': `beta_schedule="cosine"` and 2-D simplex noise, `z=None`.
         processor ([`VolumeProcessor`]): From volumes to slices and back.
         encoder ([`~transformers.ResNetForImageClassification`], *optional*):
             Gives E values, its logits, of a slice in [0, 1]. Any image classifier of transformers does.
         timesteps (`tuple[int, ...]`, defaults to `(249, 499, 749)`):
-            0-based; the authors call them 250, 500 and 750. The reconstruction is the mean over them. DDPM_2D: `(499,)`.
+            0-based; the authors call them 250, 500 and 750. The reconstruction is the mean over them. DDPM_2D:
+            `(499,)`.
         map_type (`str`, defaults to `"residual"`):
-            `"residual"`: absolute difference of slice and reconstruction. `"ssim"`: 1 - structural similarity in three dimensions
-            ([`~pipelines.ssim.ssim_map`]), which sees the slices with brain of one volume. Modalities are averaged.
+            `"residual"`: absolute difference of slice and reconstruction. `"ssim"`: 1 - structural similarity in three
+            dimensions ([`~pipelines.ssim.ssim_map`]), which sees the slices with brain of one volume. Modalities are
+            averaged.
         shared_noise (`bool`, defaults to `False`):
-            The same field for all slices at one timestep, as the authors (who also round it to float16); else each slice has its own.
+            The same field for all slices at one timestep, as the authors (who also round it to float16); else each
+            slice has its own.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order:
-            See [`AnomalyPipeline`] and [`PostProcessing`]. The authors: median of 5 x 5 x 5, `erosion` H // 25, so 3 at 96 px, components
-            of 7 voxels and fewer removed; with `"ssim"` (SADM) the median alone.
+            See [`AnomalyPipeline`] and [`PostProcessing`]. The authors: median of 5 x 5 x 5, `erosion` H // 25, so 3
+            at 96 px, components of 7 voxels and fewer removed; with `"ssim"` (SADM) the median alone.
     """
 
     model_cpu_offload_seq = "encoder->unet"
@@ -101,7 +106,8 @@ class CDDPMPipeline(AnomalyPipeline):
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
-        Draws of a slice: the noise of each of the K `timesteps`, in their order; with `shared_noise` those of slice 0 are drawn only.
+        Draws of a slice: the noise of each of the K `timesteps`, in their order; with `shared_noise` those of slice 0
+        are drawn only.
 
         Returns:
             [`AnomalyOutput`], a tuple, or a list of either.
@@ -132,10 +138,11 @@ class CDDPMPipeline(AnomalyPipeline):
         noise: torch.Tensor | Callable | None = None,
     ) -> SliceResults:
         """
-        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and mean reconstructions `(N, C, H, W)`, unfiltered.
+        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and mean reconstructions `(N, C, H, W)`,
+        unfiltered.
 
-        `indices` are the slices' numbers in their volume, which their random numbers depend on. For `"ssim"` the slices must be those of
-        one volume in their order; they are compared as if no slice were missing between them.
+        `indices` are the slices' numbers in their volume, which their random numbers depend on. For `"ssim"` the
+        slices must be those of one volume in their order; they are compared as if no slice were missing between them.
         """
         slices = self.processor.to_unit(slices)
         total = torch.zeros_like(slices)

@@ -21,32 +21,37 @@ from .postprocessing import median_filter
 
 class CIMDPipeline(AnomalyPipeline):
     r"""
-    CIMD, collectively intelligent medical diffusion: a diffusion model of masks, given the image, is sampled several times; each sample
-    is one segmentation that an expert might have drawn, and their spread imitates that of the experts.
+    CIMD, collectively intelligent medical diffusion: a diffusion model of masks, given the image, is sampled several
+    times; each sample is one segmentation that an expert might have drawn, and their spread imitates that of the
+    experts.
 
-    UNet evaluations per slice: `num_ensemble` x `num_inference_steps` (16 x 1000). Not deterministic in itself, but fixed by the seed:
-    a member is the same however many there are. Training needs masks, at best several annotations of each image.
+    UNet evaluations per slice: `num_ensemble` x `num_inference_steps` (16 x 1000). Not deterministic in itself, but
+    fixed by the seed: a member is the same however many there are. Training needs masks, at best several annotations
+    of each image.
 
-    Paper: Rahman, Valanarasu, Hacihaliloglu, Patel, "Ambiguous Medical Image Segmentation using Diffusion Models", CVPR 2023, arXiv
-    2304.04745.
+    Paper: Rahman, Valanarasu, Hacihaliloglu, Patel, "Ambiguous Medical Image Segmentation using Diffusion Models",
+    CVPR 2023, arXiv 2304.04745.
 
-    In the authors' program the latent variable of the paper never enters the network, so that this is its sampling: ancestral steps
-    with a learned variance. Their program saves what it samples; masks are cut at 0.5 here, the middle of the trained 0 and 1.
+    In the authors' program the latent variable of the paper never enters the network, so that this is its sampling:
+    ancestral steps with a learned variance. Their program saves what it samples; masks are cut at 0.5 here, the middle
+    of the trained 0 and 1.
 
     Args:
         unet ([`~diffusers.UNet2DModel`] or [`UNet2DHeadsModel`]):
-            C + 1 channels in, the image and the noised mask, and 2 out: the noise of the mask, and what the variance is made of.
+            C + 1 channels in, the image and the noised mask, and 2 out: the noise of the mask, and what the variance
+            is made of.
         scheduler ([`CIMDScheduler`]): Noise and steps of the mask.
         processor ([`VolumeProcessor`]): From volumes to slices and back. The authors' images lie in [0, 1].
         num_ensemble (`int`, defaults to 16): Members, E. The authors' script has 5 by default, later papers report 16.
-        num_inference_steps (`int`, *optional*): Steps of a member, 2 to T. Defaults to the whole chain, as the authors do.
+        num_inference_steps (`int`, *optional*):
+            Steps of a member, 2 to T. Defaults to the whole chain, as the authors do.
         sampler (`str`, defaults to `"ddpm"`):
-            `"ddpm"`, or `"ddim"` without noise in its steps, so that members differ by their start alone; the authors' own DDIM does
-            not work.
+            `"ddpm"`, or `"ddim"` without noise in its steps, so that members differ by their start alone; the authors'
+            own DDIM does not work.
         threshold (`float`, defaults to 0.5): Of the members' masks, at least 0 and below 1.
         median_size (`int`, defaults to 0):
-            Side of a median filter of every member in network pixels, 0 for none. The authors suggest one against speckle, without a
-            size.
+            Side of a median filter of every member in network pixels, 0 for none. The authors suggest one against
+            speckle, without a size.
     """
 
     task = "segmentation"
@@ -85,10 +90,11 @@ class CIMDPipeline(AnomalyPipeline):
         return_dict: bool = True,
     ) -> CIMDOutput | tuple | list:
         """
-        Segments a volume several times, slice by slice; arguments as of this class and of [`AnomalyPipeline`]. Nothing is marked outside
-        the brain.
+        Segments a volume several times, slice by slice; arguments as of this class and of [`AnomalyPipeline`]. Nothing
+        is marked outside the brain.
 
-        Draws of a slice, one channel each: of each member, in turn, its start, then the noise of each step, that of the last one unused.
+        Draws of a slice, one channel each: of each member, in turn, its start, then the noise of each step, that of
+        the last one unused.
 
         Returns:
             [`CIMDOutput`], a tuple, or a list of either.
@@ -120,8 +126,8 @@ class CIMDPipeline(AnomalyPipeline):
         noise: torch.Tensor | Callable | None = None,
     ) -> SliceResults:
         """
-        Computes the method itself: slices `(N, C, H, W)` to the maps of their members `(N, E, H, W)`, float32 in [0, 1]; what is above the
-        threshold is the member's mask.
+        Computes the method itself: slices `(N, C, H, W)` to the maps of their members `(N, E, H, W)`, in [0, 1];
+        what is above the threshold is the member's mask.
 
         `indices` are the slices' numbers in their volume, which their random numbers depend on.
         """
@@ -173,7 +179,7 @@ class CIMDPipeline(AnomalyPipeline):
     def filter_maps(
         self, maps: torch.Tensor, brain: torch.Tensor, added: torch.Tensor | None, volumes: Sequence[int]
     ) -> torch.Tensor:
-        """Returns the members `(N, E, H, W)`, 0 outside the brain: the median filter is one of each member, and part of the method."""
+        """Returns the members `(N, E, H, W)`, 0 outside the brain; their median filter is part of `compute_maps`."""
         return maps * brain[:, None]
 
     def finish_volume(

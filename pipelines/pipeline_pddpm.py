@@ -18,40 +18,43 @@ from .output import AnomalyOutput
 OVERLAPS = ("none", "cut", "average")
 
 
-# N slices of one volume, C modalities, H x W pixels, K timesteps, P patches, B items (a timestep of a patch of a slice) of a batch.
+# N slices, C modalities, H x W pixels, K timesteps, P patches, B items (a timestep of a patch of a slice) of a batch.
 
 
 class PDDPMPipeline(AnomalyPipeline):
     r"""
-    pDDPM, patched diffusion: a slice is noised in one patch at a time, a denoiser predicts the slice from the noised patch and the clean
-    rest in a single evaluation, and the patches of the predictions are put together. There is no reverse chain.
+    pDDPM, patched diffusion: a slice is noised in one patch at a time, a denoiser predicts the slice from the noised
+    patch and the clean rest in a single evaluation, and the patches of the predictions are put together. There is no
+    reverse chain.
 
-    UNet evaluations per slice: patches x `timesteps` (4 x 1). Not deterministic in itself, but fixed by the seed. Training needs healthy
-    images only, no masks.
+    UNet evaluations per slice: patches x `timesteps` (4 x 1). Not deterministic in itself, but fixed by the seed.
+    Training needs healthy images only, no masks.
 
-    Paper: Behrendt, Bhattacharya, Krüger, Opfer, Schlaefer, "Patched Diffusion Models for Unsupervised Anomaly Detection in Brain MRI",
-    MIDL 2023, arXiv 2303.03758.
+    Paper: Behrendt, Bhattacharya, Krüger, Opfer, Schlaefer, "Patched Diffusion Models for Unsupervised Anomaly
+    Detection in Brain MRI", MIDL 2023, arXiv 2303.03758.
 
-    Maps are absolute differences on the scale of slices in [0, 1], whatever the processor's `value_range`, never min-max scaled.
+    Maps are absolute differences on the scale of slices in [0, 1], whatever the processor's `value_range`, never
+    min-max scaled.
 
     Args:
         unet ([`ConditionedUNet2DModel`] without a condition, or [`~diffusers.UNet2DModel`]):
             Predicts the slice, in [-1, 1], from the slice with a noised patch.
-        scheduler ([`AnoDDPMScheduler`]): Noise and schedule. The authors': `beta_schedule="cosine"` and 2-D simplex noise, `z=None`.
+        scheduler ([`AnoDDPMScheduler`]):
+            Noise and schedule. The authors': `beta_schedule="cosine"` and 2-D simplex noise, `z=None`.
         processor ([`VolumeProcessor`]): From volumes to slices and back.
         timesteps (`tuple[int, ...]`, defaults to `(499,)`):
-            0-based. Several give the mean of their reconstructions, the authors' "ENS", whose code they have not published:
-            `(249, 499, 749)`.
+            0-based. Several give the mean of their reconstructions, the authors' "ENS", whose code they have not
+            published: `(249, 499, 749)`.
         patch_size (`int`, defaults to 48): Side of a patch in pixels.
         overlap (`str`, defaults to `"none"`):
-            `"none"`: patches must fill the slice exactly. Otherwise as few as cover it are spread evenly over it, and where they overlap
-            `"cut"` takes the first one, row by row, and `"average"` the mean of all.
+            `"none"`: patches must fill the slice exactly. Otherwise as few as cover it are spread evenly over it, and
+            where they overlap `"cut"` takes the first one, row by row, and `"average"` the mean of all.
         shared_noise (`bool`, defaults to `False`):
-            The same field for all slices at one timestep, as the authors; else each slice has its own. The patches of a slice have parts
-            of the same field either way.
+            The same field for all slices at one timestep, as the authors; else each slice has its own. The patches of
+            a slice have parts of the same field either way.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order:
-            See [`AnomalyPipeline`] and [`PostProcessing`]. The authors: median of 5 x 5 x 5, `erosion` H // 25, so 3 at 96 px, components
-            of 7 voxels and fewer removed.
+            See [`AnomalyPipeline`] and [`PostProcessing`]. The authors: median of 5 x 5 x 5, `erosion` H // 25, so 3
+            at 96 px, components of 7 voxels and fewer removed.
     """
 
     model_cpu_offload_seq = "unet"
@@ -99,7 +102,7 @@ class PDDPMPipeline(AnomalyPipeline):
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
-        Draws of a slice: the noise of each of the K `timesteps`, in their order; its patches have parts of it. With
+        Draws of a slice: the noise of each of the K `timesteps`, in their order, of which patches have parts; with
         `shared_noise` those of slice 0 are drawn only.
 
         Returns:
@@ -122,7 +125,8 @@ class PDDPMPipeline(AnomalyPipeline):
         noise: torch.Tensor | Callable | None = None,
     ) -> SliceResults:
         """
-        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and mean reconstructions `(N, C, H, W)`, unfiltered.
+        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and mean reconstructions `(N, C, H, W)`,
+        unfiltered.
 
         `indices` are the slices' numbers in their volume, which their random numbers depend on.
         """
@@ -161,14 +165,13 @@ class PDDPMPipeline(AnomalyPipeline):
         check_choices(settings, overlap=OVERLAPS, shared_noise=(False, True))
         check_integer("patch_size", settings["patch_size"], 1)
         if self.processor.config.size is not None:
-            patch_grid(
-                *self.processor.config.size, settings["patch_size"], settings["overlap"]
-            )  # checks that they fit
+            # Raises if the patches do not fit.
+            patch_grid(*self.processor.config.size, settings["patch_size"], settings["overlap"])
 
 
 def patch_grid(height: int, width: int, patch_size: int, overlap: str = "none") -> torch.Tensor:
     """
-    Lays as few square patches as cover a slice, spread evenly, row by row. With the `overlap` "none" they must fill it.
+    Lays as few square patches as cover a slice, spread evenly, row by row; with `overlap` "none" they must fill it.
 
     Returns:
         `torch.Tensor` of shape `(P, 4)`, int64: left, top, and right and bottom, which are outside, in pixels.
@@ -180,8 +183,8 @@ def patch_grid(height: int, width: int, patch_size: int, overlap: str = "none") 
         raise ValueError(f"`patch_size` must be at most the side of a slice, {min(height, width)}, got {patch_size}.")
     if overlap == "none" and (height % patch_size or width % patch_size):
         raise ValueError(
-            f"`patch_size` must divide the height and width of a slice, {height} and {width}, got {patch_size}; other sizes need"
-            " `overlap` 'cut' or 'average'."
+            f"`patch_size` must divide the height and width of a slice, {height} and {width}, got {patch_size};"
+            " other sizes need `overlap` 'cut' or 'average'."
         )
     top, left = (
         torch.linspace(0, size - patch_size, -(-size // patch_size), dtype=torch.float64).round().long()

@@ -17,31 +17,32 @@ from .one_step import MAP_TYPES, check_encoder, check_timesteps, difference_maps
 from .output import AnomalyOutput
 
 
-# N slices of one volume, C modalities, H x W pixels, K timesteps, B items (a timestep of a slice) of a batch.
+# N slices, C modalities, H x W pixels, K timesteps, B items (a timestep of a slice) of a batch.
 
 
 class SADMPipeline(AnomalyPipeline):
     r"""
-    SADM, supervised anomaly detection by what a reconstruction leaves over: of every reconstruction of a [`CDDPMPipeline`] and the slice
-    a segmentation network gives the probability that a pixel is anomalous. The score is the sum of the filtered 1 - SSIM map, which sees
-    lesions of any kind, and the mean probability, which knows those that the network was trained with.
+    SADM, supervised anomaly detection by what a reconstruction leaves over: of every reconstruction of a
+    [`CDDPMPipeline`] and the slice a segmentation network gives the probability that a pixel is anomalous. The score
+    is the sum of the filtered 1 - SSIM map, which sees lesions of any kind, and the mean probability, which knows
+    those that the network was trained with.
 
-    UNet evaluations per slice: one for each of `timesteps` (3), as many of the segmentation network, and one of the encoder. Not
-    deterministic in itself, but fixed by the seed. Training of the UNet and the encoder needs healthy images only; that of the segmentation
-    network healthy images with synthetic anomalies, or images with lesion masks.
+    UNet evaluations per slice: one for each of `timesteps` (3), as many of the segmentation network, and one of the
+    encoder. Not deterministic in itself, but fixed by the seed. Training of the UNet and the encoder needs healthy
+    images only; that of the segmentation network healthy images with synthetic anomalies, or images with lesion masks.
 
-    Paper: Behrendt et al., "Combining Reconstruction-based Unsupervised Anomaly Detection with Supervised Segmentation for Brain MRIs",
-    MIDL 2024 (PMLR 250), OpenReview iWfUcg4FrD.
+    Paper: Behrendt et al., "Combining Reconstruction-based Unsupervised Anomaly Detection with Supervised Segmentation
+    for Brain MRIs", MIDL 2024 (PMLR 250), OpenReview iWfUcg4FrD.
 
     Args:
         unet, scheduler, processor, encoder, timesteps, map_type, shared_noise: As of [`CDDPMPipeline`].
         segmentation_network ([`SiameseUNet2DModel`]): Sees slices and reconstructions in [0, 1].
         residual_weight (`float`, *optional*):
-            In [0, 1]: the score is `residual_weight` residual + (1 - `residual_weight`) probability, as in the paper's appendix
-            (`lambda_cam`). By default it is the sum of both.
+            In [0, 1]: the score is `residual_weight` residual + (1 - `residual_weight`) probability, as in the paper's
+            appendix (`lambda_cam`). By default it is the sum of both.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order:
-            See [`AnomalyPipeline`] and [`PostProcessing`]. Median and erosion are of the residual alone. The authors: median of 5 x 5 x 5,
-            no erosion, no component removed.
+            See [`AnomalyPipeline`] and [`PostProcessing`]. Median and erosion are of the residual alone. The authors:
+            median of 5 x 5 x 5, no erosion, no component removed.
     """
 
     model_cpu_offload_seq = "encoder->unet->segmentation_network"
@@ -80,7 +81,8 @@ class SADMPipeline(AnomalyPipeline):
         modalities, channels = processor.config.modalities, segmentation_network.config.in_channels
         if channels != len(modalities):
             raise ValueError(
-                f"`segmentation_network.in_channels` must be {len(modalities)}, the number of modalities, got {channels}."
+                f"`segmentation_network.in_channels` must be {len(modalities)}, the number of modalities, got"
+                f" {channels}."
             )
 
     @property
@@ -107,7 +109,8 @@ class SADMPipeline(AnomalyPipeline):
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
-        Draws of a slice: the noise of each of the K `timesteps`, in their order; with `shared_noise` those of slice 0 are drawn only.
+        Draws of a slice: the noise of each of the K `timesteps`, in their order; with `shared_noise` those of slice 0
+        are drawn only.
 
         Returns:
             [`AnomalyOutput`], a tuple, or a list of either.
@@ -139,9 +142,9 @@ class SADMPipeline(AnomalyPipeline):
         noise: torch.Tensor | Callable | None = None,
     ) -> SliceResults:
         """
-        Computes the method itself: slices `(N, C, H, W)` to the maps of the residual `(N, H, W)`, mean reconstructions `(N, C, H, W)`, and
-        the mean probability `(N, H, W)`, which is added to the maps when these are filtered. `indices` and the order of the slices are
-        those of [`CDDPMPipeline.compute_maps`].
+        Computes the method itself: slices `(N, C, H, W)` to the maps of the residual `(N, H, W)`, mean reconstructions
+        `(N, C, H, W)`, and the mean probability `(N, H, W)`, which is added to the maps when these are filtered.
+        `indices` and the order of the slices are those of [`CDDPMPipeline.compute_maps`].
         """
         slices = self.processor.to_unit(slices)
         reconstruction, probability = torch.zeros_like(slices), torch.zeros_like(slices[:, 0])
@@ -161,7 +164,8 @@ class SADMPipeline(AnomalyPipeline):
         return SliceResults(maps, self.processor.from_unit(reconstruction), added=probability)
 
     def segment(self, slices: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        """Computes the probability `(B, H, W)`, float32, that a pixel is anomalous, from slices and reconstructions `(B, C, H, W)` in [0, 1]."""
+        """Computes the probability `(B, H, W)`, float32, that a pixel is anomalous, from slices and reconstructions
+        `(B, C, H, W)` in [0, 1]."""
         dtype = next(self.segmentation_network.parameters()).dtype
         with self.autocast():
             logits = self.segmentation_network(slices.to(dtype), reconstructions.to(dtype)).logits

@@ -26,7 +26,8 @@ def make_pipeline(modalities=("image",), brain_mask="nonzero", **settings) -> CI
 
 
 def assert_same(actual, expected):
-    """Maps to 1e-4 (the first step multiplies what is rounded by 157), masks wherever no value sits on the threshold (an interpolated one, half way from 0 to 1, may)."""
+    """Maps to 1e-4 (the first step multiplies what is rounded by 157), masks wherever no value sits on the threshold
+    (an interpolated one, half way from 0 to 1, may)."""
     for name in ("member_maps", "mean_map", "std_map"):
         np.testing.assert_allclose(getattr(actual, name), getattr(expected, name), rtol=0, atol=1e-4)
     near = np.abs(np.asarray(expected.member_maps) - expected.settings["threshold"]) < 1e-4
