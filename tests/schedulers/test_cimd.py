@@ -35,7 +35,7 @@ def test_grid_accumulates_as_the_original():
     assert scheduler.timesteps.tolist() == list(range(999, -1, -1))
     scheduler.set_timesteps(4)
     assert scheduler.timesteps.tolist() == [999, 666, 333, 0] and scheduler.num_inference_steps == 4
-    # Method card, section 4.
+    # The original program.
     different = []
     for steps in range(2, 1001):
         scheduler.set_timesteps(steps)
