@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anodiff import CIMDPipeline, CIMDScheduler, UNet2DHeadsModel, VolumeProcessor
-from anodiff.convert import fold_image_channels
+from anodiff.convert.cimd import fold_image_channels
 from anodiff.pipelines.pipeline_cimd import summarize_members
 
 

@@ -12,7 +12,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from anodiff import ANDiUNet2DModel, AnomalyPipeline, NoisyClassifierModel
 from anodiff.convert import main as convert
-from anodiff.convert import transpose_kernels
+from anodiff.convert.parts import transpose_kernels
 
 
 GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden"))
