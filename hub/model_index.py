@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself before anything of it is loaded. No torch here."""
+"""Reads what a pipeline folder or repository says of itself, before anything of it is loaded. No torch here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .. import __version__
 
 def read_model_index(source: str | os.PathLike, **hub_arguments) -> dict:
     """
-    Reads `model_index.json` of a checkpoint and makes sure that this version of the library may load it.
+    Reads `model_index.json` of a saved pipeline and makes sure that this version of the library may load it.
 
     Args:
         source (`str` or `os.PathLike`): Folder, or id of a Hub repository.
@@ -25,7 +25,7 @@ def read_model_index(source: str | os.PathLike, **hub_arguments) -> dict:
 
     Raises:
         FileNotFoundError: There is no such folder or repository, it may not be read, or it holds no pipeline.
-        ValueError: The card says that the checkpoint was made by a newer version of the library.
+        ValueError: The card says that the pipeline was made by a newer version of the library.
     """
     index = _fetch(source, "model_index.json", **hub_arguments)
     if index is None:
@@ -47,7 +47,17 @@ def read_model_index(source: str | os.PathLike, **hub_arguments) -> dict:
 
 
 def check_processor(source: str | os.PathLike, index: dict, **hub_arguments) -> None:
-    """Raises a `ValueError` if a checkpoint has no processor: nobody could then know what its network wants to see."""
+    """
+    Makes sure that a saved pipeline has a processor: nobody could know without one what its network wants to see.
+
+    Args:
+        source (`str` or `os.PathLike`): Folder, or id of a Hub repository.
+        index (`dict`): Its `model_index.json`, from [`read_model_index`].
+        hub_arguments: As in [`read_model_index`].
+
+    Raises:
+        ValueError: `index` names no processor, or its file is not there.
+    """
     named = index.get("processor", [None])[0]
     if not named or _fetch(source, "processor/processor_config.json", **hub_arguments) is None:
         raise ValueError(
@@ -57,7 +67,7 @@ def check_processor(source: str | os.PathLike, index: dict, **hub_arguments) -> 
 
 
 def _fetch(source: str | os.PathLike, name: str, **hub_arguments) -> Path | None:
-    """A file of a checkpoint; `None` where the checkpoint has no such file."""
+    """Returns the path of a file of a saved pipeline, or `None` where the pipeline has no such file."""
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_file() else None

@@ -87,6 +87,7 @@ def test_text():
         tiny_pipeline(threshold=0.5),
         config=config,
         recipe=recipe,
+        population="all slices of the training subjects (a study)",
         data_summary=counts,
         training="Trained to step 300 in 7 minutes.",
         picture=("example.png", "Slices of the phantom"),

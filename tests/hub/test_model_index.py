@@ -100,7 +100,7 @@ def test_private_and_unreachable_repositories(hub, hub_client, folder):
     assert hub.requests == []
 
 
-def test_a_checkpoint_without_processor(hub, hub_client, folder):
+def test_a_pipeline_without_processor(hub, hub_client, folder):
     files = contents(folder)
     files.pop("processor/processor_config.json")
     hub.put("owner/lost", files)
@@ -118,7 +118,7 @@ def test_a_checkpoint_without_processor(hub, hub_client, folder):
     assert AnomalyPipeline.from_pretrained(folder, processor=processor).processor is processor
 
 
-def test_a_checkpoint_of_a_newer_version(hub, hub_client, folder):
+def test_a_pipeline_of_a_newer_version(hub, hub_client, folder):
     files = contents(folder)
     hub.put("owner/newer", files | {"README.md": newer(files["README.md"])})
     for answer in load(hub_client, "owner/newer")[0]:

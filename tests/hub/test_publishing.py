@@ -1,11 +1,8 @@
 """Push and pull over real HTTP. Clients are processes of their own: the Hub's address is read when huggingface_hub is imported."""
 
 import json
-import re
 import shlex
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -226,10 +223,11 @@ def test_a_pipeline_pushes_itself(hub, hub_client, folder, tmp_path):
         {"repo_id": "owner/carded"},
         {"repo_id": "owner/half", "variant": "fp16"},
     ]
-    answers = hub_client(PUSH_PIPELINE, folder, json.dumps(arguments))
+    (tmp_path / "temporary").mkdir()
+    answers = hub_client(PUSH_PIPELINE, folder, json.dumps(arguments), TMPDIR=str(tmp_path / "temporary"))
     assert answers == [f"{hub.url}/owner/{name}" for name in ("tiny", "carded", "half")]
     assert hub.repositories["model", "owner/tiny"].private and hub.repositories["model", "owner/saved"].private
-    assert not list(Path(tempfile.gettempdir()).glob("AnoDDPMPipeline-*"))
+    assert not list((tmp_path / "temporary").glob("AnoDDPMPipeline-*"))
     pushed = hub.files("owner/tiny")
     wanted = contents(folder)
     card = pushed["README.md"].decode()
@@ -246,10 +244,10 @@ def test_a_pipeline_pushes_itself(hub, hub_client, folder, tmp_path):
 
 def test_a_pipeline_that_cannot_push_itself_is_safe(hub, hub_client, folder, tmp_path):
     hub.fail("POST", "/commit/", status=500, times=1)
-    [message] = hub_client(PUSH_PIPELINE, folder, json.dumps([{"repo_id": "owner/tiny"}]))
-    kept = Path(re.search(r"All files are safe in (\S+)\.", message)[1])
+    [message] = hub_client(PUSH_PIPELINE, folder, json.dumps([{"repo_id": "owner/tiny"}]), TMPDIR=str(tmp_path))
+    [kept] = tmp_path.glob("AnoDDPMPipeline-*")
+    assert f"All files are safe in {kept}." in message
     assert AnoDDPMPipeline.from_pretrained(kept).config.threshold == 0.5
-    shutil.rmtree(kept)
 
 
 OPEN = """
