@@ -9,6 +9,7 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
+from ..models.weights import rename_parameters
 from ..pipelines.pipeline_cddpm import CDDPMPipeline
 from ..pipelines.pipeline_pddpm import PDDPMPipeline
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
@@ -72,11 +73,10 @@ def convert_encoder(state: dict[str, torch.Tensor]) -> ResNetForImageClassificat
         depths=[len(blocks[stage]) for stage in stages],
         num_labels=len(state["fc.weight"]),
     )
-    renamed = {}
-    for name, tensor in state.items():
-        if not re.match(r"(conv1|bn1|layer\d|fc)\.", name):
-            continue
-        for pattern, new in (
+    own = {name: tensor for name, tensor in state.items() if re.match(r"(conv1|bn1|layer\d|fc)\.", name)}
+    renamed = rename_parameters(
+        own,
+        (
             (r"^conv1\.", "resnet.embedder.embedder.convolution."),
             (r"^bn1\.", "resnet.embedder.embedder.normalization."),
             (r"^fc\.", "classifier.1."),
@@ -85,9 +85,8 @@ def convert_encoder(state: dict[str, torch.Tensor]) -> ResNetForImageClassificat
             (r"\.downsample\.0\.", ".shortcut.convolution."),
             (r"\.downsample\.1\.", ".shortcut.normalization."),
             (r"^layer(\d)\.(\d+)\.", lambda match: f"resnet.encoder.stages.{int(match[1]) - 1}.layers.{match[2]}."),
-        ):
-            name = re.sub(pattern, new, name)
-        renamed[name] = tensor
+        ),
+    )
     encoder = ResNetForImageClassification(config).eval()
     encoder.load_state_dict(transpose_kernels(renamed))
     return encoder

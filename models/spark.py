@@ -19,20 +19,20 @@ _POINTWISE = (nn.Linear, nn.LayerNorm)
 
 class SparKModel(nn.Module):
     r"""
-    SparK (Tian et al. 2023, as cDDPM pretrains its encoder with it): a convolutional encoder sees a few cells of an image, and a light
-    decoder predicts the rest. What counts afterwards is the encoder alone, so that this is no component of a pipeline.
+    Pretrains a convolutional encoder with SparK (Tian et al. 2023), as cDDPM does: the encoder sees a few cells of an image, and a light
+    decoder predicts the rest. Only the encoder is used afterwards, so that this is no component of a pipeline.
 
-    The convolutions are sparse: nothing of a hidden cell reaches a visible one. Whatever mixes positions (convolutions, pooling) gets its
-    input with 0 in the hidden cells, and batch normalisation sees the visible positions only. Hooks do so while this model calls the
-    encoder; called by anybody else, it is the ordinary network.
+    The convolutions are sparse: nothing of a hidden cell reaches a visible one. Layers that mix positions (convolutions, pooling) get
+    their input with 0 in the hidden cells, and batch normalisation sees the visible positions only. Hooks do so while this model calls
+    the encoder; called by anybody else, it is the ordinary network.
 
     Args:
         encoder (`torch.nn.Module`):
-            Gives `feature_maps`, each half as large as the one before, fine to coarse, in its output: a CNN of
-            [`~transformers.AutoBackbone`] with all stages in `out_features`. It stays the caller's and gets hooks. Of layers that mix
-            positions, convolutions, max and average pooling, and batch normalisation are known; others are an error.
-        sample_size (`int` or `tuple[int, int]`): Size (H, W) of the images; the other things that depend on it are found by a trial.
-        in_channels (`int`, defaults to 1): Modalities.
+            A CNN of [`~transformers.AutoBackbone`] with all stages in `out_features`: its output has `feature_maps`, fine to coarse,
+            each half as large as the one before. It is not copied, and gets hooks. Of layers that mix positions, convolutions, max and
+            average pooling, and batch normalisation are known; others are an error.
+        sample_size (`int` or `tuple[int, int]`): Size (H, W) of the images; sizes that depend on it are found by a trial.
+        in_channels (`int`, defaults to 1): Number of modalities.
         mask_ratio (`float`, defaults to 0.65):
             Share of cells that is hidden: of K cells, `round(K (1 - mask_ratio))` stay visible, 3 of 9 with the authors' values.
         mask_grid (`int` or `tuple[int, int]`, *optional*):
@@ -91,9 +91,8 @@ class SparKModel(nn.Module):
             channels_out = decoder_width >> level
             projection = nn.Conv2d(channels, channels_out, 3 if level else 1, padding=1 if level else 0)
             self.norms.append(nn.BatchNorm2d(channels))
-            self.tokens.append(
-                nn.Parameter(nn.init.trunc_normal_(torch.empty(1, channels, 1, 1), std=0.02, a=-0.02, b=0.02))
-            )
+            token = nn.init.trunc_normal_(torch.empty(1, channels, 1, 1), std=0.02, a=-0.02, b=0.02)
+            self.tokens.append(nn.Parameter(token))
             self.projections.append(nn.Identity() if not level and channels == channels_out else projection)
         self.decoder = nn.ModuleList(_DecoderStage(decoder_width >> level) for level in range(stages))
         self.head = nn.Conv2d(decoder_width >> stages, in_channels, kernel_size=1)
@@ -110,19 +109,21 @@ class SparKModel(nn.Module):
                 module.register_forward_hook(self._scatter)
 
     def choose_cells(self, draws: torch.Tensor) -> torch.Tensor:
-        """Visible cells `(N, 1, R, S)`, bool, from uniform draws `(N, R * S)`: those with the smallest draws."""
+        """Returns the visible cells `(N, 1, R, S)`, bool: those with the smallest of the uniform draws `(N, R * S)`."""
         chosen = draws.argsort(dim=1)[:, : self.visible_cells]
         visible = torch.zeros(draws.shape, dtype=torch.bool, device=draws.device).scatter_(1, chosen, True)
         return visible.reshape(-1, 1, *self.mask_grid)
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """
+        Predicts images from their visible cells.
+
         Args:
-            images (`torch.Tensor` of shape `(N, C, H, W)`): In [0, 1].
-            visible (`torch.Tensor` of shape `(N, 1, R, S)`): bool, the cells that are seen, see `choose_cells`.
+            images (`torch.Tensor` of shape `(N, C, H, W)`): Images in [0, 1].
+            visible (`torch.Tensor` of shape `(N, 1, R, S)`): bool, the cells that the encoder sees, from [`choose_cells`].
 
         Returns:
-            `torch.Tensor` of shape `(N, C, H, W)`: The image as it is predicted, hidden cells and visible ones.
+            `torch.Tensor` of shape `(N, C, H, W)`: The predicted images, hidden cells and visible ones.
         """
         self._visible = visible
         try:
@@ -178,7 +179,8 @@ class _DecoderStage(nn.Module):
 
 
 def resize_cells(visible: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Visible cells `(N, 1, R, S)` as positions `(N, 1, h, w)`, bool; of a coarser map, those that hold any visible cell."""
+    """Resizes visible cells `(N, 1, R, S)` to the positions of a feature map `(N, 1, h, w)`, bool; a position of a coarser map is
+    visible if it holds any visible cell."""
     return F.adaptive_max_pool2d(visible.float(), tuple(size)) > 0
 
 
@@ -192,14 +194,15 @@ def spark_loss(
     normalize: bool = False,
 ) -> torch.Tensor:
     """
-    Error of each cell, averaged over cells.
+    Returns the error of each image, the mean over the errors of its cells.
 
     Args:
-        images, reconstruction (`torch.Tensor` of shape `(N, C, H, W)`): In [0, 1].
-        visible (`torch.Tensor` of shape `(N, 1, R, S)`): bool, cells that were seen; as many in each image.
+        images, reconstruction (`torch.Tensor` of shape `(N, C, H, W)`): Images and predictions in [0, 1].
+        visible (`torch.Tensor` of shape `(N, 1, R, S)`): bool, cells that the encoder saw; as many in each image.
         loss (`str`, defaults to `"l2"`): `"l2"`, squared error, or `"l1"`, absolute error.
         region (`str`, defaults to `"masked"`): `"masked"`, hidden cells alone, or `"all"`.
-        normalize (`bool`, defaults to `False`): Compare with the cells' pixels less their mean over their standard deviation.
+        normalize (`bool`, defaults to `False`):
+            Whether the target is standardised: the pixels of a cell less their mean, divided by their standard deviation.
 
     Returns:
         `torch.Tensor` of shape `(N,)`
