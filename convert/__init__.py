@@ -10,15 +10,16 @@
     python convert.py pddpm last.ckpt out/ --key state_dict
     python convert.py sadm last.ckpt out/ --key state_dict --cddpm cddpm/
 
-`brain_damage`: the state dict of its `UNet2DModel`, with the notebook's schedule, noise and preprocessing. `andi`: the state dict of
-ANDi's `UNet` for FLAIR, T1, T1ce and T2, with the preprocessing of the recipe `brats21_andi`. `anofpdm`: one of the networks of
-AnoFPDM, four modalities with the recipe `brats21_anofpdm`, one with `atlas_anofpdm`: `v2` becomes an AnoFPDMPipeline, whose components
-a DDIBPipeline takes as well; `v1` with one output per modality an AnoDDPMPipeline, with two and a classifier a
-ClassifierGuidedPipeline; `classifier` a folder that `--classifier` and the training of the guided network take. `cimd`: CIMD's network
-for LIDC, with the preprocessing of the recipe `cimd_lidc`; the weights of its four equal image channels are added up to those of one.
-`cddpm`: a cDDPM with its timm ResNet, or a DDPM_2D without one, `pddpm`: a pDDPM, with the preprocessing of the recipe `sadm_t2` or
-`sadm_t1`. `sadm`: the segmentation network (`SegUnet`) of a checkpoint, beside the cDDPM `--cddpm`, which was converted or trained
-before. The values for inference are those of the configurations of the same names; nothing is calibrated.
+`brain_damage`: the state dict of its `UNet2DModel`, with the notebook's schedule, noise and preprocessing. `andi`:
+the state dict of ANDi's `UNet` for FLAIR, T1, T1ce and T2, with the preprocessing of the recipe `brats21_andi`.
+`anofpdm`: one of the networks of AnoFPDM, four modalities with the recipe `brats21_anofpdm`, one with `atlas_anofpdm`:
+`v2` becomes an AnoFPDMPipeline, whose components a DDIBPipeline takes as well; `v1` with one output per modality an
+AnoDDPMPipeline, with two and a classifier a ClassifierGuidedPipeline; `classifier` a folder that `--classifier` and
+the training of the guided network take. `cimd`: CIMD's network for LIDC, with the preprocessing of the recipe
+`cimd_lidc`; the weights of its four equal image channels are added up to those of one. `cddpm`: a cDDPM with its timm
+ResNet, or a DDPM_2D without one, `pddpm`: a pDDPM, with the preprocessing of the recipe `sadm_t2` or `sadm_t1`.
+`sadm`: the segmentation network (`SegUnet`) of a checkpoint, beside the cDDPM `--cddpm`, which was converted or
+trained before. The values for inference are those of the configurations of the same names; nothing is calibrated.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     if options.unet and method not in ("anofpdm", "cimd", "cddpm", "pddpm"):
         raise SystemExit(
-            f"error: `--unet` is for anofpdm, cimd, cddpm and pddpm; the network of {method} has one size, or tells it."
+            "error: `--unet` is for anofpdm, cimd, cddpm and pddpm; the network of"
+            f" {method} has one size, or its weights tell it."
         )
     if options.modality not in ("t1", "t2"):
         raise SystemExit(f"error: `--modality` must be t1 or t2, got {options.modality!r}.")

@@ -27,7 +27,8 @@ def convert(
     state: dict[str, torch.Tensor], network: str, unet: dict[str, Any], classifier: str | None
 ) -> tuple[AnomalyPipeline | ClassifierObjective, dict]:
     """
-    Returns the pipeline with the weights, and its configuration; of the classifier the objective, which writes what is no pipeline.
+    Returns the pipeline with the weights, and its configuration; of the classifier the objective, which writes what is
+    no pipeline.
 
     Args:
         state (`dict[str, torch.Tensor]`): Weights of `unet_v2.py`, `unet_v1.py` or the classifier.
@@ -54,8 +55,8 @@ def convert(
     guided = network == "v1" and sizes["out_channels"] == 2 * channels
     if guided and classifier is None:
         raise SystemExit(
-            "error: this v1 has two outputs per modality, a learned variance: name the classifier that guides it, converted or"
-            " trained, with `--classifier`."
+            "error: this v1 has two outputs per modality, a learned variance: name the classifier that guides it,"
+            " converted or trained, with `--classifier`."
         )
     if classifier is not None and not guided:
         raise SystemExit(
@@ -67,7 +68,8 @@ def convert(
     scheduler_class = AnoDDPMScheduler if name == "unguided" else AnoFPDMScheduler
     scheduler = scheduler_class(**config["scheduler"])
     if network == "v2":
-        # The configuration is for new weights; the network of the original has its own class and takes nothing else from it.
+        # The configuration is for new weights; the network of the original has its own class and takes nothing else
+        # from it.
         authors = {"dropout": config["unet"]["dropout"]}
         model = make_network(AnoFPDMUNet2DModel, unet, authors, processor, **sizes)
         converted = AnoFPDMPipeline(model, scheduler, processor, **inference)

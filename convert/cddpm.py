@@ -24,7 +24,8 @@ def convert(
 
     Args:
         state (`dict[str, torch.Tensor]`):
-            Weights of the denoising network (`UNetModel`) and, of a cDDPM, of its encoder (a ResNet of timm), under any prefixes.
+            Weights of the denoising network (`UNetModel`) and, of a cDDPM, of its encoder (a ResNet of timm), under
+            any prefixes.
         method (`str`): `"cddpm"` or `"pddpm"`.
         unet (`dict`): Arguments of the network that differ from its authors'.
         modality (`str`): Contrast of the training data, `"t1"` or `"t2"`.

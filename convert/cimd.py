@@ -14,11 +14,12 @@ from .parts import add_network, make_network, read_config, read_processor
 
 def convert(state: dict[str, torch.Tensor], unet: dict[str, Any]) -> tuple[CIMDPipeline, dict]:
     """
-    Returns the pipeline with the weights, and its configuration. No kernel is transposed: slices are pictures, whose rows and columns
-    the original did not exchange.
+    Returns the pipeline with the weights, and its configuration. No kernel is transposed: slices are pictures, whose
+    rows and columns the original did not exchange.
 
     Args:
-        state (`dict[str, torch.Tensor]`): Weights of the original's `UNetModel`, whose first convolution sees 5 channels.
+        state (`dict[str, torch.Tensor]`):
+            Weights of the original's `UNetModel`, whose first convolution sees 5 channels.
         unet (`dict`): Arguments of the network that differ from its authors'.
 
     Raises:
@@ -38,8 +39,8 @@ def convert(state: dict[str, torch.Tensor], unet: dict[str, Any]) -> tuple[CIMDP
 
 
 def fold_image_channels(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Adds up the weights of the four image channels, which all see the same image, to those of one: the first convolution sees
-    nothing but their sum."""
+    """Adds up the weights of the four image channels, which all see the same image, to those of one: the first
+    convolution sees nothing but their sum."""
     name = "input_blocks.0.0.weight"
     image, mask = state[name].split((4, 1), dim=1)
     return {**state, name: torch.cat([image.sum(1, keepdim=True), mask], dim=1)}

@@ -41,7 +41,8 @@ def read_weights(checkpoint: str | os.PathLike, key: str | None) -> dict[str, to
 
 
 def read_part(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """Returns the weights of the network that has the parameter `name`, under that network's own names; none, if no network has it."""
+    """Returns the weights of the network that has the parameter `name`, under that network's own names; none, if no
+    network has it."""
     prefix = next((own.removesuffix(name) for own in state if own.endswith(name)), None)
     if prefix is None:
         return {}
@@ -52,8 +53,9 @@ def transpose_kernels(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """
     Transposes the weights of a network that was trained on transposed images.
 
-    The originals cut volumes as `array[:, :, k]`, so that H is the axis from right to left; our slices have it along W. Nothing
-    knows which axis is which but the kernels, and the classifier's embedding of the positions (after one of the mean).
+    The originals cut volumes as `array[:, :, k]`, so that H is the axis from right to left; our slices have it along
+    W. Nothing knows which axis is which but the kernels, and the classifier's embedding of the positions (after one of
+    the mean).
     """
     transposed = {}
     for name, tensor in state.items():
@@ -102,7 +104,8 @@ def make_network(
 
 
 def add_network(config: dict[str, Any], model: ModelMixin) -> dict[str, Any]:
-    """Returns a configuration that names the class and the arguments of `model`, and no objective: nothing was trained here."""
+    """Returns a configuration that names the class and the arguments of `model`, and no objective: nothing was trained
+    here."""
     used = {key: value for key, value in model.config.items() if not key.startswith("_")}
     return {**config, "unet": {"_class_name": type(model).__name__, **used}, "objective": {}}
 

@@ -16,7 +16,8 @@ def convert(state: dict[str, torch.Tensor], cddpm: str) -> tuple[SADMPipeline, N
 
     Args:
         state (`dict[str, torch.Tensor]`):
-            Weights of the original's `SegUnet` under any prefix; they tell its sizes. The frozen cDDPM beside them stays behind.
+            Weights of the original's `SegUnet` under any prefix; they tell its sizes. The frozen cDDPM beside them
+            stays behind.
         cddpm (`str`): Folder or Hub id of the cDDPM that it was trained with.
 
     Raises:

@@ -30,8 +30,8 @@ def read_model_index(source: str | os.PathLike, **hub_arguments) -> dict:
     index = _fetch(source, "model_index.json", **hub_arguments)
     if index is None:
         raise FileNotFoundError(
-            f"{source} holds no pipeline: there is no model_index.json in it. `--model` and `from_pretrained` take what"
-            " `save_pretrained` or train.py wrote."
+            f"{source} holds no pipeline: there is no model_index.json in it. `--model` and `from_pretrained` take"
+            " what `save_pretrained` or train.py wrote."
         )
     index = json.loads(index.read_text())
 
@@ -61,8 +61,9 @@ def check_processor(source: str | os.PathLike, index: dict, **hub_arguments) -> 
     named = index.get("processor", [None])[0]
     if not named or _fetch(source, "processor/processor_config.json", **hub_arguments) is None:
         raise ValueError(
-            f"{source} has no processor, so nobody can know which modalities, size and intensities its network wants. Save"
-            " the pipeline with its `processor`, or give one: `from_pretrained(..., processor=VolumeProcessor(...))`."
+            f"{source} has no processor, so nobody can know which modalities, size and intensities its network wants."
+            " Save the pipeline with its `processor`, or give one:"
+            " `from_pretrained(..., processor=VolumeProcessor(...))`."
         )
 
 
@@ -82,8 +83,8 @@ def _fetch(source: str | os.PathLike, name: str, **hub_arguments) -> Path | None
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"There is neither a folder nor a Hub repository {source}. If it is private, log in with `hf auth login`, or set"
-            " HF_TOKEN to a token that may read it."
+            f"There is neither a folder nor a Hub repository {source}. If it is private, log in with `hf auth login`,"
+            " or set HF_TOKEN to a token that may read it."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{source} has no revision {hub_arguments.get('revision')!r}.") from error
@@ -92,8 +93,8 @@ def _fetch(source: str | os.PathLike, name: str, **hub_arguments) -> Path | None
         if name == "README.md":
             return None
         raise FileNotFoundError(
-            f"There is no folder {source}, the Hub cannot be reached (or HF_HUB_OFFLINE is set), and {name} of such a repository"
-            " is not in the cache."
+            f"There is no folder {source}, the Hub cannot be reached (or HF_HUB_OFFLINE is set), and {name} of such a"
+            " repository is not in the cache."
         ) from error
     except errors.EntryNotFoundError:
         return None

@@ -29,8 +29,9 @@ class PublishingError(RuntimeError):
 
 def complete_folder(folder: str | os.PathLike, card: str) -> None:
     """
-    Adds to a saved pipeline what every repository also holds: the card and its results ([`write_card`]), and a `pipeline.py` of one
-    line, with which `DiffusionPipeline.from_pretrained(id, custom_pipeline=id, trust_remote_code=True)` gives our class.
+    Adds to a saved pipeline what every repository also holds: the card and its results ([`write_card`]), and a
+    `pipeline.py` of one line, with which `DiffusionPipeline.from_pretrained(id, custom_pipeline=id,
+    trust_remote_code=True)` gives our class.
 
     Args:
         folder (`str` or `os.PathLike`): Folder that `save_pretrained` wrote.
@@ -52,8 +53,8 @@ def complete_folder(folder: str | os.PathLike, card: str) -> None:
 
 def write_card(folder: str | os.PathLike, card: str) -> None:
     """
-    Writes `README.md`, and `.eval_results/*.yaml` with those results of its metadata that belong to a data set on the Hub, whose
-    leaderboard then shows them.
+    Writes `README.md`, and `.eval_results/*.yaml` with those results of its metadata that belong to a data set on the
+    Hub, whose leaderboard then shows them.
 
     Args:
         folder (`str` or `os.PathLike`): Folder of the repository.
@@ -102,12 +103,14 @@ def open_repository(
     licence: str | None = None,
 ) -> str:
     """
-    Creates a repository if it does not exist, and makes sure that a push to it will be accepted. Called before hours of work.
+    Creates a repository if it does not exist, and makes sure that a push to it will be accepted. Called before hours
+    of work.
 
     Args:
         repo_id (`str`): `"owner/name"`.
         private (`bool`, *optional*):
-            Visibility of a new repository, the account's default if not given. `True` refuses one that exists and is public.
+            Visibility of a new repository, the account's default if not given. `True` refuses one that exists and is
+            public.
         token (`str`, *optional*): Write token; by default `HF_TOKEN`, or that of `hf auth login`.
         repo_type (`str`): `"model"` or `"dataset"`.
         licence (`str`, *optional*): Licence that the card will name; the Hub must know it.
@@ -135,8 +138,8 @@ def open_repository(
         raise PublishingError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     if is_public:
         raise PublishingError(
-            f"{repo_id} exists and is public, and a private repository was asked for. Choose another name, or make it private"
-            " in its settings."
+            f"{repo_id} exists and is public, and a private repository was asked for. Choose another name, or make it"
+            " private in its settings."
         )
     return str(url)
 
@@ -189,8 +192,8 @@ def push_folder(
 
 
 class BackgroundPush:
-    """Pushes folders in a thread, one at a time, while a training goes on. A push that fails is reported and not repeated, because
-    the next one brings everything again."""
+    """Pushes folders in a thread, one at a time, while a training goes on. A push that fails is reported and not
+    repeated, because the next one brings everything again."""
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(1)
@@ -218,7 +221,8 @@ class BackgroundPush:
 
 
 def _forget_local_path(config: Path) -> None:
-    """Removes from a `config.json` where diffusers loaded the component from: a folder of this machine is nobody's business."""
+    """Removes from a `config.json` where diffusers loaded the component from: a folder of this machine is nobody's
+    business."""
     values = json.loads(config.read_text())
     if "_name_or_path" in values:
         del values["_name_or_path"]

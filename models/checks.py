@@ -16,15 +16,18 @@ def check_sides(name: str, sample: torch.Tensor, factor: int) -> None:
 
 
 def check_heads(name: str, value: int, channels: Iterable[int]) -> None:
-    """Raises a `ValueError` unless `value`, a number of heads or the channels of one, divides the channels of every attention layer."""
+    """Raises a `ValueError` unless `value`, a number of heads or the channels of one, divides the channels of every
+    attention layer."""
     channels = sorted(set(channels))
     if any(width % value for width in channels):
         raise ValueError(
-            f"`{name}` must divide the channels of every attention layer, {', '.join(map(str, channels))}, got {value}."
+            f"`{name}` must divide the channels of every attention layer,"
+            f" {', '.join(map(str, channels))}, got {value}."
         )
 
 
 def check_attention_levels(attention_levels: Sequence[int], count: int) -> None:
-    """Raises a `ValueError` unless every level with attention is one of the `count` levels of the network, counted from 0."""
+    """Raises a `ValueError` unless every level with attention is one of the `count` levels of the network, counted
+    from 0."""
     for level in attention_levels:
         check_integer("attention_levels", level, 0, count - 1)

@@ -35,19 +35,21 @@ class NoisyClassifierOutput(BaseOutput):
 
 class NoisyClassifierModel(ModelMixin, ConfigMixin):
     r"""
-    Classifies a noised slice, given its timestep, as healthy (class 0) or unhealthy (class 1): guided-diffusion's `EncoderUNetModel`,
-    the downward half of a UNet with residual blocks that halve the resolution and an attention pool, which AnoFPDM's program uses for
-    classifier guidance. 42.06 million parameters with the defaults.
+    Classifies a noised slice, given its timestep, as healthy (class 0) or unhealthy (class 1): guided-diffusion's
+    `EncoderUNetModel`, the downward half of a UNet with residual blocks that halve the resolution and an attention
+    pool, which AnoFPDM's program uses for classifier guidance. 42.06 million parameters with the defaults.
 
     Args:
         sample_size (`int` or `tuple[int, int]`, defaults to 128):
-            Size of the slices, divisible by 2^(levels - 1). The pool has a parameter per position: no other size works.
+            Size of the slices, divisible by 2^(levels - 1). The pool has a parameter per position: no other size
+            works.
         in_channels (`int`, defaults to 4): Modalities.
         num_classes (`int`, defaults to 2): Classes.
         block_out_channels (`tuple[int, ...]`, defaults to `(128, 128, 256, 384, 512)`): Channels of each level.
         layers_per_block (`int`, defaults to 2): Residual blocks of a level, before the one that halves the resolution.
         attention_levels (`tuple[int, ...]`, defaults to `(2, 3, 4)`):
-            Levels with attention after every residual block, counted from 0; one more follows the last level in any case.
+            Levels with attention after every residual block, counted from 0; one more follows the last level in any
+            case.
         attention_head_dim (`int`, defaults to 64): Channels of an attention head, at every level and in the pool.
         dropout (`float`, defaults to 0.0): Share of values that every residual block drops in training.
         norm_num_groups (`int`, defaults to 32): Groups of every normalisation.
@@ -127,7 +129,8 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
         Args:
             sample (`torch.Tensor` of shape `(N, C, H, W)`): Noised slices of the size `sample_size`.
             timestep (`torch.Tensor` of shape `(N,)`, or a number): Index of the timestep, from 0.
-            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`NoisyClassifierOutput`] or a tuple.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`NoisyClassifierOutput`] or a tuple.
 
         Returns:
             [`NoisyClassifierOutput`]: `logits (N, K)`.
@@ -147,8 +150,8 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
 
     def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        Renames the parameters of guided-diffusion's `EncoderUNetModel` (attention pool, residual blocks that halve the resolution)
-        to those of this model.
+        Renames the parameters of guided-diffusion's `EncoderUNetModel` (attention pool, residual blocks that halve the
+        resolution) to those of this model.
 
         Args:
             state (`dict[str, torch.Tensor]`): State dict of a network of this model's size.

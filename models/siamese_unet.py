@@ -26,9 +26,11 @@ class SiameseUNet2DOutput(BaseOutput):
     Holds what [`SiameseUNet2DModel`] returns for N slices.
 
     Args:
-        logits (`torch.Tensor` of shape `(N, 1, H, W)`): Logits of a pixel being anomalous; their sigmoid is the probability.
+        logits (`torch.Tensor` of shape `(N, 1, H, W)`):
+            Logits of a pixel being anomalous; their sigmoid is the probability.
         decoder_logits (`tuple` of `torch.Tensor`, *optional*):
-            Logits of every decoder block, coarse to fine, `(N, 1, H / 2^k, W / 2^k)`; `None` without `deep_supervision`.
+            Logits of every decoder block, coarse to fine, `(N, 1, H / 2^k, W / 2^k)`; `None` without
+            `deep_supervision`.
     """
 
     logits: torch.Tensor
@@ -38,12 +40,12 @@ class SiameseUNet2DOutput(BaseOutput):
 
 class SiameseUNet2DModel(ModelMixin, ConfigMixin):
     r"""
-    Segments slices with SADM's network (`SegUnet.py`): one encoder sees the residual, image - reconstruction, and the image; at every
-    level the features of both are concatenated, residual first, and one decoder makes logits of them. 16.7 M parameters at the authors'
-    size, 33.8 GFLOP for 96 x 96 pixels.
+    Segments slices with SADM's network (`SegUnet.py`): one encoder sees the residual, image - reconstruction, and the
+    image; at every level the features of both are concatenated, residual first, and one decoder makes logits of them.
+    16.7 M parameters at the authors' size, 33.8 GFLOP for 96 x 96 pixels.
 
-    Blocks, standardisation of the weights and groups are those of [`DAEUNet2DModel`]: convolution, SiLU, then the normalisation.
-    Parameters are named as in the original, whose weights fit as they are.
+    Blocks, standardisation of the weights and groups are those of [`DAEUNet2DModel`]: convolution, SiLU, then the
+    normalisation. Parameters are named as in the original, whose weights fit as they are.
 
     Args:
         in_channels (`int`, defaults to 1): Number of modalities, of image and reconstruction alike.
@@ -86,7 +88,8 @@ class SiameseUNet2DModel(ModelMixin, ConfigMixin):
 
         Args:
             image, reconstruction (`torch.Tensor` of shape `(N, C, H, W)`):
-                Slices and their pseudo-healthy reconstructions, in [0, 1], background 0; 2^(levels - 1) divides H and W.
+                Slices and their pseudo-healthy reconstructions, in [0, 1], background 0; 2^(levels - 1) divides H and
+                W.
             return_dict (`bool`, defaults to `True`): Whether to return a [`SiameseUNet2DOutput`] or a tuple.
 
         Returns:
@@ -114,6 +117,6 @@ class SiameseUNet2DModel(ModelMixin, ConfigMixin):
         return SiameseUNet2DOutput(logits=logits, decoder_logits=heads) if return_dict else (logits, heads)
 
     def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns the weights of the original network, whose names are the same, for this one. Heads of deep supervision are left out
-        if this model has none: inference does not need them."""
+        """Returns the weights of the original network, whose names are the same, for this one. Heads of deep
+        supervision are left out if this model has none: inference does not need them."""
         return {name: tensor for name, tensor in state.items() if self.deepsup_1x1 or not name.startswith("deepsup_")}

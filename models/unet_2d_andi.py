@@ -18,15 +18,16 @@ from .weights import rename_parameters
 
 class ANDiUNet2DModel(ModelMixin, ConfigMixin):
     r"""
-    Predicts the noise of slices with the network of ANDi (`modules.py` of its program): a small UNet with one skip per level, max
-    pooling, bilinear upsampling, pre-norm transformer blocks from the third level on, and the sinusoidal features of the timestep,
-    without an MLP, added to every block. 9.72 million parameters and 9.3 GFLOP for a slice of 4 x 128 x 128. For training from scratch
-    `UNet2DModel` suffices; this class is for weights of the original program, see
-    [`~ANDiUNet2DModel.convert_original_state_dict`].
+    Predicts the noise of slices with the network of ANDi (`modules.py` of its program): a small UNet with one skip per
+    level, max pooling, bilinear upsampling, pre-norm transformer blocks from the third level on, and the sinusoidal
+    features of the timestep, without an MLP, added to every block. 9.72 million parameters and 9.3 GFLOP for a slice
+    of 4 x 128 x 128. For training from scratch `UNet2DModel` suffices; this class is for weights of the original
+    program, see [`~ANDiUNet2DModel.convert_original_state_dict`].
 
     Args:
         sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 128):
-            Size of the slices it is trained on, recorded for readers: the network takes any size divisible by 2^(levels - 1).
+            Size of the slices it is trained on, recorded for readers: the network takes any size divisible by
+            2^(levels - 1).
         in_channels, out_channels (`int`, defaults to 4): Number of modalities.
         block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 128, 256, 256)`):
             Channels of each level, 2 levels or more; the bottleneck has twice the last one.
@@ -118,7 +119,8 @@ class ANDiUNet2DModel(ModelMixin, ConfigMixin):
         Renames the parameters of the original program's `UNet` (five levels) to those of this class.
 
         Args:
-            state (`dict[str, torch.Tensor]`): State dict of the original; names of other networks are left as they are.
+            state (`dict[str, torch.Tensor]`):
+                State dict of the original; names of other networks are left as they are.
 
         Returns:
             `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of a model with the default widths.
@@ -139,8 +141,8 @@ class ConvNorm(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """Applies a residual convolution and one that changes the width, adds the features of the timestep, and applies a transformer
-    block if there is one."""
+    """Applies a residual convolution and one that changes the width, adds the features of the timestep, and applies a
+    transformer block if there is one."""
 
     def __init__(self, in_channels: int, out_channels: int, time_channels: int, attention: nn.Module | None):
         super().__init__()
@@ -156,8 +158,8 @@ class UNetBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Applies self-attention over the pixels and a feed-forward network of the same width, each after a LayerNorm and with a
-    residual."""
+    """Applies self-attention over the pixels and a feed-forward network of the same width, each after a LayerNorm and
+    with a residual."""
 
     def __init__(self, channels: int, num_heads: int):
         super().__init__()

@@ -13,23 +13,25 @@ from .checks import check_attention_levels, check_heads, check_sides
 from .weights import rename_parameters, zero_layer
 
 
-# N images, C channels, H x W pixels, L = H W tokens, E features of timestep and class, D channels of an attention head.
+# N images, C channels, H x W pixels, L = H W tokens, E features of timestep and class, D channels of an attention
+# head.
 
 
 class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
     r"""
-    Predicts the noise of slices of a given class, with the network of AnoFPDM and DDIB (`unet_v2.py` of their program). It is for
-    weights of the original, see [`~AnoFPDMUNet2DModel.convert_original_state_dict`]; for training from scratch `UNet2DModel` with
-    `num_class_embeds=3` suffices.
+    Predicts the noise of slices of a given class, with the network of AnoFPDM and DDIB (`unet_v2.py` of their
+    program). It is for weights of the original, see [`~AnoFPDMUNet2DModel.convert_original_state_dict`]; for training
+    from scratch `UNet2DModel` with `num_class_embeds=3` suffices.
 
-    It differs from a guided-diffusion UNet in three points. There is no SiLU before the first convolution of a residual block, and
-    none before the last convolution of the network. The class is embedded through an MLP as a vector c, which is added to the embedding
-    of the timestep; without a class c is zero. Every attention layer attends to E more tokens, the rows of the matrix c c^T.
-    103.1 million parameters at its authors' size (4 x 128 x 128).
+    It differs from a guided-diffusion UNet in three points. There is no SiLU before the first convolution of a
+    residual block, and none before the last convolution of the network. The class is embedded through an MLP as a
+    vector c, which is added to the embedding of the timestep; without a class c is zero. Every attention layer attends
+    to E more tokens, the rows of the matrix c c^T. 103.1 million parameters at its authors' size (4 x 128 x 128).
 
     Args:
         sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 128):
-            Size of the slices it is trained on, recorded for readers: the network takes any size divisible by 2^(levels - 1).
+            Size of the slices it is trained on, recorded for readers: the network takes any size divisible by
+            2^(levels - 1).
         in_channels, out_channels (`int`, defaults to 4): Number of modalities.
         block_out_channels (`tuple[int, ...]`, defaults to `(128, 128, 256, 384, 512)`):
             Channels of each level. E is four times the first of them.
@@ -37,7 +39,8 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
         attention_levels (`tuple[int, ...]`, defaults to `(2, 3, 4)`):
             Levels with attention after every residual block, counted from 0; the middle has one in any case.
         num_attention_heads (`int`, defaults to 4): Heads of every attention layer.
-        num_classes (`int`, defaults to 2): Number of classes; this number itself is the label of a slice without class.
+        num_classes (`int`, defaults to 2):
+            Number of classes; this number itself is the label of a slice without class.
         dropout (`float`, defaults to 0.0): Share of values that every residual block drops in training.
         norm_num_groups (`int`, defaults to 32): Groups of every normalisation.
     """
@@ -75,7 +78,8 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
         self.class_embedding = nn.Embedding(num_classes, widths[0])
         self.class_projection = TimestepEmbedding(widths[0], features)
 
-        # One entry per skip, in the original's order: the first convolution, layers, and a convolution of stride 2 between levels.
+        # One entry per skip, in the original's order: the first convolution, layers, and a convolution of stride 2
+        # between levels.
         self.down_blocks = nn.ModuleList([nn.Conv2d(in_channels, widths[0], 3, padding=1)])
         skips, channels = [widths[0]], widths[0]
         for level, width in enumerate(widths):
@@ -112,7 +116,8 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
         Args:
             sample (`torch.Tensor` of shape `(N, C, H, W)`): Noised slices; 2^(levels - 1) divides H and W.
             timestep (`torch.Tensor` of shape `(N,)`, or a number): Index of the timestep, from 0.
-            class_labels (`torch.Tensor` of shape `(N,)`, long): 0 healthy, 1 unhealthy, `num_classes` (2) for no class.
+            class_labels (`torch.Tensor` of shape `(N,)`, long):
+                0 healthy, 1 unhealthy, `num_classes` (2) for no class.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`UNet2DOutput`] or a tuple.
 
         Returns:
@@ -142,7 +147,8 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
         Renames the parameters of `UNetModel` in the original's `unet_v2.py` to those of this class.
 
         Args:
-            state (`dict[str, torch.Tensor]`): State dict of the original; names of other networks are left as they are.
+            state (`dict[str, torch.Tensor]`):
+                State dict of the original; names of other networks are left as they are.
 
         Returns:
             `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of a model of the same size.
@@ -153,7 +159,8 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
 
 
 class UNetLayer(nn.Module):
-    """Applies a residual block, attention if there is one, and at the end of a level on the way up doubles the resolution."""
+    """Applies a residual block, attention if there is one, and at the end of a level on the way up doubles the
+    resolution."""
 
     def __init__(self, resnet: nn.Module, attention: nn.Module | None, upsample: nn.Module | None):
         super().__init__()
@@ -171,8 +178,8 @@ class UNetLayer(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Adds to its input: norm, convolution, norm that timestep and class scale and shift, SiLU, dropout, convolution. There is no
-    SiLU before the first convolution."""
+    """Adds to its input: norm, convolution, norm that timestep and class scale and shift, SiLU, dropout, convolution.
+    There is no SiLU before the first convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, features: int, dropout: float, groups: int):
         super().__init__()

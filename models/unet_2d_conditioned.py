@@ -12,15 +12,17 @@ from .weights import convert_guided_diffusion_unet, zero_layer, zero_residual_br
 
 class ConditionedUNet2DModel(UNet2DModel):
     r"""
-    Predicts the noise of slices that belong to a vector, given as `class_labels` `(N, condition_dim)`: `UNet2DModel`, except that
-    the embeddings of timestep and vector are concatenated, not added. The network of cDDPM (`OpenAI_Unet.py`), and without a condition
-    that of its DDPM_2D and of pDDPM.
+    Predicts the noise of slices that belong to a vector, given as `class_labels` `(N, condition_dim)`: `UNet2DModel`,
+    except that the embeddings of timestep and vector are concatenated, not added. The network of cDDPM
+    (`OpenAI_Unet.py`), and without a condition that of its DDPM_2D and of pDDPM.
 
-    The defaults are the authors': 44.07 M parameters, 37.51 M without a condition, 149 GFLOP for 96 x 96 pixels; attention in the middle
-    only. All other arguments are those of [`UNet2DModel`]. Residual branches begin with zero, as in the original.
+    The defaults are the authors': 44.07 M parameters, 37.51 M without a condition, 149 GFLOP for 96 x 96 pixels;
+    attention in the middle only. All other arguments are those of [`UNet2DModel`]. Residual branches begin with zero,
+    as in the original.
 
     Args:
-        condition_dim (`int`, *optional*, defaults to 512): Length of the vector; `None` for no condition. The paper says 128.
+        condition_dim (`int`, *optional*, defaults to 512):
+            Length of the vector; `None` for no condition. The paper says 128.
         time_embedding_dim (`int`, *optional*):
             Length of each of the two embeddings; 4 times the first of `block_out_channels` by default.
         class_embed_type (`None`): An argument because the parent reads it; its value follows from `condition_dim`.
@@ -82,8 +84,8 @@ class ConditionedUNet2DModel(UNet2DModel):
 
     def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        Renames the parameters of the original's `UNetModel`, guided-diffusion's with residual blocks that change the resolution, to those
-        of this model.
+        Renames the parameters of the original's `UNetModel`, guided-diffusion's with residual blocks that change the
+        resolution, to those of this model.
 
         Args:
             state (`dict[str, torch.Tensor]`): State dict of a network of this model's size.

@@ -12,17 +12,18 @@ from .checks import check_sides
 
 class DAEUNet2DModel(ModelMixin, ConfigMixin):
     r"""
-    Denoises slices with the network of the denoising autoencoder (Kascenas et al., MIDL 2022) as the ANDi authors ran it: a U-Net
-    of weight-standardised convolutions with reflect padding, without a timestep.
+    Denoises slices with the network of the denoising autoencoder (Kascenas et al., MIDL 2022) as the ANDi authors ran
+    it: a U-Net of weight-standardised convolutions with reflect padding, without a timestep.
 
-    A block consists of convolution 3 x 3, SiLU and group normalisation, two times. The way down has mean pooling, the way up transposed
-    convolutions 2 x 2 and concatenation `[up, skip]`, and a convolution 1 x 1 ends it. Parameters are named as in the original
-    (`down_path.0.block.1.weight`), whose weights fit as they are.
+    A block consists of convolution 3 x 3, SiLU and group normalisation, two times. The way down has mean pooling, the
+    way up transposed convolutions 2 x 2 and concatenation `[up, skip]`, and a convolution 1 x 1 ends it. Parameters
+    are named as in the original (`down_path.0.block.1.weight`), whose weights fit as they are.
 
     Args:
         in_channels (`int`, defaults to 4), out_channels (`int`, defaults to 4): Number of modalities.
         block_out_channels (`tuple[int, ...]`, defaults to `(64, 128, 256, 512)`):
-            Channels of the levels. The groups of a level are the upper middle one of its channels' divisors: 8, 16, 16, 32.
+            Channels of the levels. The groups of a level are the upper middle one of its channels' divisors: 8, 16,
+            16, 32.
     """
 
     @register_to_config
@@ -77,8 +78,8 @@ class _StandardizedConv2d(nn.Conv2d):
 
 
 class StandardizedConvBlock(nn.Module):
-    """Applies two times: reflect padding, standardised convolution, SiLU, group normalisation. The number of groups is the upper
-    middle one of the divisors of the channels."""
+    """Applies two times: reflect padding, standardised convolution, SiLU, group normalisation. The number of groups is
+    the upper middle one of the divisors of the channels."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -99,7 +100,8 @@ class StandardizedConvBlock(nn.Module):
 
 
 class StandardizedUpBlock(nn.Module):
-    """Doubles the size by a transposed convolution, concatenates the skip, which has `out_channels`, and applies a block."""
+    """Doubles the size by a transposed convolution, concatenates the skip, which has `out_channels`, and applies a
+    block."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()

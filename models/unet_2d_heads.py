@@ -13,18 +13,19 @@ from .weights import convert_guided_diffusion_unet, zero_layer, zero_residual_br
 class UNet2DHeadsModel(UNet2DModel):
     r"""
     Predicts the noise of slices: `UNet2DModel` with the same number of attention heads at every level, which one
-    `attention_head_dim` for all levels cannot express, and with residual branches that begin with zero. The network of AnoDDPM
-    (`UNet.py`, guided-diffusion style).
+    `attention_head_dim` for all levels cannot express, and with residual branches that begin with zero. The network of
+    AnoDDPM (`UNet.py`, guided-diffusion style).
 
-    The defaults are AnoDDPM's at 256 px (131.65 M parameters). All other arguments are those of [`UNet2DModel`]. guided-diffusion's
-    own `UNetModel`, which AnoFPDM's baselines use (`unet_v1.py`), has the timestep scale and shift the second norm
-    (`resnet_time_scale_shift="scale_shift"`), `flip_sin_to_cos=True`, 4 heads, and plain blocks and convolutions that change the
-    resolution; it needs `attn_norm_num_groups`, without which diffusers leaves the norm of the middle attention out.
+    The defaults are AnoDDPM's at 256 px (131.65 M parameters). All other arguments are those of [`UNet2DModel`].
+    guided-diffusion's own `UNetModel`, which AnoFPDM's baselines use (`unet_v1.py`), has the timestep scale and shift
+    the second norm (`resnet_time_scale_shift="scale_shift"`), `flip_sin_to_cos=True`, 4 heads, and plain blocks and
+    convolutions that change the resolution; it needs `attn_norm_num_groups`, without which diffusers leaves the norm
+    of the middle attention out.
 
     Args:
         num_attention_heads (`int`, defaults to 2):
-            Heads of every attention layer. AnoDDPM trained with 2 and evaluated, by mistake, with 1; weights of one do not work
-            with the other although all shapes agree, so the number belongs to the configuration.
+            Heads of every attention layer. AnoDDPM trained with 2 and evaluated, by mistake, with 1; weights of one do
+            not work with the other although all shapes agree, so the number belongs to the configuration.
     """
 
     @register_to_config
@@ -75,13 +76,13 @@ class UNet2DHeadsModel(UNet2DModel):
 
     def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        Renames the parameters of guided-diffusion's `UNetModel` without `resblock_updown` (AnoFPDM's `unet_v1.py`) to those of this
-        model.
+        Renames the parameters of guided-diffusion's `UNetModel` without `resblock_updown` (AnoFPDM's `unet_v1.py`) to
+        those of this model.
 
         Args:
             state (`dict[str, torch.Tensor]`):
-                State dict of a network of this model's size. The label embedding of a model without classes, which AnoFPDM's last
-                version has and does not use, is left out.
+                State dict of a network of this model's size. The label embedding of a model without classes, which
+                AnoFPDM's last version has and does not use, is left out.
 
         Returns:
             `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of this model.

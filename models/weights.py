@@ -18,7 +18,8 @@ def rename_parameters(
 
     Args:
         state (`dict[str, torch.Tensor]`): Parameters under their old names; names that no pattern fits stay.
-        patterns: Pairs of a regular expression and its replacement, as in `re.sub`, each applied to what those before it made.
+        patterns (`Iterable` of pairs):
+            Regular expressions and their replacements, as in `re.sub`, each applied to what those before it made.
     """
     renamed = {}
     for name, tensor in state.items():
@@ -44,8 +45,9 @@ def convert_guided_diffusion_unet(
     """
 
     def place(match: re.Match) -> str:
-        # Blocks of the original are numbered through all levels: layers and a change of the resolution on the way down, where block 0
-        # is the first convolution; one layer more on the way up, the last of which also changes the resolution.
+        # Blocks of the original are numbered through all levels: layers and a change of the resolution on the way
+        # down, where block 0 is the first convolution; one layer more on the way up, the last of which also changes
+        # the resolution.
         way, block, part, resample, rest = match.groups()
         level, number = divmod(int(block) - (way == "input"), layers_per_block + 1)
         side = "down" if way == "input" else "up"
@@ -77,14 +79,14 @@ def convert_guided_diffusion_layers(
     state: dict[str, torch.Tensor], num_heads: Callable[[int], int]
 ) -> dict[str, torch.Tensor]:
     """
-    Renames the parameters within guided-diffusion's residual blocks, attention layers and embedding of the timestep to those of
-    diffusers.
+    Renames the parameters within guided-diffusion's residual blocks, attention layers and embedding of the timestep to
+    those of diffusers.
 
     Args:
         state (`dict[str, torch.Tensor]`): Parameters; the blocks have any names.
         num_heads (`Callable`):
-            Number of heads for a number of channels, where the original splits heads before query, key and value; 1 where it splits
-            them afterwards.
+            Number of heads for a number of channels, where the original splits heads before query, key and value; 1
+            where it splits them afterwards.
     """
     renamed = rename_parameters(
         state,
@@ -115,8 +117,8 @@ def convert_guided_diffusion_layers(
 
 
 def zero_residual_branches(model: torch.nn.Module) -> None:
-    """Gives the last layer of every residual branch that diffusers makes zero weights, as guided-diffusion does: blocks begin as the
-    identity."""
+    """Gives the last layer of every residual branch that diffusers makes zero weights, as guided-diffusion does:
+    blocks begin as the identity."""
     for module in model.modules():
         if isinstance(module, Attention):
             zero_layer(module.to_out[0])

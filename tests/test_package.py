@@ -53,7 +53,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_tables_of_diffusers_know_our_components():
-    """Private tables: if this fails after an update of diffusers, see `hub/registration.py` and its pin in setup.cfg."""
+    """If this fails after an update of diffusers: its tables are private, see `hub/registration.py`."""
     from diffusers.pipelines import pipeline_loading_utils
 
     from anodiff import AnoDDPMScheduler, UNet2DHeadsModel, VolumeProcessor
