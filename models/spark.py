@@ -75,8 +75,8 @@ class SparKModel(nn.Module):
         wanted = [(coarsest[0] << level, coarsest[1] << level) for level in range(len(shapes))]
         if (height, width) != (coarsest[0] << stages, coarsest[1] << stages) or wanted != [s[1:] for s in shapes]:
             raise ValueError(
-                "`encoder` must give maps that halve the size from stage to stage, and `sample_size` must be a"
-                f" multiple of its stride, got maps of {', '.join(f'{h} x {w}' for _, h, w in shapes)} for {height} x {width}."
+                "`encoder` must give maps that halve in size from stage to stage, `sample_size` must be a multiple"
+                f" of its stride, got maps of {', '.join(f'{h} x {w}' for _, h, w in shapes)} for {height} x {width}."
             )
         if decoder_width < 2**stages or decoder_width % 2**stages:
             raise ValueError(f"`decoder_width` must be a multiple of {2**stages}, got {decoder_width}.")
@@ -86,9 +86,7 @@ class SparKModel(nn.Module):
         cells = grid[0] * grid[1]
         self.mask_grid, self.visible_cells = tuple(grid), round(cells * (1 - mask_ratio))
         if not 0 < self.visible_cells < cells:
-            raise ValueError(
-                f"`mask_ratio` must leave 1 to {cells - 1} of {cells} cells visible, got {mask_ratio} ({self.visible_cells})."
-            )
+            raise ValueError(f"`mask_ratio` must leave 1 to {cells - 1} of {cells} cells visible, got {mask_ratio}.")
 
         self.encoder = encoder
         self.norms, self.tokens, self.projections = nn.ModuleList(), nn.ParameterList(), nn.ModuleList()

@@ -6,15 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, parse_eval_result_entries
 
-from anodiff import AnoDDPMPipeline, AnoDDPMScheduler, VolumeProcessor
+from anodiff import AnoDDPMPipeline
 from anodiff.hub.publishing import PublishingError, complete_folder, push_folder
 
 from ..hub_server import READ_TOKEN
+from ..tiny import make_pipeline
 
 
 CARD = "---\nlicense: mit\ntags:\n- anodiff\n---\n\n# Tiny\n"
@@ -41,7 +40,7 @@ from anodiff import AnoDDPMPipeline, AnomalyPipeline
 
 def anomaly_map(pipeline):
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(torch.randn(3, 1, 8, 8, generator=torch.manual_seed(0))).anomaly_map
+    return pipeline(torch.randn(3, 1, 16, 16, generator=torch.manual_seed(0))).anomaly_map
 
 def compare(pipeline):
     same = torch.equal(anomaly_map(pipeline), expected)
@@ -64,21 +63,7 @@ print(json.dumps(answers))
 
 @pytest.fixture
 def folder(tmp_path):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(4, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
-    processor = VolumeProcessor(modalities=("flair",), size=(8, 8))
-    pipeline = AnoDDPMPipeline(
-        unet, AnoDDPMScheduler(num_train_timesteps=100), processor, noise_level=2, threshold=0.5
-    )
+    pipeline = make_pipeline("AnoDDPMPipeline", ("flair",), noise_level=2, threshold=0.5)
     pipeline.save_pretrained(tmp_path / "pipeline")
     complete_folder(tmp_path / "pipeline", CARD)
     return tmp_path / "pipeline"
