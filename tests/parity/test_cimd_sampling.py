@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anodiff import CIMDPipeline, CIMDScheduler, UNet2DHeadsModel, VolumeProcessor
-from anodiff.convert import fold_image_channels
+from anodiff.convert.cimd import fold_image_channels
 from anodiff.pipelines.pipeline_cimd import summarize_members
 
 from .recordings import ToySegmentationUNet, load, network_sizes, over, unet_levels

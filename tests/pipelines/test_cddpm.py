@@ -199,7 +199,7 @@ def test_wrong_components():
     with pytest.raises(ValueError, match="`condition_dim` must be at least 1"):
         ConditionedUNet2DModel(condition_dim=0)
     with pytest.raises(
-        ValueError, match="`attention_head_dim` must divide the last of `block_out_channels`, 32, got 64"
+        ValueError, match="`attention_head_dim` must divide the channels of every attention layer, 32, got 64"
     ):
         ConditionedUNet2DModel(block_out_channels=(32, 32, 32))
     with pytest.raises(ValueError, match="`class_embed_type` must be None"):
