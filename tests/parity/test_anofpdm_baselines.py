@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from anodiff import (
     AnoDDPMPipeline,
@@ -19,6 +20,7 @@ from anodiff import (
     AnoFPDMScheduler,
     ClassifierGuidedPipeline,
     DDIBPipeline,
+    NoisyClassifierModel,
     VolumeProcessor,
 )
 from anodiff.pipelines.postprocessing import median_filter
@@ -41,17 +43,17 @@ def load(path: Path) -> dict:
         return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
 
 
-class ToyUNet(torch.nn.Module):
+class ToyUNet(UNet2DModel):
     """The noise model of the recordings: scale * tanh(conv(x, W) + t / T * b + E[y]), without E for the label 2 and without labels."""
 
     def __init__(self, arrays: dict):
-        super().__init__()
+        torch.nn.Module.__init__(self)
+        self.register_to_config(in_channels=arrays["toy_W"].shape[1], out_channels=arrays["toy_W"].shape[0])
         self.weight = torch.nn.Parameter(arrays["toy_W"])
         self.bias = torch.nn.Parameter(arrays["toy_b"])
         classes = torch.cat([arrays["toy_E"], torch.zeros_like(arrays["toy_E"][:1])])
         self.classes = torch.nn.Parameter(classes)
         self.steps, self.scale = arrays["toy_T"].item(), arrays["toy_scale"].item()
-        self.dtype, self.device = torch.float32, torch.device("cpu")
 
     def forward(self, sample, timesteps, class_labels=None):
         shift = timesteps.reshape(-1, 1, 1, 1) / self.steps * self.bias.reshape(1, -1, 1, 1)
@@ -61,14 +63,14 @@ class ToyUNet(torch.nn.Module):
         return type("Output", (), {"sample": output})
 
 
-class ToyClassifier(torch.nn.Module):
+class ToyClassifier(NoisyClassifierModel):
     """logits = 2 tanh(sum(x * V)) + t / T * c."""
 
     def __init__(self, arrays: dict):
-        super().__init__()
+        torch.nn.Module.__init__(self)
+        self.register_to_config(in_channels=arrays["clf_V"].shape[1])
         self.templates, self.bias = torch.nn.Parameter(arrays["clf_V"]), torch.nn.Parameter(arrays["clf_c"])
         self.steps = arrays["T"].item()
-        self.dtype, self.device = torch.float32, torch.device("cpu")
 
     def forward(self, sample, timestep):
         logits = 2 * torch.tanh(torch.einsum("nchw,kchw->nk", sample, self.templates))
@@ -146,22 +148,20 @@ def test_classifier_guidance(arrays):
     )
     pipe.set_progress_bar_config(disable=True)
     x_t, scale = arrays["x_t"], arrays["classifier_scale"].item()
-    t = torch.tensor(arrays["sample_steps"].item() - 1)
-    timesteps = t.expand(len(x_t))
+    timesteps = torch.full((len(x_t),), arrays["sample_steps"].item() - 1)
     with torch.no_grad():
         logits = pipe.classifier(x_t, timesteps).logits
     torch.testing.assert_close(logits, arrays["logits_t"], **CHAIN)
     torch.testing.assert_close(scale * pipe.classifier_gradient(x_t, timesteps), arrays["grad"], **CHAIN)
-    torch.testing.assert_close(pipe.guided_step(x_t, t, scale, False), arrays["step_sample"], **CHAIN)
-    torch.testing.assert_close(pipe.guided_step(x_t, t, 0.0, False), arrays["step_noguide_sample"], **CHAIN)
+    torch.testing.assert_close(pipe.guided_step(x_t, timesteps, scale, False), arrays["step_sample"], **CHAIN)
+    torch.testing.assert_close(pipe.guided_step(x_t, timesteps, 0.0, False), arrays["step_noguide_sample"], **CHAIN)
     limited = (arrays["step_xstart"].abs() > 1).any()
-    difference = (pipe.guided_step(x_t, t, scale, True) - arrays["step_sample"]).abs().max()
+    difference = (pipe.guided_step(x_t, timesteps, scale, True) - arrays["step_sample"]).abs().max()
     assert limited and difference > 1e-3, "the original does not limit x_0 after the guidance"
 
     settings = pipe.default_settings()
-    result = pipe.compute_maps(
-        arrays["x0"], indices(arrays["x0"]), seed=0, batch_size=2, noise=arrays["noise"], **settings
-    )
+    noise = arrays["noise"][None]
+    result = pipe.compute_maps(arrays["x0"], indices(arrays["x0"]), seed=0, batch_size=2, noise=noise, **settings)
     torch.testing.assert_close(result.reconstruction, arrays["target"], **TARGET)
     check_map(result.maps, arrays, "mask")
 

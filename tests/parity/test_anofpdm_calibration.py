@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from anodiff import AnoFPDMPipeline, AnoFPDMScheduler, VolumeProcessor
-from anodiff.evaluation.calibration import calibrate, similarity_threshold
+from anodiff.pipelines.running_maps import similarity_threshold
 
 
 GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "anofpdm"
@@ -31,16 +32,16 @@ def load(path: Path) -> dict:
         }
 
 
-class ToyUNet(torch.nn.Module):
+class ToyUNet(UNet2DModel):
     """The noise model of the recordings: scale * tanh(conv(x, W) + t / T * b + E[y]), without E for the label 2."""
 
     def __init__(self, arrays: dict, prefix: str = ""):
-        super().__init__()
+        torch.nn.Module.__init__(self)
         toy = {name: arrays[f"{prefix}toy_{name}"] for name in ("W", "b", "E", "T", "scale")}
+        self.register_to_config(in_channels=toy["W"].shape[1], out_channels=toy["W"].shape[0])
         self.weight, self.bias = torch.nn.Parameter(toy["W"]), torch.nn.Parameter(toy["b"])
         self.classes = torch.nn.Parameter(torch.cat([toy["E"], torch.zeros_like(toy["E"][:1])]))
         self.steps, self.scale = toy["T"].item(), toy["scale"].item()
-        self.dtype, self.device = torch.float32, torch.device("cpu")
 
     def forward(self, sample, timesteps, class_labels):
         shift = timesteps.reshape(-1, 1, 1, 1) / self.steps * self.bias.reshape(1, -1, 1, 1)
@@ -85,11 +86,11 @@ def test_calibrate(arrays, batch_size):
     # A recorded batch stands for a subject; slices are numbered through, so that each finds its noise.
     numbers = torch.arange(labels.numel()).reshape(labels.shape)
     slices = [
-        {"image": image, "label": label.numpy(), "slice": number.tolist()}
+        {"image": image, "brain": image[:, 0] > -2, "label": label.numpy(), "slice": number.tolist()}
         for image, label, number in zip(images, labels, numbers, strict=True)
     ]
     noise = arrays["e2e_noise_t0"].flatten(0, 1)[None]
-    record = calibrate(pipe, slices, noise=noise, batch_size=batch_size)
+    record = pipe.calibrate(slices, noise=noise, batch_size=batch_size)
     assert pipe.config.similarity_threshold == pytest.approx(arrays["e2e_thr_01"].item(), abs=1e-5)
     np.testing.assert_allclose(pipe.config.gap_scale, arrays["e2e_diff_max"], **CONSTANTS)
     assert pipe.config.threshold is None, "a threshold would be used instead of the method's own masks"

@@ -142,13 +142,17 @@ def test_whole_chain(tmp_path):
 def test_threshold_of_a_grid_of_validation_masks(tmp_path):
     """DDIB's threshold, from the maps of our pipeline."""
     import torch
+    from diffusers import UNet2DModel
 
     from anodiff import AnoFPDMScheduler, DDIBPipeline
 
     golden = load("ddib")
 
-    class ToyUNet(torch.nn.Module):
-        dtype, device = torch.float32, torch.device("cpu")
+    class ToyUNet(UNet2DModel):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.register_to_config(in_channels=2, out_channels=2)
+            self.weight = torch.nn.Parameter(torch.from_numpy(golden["toy_W"]))
 
         def forward(self, sample, timesteps, class_labels):
             classes = torch.from_numpy(np.concatenate([golden["toy_E"], np.zeros_like(golden["toy_E"][:1])]))
@@ -157,7 +161,7 @@ def test_threshold_of_a_grid_of_validation_masks(tmp_path):
                 / float(golden["toy_T"])
                 * torch.from_numpy(golden["toy_b"])[:, None, None]
             )
-            hidden = torch.nn.functional.conv2d(sample, torch.from_numpy(golden["toy_W"]), padding=1) + shift
+            hidden = torch.nn.functional.conv2d(sample, self.weight, padding=1) + shift
             output = float(golden["toy_scale"]) * torch.tanh(hidden + classes[class_labels][..., None, None])
             return type("Output", (), {"sample": output})
 

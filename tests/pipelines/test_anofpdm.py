@@ -10,9 +10,9 @@ from diffusers import UNet2DModel
 from torch.testing import assert_close
 
 from anodiff import AnoFPDMPipeline, AnoFPDMScheduler, AnomalyPipeline, VolumeProcessor
-from anodiff.pipelines.pipeline_anofpdm import FORWARD_SETTINGS
 from anodiff.pipelines.postprocessing import median_filter
 from anodiff.pipelines.running_maps import RunningMaps
+from anodiff.schedulers.draws import make_keys, normal
 
 
 SIZE = 16
@@ -132,25 +132,27 @@ def test_batch_size_does_not_matter(settings):
 
 
 @pytest.mark.parametrize(("process", "draws"), [("ddim", 1), ("random", 6)])
-def test_draws_are_bit_identical_for_any_batch_size(process, draws):
+def test_draws_are_those_of_their_slice_and_step_for_any_batch_size(process, draws):
     pipe = make_pipeline(forward_process=process)
     original = pipe.scheduler.draw_noise
-    drawn = {}
+    expected = {}
+    for step in range(draws):
+        keys = make_keys(7, range(5), step)
+        images = normal(keys, (1, SIZE, SIZE)).numpy()
+        expected |= {tuple(key): image.tobytes() for key, image in zip(keys.tolist(), images, strict=True)}
     for batch_size in (1, 4, 100):
         seen = {}
 
-        def recording(shape, timesteps, generator, *args, seen=seen, **kwargs):
-            noise = original(shape, timesteps, generator, *args, **kwargs)
-            for one, image in zip(generator, noise, strict=True):
-                assert one.initial_seed() not in seen
-                seen[one.initial_seed()] = image.numpy().tobytes()
+        def recording(keys, size, seen=seen):
+            noise = original(keys, size)
+            for key, image in zip(keys.tolist(), noise, strict=True):
+                assert tuple(key) not in seen
+                seen[tuple(key)] = image.numpy().tobytes()
             return noise
 
         pipe.scheduler.draw_noise = recording
-        pipe(make_volume(), batch_size=batch_size)
-        drawn[batch_size] = seen
-    assert len(drawn[1]) == len(set(drawn[1].values())) == 5 * draws
-    assert drawn[1] == drawn[4] == drawn[100]
+        pipe(make_volume(), batch_size=batch_size, generator=7)
+        assert seen == expected and len(set(seen.values())) == 5 * draws
 
 
 def test_a_slice_does_not_depend_on_its_neighbours():
@@ -224,10 +226,16 @@ def test_random_process_noises_every_step_anew():
     pipe = make_pipeline(forward_process="random", forward_steps=7, stride=3)
     slices = make_slices()
     noise = torch.randn(3, 3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    settings = {name: pipe.config[name] for name in FORWARD_SETTINGS}
-    samples = [parts[0] for parts in pipe.walk(slices, [0, 1, 2], seed=0, batch_size=16, noise=noise, **settings)]
+    samples, add_noise = [], pipe.scheduler.add_noise
+
+    def recording(*arguments):
+        samples.append(add_noise(*arguments))
+        return samples[-1]
+
+    pipe.scheduler.add_noise = recording
+    compute(pipe, slices, batch_size=3, noise=noise)
     for sample, drawn, t in zip(samples, noise, (0, 3, 6), strict=True):
-        assert_close(sample, pipe.scheduler.add_noise(slices, drawn, t), rtol=0, atol=0)
+        assert_close(sample, add_noise(slices, drawn, t), rtol=0, atol=0)
 
 
 def test_noise_may_be_a_function():
@@ -244,7 +252,7 @@ def running_maps(gaps: list[float]) -> tuple[RunningMaps, torch.Tensor]:
     running, errors = RunningMaps(original, len(gaps)), torch.arange(1.0, len(gaps) + 1)
     for step, (gap, error) in enumerate(zip(gaps, errors, strict=True)):
         guided = torch.full_like(original, float(error) ** 0.5)
-        running.update(step, guided, guided - gap**0.5)
+        running.update(slice(None), step, guided, guided - gap**0.5)
     return running, errors
 
 
@@ -305,15 +313,6 @@ def test_uncalibrated_gives_a_map_only():
     np.testing.assert_array_equal(
         pipe(make_volume(), threshold=threshold).pred_mask, (result.anomaly_map > threshold).astype(np.uint8)
     )
-    with pytest.raises(ValueError, match="needs `gap_scale`, which this checkpoint does not have"):
-        pipe.segment(
-            torch.zeros(1, 1, 4, 4),
-            torch.zeros(1, 1),
-            torch.zeros(1, 1, 4, 4),
-            gap_scale=None,
-            quantile_range=(0.9, 0.98),
-            quantile_region="image",
-        )
 
 
 def test_label_decides_about_the_mask():
@@ -357,8 +356,8 @@ def test_small_components_go_slice_by_slice():
     # One pixel at the same place of three slices is a component of three in the volume.
     maps = torch.zeros(3, 1, SIZE, SIZE)
     maps[:, :, 2, 2], maps[:, :, 8:10, 8:10] = 1.0, 1.0
-    arguments = dict(gap_scale=(1.0,), quantile_range=(0.99, 0.99), quantile_region="image")
-    kept = make_pipeline(min_component_size=4).segment(maps, torch.zeros(3, 1), maps, **arguments)[0]
+    pipe = make_pipeline(min_component_size=4)
+    kept = pipe.segment(maps, torch.zeros(3, 1), maps, [1.0], (0.99, 0.99), "image")[0]
     assert kept[:, 8:10, 8:10].all() and kept.sum() == 12
 
 
@@ -385,24 +384,45 @@ def test_modalities_are_chosen_by_name():
     assert torch.equal(torch.cat([part.details["t_e"] for part in parts], 1), every.details["t_e"])
 
 
-def test_statistics_are_those_of_the_maps():
-    pipe = make_pipeline(("flair", "t1"), **{**CALIBRATED, "gap_scale": (1.0, 1.0)})
-    slices = make_slices(4, 2)
-    statistics = pipe.slice_statistics(slices, [0, 1, 2, 3], batch_size=3)
-    details = compute(pipe, slices).details
-    for name in ("similarity", "gap", "t_e"):
-        assert_close(statistics[name], details[name], rtol=1e-4, atol=1e-6)
-    assert statistics["gap_curve"].shape == (4, 6, 2)
-    assert torch.equal(statistics["gap_curve"].amax(1), statistics["gap"])
-    assert torch.equal(statistics["gap_curve"].argmax(1), statistics["t_e"])
-    weaker = pipe.slice_statistics(slices, [0, 1, 2, 3], guidance_scale=0.5)
-    assert (weaker["gap"] < statistics["gap"]).all()
-    # Values of a former calibration do not stand in the way of the next one.
-    assert pipe.slice_statistics(slices, [0, 1, 2, 3], modalities=("t1",))["gap"].shape == (4, 1)
-    with pytest.raises(ValueError, match="`stride` must be an integer between 1 and 6, got 7"):
-        pipe.slice_statistics(slices, [0, 1, 2, 3], stride=7)
-    with pytest.raises(TypeError, match="guidance"):
-        pipe.slice_statistics(slices, [0, 1, 2, 3], guidance=2.0)
+def make_items(channels=1):
+    """Two subjects with a healthy and an unhealthy slice each, one slice of unknown label, and one without brain."""
+    items = []
+    for seed in range(2):
+        images = torch.rand(4, channels, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        brain = torch.ones(4, SIZE, SIZE, dtype=torch.bool)
+        brain[3] = False
+        items.append({"image": images.numpy(), "brain": brain.numpy(), "label": [0, 1, -1, 0], "slice": [2, 5, 6, 7]})
+    return items
+
+
+def test_calibration_takes_labelled_slices_with_brain():
+    # What a former calibration chose, for other modalities, does not stand in the way.
+    pipe = make_pipeline(("flair", "t1"), **{**CALIBRATED, "gap_scale": (1.0, 1.0)}, threshold=0.5)
+    pipe.register_to_config(modalities=["t1"])
+    record = pipe.calibrate(make_items(2), batch_size=3)
+    assert (record["policy"], record["slices"], record["anomalous_slices"]) == ("labels", 4, 2)
+    assert record["values"].items() <= dict(pipe.config).items() and pipe.config.threshold is None
+    (candidate,) = record["candidates"]
+    assert candidate["guidance_scale"] == 2.0 and candidate["image_accuracy"] == record["image_accuracy"]
+
+    details = [compute(pipe, torch.from_numpy(item["image"]), item["slice"]).details for item in make_items(2)]
+    similarity, gap = (torch.stack([one[name][:2] for one in details]) for name in ("similarity", "gap"))
+    assert_close(torch.tensor(pipe.config.gap_scale), gap[:, 1].amax(0), rtol=1e-5, atol=0)
+    assert candidate["mean_gap"] == pytest.approx(gap[:, 1].mean().item(), rel=1e-5)
+    # Quantiles of the healthy slices lie between them.
+    assert similarity[:, 0].min() <= pipe.config.similarity_threshold <= similarity[:, 0].max()
+    wrong = (similarity[:, 1] > pipe.config.similarity_threshold).sum() + 1
+    assert candidate["wrong_labels"] == wrong and candidate["image_accuracy"] == 1 - wrong / 4
+
+
+def test_calibration_checks_what_it_is_given():
+    pipe = make_pipeline()
+    with pytest.raises(ValueError, match="`guidance_scale` must be a finite number and above 0, got 0.0"):
+        pipe.calibrate(make_items(), guidance_scales=[0])
+    healthy = [{**item, "label": [0, 0, 0, 0]} for item in make_items()]
+    with pytest.raises(ValueError, match="got 6 and 0: choose other validation data"):
+        pipe.calibrate(healthy)
+    assert pipe.config.gap_scale is None
 
 
 def test_empty_slices_are_not_computed():
@@ -504,7 +524,7 @@ def test_return_tuple_and_lists():
         ({"forward_steps": 0}, "`forward_steps` must be an integer between 1 and 100, got 0"),
         ({"stride": 7}, "`stride` must be an integer between 1 and 6, got 7"),
         ({"stride": 1.5}, "`stride` must be an integer between 1 and 6, got 1.5"),
-        ({"guidance_scale": 0}, "`guidance_scale` must be above 0, got 0: without guidance there is no gap"),
+        ({"guidance_scale": 0}, "`guidance_scale` must be a finite number and above 0, got 0"),
         ({"forward_process": "ddpm"}, "`forward_process` must be one of ddim, random, got 'ddpm'"),
         ({"index_mode": "shifted"}, "`index_mode` must be one of original, aligned, got 'shifted'"),
         ({"unguided_branch": "null"}, "`unguided_branch` must be one of healthy, none, got 'null'"),
@@ -513,7 +533,10 @@ def test_return_tuple_and_lists():
         ({"modalities": ("flair",)}, "`modalities` must be different ones of image, got"),
         ({"modalities": ()}, "`modalities` must be different ones of image, got"),
         ({"modalities": "image"}, "`modalities` must be different ones of image, got 'image'"),
-        ({"similarity_threshold": 1.5}, "`similarity_threshold` must be between -1 and 1, got 1.5"),
+        (
+            {"similarity_threshold": 1.5},
+            "`similarity_threshold` must be a finite number and between -1 and 1, got 1.5",
+        ),
         ({"gap_scale": (0.1, 0.1)}, "`gap_scale` must have one value above 0 for each of image, got"),
         ({"gap_scale": (0.0,)}, "`gap_scale` must have one value above 0 for each of image, got"),
         ({"quantile_range": (0.98, 0.9)}, "`quantile_range` must be two values, 0 <= lowest <= highest <= 1"),

@@ -70,7 +70,7 @@ def test_batch_size_does_not_matter_and_the_seed_does():
 
 def test_noise_replaces_the_draws_of_the_slices():
     pipe = make_pipeline()
-    slices, noise = torch.rand(3, 1, SIZE, SIZE) * 2 - 1, torch.randn(3, 1, SIZE, SIZE)
+    slices, noise = torch.rand(3, 1, SIZE, SIZE) * 2 - 1, torch.randn(1, 3, 1, SIZE, SIZE)
     brain = torch.ones(3, SIZE, SIZE, dtype=torch.bool)
     brain[1] = False  # slices keep their numbers
     expected = pipe(slices, noise=noise).anomaly_map
@@ -130,13 +130,25 @@ def test_save_and_load_gives_the_same_map(tmp_path):
     ("arguments", "message"),
     [
         ({"noise_level": 51}, "`noise_level` must be an integer between 1 and 50, got 51"),
-        ({"guidance_scale": -1.0}, "`guidance_scale` must not be negative, got -1.0"),
+        ({"guidance_scale": -1.0}, "`guidance_scale` must be a finite number and at least 0, got -1.0"),
         ({"clip_after_guidance": 1}, "`clip_after_guidance` must be one of False, True, got 1"),
         ({"modalities": ("t1",)}, "`modalities` must be different ones of image, got"),
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
-        ({"noise": torch.zeros(5, 1, SIZE, SIZE), "generator": 1}, "either `noise` or `generator`"),
+        ({"noise": torch.zeros(1, 5, 1, SIZE, SIZE), "generator": 1}, "either `noise` or `generator`"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_pipeline()(make_volume(), **arguments)
+
+
+def test_components_must_fit():
+    pipe = make_pipeline()
+    components = {name: pipe.components[name] for name in ("unet", "classifier", "scheduler")} | {"noise_level": 5}
+    with pytest.raises(ValueError, match=r"`processor` must have the `value_range` \(-1, 1\)"):
+        ClassifierGuidedPipeline(**components, processor=VolumeProcessor(value_range=(0.0, 1.0)))
+    other = make_pipeline(("flair", "t1"))
+    with pytest.raises(ValueError, match="`classifier` must have 2 `in_channels`, one for each modality, got 1"):
+        ClassifierGuidedPipeline(**{**components, "unet": other.unet}, processor=other.processor)
+    with pytest.raises(TypeError, match="`classifier` must be a NoisyClassifierModel, got UNet2DModel"):
+        ClassifierGuidedPipeline(**{**components, "classifier": pipe.unet}, processor=pipe.processor)

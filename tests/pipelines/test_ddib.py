@@ -123,7 +123,7 @@ def test_every_kind_of_volume_gives_the_same_map(tmp_path):
     [
         ({"forward_steps": 0}, "`forward_steps` must be an integer between 1 and 50, got 0"),
         ({"forward_steps": 51}, "`forward_steps` must be an integer between 1 and 50, got 51"),
-        ({"guidance_scale": -1.0}, "`guidance_scale` must not be negative, got -1.0"),
+        ({"guidance_scale": -1.0}, "`guidance_scale` must be a finite number and at least 0, got -1.0"),
         ({"modalities": ("t1",)}, "`modalities` must be different ones of image, got"),
         ({"modalities": "image"}, "`modalities` must be different ones of image, got 'image'"),
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
