@@ -115,8 +115,8 @@ class AnoFPDMPipeline(AnomalyPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
-        self.check_value_range()
         self.check_configuration()
+        self.check_value_range()
 
     @torch.no_grad()
     def __call__(
@@ -301,11 +301,9 @@ class AnoFPDMPipeline(AnomalyPipeline):
             the modalities' quantiles.
         """
         levels = quantile_levels(gap, gap_scale, quantile_range)
-        inside = (
-            slices.mean(1) > -0.95
-            if quantile_region == "foreground"
-            else torch.ones_like(slices[:, 0], dtype=torch.bool)
-        )
+        inside = slices.mean(1) > -0.95
+        if quantile_region == "image":
+            inside = torch.ones_like(inside)
         thresholds = map_quantiles(modality_maps, levels, inside).mean(1)
         maps = modality_maps.mean(1).cpu().numpy()
         if self.config.median_size > 1:

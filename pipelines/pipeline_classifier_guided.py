@@ -68,8 +68,8 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         super().__init__()
         self.register_modules(unet=unet, classifier=classifier, scheduler=scheduler, processor=processor)
         channels = len(processor.config.modalities)
-        self.check_value_range()
         self.check_configuration(outputs=(channels, 2 * channels))
+        self.check_value_range()
         if classifier.config.in_channels != channels:
             raise ValueError(
                 f"`classifier` must have {channels} `in_channels`, one for each modality, got {classifier.config.in_channels}."

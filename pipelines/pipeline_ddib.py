@@ -61,8 +61,8 @@ class DDIBPipeline(AnomalyPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
-        self.check_value_range()
         self.check_configuration()
+        self.check_value_range()
 
     @torch.no_grad()
     def __call__(
