@@ -563,14 +563,6 @@ class AnomalyPipeline(DiffusionPipeline):
             source=source,
         )
 
-    def check_value_range(self) -> None:
-        """Raises a `ValueError` unless the processor brings slices to [-1, 1], which predictions of the clean slice are limited to."""
-        value_range = tuple(self.processor.config.value_range)
-        if value_range != (-1.0, 1.0):
-            raise ValueError(
-                f"`processor` must have the `value_range` (-1, 1), which the predictions are limited to, got {value_range}."
-            )
-
 
 def device_name(device: torch.device) -> str:
     """What a time was measured on."""
