@@ -43,16 +43,15 @@ class Progress:
 
     def load_state_dict(self, state: dict) -> None:
         """Takes the number of steps from a checkpoint, or raises a `ValueError` if the run cannot go on as if nothing had happened."""
-        for name, what, cause in (
-            ("samples_per_step", "samples per step", "batch size x processes x accumulation"),
-            ("updates_per_batch", "updates per batch", "`objective.updates_per_batch`"),
-            ("draws_version", "as version of the random numbers", "the version of anodiff"),
+        for name, text in (
+            ("samples_per_step", "{} samples per step, this run has {} (batch size x processes x accumulation)"),
+            ("updates_per_batch", "{} updates per batch, this run has {} (`objective.updates_per_batch`)"),
+            ("draws_version", "version {} of the random numbers, this run has {} (`schedulers/draws.py`)"),
         ):
-            saved, own = state.get(name, "none"), vars(self)[name]
+            own, saved = vars(self)[name], state.get(name, "none")
             if saved != own:
-                raise ValueError(
-                    f"The checkpoint was trained with {saved} {what}, this run has {own} ({cause}). Make them equal, or start a new run."
-                )
+                difference = text.format(saved, own)
+                raise ValueError(f"The checkpoint was trained with {difference}. Make them equal, or start a new run.")
         self.step = state["step"]
 
 
