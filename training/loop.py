@@ -71,14 +71,21 @@ def fit(options: TrainOptions, objective_class: type[Objective]) -> Path:
 
 
 def _take_steps(run: Run, upload: BackgroundPush) -> None:
-    accelerator, loop, progress = run.accelerator, run.options.train, run.progress
+    accelerator, objective, progress = run.accelerator, run.objective, run.progress
+    loop, augmentation = run.options.train, run.options.data.augmentation
+    device, value_range = accelerator.device, objective.processor.config.value_range
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=loop.max_steps, initial=progress.step, desc="training", disable=hidden)
     run.model.train()
-    step_loss = torch.zeros((), device=accelerator.device)
-    for batch in make_loader(run.train_split, run.objective, run.options, accelerator, progress.step):
+    step_loss = torch.zeros((), device=device)
+    for batch in make_loader(run.train_split, objective, run.options, accelerator, progress.step):
         with accelerator.accumulate(run.model):
-            loss = _compute_loss(run, batch)
+            keys = sample_keys(loop.seed, TRAINING, batch.pop("position"), device)
+            batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+            batch = augment(batch, keys, augmentation, value_range[0])
+            batch["image"] = augment_intensity(batch["image"], keys, augmentation, value_range)
+            update = progress.step % objective.updates_per_batch
+            loss = objective.loss(run.model, batch, keys, **({"update": update} if update else {})).mean()
             accelerator.backward(loss)
             step_loss += loss.detach() / loop.gradient_accumulation_steps
             if accelerator.sync_gradients and run.options.optim.max_grad_norm:
@@ -117,15 +124,3 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
                 message = f"Step {progress.step}"
                 upload.start(export(run), loop.push_to_hub, private=loop.hub_private, commit_message=message)
     bar.close()
-
-
-def _compute_loss(run: Run, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Loss of a batch as the loader gives it, augmented."""
-    options, device, processor = run.options, run.accelerator.device, run.objective.processor
-    keys = sample_keys(options.train.seed, TRAINING, batch.pop("position"), device)
-    batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-    batch = augment(batch, keys, options.data.augmentation, processor.config.value_range[0])
-    images = augment_intensity(batch["image"], keys, options.data.augmentation, processor.config.value_range)
-    batch = {**batch, "image": images}
-    update = run.progress.step % run.objective.updates_per_batch
-    return run.objective.loss(run.model, batch, keys, **({"update": update} if update else {})).mean()

@@ -17,6 +17,8 @@ from .options import TrainOptions
 
 # N slices, C channels, H x W pixels.
 
+Batch = dict[str, torch.Tensor]
+
 MODALITIES = "the number of modalities"
 
 # Arguments of pipelines that are components, not inference values.
@@ -121,7 +123,7 @@ class Objective:
         """Returns the arguments of a network that follow from the number of modalities: name to value and reason."""
         return {"in_channels": (channels, MODALITIES), "out_channels": (channels, MODALITIES)}
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
         """
         Computes the loss of every sample.
 
@@ -136,10 +138,9 @@ class Objective:
         """
         raise NotImplementedError
 
-    def preview(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Makes the rows of a validation picture, title to images `(N, C, H, W)` in the processor's value range; arguments as of `loss`."""
+    def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
+        """Makes the rows of a validation picture, title to images `(N, C, H, W)` in the processor's value range, without gradients; arguments
+        as of `loss`."""
         raise NotImplementedError
 
     def make_pipeline(self, model: torch.nn.Module) -> AnomalyPipeline:

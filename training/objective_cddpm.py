@@ -23,7 +23,7 @@ from ..schedulers.draws import fold_in, uniform
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .keys import BOX, NOISE
-from .objective import Objective, draw_timesteps
+from .objective import Batch, Objective, draw_timesteps
 from .objective_spark import check_encoder, encoder_config
 from .options import TrainOptions
 
@@ -40,9 +40,7 @@ class DDPM2DObjective(Objective):
 
     Args:
         unet ([`~diffusers.UNet2DModel`], [`UNet2DHeadsModel`] or [`ConditionedUNet2DModel`] without a condition): Predicts the slice.
-        scheduler ([`AnoDDPMScheduler`]): Noises the slices.
-        processor ([`VolumeProcessor`]): Of the prepared data, exported with the weights.
-        inference (`dict`): Inference values of the pipeline that are exported.
+        scheduler ([`AnoDDPMScheduler`]), processor, inference: As of [`Objective`].
         loss (`str`, defaults to `"l1"`): `"l1"`, or `"l2"`.
         p2_gamma (`float`, defaults to 0.0):
             Weight (1 - abar_t)^gamma of a timestep (Choi et al., CVPR 2022, k = 1), 0 or more. The authors' program has it and uses 0.
@@ -74,7 +72,7 @@ class DDPM2DObjective(Objective):
         self.p2_gamma = p2_gamma
         self.shared_noise = shared_noise
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
         """Computes the loss of every sample, `(N,)`, from `image`; see [`Objective.loss`]."""
         images = self.processor.to_unit(batch["image"])
         target = 2.0 * images - 1.0
@@ -87,10 +85,7 @@ class DDPM2DObjective(Objective):
             loss = loss * weights.to(loss)[timesteps]
         return loss
 
-    @torch.no_grad()
-    def preview(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
         """Makes rows of slice, a noised slice, its reconstruction by the pipeline that would be exported, their difference."""
         images = batch["image"]
         pipeline = self.make_pipeline(model)

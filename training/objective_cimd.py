@@ -13,7 +13,7 @@ from ..schedulers.draws import fold_in, uniform
 from ..schedulers.scheduling_cimd import CIMDScheduler
 from ..volumes.processor import VolumeProcessor
 from .keys import ANNOTATION, UPDATE
-from .objective import Objective
+from .objective import Batch, Objective
 from .variational_bound import variance_bound
 
 
@@ -36,9 +36,7 @@ class CIMDObjective(Objective):
 
     Args:
         unet ([`~diffusers.UNet2DModel`] or [`UNet2DHeadsModel`]): C + 1 channels in, image and noised mask, 2 out, noise and variance.
-        scheduler ([`CIMDScheduler`]): Noises the masks.
-        processor ([`VolumeProcessor`]): Of the prepared data, exported with the weights.
-        inference (`dict`): Inference values of the pipeline that are exported.
+        scheduler ([`CIMDScheduler`]), processor, inference: As of [`Objective`].
         vb_weight (`float`, defaults to 1.0): Weight of the variational bound, 0 or more. Without it the variance learns nothing.
         kl_weight (`float`, defaults to 0.0): Weight of the divergence, 0 or more. The authors: 1e-3.
         train_encoders (`bool`, defaults to `False`): Train the encoders too; needs a `kl_weight`.
@@ -87,9 +85,7 @@ class CIMDObjective(Objective):
             "out_channels": (2, "noise and variance of the mask"),
         }
 
-    def loss(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor, update: int = 0
-    ) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor, update: int = 0) -> torch.Tensor:
         """Computes the loss of every sample, `(N,)`, from `image`, `mask` and `annotations`; see [`Objective.loss`]. `update` is the number
         of the update on this batch: all of them see the same annotation, and draw the rest anew."""
         images, annotations = batch["image"], _checked(batch["annotations"])
@@ -98,10 +94,7 @@ class CIMDObjective(Objective):
         terms = cimd_loss_terms(model, self.scheduler, images, target, noise, timesteps, with_kl=self.kl_weight > 0)
         return terms["mse"] + self.vb_weight * terms["vb"] + self.kl_weight * terms["kl"]
 
-    @torch.no_grad()
-    def preview(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
         """Makes rows of slice, mean of its annotations, a noised one, its one-shot estimate, and two members of an ensemble of few
         steps."""
         images, annotations = batch["image"], _checked(batch["annotations"])

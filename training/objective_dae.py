@@ -9,7 +9,7 @@ from ..pipelines.pipeline_dae import DAEPipeline
 from ..schedulers.draws import fold_in
 from ..schedulers.scheduling_dae import DAEScheduler
 from .keys import NOISE
-from .objective import Objective
+from .objective import Batch, Objective
 
 
 class DAEObjective(Objective):
@@ -20,16 +20,14 @@ class DAEObjective(Objective):
 
     Args:
         model ([`DAEUNet2DModel`]): Predicts the slice.
-        scheduler ([`DAEScheduler`]): Makes the noise.
-        processor ([`VolumeProcessor`]): Of the prepared data, exported with the weights.
-        inference (`dict`): Inference values of the pipeline that are exported.
+        scheduler ([`DAEScheduler`]), processor, inference: As of [`Objective`].
     """
 
     unet_classes = (DAEUNet2DModel,)
     scheduler_class = DAEScheduler
     pipeline_class = DAEPipeline
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
         """Computes the loss of every sample, `(N,)`, from `image`: the mean over all pixels, of which those of the background count 0; see
         [`Objective.loss`]."""
         images = self.processor.to_unit(batch["image"])
@@ -37,10 +35,7 @@ class DAEObjective(Objective):
         model_output = model(self.scheduler.add_noise(images, noise)).sample.float()
         return denoising_loss(self.scheduler, images, model_output)
 
-    @torch.no_grad()
-    def preview(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
         """Makes rows of slice, noised slice, its reconstruction, and what the map is made of."""
         images = self.processor.to_unit(batch["image"])
         sample = self.scheduler.add_noise(images, self.scheduler.draw_noise(fold_in(keys, NOISE), images.shape[1:]))

@@ -19,7 +19,7 @@ from ..schedulers.draws import fold_in, uniform
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
 from .keys import LABEL
-from .objective import MODALITIES, Objective
+from .objective import MODALITIES, Batch, Objective
 from .options import TrainOptions
 from .variational_bound import variance_bound
 
@@ -38,9 +38,7 @@ class GuidedObjective(Objective):
     Args:
         unet ([`AnoFPDMUNet2DModel`], or a [`~diffusers.UNet2DModel`] with `num_class_embeds=3`):
             Predicts the noise from `(sample, timesteps, class_labels)`.
-        scheduler ([`AnoFPDMScheduler`]): Noises the slices.
-        processor ([`VolumeProcessor`]): Of the prepared data, exported with the weights.
-        inference (`dict`): Inference values of the pipeline that are exported.
+        scheduler ([`AnoFPDMScheduler`]), processor, inference: As of [`Objective`].
         label_dropout (`float`, defaults to 0.1): Share of the samples that are trained without their label, 0 to 1.
     """
 
@@ -74,7 +72,7 @@ class GuidedObjective(Objective):
             labels = {"num_classes": (2, "healthy and unhealthy")}
         return super().network_arguments(network, channels) | labels
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
         """Computes the loss of every sample, `(N,)`, from `image` and `label`, which must be known; see [`Objective.loss`]."""
         images, labels = batch["image"], _checked(batch["label"])
         timesteps, noise = self.draw(images, keys)
@@ -82,10 +80,7 @@ class GuidedObjective(Objective):
         sample = self.scheduler.add_noise(images, noise, timesteps)
         return (model(sample, timesteps, labels).sample.float() - noise).square().mean((1, 2, 3))
 
-    @torch.no_grad()
-    def preview(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
         """Makes rows of slice, noised slice, and its one-shot reconstructions as healthy, without guidance and with several strengths of
         it."""
         images, quarter = batch["image"], len(self.scheduler) // 4
@@ -117,8 +112,7 @@ class ClassifierObjective(Objective):
 
     Args:
         model ([`NoisyClassifierModel`]): Two classes, 0 healthy, 1 unhealthy. The configuration's block `unet` is its.
-        scheduler ([`AnoFPDMScheduler`]): Noises the slices.
-        processor ([`VolumeProcessor`]): Of the prepared data, exported with the weights.
+        scheduler ([`AnoFPDMScheduler`]), processor: As of [`Objective`].
     """
 
     columns = ("image", "label")
@@ -132,17 +126,14 @@ class ClassifierObjective(Objective):
         """Returns the number of inputs and of classes."""
         return {"in_channels": (channels, MODALITIES), "num_classes": (2, "healthy and unhealthy")}
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
         """Computes the loss of every sample, `(N,)`, from `image` and `label`, which must be known; see [`Objective.loss`]."""
         labels = _checked(batch["label"])
         timesteps, noise = self.draw(batch["image"], keys)
         sample = self.scheduler.add_noise(batch["image"], noise, timesteps)
         return F.cross_entropy(model(sample, timesteps).logits.float(), labels, reduction="none")
 
-    @torch.no_grad()
-    def preview(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
         """Makes rows of slice, noised slice, with the probability of being healthy, and the gradient of its logarithm, scaled to the
         picture's range; guidance moves the slice along it."""
         images, quarter = batch["image"], len(self.scheduler) // 4
@@ -179,9 +170,7 @@ class LearnedSigmaObjective(Objective):
     Args:
         unet ([`~diffusers.UNet2DModel`]): With 2C outputs: the noise, and what the variance is made of.
         classifier ([`NoisyClassifierModel`]): Exported with the UNet.
-        scheduler ([`AnoFPDMScheduler`]): Noises the slices.
-        processor ([`VolumeProcessor`]): Of the prepared data, exported with the weights.
-        inference (`dict`): Inference values of the pipeline that are exported.
+        scheduler ([`AnoFPDMScheduler`]), processor, inference: As of [`Objective`].
     """
 
     trains_on = "all"
@@ -225,16 +214,13 @@ class LearnedSigmaObjective(Objective):
         outputs = (2 * channels, f"twice {MODALITIES}")
         return {"in_channels": (channels, MODALITIES), "out_channels": outputs}
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
         """Computes the loss of every sample, `(N,)`, from `image` in [-1, 1]; see [`Objective.loss`]."""
         timesteps, noise = self.draw(batch["image"], keys)
         error, bound = learned_sigma_loss(model, self.scheduler, batch["image"], noise, timesteps)
         return error + bound
 
-    @torch.no_grad()
-    def preview(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
         """Makes rows of slice, noised slice, its one-shot reconstruction, their difference."""
         quarter = len(self.scheduler) // 4
         level, sample = self.noise_to(batch["image"], quarter, keys)

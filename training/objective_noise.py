@@ -16,7 +16,8 @@ from ..schedulers.scheduling_andi import ANDiScheduler
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .keys import NOISE
-from .objective import Objective, draw_timesteps
+from .objective import Batch, Objective, draw_timesteps
+from .options import TrainOptions
 from .variational_bound import variational_bound
 
 
@@ -28,9 +29,7 @@ class NoiseObjective(Objective):
 
     Args:
         unet ([`~diffusers.UNet2DModel`]): Predicts the noise.
-        scheduler ([`AnoDDPMScheduler`] or [`ANDiScheduler`]): Noises the slices.
-        processor ([`VolumeProcessor`]): Of the prepared data, exported with the weights.
-        inference (`dict`): Inference values of the pipeline that are exported.
+        scheduler ([`AnoDDPMScheduler`] or [`ANDiScheduler`]), processor, inference: As of [`Objective`].
         loss (`str`, defaults to `"l2"`):
             `"l2"`, `"l1"`, or `"hybrid"`: l2 plus the variational bound of the step in bits per dimension.
         max_timestep (`int`, *optional*):
@@ -65,7 +64,7 @@ class NoiseObjective(Objective):
         self.min_timestep = min_timestep
         self.max_timestep = max_timestep
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
         """Computes the loss of every sample, `(N,)`, from `image`; see [`Objective.loss`]."""
         images = batch["image"]
         timesteps = draw_timesteps(keys, self.max_timestep, self.min_timestep)
@@ -74,10 +73,7 @@ class NoiseObjective(Objective):
         model_output = model(sample, timesteps).sample.float()
         return noise_loss(self.scheduler, self.loss_type, images, sample, noise, model_output, timesteps)
 
-    @torch.no_grad()
-    def preview(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
         """Makes rows of slice, noised slice, its one-shot reconstruction, their difference."""
         level = self.inference.get("noise_level", self.max_timestep // 4)
         level = max(level if isinstance(level, int) else level[0], 1)
@@ -99,16 +95,12 @@ class ANDiObjective(NoiseObjective):
     pipeline_class = ANDiPipeline
     losses = ("l2", "l1")
 
-    def __init__(
-        self,
-        unet: torch.nn.Module,
-        scheduler: ANDiScheduler,
-        processor: VolumeProcessor,
-        inference: dict | None = None,
-        **settings,
-    ):
-        check_choice("scheduler.prediction_type", scheduler.config.prediction_type, ("epsilon",))
-        super().__init__(unet, scheduler, processor, inference, **settings)
+    @classmethod
+    def check_options(cls, options: TrainOptions) -> None:
+        """Checks the blocks, and that the network is to predict the noise; see [`Objective.check_options`]."""
+        super().check_options(options)
+        prediction = options.scheduler.get("prediction_type", "epsilon")
+        check_choice("scheduler.prediction_type", prediction, ("epsilon",))
 
 
 class AutoDDPMObjective(NoiseObjective):

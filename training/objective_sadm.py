@@ -12,7 +12,7 @@ from ..pipelines.pipeline_sadm import SADMPipeline
 from ..schedulers.draws import fold_in
 from ..volumes.processor import VolumeProcessor
 from .keys import ANOMALY, NOISE
-from .objective import MODALITIES, Objective, draw_timesteps
+from .objective import MODALITIES, Batch, Objective, draw_timesteps
 from .options import TrainOptions
 from .synthetic_anomalies import draw_anomalies
 
@@ -97,7 +97,7 @@ class SADMObjective(Objective):
         """Returns the number of inputs."""
         return {"in_channels": (channels, MODALITIES)}
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
         """Computes the loss of every sample, `(N,)`; see [`Objective.loss`]."""
         images, masks, timesteps, noise = self._draw(batch, keys)
         output = model(images, self.reconstruct(images, timesteps, noise))
@@ -116,10 +116,7 @@ class SADMObjective(Objective):
             prediction = pipeline.predict_noise(sample, timesteps, features)
         return (prediction + 1.0) / 2.0
 
-    @torch.no_grad()
-    def preview(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
         """Makes rows of slice with anomaly, its mask, reconstruction from the middle one of the pipeline's timesteps, difference,
         probability."""
         images, masks, timesteps, noise = self._draw(batch, keys)
@@ -141,13 +138,11 @@ class SADMObjective(Objective):
         frozen = self.reconstruction
         return SADMPipeline(frozen.unet, model, frozen.scheduler, frozen.processor, frozen.encoder, **self.inference)
 
-    def anomalies(
-        self, batch: dict[str, torch.Tensor], images: torch.Tensor, keys: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def anomalies(self, batch: Batch, images: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns slices `(N, C, H, W)` with anomalies and their masks `(N, 1, H, W)`, of slices in [0, 1]; here synthetic ones."""
         return draw_anomalies(images, fold_in(keys, ANOMALY))
 
-    def _draw(self, batch: dict[str, torch.Tensor], keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _draw(self, batch: Batch, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Slices with anomalies in [0, 1], masks, timesteps `(N,)` and noise `(N or 1, C, H, W)`."""
         images, masks = self.anomalies(batch, self.processor.to_unit(batch["image"]), keys)
         timesteps = draw_timesteps(keys, len(self.scheduler))
@@ -168,9 +163,7 @@ class LabelledSADMObjective(SADMObjective):
     trains_on = "all"
     validates_on = "labelled"
 
-    def anomalies(
-        self, batch: dict[str, torch.Tensor], images: torch.Tensor, keys: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def anomalies(self, batch: Batch, images: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the slices as they are, and what at least half of their annotations call lesion, `(N, 1, H, W)`."""
         # Healthy subjects need no mask.
         if ((batch["label"] != 0) & (batch["annotations"] == 0)).any():

@@ -19,7 +19,7 @@ from ..models.spark import LOSSES, REGIONS, SparKModel, resize_cells, spark_loss
 from ..schedulers.draws import fold_in, uniform
 from ..volumes.processor import VolumeProcessor
 from .keys import CELLS
-from .objective import MODALITIES, Objective
+from .objective import MODALITIES, Batch, Objective
 from .options import TrainOptions
 
 
@@ -36,7 +36,7 @@ class SparKObjective(Objective):
 
     Args:
         model ([`SparKModel`]): With a [`~transformers.AutoBackbone`] as encoder.
-        processor ([`VolumeProcessor`]): Of the prepared data, exported with the encoder.
+        processor: As of [`Objective`].
         loss, region, normalize: As of [`spark_loss`].
     """
 
@@ -82,16 +82,13 @@ class SparKObjective(Objective):
         encoder = AutoBackbone.from_config(config)
         return cls(SparKModel(encoder, tuple(processor.config.size), channels, **of_model), processor, **settings)
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
         """Computes the loss of every sample, `(N,)`, from `image`; see [`Objective.loss`]."""
         images = self.processor.to_unit(batch["image"])
         visible = self._draw_cells(keys)
         return spark_loss(images, model(images, visible).float(), visible, **self.settings)
 
-    @torch.no_grad()
-    def preview(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], keys: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
         """Makes rows of slice, what is seen of it, the prediction, and both put together."""
         images = self.processor.to_unit(batch["image"])
         visible = self._draw_cells(keys)

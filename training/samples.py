@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ class SampleStream(torch.utils.data.Dataset):
         return int(self.rows[self._order[index]])
 
 
+@dataclass(eq=False)
 class StreamedSamples(torch.utils.data.IterableDataset):
     """
     Gives samples by number of a split that is read as it comes: the slices of an endless sequence of shuffled passes over it.
@@ -62,21 +64,12 @@ class StreamedSamples(torch.utils.data.IterableDataset):
         ConnectionError: The split could not be read any further.
     """
 
-    def __init__(
-        self,
-        split: StreamedSplit,
-        seed: int,
-        buffer_size: int,
-        batches: Iterable[list[int]],
-        columns: Sequence[str] = ("image",),
-        population: str = "all",
-    ):
-        self.split = split
-        self.seed = seed
-        self.buffer_size = buffer_size
-        self.batches = batches
-        self.columns = columns
-        self.population = population
+    split: StreamedSplit
+    seed: int
+    buffer_size: int
+    batches: Iterable[list[int]]
+    columns: Sequence[str] = ("image",)
+    population: str = "all"
 
     def __iter__(self) -> Iterator[dict]:
         current, rows, done = -1, iter(()), 0
@@ -101,32 +94,24 @@ class StreamedSamples(torch.utils.data.IterableDataset):
             yield {**stacked, "image": stacked["image"].astype(np.float32), "position": np.array(positions)}
 
 
+@dataclass
 class PositionBatches:
     """Gives the sample numbers of each forward pass of one process, from optimizer step `first_step` on. With `updates_per_batch` u the samples of
     steps s u ... s u + u - 1 are the same."""
 
-    def __init__(
-        self,
-        first_step: int,
-        last_step: int,
-        batch_size: int,
-        accumulation: int,
-        processes: int,
-        process: int,
-        updates_per_batch: int = 1,
-    ):
-        self.steps = range(first_step, last_step)
-        self.batch_size = batch_size
-        self.accumulation = accumulation
-        self.processes = processes
-        self.process = process
-        self.updates_per_batch = updates_per_batch
+    first_step: int
+    last_step: int
+    batch_size: int
+    accumulation: int
+    processes: int
+    process: int
+    updates_per_batch: int = 1
 
     def __len__(self) -> int:
-        return len(self.steps) * self.accumulation
+        return (self.last_step - self.first_step) * self.accumulation
 
     def __iter__(self):
-        for step in self.steps:
+        for step in range(self.first_step, self.last_step):
             number = step // self.updates_per_batch
             for micro in range(self.accumulation):
                 start = ((number * self.accumulation + micro) * self.processes + self.process) * self.batch_size

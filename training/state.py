@@ -114,7 +114,12 @@ class Run:
             accelerator.print(f"Resumed from {checkpoint} at step {self.progress.step}.")
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._forget_later_entries()
+            log = self.folder / "log.jsonl"
+            if log.exists():
+                # What was logged after the checkpoint will be logged again.
+                lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [line for line in lines if json.loads(line)["step"] <= self.progress.step]
+                log.write_text("".join(kept), encoding="utf-8")
             text = yaml.safe_dump(plain(self.options), sort_keys=False)
             (self.folder / "config.yaml").write_text(text, encoding="utf-8")
         if self.options.train.report_to != "none":
@@ -137,14 +142,6 @@ class Run:
             for old in _list_checkpoints(self.folder)[: -self.options.train.checkpoint_limit]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
-
-    def _forget_later_entries(self) -> None:
-        """Drops what was logged after the checkpoint: it will be logged again."""
-        path = self.folder / "log.jsonl"
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= self.progress.step]
-            path.write_text("".join(kept), encoding="utf-8")
 
 
 def make_accelerator(loop: LoopOptions) -> Accelerator:
