@@ -26,10 +26,12 @@ def augment(
     background: float,
 ) -> dict[str, torch.Tensor]:
     """
-    Moves every slice of a batch by a random affine map of its own: its image bilinearly, its masks alike with the nearest pixel.
+    Moves every slice of a batch by a random affine map of its own: its image bilinearly, its masks alike with the
+    nearest pixel.
 
     Args:
-        batch (`dict[str, torch.Tensor]`): `image (N, C, H, W)`, perhaps `mask (N, A, H, W)` and `brain (N, H, W)`; the rest stays.
+        batch (`dict[str, torch.Tensor]`): `image (N, C, H, W)`, perhaps `mask (N, A, H, W)` and `brain (N, H, W)`.
+            The rest stays.
         keys (`torch.Tensor` of shape `(N, 2)`): One per slice, on the device of the images.
         options ([`AugmentationOptions`]): Ranges.
         background (`float`): Value of what comes into an image from outside; into a mask comes 0.
@@ -46,7 +48,8 @@ def augment(
     low, high = options.scale
     zoom = 1.0 / (low + drawn[:, 3] * (high - low))
     flip = torch.where(drawn[:, 4] < 0.5, -1.0, 1.0) if options.horizontal_flip else torch.ones_like(zoom)
-    # affine_grid's coordinates run from -1 to 1 along either side: rotations of a slice that is not square need its aspect.
+    # affine_grid's coordinates run from -1 to 1 along either side: rotations of a slice that is not square need its
+    # aspect.
     height, width = images.shape[2:]
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     theta = torch.stack(
@@ -72,12 +75,12 @@ def augment_intensity(
     value_range: tuple[float, float],
 ) -> torch.Tensor:
     """
-    Changes the intensities of every slice at random, in this order: contrast, an uneven brightness, a blur, ghosts. Values may leave the
-    range, as the authors'.
+    Changes the intensities of every slice at random, in this order: contrast, an uneven brightness, a blur,
+    ghosts. Values may leave the range, as the authors'.
 
-    This is cDDPM's `aug_intensity` slice by slice, on the device; the authors change whole volumes with torchio, before they take one
-    slice. So it is close and not identical: here the brightness varies within the slice alone, blur and ghosts stay in it, and ghosts run
-    along its rows or columns, never across slices.
+    This is cDDPM's `aug_intensity` slice by slice, on the device; the authors change whole volumes with torchio,
+    before they take one slice. So it is close and not identical: here the brightness varies within the slice alone,
+    blur and ghosts stay in it, and ghosts run along its rows or columns, never across slices.
 
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`): Slices in `value_range`. Channels change alike.
@@ -87,8 +90,8 @@ def augment_intensity(
     """
     if not any((options.gamma, options.bias_field, options.blur, options.ghosting)):
         return images
-    # Uniform numbers in a fixed order, whatever is asked for: four decisions, gamma, one number for each term of the field, blur
-    # along H and W, and axis, number and strength of the ghosts.
+    # Uniform numbers in a fixed order, whatever is asked for: four decisions, gamma, one number for each term of the
+    # field, blur along H and W, and axis, number and strength of the ghosts.
     powers = [(i, j) for i in range(BIAS_ORDER + 1) for j in range(BIAS_ORDER + 1 - i)]
     count = 4 + 1 + len(powers) + 2 + 3
     drawn = uniform(fold_in(keys, INTENSITY), (count,))

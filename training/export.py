@@ -30,14 +30,14 @@ def check_hub(loop: LoopOptions) -> None:
         open_repository(loop.push_to_hub, private=loop.hub_private, licence=loop.hub_licence)
     except PublishingError as error:
         raise PublishingError(
-            f"{loop.push_to_hub} cannot be pushed to: {error} Nothing was trained; repair it, or leave `--push_to_hub` out and"
-            " push later."
+            f"{loop.push_to_hub} cannot be pushed to: {error} Nothing was trained; repair it, or leave"
+            " `--push_to_hub` out and push later."
         ) from error
 
 
 def export(run: Run) -> Path:
-    """Writes the pipeline with the averaged weights, and what somebody who finds the folder wants to know of its training: configuration,
-    recipe of the data and card. Returns the folder."""
+    """Writes the pipeline with the averaged weights, and what somebody who finds the folder wants to know of its
+    training: configuration, recipe of the data and card. Returns the folder."""
     options, objective, folder = run.options, run.objective, run.folder / "pipeline"
     with run.averaged_model() as model:
         pipeline = objective.export(model, folder)
@@ -50,8 +50,9 @@ def export(run: Run) -> Path:
         if pipeline is None:
             parts = ", ".join(sorted(path.parent.name for path in folder.glob("*/*.json")))
             card = (
-                f"---\nlicense: {options.train.hub_licence}\ntags:\n- anodiff\n---\n\n# Part of a pipeline: {options.method}\n\n"
-                f"{parts}, made by anodiff. {_training_record(run)} Research use only, not a medical device.\n"
+                f"---\nlicense: {options.train.hub_licence}\ntags:\n- anodiff\n---\n\n# Part of a pipeline:"
+                f" {options.method}\n\n{parts}, made by anodiff. {_training_record(run)} Research use only, not a"
+                " medical device.\n"
             )
             (folder / "README.md").write_text(card, encoding="utf-8")
             return folder
@@ -77,8 +78,9 @@ def export(run: Run) -> Path:
 def _training_record(run: Run) -> str:
     minutes = (time.perf_counter() - run.started) / 60
     return (
-        f"Trained to step {run.progress.step} with {run.progress.samples_per_step} slices a step; the steps from {run.first_step} on"
-        f" took {minutes:.3g} minutes on {run.accelerator.num_processes} x {device_name(run.accelerator.device)}."
+        f"Trained to step {run.progress.step} with {run.progress.samples_per_step} slices a step; the steps from"
+        f" {run.first_step} on took {minutes:.3g} minutes on {run.accelerator.num_processes} x"
+        f" {device_name(run.accelerator.device)}."
     )
 
 
@@ -96,7 +98,8 @@ def _published(options: TrainOptions) -> dict:
 
 
 def _example(run: Run, folder: Path) -> tuple[str, str] | None:
-    """Copies the picture of the card: the user's, or the last validation of a phantom. Scans of people are nobody's example."""
+    """Copies the picture of the card: the user's, or the last validation of a phantom. Scans of people are nobody's
+    example."""
     given, samples = run.options.train.hub_picture, sorted((run.folder / "samples").glob("*.png"))
     if given:
         shutil.copy(given, folder / f"example{Path(given).suffix}")

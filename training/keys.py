@@ -1,4 +1,5 @@
-"""Keys of a training's random numbers (`schedulers/draws.py`): one per sample, and a number for everything that is drawn for it."""
+"""Keys of a training's random numbers (`schedulers/draws.py`): one per sample, and a number for everything that is
+drawn for it."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from ..schedulers.draws import make_keys
 # Streams: samples of the training, slices of the validation, and slices of its picture.
 TRAINING, VALIDATION, PREVIEW = range(3)
 
-# Draws of one sample: `fold_in(keys, NUMBER)` are the keys of that draw alone. `UPDATE` starts anew for every update on a batch.
+# Draws of one sample: `fold_in(keys, NUMBER)` are the keys of that draw alone. `UPDATE` starts anew for every update
+# on a batch.
 AFFINE, INTENSITY, ANOMALY, ANNOTATION, UPDATE, TIMESTEP, NOISE, LABEL, BOX, CELLS = range(10)
 
 

@@ -1,12 +1,14 @@
 """The loop that every objective shares. accelerate does devices, precision, accumulation, trackers and state.
 
-Sample number p of a run (p = 0, 1, ...) decides everything random about it: its slice is entry p of an endless sequence of
-permutations of the training set, and augmentation, timestep and noise are functions of a key of (seed, p). Optimizer
-step s consumes the samples s G ... (s + 1) G - 1 with G = batch size x processes x accumulation. So a run that was
-interrupted, or that has another number of processes with the same G, sees the same samples with the same noise.
+Sample number p of a run (p = 0, 1, ...) decides everything random about it: its slice is entry p of an endless
+sequence of permutations of the training set, and augmentation, timestep and noise are functions of a key of (seed, p).
+Optimizer step s consumes the samples s G ... (s + 1) G - 1 with G = batch size x processes x accumulation. So a run
+that was interrupted, or that has another number of processes with the same G, sees the same samples with the same
+noise.
 
-An objective may ask for u updates on every batch (`updates_per_batch`, CIMD's original has two). Every update is an optimizer step
-like any other, for `max_steps`, the learning rate, the average and checkpoints; step s then consumes the samples of batch s // u.
+An objective may ask for u updates on every batch (`updates_per_batch`, CIMD's original has two). Every update is an
+optimizer step like any other, for `max_steps`, the learning rate, the average and checkpoints; step s then consumes
+the samples of batch s // u.
 """
 
 from __future__ import annotations
@@ -108,8 +110,8 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
             value = accelerator.reduce(step_loss, "mean").item()
             if not np.isfinite(value):
                 raise FloatingPointError(
-                    f"The loss is {value} at step {progress.step}. Lower `optim.learning_rate`, or use bf16 instead of fp16;"
-                    " the last checkpoint is unharmed."
+                    f"The loss is {value} at step {progress.step}. Lower `optim.learning_rate`, or use bf16 instead"
+                    " of fp16; the last checkpoint is unharmed."
                 )
             run.log({"loss": value, "lr": run.lr_scheduler.get_last_lr()[0]})
             bar.set_postfix(loss=f"{value:.4f}")

@@ -32,13 +32,16 @@ class Objective:
     A subclass sets the class attributes, and implements `loss` and `preview`:
 
     - `columns`: what a batch holds of the prepared data, `image`, and perhaps `mask`, `annotations`, `brain`, `label`;
-    - `trains_on`: which slices of the training split it sees (`data.prepared.POPULATIONS`): `"healthy"` leaves out those that are known to
-      be anomalous, `"annotated"` those of subjects without annotation;
+    - `trains_on`: which slices of the training split it sees (`data.prepared.POPULATIONS`): `"healthy"` leaves out
+      those that are known to be anomalous, `"annotated"` those of subjects without annotation;
     - `validates_on`: the same for the validation split, or `"labelled"`, slices with a known label;
-    - `updates_per_batch`: optimizer steps on one batch; with more than one, `loss` takes the number of the `update`, too;
+    - `updates_per_batch`: optimizer steps on one batch; with more than one, `loss` takes the number of the `update`,
+      too;
     - `unet_classes`: networks of the block `unet`, the first one by default;
-    - `scheduler_class`, `pipeline_class`: made of the blocks `scheduler` and `inference`, which must be empty for `None`;
-    - `objective_keys`: what the block `objective` takes.
+    - `scheduler_class`, `pipeline_class`: made of the blocks `scheduler` and `inference`, which must be empty for
+      `None`;
+    - `objective_keys`: what the block `objective` takes;
+    - `part`: of them the key that must be there, folder or Hub id of what is trained before, and what that is.
 
     Args:
         model (`torch.nn.Module`): What is trained, and averaged.
@@ -55,6 +58,7 @@ class Objective:
     scheduler_class: type | None = None
     pipeline_class: type[AnomalyPipeline] | None = None
     objective_keys: tuple[str, ...] = ()
+    part: tuple[str, str] | None = None
 
     def __init__(self, model: torch.nn.Module, scheduler, processor: VolumeProcessor, inference: dict | None = None):
         self.model = model
@@ -67,10 +71,11 @@ class Objective:
     @classmethod
     def check_options(cls, options: TrainOptions) -> None:
         """
-        Checks the names and keys in the blocks of a configuration. It needs no data, so that it runs before any is made or read.
+        Checks the names and keys in the blocks of a configuration. It needs no data, so that it runs before any is
+        made or read.
 
         Raises:
-            ValueError: There is no such network, or a block has a key that nothing takes.
+            ValueError: There is no such network, a block has a key that nothing takes, or the part is missing.
         """
         unet, networks = dict(options.unet), {network.__name__: network for network in cls.unet_classes}
         name, known = cls.__name__, []
@@ -87,6 +92,8 @@ class Objective:
             known = [] if target is None else [key for key in _argument_names(target) if key not in COMPONENTS]
             check_keys(block, given, known, (target or cls).__name__)
         check_keys("objective", options.objective, cls.objective_keys, cls.__name__)
+        if cls.part is not None and cls.part[0] not in options.objective:
+            raise ValueError(f"`objective.{cls.part[0]}` must be the folder or Hub id of {cls.part[1]}.")
 
     @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> Objective:
@@ -129,9 +136,11 @@ class Objective:
 
         Args:
             model (`torch.nn.Module`): `self.model` as accelerate wraps it: call it, do not read its attributes.
-            batch (`dict[str, torch.Tensor]`): The columns: `image (N, C, H, W)` in the processor's value range, `mask (N, A, H, W)` uint8,
-                `annotations (N,)`, `brain (N, H, W)`, `label (N,)`, 0 healthy, 1 unhealthy, -1 unknown. All of it augmented.
-            keys (`torch.Tensor` of shape `(N, 2)`): One per sample, which everything random is drawn from (`training/keys.py`).
+            batch (`dict[str, torch.Tensor]`):
+                The columns, augmented: `image (N, C, H, W)` in the processor's value range, `mask (N, A, H, W)` uint8,
+                `annotations (N,)`, `brain (N, H, W)`, `label (N,)`, 0 healthy, 1 unhealthy, -1 unknown.
+            keys (`torch.Tensor` of shape `(N, 2)`):
+                One per sample, which everything random is drawn from (`training/keys.py`).
 
         Returns:
             `torch.Tensor` of shape `(N,)`.
@@ -139,8 +148,8 @@ class Objective:
         raise NotImplementedError
 
     def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
-        """Makes the rows of a validation picture, title to images `(N, C, H, W)` in the processor's value range, without gradients; arguments
-        as of `loss`."""
+        """Makes the rows of a validation picture, title to images `(N, C, H, W)` in the processor's value range,
+        without gradients; arguments as of `loss`."""
         raise NotImplementedError
 
     def make_pipeline(self, model: torch.nn.Module) -> AnomalyPipeline:
@@ -148,13 +157,15 @@ class Objective:
         return self.pipeline_class(model, self.scheduler, self.processor, **self.inference)
 
     def export(self, model: torch.nn.Module, folder: str | Path) -> AnomalyPipeline | None:
-        """Writes a complete pipeline folder with the weights of `model`, and returns the pipeline; `None` stands for what is none."""
+        """Writes a complete pipeline folder with the weights of `model`, and returns the pipeline; `None` stands for
+        what is none."""
         pipeline = self.make_pipeline(model)
         pipeline.save_pretrained(folder)
         return pipeline
 
     def draw(self, images: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws what the loss of most methods needs for images `(N, C, H, W)`: timesteps `(N,)`, uniform, and their noise."""
+        """Draws what the loss of most methods needs for images `(N, C, H, W)`: timesteps `(N,)`, uniform, and their
+        noise."""
         timesteps = draw_timesteps(keys, len(self.scheduler))
         return timesteps, self.scheduler.draw_noise(fold_in(keys, NOISE), images.shape[1:], timesteps)
 
@@ -167,7 +178,8 @@ class Objective:
     def comparison(
         self, images: torch.Tensor, sample: torch.Tensor, timestep: int, title: str, reconstruction: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Returns the rows of a picture of a reconstruction: slice, noised slice, the reconstruction under its title, their difference."""
+        """Returns the rows of a picture of a reconstruction: slice, noised slice, the reconstruction under its title,
+        their difference."""
         return {
             "slice": images,
             f"noised, t = {timestep}": sample,

@@ -34,19 +34,22 @@ BOXES = ("grid", "random")
 
 class DDPM2DObjective(Objective):
     r"""
-    Mean absolute error of the predicted slice, on [-1, 1], the timestep drawn uniformly. Exports a [`CDDPMPipeline`] without encoder.
+    Mean absolute error of the predicted slice, on [-1, 1], the timestep drawn uniformly. Exports a
+    [`CDDPMPipeline`] without encoder.
 
     Trained: the UNet. Averaged: the UNet. Frozen: nothing. Labels: none.
 
     Args:
-        unet ([`~diffusers.UNet2DModel`], [`UNet2DHeadsModel`] or [`ConditionedUNet2DModel`] without a condition): Predicts the slice.
+        unet ([`~diffusers.UNet2DModel`], [`UNet2DHeadsModel`] or [`ConditionedUNet2DModel`] without a condition):
+            Predicts the slice.
         scheduler ([`AnoDDPMScheduler`]), processor, inference: As of [`Objective`].
         loss (`str`, defaults to `"l1"`): `"l1"`, or `"l2"`.
         p2_gamma (`float`, defaults to 0.0):
-            Weight (1 - abar_t)^gamma of a timestep (Choi et al., CVPR 2022, k = 1), 0 or more. The authors' program has it and uses 0.
+            Weight (1 - abar_t)^gamma of a timestep (Choi et al., CVPR 2022, k = 1), 0 or more. The authors' program
+            has it and uses 0.
         shared_noise (`bool`, defaults to `False`):
-            One field for the slices of a forward pass, that of the first one, as the authors. Equal losses then need equal forward passes,
-            not only equal steps.
+            One field for the slices of a forward pass, that of the first one, as the authors. Equal losses then need
+            equal forward passes, not only equal steps.
     """
 
     unet_classes = (UNet2DModel, UNet2DHeadsModel, ConditionedUNet2DModel)
@@ -86,7 +89,8 @@ class DDPM2DObjective(Objective):
         return loss
 
     def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
-        """Makes rows of slice, a noised slice, its reconstruction by the pipeline that would be exported, their difference."""
+        """Makes rows of slice, a noised slice, its reconstruction by the pipeline that would be exported, their
+        difference."""
         images = batch["image"]
         pipeline = self.make_pipeline(model)
         pipeline.set_progress_bar_config(disable=True)
@@ -102,13 +106,15 @@ class DDPM2DObjective(Objective):
     def corrupt(
         self, target: torch.Tensor, timesteps: torch.Tensor, keys: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Makes what the network sees of slices `(N, C, H, W)` in [-1, 1], and says where its prediction counts, `None` for everywhere."""
+        """Makes what the network sees of slices `(N, C, H, W)` in [-1, 1], and says where its prediction counts,
+        `None` for everywhere."""
         count = 1 if self.shared_noise else len(target)
         noise = self.scheduler.draw_noise(fold_in(keys[:count], NOISE), target.shape[1:], timesteps[:count])
         return self.scheduler.add_noise(target, noise, timesteps), None
 
     def predict(self, model, sample: torch.Tensor, timesteps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Predicts slices in [-1, 1] from noised ones; `images` are the clean ones in [0, 1], for networks that are conditioned."""
+        """Predicts slices in [-1, 1] from noised ones; `images` are the clean ones in [0, 1], for networks that are
+        conditioned."""
         return model(sample, timesteps).sample
 
 
@@ -116,14 +122,16 @@ class CDDPMObjective(DDPM2DObjective):
     r"""
     As [`DDPM2DObjective`], of a UNet that is conditioned by the code of the clean slice. Exports a [`CDDPMPipeline`].
 
-    Trained: UNet and encoder together. Averaged: both, but not the running statistics of the encoder's batch normalisation, so that the
-    configuration of the method averages nothing, as its authors. Frozen: nothing. Labels: none.
+    Trained: UNet and encoder together. Averaged: both, but not the running statistics of the encoder's batch
+    normalisation, so that the configuration of the method averages nothing, as its authors. Frozen: nothing. Labels:
+    none.
 
     Args:
         unet ([`ConditionedUNet2DModel`]): Predicts the slice.
         encoder ([`~transformers.ResNetForImageClassification`]):
-            Makes as many values as the UNet's `condition_dim` of a slice in [0, 1]. Any image classifier of transformers does. The
-            authors' timm `resnet50` also drops paths in training (0.05), which those of transformers do not.
+            Makes as many values as the UNet's `condition_dim` of a slice in [0, 1]. Any image classifier of
+            transformers does. The authors' timm `resnet50` also drops paths in training (0.05), which those of
+            transformers do not.
         scheduler, processor, inference, loss, p2_gamma, shared_noise: As of [`DDPM2DObjective`].
     """
 
@@ -154,9 +162,10 @@ class CDDPMObjective(DDPM2DObjective):
     @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> CDDPMObjective:
         """
-        Builds networks, scheduler and objective from the blocks of a configuration. In `objective`, `encoder` has the settings of an image
-        classifier of transformers with its `model_type`, `resnet` by default, which is a ResNet-50; or `encoder_path` is a folder or Hub id
-        with a pretrained `encoder/`, such as the method spark writes.
+        Builds networks, scheduler and objective from the blocks of a configuration. In `objective`, `encoder` has
+        the settings of an image classifier of transformers with its `model_type`, `resnet` by default, which is a
+        ResNet-50; or `encoder_path` is a folder or Hub id with a pretrained `encoder/`, such as the method spark
+        writes.
         """
         cls.check_options(options)
         settings = dict(options.objective)
@@ -187,17 +196,18 @@ class CDDPMObjective(DDPM2DObjective):
 
 class PDDPMObjective(DDPM2DObjective):
     r"""
-    As [`DDPM2DObjective`], with noise in one square patch of each slice; the prediction counts inside of it, the error outside is 0, and
-    the mean runs over the whole slice. Exports a [`PDDPMPipeline`].
+    As [`DDPM2DObjective`], with noise in one square patch of each slice; the prediction counts inside of it, the
+    error outside is 0, and the mean runs over the whole slice. Exports a [`PDDPMPipeline`].
 
     Trained: the UNet. Averaged: the UNet. Frozen: nothing. Labels: none.
 
     Args:
         unet, scheduler, processor, loss, p2_gamma, shared_noise: As of [`DDPM2DObjective`].
-        inference (`dict`): Inference values of the pipeline that are exported; `patch_size` and `overlap` are those of the training, too.
+        inference (`dict`): Inference values of the pipeline that are exported; `patch_size` and `overlap` are those of
+            the training, too.
         boxes (`str`, defaults to `"grid"`):
-            Each slice's patch is drawn from the `"grid"` of the inference, or lies anywhere, `"random"`, its upper left corner uniform over
-            all pixels: it may hang over the border, as in the original.
+            Each slice's patch is drawn from the `"grid"` of the inference, or lies anywhere, `"random"`, its upper
+            left corner uniform over all pixels: it may hang over the border, as in the original.
     """
 
     pipeline_class = PDDPMPipeline
@@ -222,7 +232,8 @@ class PDDPMObjective(DDPM2DObjective):
     def corrupt(
         self, target: torch.Tensor, timesteps: torch.Tensor, keys: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Makes what the network sees of slices `(N, C, H, W)` in [-1, 1], and the patches that are noised, `(N, 1, H, W)` bool."""
+        """Makes what the network sees of slices `(N, C, H, W)` in [-1, 1], and the patches that are noised, `(N, 1, H,
+        W)` bool."""
         noised, _ = super().corrupt(target, timesteps, keys)
         height, width = target.shape[2:]
         draws = uniform(fold_in(keys, BOX), (2,))
@@ -245,7 +256,8 @@ class ConditionedDenoiser(torch.nn.Module):
         self.encoder = encoder
 
     def forward(self, sample: torch.Tensor, timesteps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Predicts slices `(N, C, H, W)` from noised slices in [-1, 1], timesteps `(N,)` and the clean slices in [0, 1]."""
+        """Predicts slices `(N, C, H, W)` from noised slices in [-1, 1], timesteps `(N,)` and the clean slices in [0,
+        1]."""
         return self.unet(sample, timesteps, self.encoder(images).logits).sample
 
 
@@ -254,7 +266,8 @@ def load_encoder(path: str | Path, channels: int, outputs: int) -> PreTrainedMod
     Loads a pretrained encoder; its last layer is new where the folder holds none.
 
     Args:
-        path (`str` or `Path`): Folder or Hub id with an `encoder/` of transformers: of the method spark, or of a cDDPM.
+        path (`str` or `Path`): Folder or Hub id with an `encoder/` of transformers: of the method spark, or of a
+            cDDPM.
         channels (`int`): Modalities, which the encoder must have been trained with.
         outputs (`int`): Length of its code.
 
@@ -266,35 +279,39 @@ def load_encoder(path: str | Path, channels: int, outputs: int) -> PreTrainedMod
         config = AutoConfig.from_pretrained(path, subfolder="encoder")
     except (OSError, ValueError) as error:
         raise OSError(
-            f"`objective.encoder_path`: {path} is neither a folder nor a repository of the Hub with an encoder/ of transformers. Train"
-            f" one with the method spark, or begin with new weights, `objective.encoder`. {error}"
+            f"`objective.encoder_path`: {path} is neither a folder nor a repository of the Hub with an encoder/ of"
+            f" transformers. Train one with the method spark, or begin with new weights, `objective.encoder`. {error}"
         ) from error
     if getattr(config, "num_channels", channels) != channels:
         raise ValueError(f"The encoder {path} is for {config.num_channels} modalities, the data has {channels}.")
     is_whole = any("ForImageClassification" in name for name in config.architectures or ())
     if is_whole and config.num_labels != outputs:
         raise ValueError(
-            f"The encoder {path} makes codes of {config.num_labels} values, and `unet.condition_dim` is {outputs}: make them equal."
+            f"The encoder {path} makes codes of {config.num_labels} values, and `unet.condition_dim` is {outputs}:"
+            " make them equal."
         )
     return AutoModelForImageClassification.from_pretrained(path, subfolder="encoder", num_labels=outputs)
 
 
 def _try_encoder(encoder: PreTrainedModel, channels: int, size: tuple[int, int] | None) -> None:
-    """Evaluates a copy without weights, so that an encoder that cannot take the slices is found before the training."""
+    """Evaluates a copy without weights, so that an encoder that cannot take the slices is found before the
+    training."""
     if size is None:
         return
     try:
         copy.deepcopy(encoder).eval().to("meta")(torch.zeros(1, channels, *size, device="meta"))
     except Exception as error:  # noqa: BLE001 (what an unfit network stumbles over can be anything)
         raise ValueError(
-            f"The encoder, {type(encoder).__name__}, does not take slices of {channels} x {size[0]} x {size[1]}: {error}"
+            f"The encoder, {type(encoder).__name__}, does not take slices of {channels} x {size[0]} x {size[1]}:"
+            f" {error}"
         ) from error
 
 
 def draw_boxes(
     draws: torch.Tensor, height: int, width: int, patch_size: int, boxes: str, overlap: str = "none"
 ) -> torch.Tensor:
-    """Makes boxes `(N, 4)` from two uniform draws each, `(N, 2)`: one of the grid (the first draw), or one anywhere (left, top)."""
+    """Makes boxes `(N, 4)` from two uniform draws each, `(N, 2)`: one of the grid (the first draw), or one anywhere
+    (left, top)."""
     if boxes == "grid":
         grid = patch_grid(height, width, patch_size, overlap).to(draws.device)
         return grid[(draws[:, 0] * len(grid)).long().clamp(max=len(grid) - 1)]
@@ -305,7 +322,8 @@ def draw_boxes(
 def reconstruction_loss(
     target: torch.Tensor, prediction: torch.Tensor, loss: str = "l1", region: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Computes the error of every sample, `(N,)`: its mean over all pixels, of which those outside of `region` `(N, 1, H, W)`, bool, count 0."""
+    """Computes the error of every sample, `(N,)`: its mean over all pixels, of which those outside of `region` `(N, 1,
+    H, W)`, bool, count 0."""
     error = prediction - target
     if region is not None:
         error = error * region

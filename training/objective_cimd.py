@@ -24,25 +24,31 @@ PREVIEW_STEPS = 10
 
 class CIMDObjective(Objective):
     r"""
-    Mean squared error between drawn and predicted noise of a mask, plus the variational bound in bits per pixel, from which only the
-    variance learns; one of the annotations and the timestep are drawn uniformly at every visit of a slice. Exports a [`CIMDPipeline`].
+    Mean squared error between drawn and predicted noise of a mask, plus the variational bound in bits per pixel,
+    from which only the variance learns; one of the annotations and the timestep are drawn uniformly at every visit of
+    a slice. Exports a [`CIMDPipeline`].
 
-    The authors' third term is the divergence of two Gaussian encoders, one of image and annotation, one of image and predicted noise.
-    In their program both are random and never trained, and the network gets no latent variable: the term compares random features of the
-    noise with random features of the annotation, and users report blurred masks. It is off here. `kl_weight=1e-3` brings their program
-    back; with `train_encoders=True` the encoders learn as well, one reading of the paper that nobody has published.
+    The authors' third term is the divergence of two Gaussian encoders, one of image and annotation, one of image and
+    predicted noise. In their program both are random and never trained, and the network gets no latent variable: the
+    term compares random features of the noise with random features of the annotation, and users report blurred masks.
+    It is off here. `kl_weight=1e-3` brings their program back; with `train_encoders=True` the encoders learn as well,
+    one reading of the paper that nobody has published.
 
-    Trained: the UNet, and the encoders with `train_encoders`. Averaged: all of them. Frozen: the encoders without it. Labels: masks.
+    Trained: the UNet, and the encoders with `train_encoders`. Averaged: all of them. Frozen: the encoders without it.
+    Labels: masks.
 
     Args:
-        unet ([`~diffusers.UNet2DModel`] or [`UNet2DHeadsModel`]): C + 1 channels in, image and noised mask, 2 out, noise and variance.
+        unet ([`~diffusers.UNet2DModel`] or [`UNet2DHeadsModel`]): C + 1 channels in, image and noised mask, 2 out,
+            noise and variance.
         scheduler ([`CIMDScheduler`]), processor, inference: As of [`Objective`].
-        vb_weight (`float`, defaults to 1.0): Weight of the variational bound, 0 or more. Without it the variance learns nothing.
+        vb_weight (`float`, defaults to 1.0): Weight of the variational bound, 0 or more. Without it the variance
+            learns nothing.
         kl_weight (`float`, defaults to 0.0): Weight of the divergence, 0 or more. The authors: 1e-3.
         train_encoders (`bool`, defaults to `False`): Train the encoders too; needs a `kl_weight`.
         updates_per_batch (`int`, defaults to 1):
-            Optimizer steps on one batch with one choice of annotations, each with timesteps and noise of its own. The authors' program
-            has 2 and counts one. Here every update is a step: its 53,000 steps are `train.max_steps` 106000.
+            Optimizer steps on one batch with one choice of annotations, each with timesteps and noise of its own. The
+            authors' program has 2 and counts one. Here every update is a step: its 53,000 steps are `train.max_steps`
+            106000.
     """
 
     columns = ("image", "mask", "annotations")
@@ -86,8 +92,9 @@ class CIMDObjective(Objective):
         }
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor, update: int = 0) -> torch.Tensor:
-        """Computes the loss of every sample, `(N,)`, from `image`, `mask` and `annotations`; see [`Objective.loss`]. `update` is the number
-        of the update on this batch: all of them see the same annotation, and draw the rest anew."""
+        """Computes the loss of every sample, `(N,)`, from `image`, `mask` and `annotations`; see [`Objective.loss`].
+        `update` is the number of the update on this batch: all of them see the same annotation, and draw the rest
+        anew."""
         images, annotations = batch["image"], _checked(batch["annotations"])
         target = draw_annotation(batch["mask"], annotations, keys).to(images.dtype)
         timesteps, noise = self.draw(target, fold_in(fold_in(keys, UPDATE), update))
@@ -95,8 +102,8 @@ class CIMDObjective(Objective):
         return terms["mse"] + self.vb_weight * terms["vb"] + self.kl_weight * terms["kl"]
 
     def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
-        """Makes rows of slice, mean of its annotations, a noised one, its one-shot estimate, and two members of an ensemble of few
-        steps."""
+        """Makes rows of slice, mean of its annotations, a noised one, its one-shot estimate, and two members of an
+        ensemble of few steps."""
         images, annotations = batch["image"], _checked(batch["annotations"])
         masks = batch["mask"].to(images.dtype)
         pipeline = self.make_pipeline(model)
@@ -154,8 +161,8 @@ class UNetWithEncoders(torch.nn.Module):
             label (`torch.Tensor` of shape `(N, 1, H, W)`): The mask without noise.
 
         Returns:
-            `tuple`: Outputs of the denoiser `(N, 2, H, W)`, and the divergence of the label's distribution from that of the predicted
-            noise in nats, `(N,)`. Encoders see the first modality alone, as the original's.
+            `tuple`: Outputs of the denoiser `(N, 2, H, W)`, and the divergence of the label's distribution from that
+            of the predicted noise in nats, `(N,)`. Encoders see the first modality alone, as the original's.
         """
         model_output = self.unet(sample, timesteps).sample
         image = sample[:, :1]
@@ -195,8 +202,8 @@ def cimd_loss_terms(
         with_kl (`bool`): Whether to compute the divergence.
 
     Returns:
-        `dict` of `(N,)`: `"mse"`; `"vb"`, in bits per pixel, with gradients for the variance only; `"kl"` in nats, 0 without encoders, with
-        gradients for the predicted noise.
+        `dict` of `(N,)`: `"mse"`; `"vb"`, in bits per pixel, with gradients for the variance only; `"kl"` in nats, 0
+        without encoders, with gradients for the predicted noise.
     """
     sample = scheduler.add_noise(target, noise, timesteps)
     # In the type of the images: recorded masks may be float64.
@@ -218,7 +225,7 @@ def cimd_loss_terms(
 def _checked(annotations: torch.Tensor) -> torch.Tensor:
     if not (annotations > 0).all():
         raise ValueError(
-            f"`annotations` must be at least 1 for every slice, got {annotations.tolist()}: an annotation may mark nothing, but there must"
-            " be one. Prepare the data without cases that nobody annotated."
+            f"`annotations` must be at least 1 for every slice, got {annotations.tolist()}: an annotation may mark"
+            " nothing, but there must be one. Prepare the data without cases that nobody annotated."
         )
     return annotations

@@ -14,7 +14,8 @@ from .objective import Batch, Objective
 
 class DAEObjective(Objective):
     r"""
-    Mean squared error between slice and denoised slice in the foreground, as the ANDi authors trained it. Exports a [`DAEPipeline`].
+    Mean squared error between slice and denoised slice in the foreground, as the ANDi authors trained it. Exports
+    a [`DAEPipeline`].
 
     Trained: the UNet. Averaged: the UNet. Frozen: nothing. Labels: none.
 
@@ -28,8 +29,8 @@ class DAEObjective(Objective):
     pipeline_class = DAEPipeline
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
-        """Computes the loss of every sample, `(N,)`, from `image`: the mean over all pixels, of which those of the background count 0; see
-        [`Objective.loss`]."""
+        """Computes the loss of every sample, `(N,)`, from `image`: the mean over all pixels, of which those of the
+        background count 0; see [`Objective.loss`]."""
         images = self.processor.to_unit(batch["image"])
         noise = self.scheduler.draw_noise(fold_in(keys, NOISE), images.shape[1:])
         model_output = model(self.scheduler.add_noise(images, noise)).sample.float()

@@ -1,4 +1,5 @@
-"""The training objectives of AnoFPDM and its baselines: classifier-free guidance, the noisy classifier, and learned variances for it."""
+"""The training objectives of AnoFPDM and its baselines: classifier-free guidance, the noisy classifier, and learned
+variances for it."""
 
 from __future__ import annotations
 
@@ -30,8 +31,9 @@ PREVIEW_GUIDANCE = (1.0, 1.8, 2.0, 3.0)
 
 class GuidedObjective(Objective):
     r"""
-    Mean squared error between drawn and predicted noise of a network that knows the slice's label, the timestep drawn uniformly. For
-    classifier-free guidance the label is replaced by "none" (2) in a share of the samples. Exports an [`AnoFPDMPipeline`].
+    Mean squared error between drawn and predicted noise of a network that knows the slice's label, the timestep
+    drawn uniformly. For classifier-free guidance the label is replaced by "none" (2) in a share of the samples.
+    Exports an [`AnoFPDMPipeline`].
 
     Trained: the UNet. Averaged: the UNet. Frozen: nothing. Labels: healthy or not, of every slice.
 
@@ -73,7 +75,8 @@ class GuidedObjective(Objective):
         return super().network_arguments(network, channels) | labels
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
-        """Computes the loss of every sample, `(N,)`, from `image` and `label`, which must be known; see [`Objective.loss`]."""
+        """Computes the loss of every sample, `(N,)`, from `image` and `label`, which must be known; see
+        [`Objective.loss`]."""
         images, labels = batch["image"], _checked(batch["label"])
         timesteps, noise = self.draw(images, keys)
         labels = drop_labels(labels, uniform(fold_in(keys, LABEL)), self.label_dropout)
@@ -81,8 +84,8 @@ class GuidedObjective(Objective):
         return (model(sample, timesteps, labels).sample.float() - noise).square().mean((1, 2, 3))
 
     def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
-        """Makes rows of slice, noised slice, and its one-shot reconstructions as healthy, without guidance and with several strengths of
-        it."""
+        """Makes rows of slice, noised slice, and its one-shot reconstructions as healthy, without guidance and with
+        several strengths of it."""
         images, quarter = batch["image"], len(self.scheduler) // 4
         level, sample = self.noise_to(images, quarter, keys)
         labels = torch.tensor([HEALTHY, NULL], device=images.device).repeat_interleave(len(images))
@@ -105,10 +108,11 @@ class DDIBObjective(GuidedObjective):
 
 class ClassifierObjective(Objective):
     r"""
-    Cross entropy of a classifier of noised slices, the timestep drawn uniformly. Exports the classifier, which is no pipeline.
+    Cross entropy of a classifier of noised slices, the timestep drawn uniformly. Exports the classifier, which is
+    no pipeline.
 
-    Trained: the classifier. Averaged: the classifier. Frozen: nothing. Labels: healthy or not, of every slice. The authors' own
-    training saw the same batch in every step; a run here goes through the data.
+    Trained: the classifier. Averaged: the classifier. Frozen: nothing. Labels: healthy or not, of every slice. The
+    authors' own training saw the same batch in every step; a run here goes through the data.
 
     Args:
         model ([`NoisyClassifierModel`]): Two classes, 0 healthy, 1 unhealthy. The configuration's block `unet` is its.
@@ -127,15 +131,16 @@ class ClassifierObjective(Objective):
         return {"in_channels": (channels, MODALITIES), "num_classes": (2, "healthy and unhealthy")}
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
-        """Computes the loss of every sample, `(N,)`, from `image` and `label`, which must be known; see [`Objective.loss`]."""
+        """Computes the loss of every sample, `(N,)`, from `image` and `label`, which must be known; see
+        [`Objective.loss`]."""
         labels = _checked(batch["label"])
         timesteps, noise = self.draw(batch["image"], keys)
         sample = self.scheduler.add_noise(batch["image"], noise, timesteps)
         return F.cross_entropy(model(sample, timesteps).logits.float(), labels, reduction="none")
 
     def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
-        """Makes rows of slice, noised slice, with the probability of being healthy, and the gradient of its logarithm, scaled to the
-        picture's range; guidance moves the slice along it."""
+        """Makes rows of slice, noised slice, with the probability of being healthy, and the gradient of its logarithm,
+        scaled to the picture's range; guidance moves the slice along it."""
         images, quarter = batch["image"], len(self.scheduler) // 4
         level, sample = self.noise_to(images, quarter, keys)
         with torch.enable_grad():
@@ -151,8 +156,9 @@ class ClassifierObjective(Objective):
         }
 
     def export(self, model: NoisyClassifierModel, folder: str | Path) -> None:
-        """Writes `classifier/`, `scheduler/` and `processor/` into a folder, which `classifier_path` of [`LearnedSigmaObjective`]
-        takes; `NoisyClassifierModel.from_pretrained(folder, subfolder="classifier")` reads it."""
+        """Writes `classifier/`, `scheduler/` and `processor/` into a folder, which `classifier_path` of
+        [`LearnedSigmaObjective`] takes; `NoisyClassifierModel.from_pretrained(folder, subfolder="classifier")` reads
+        it."""
         folder = Path(folder)
         model.save_pretrained(folder / "classifier")
         self.scheduler.save_pretrained(folder / "scheduler")
@@ -161,9 +167,9 @@ class ClassifierObjective(Objective):
 
 class LearnedSigmaObjective(Objective):
     r"""
-    Mean squared error between drawn and predicted noise, plus the variational bound in bits per dimension, from which only the variance
-    learns (Nichol and Dhariwal 2021, with full weight as AnoFPDM's authors trained it), the timestep drawn uniformly. Exports a
-    [`ClassifierGuidedPipeline`] with a classifier that was trained before.
+    Mean squared error between drawn and predicted noise, plus the variational bound in bits per dimension, from
+    which only the variance learns (Nichol and Dhariwal 2021, with full weight as AnoFPDM's authors trained it), the
+    timestep drawn uniformly. Exports a [`ClassifierGuidedPipeline`] with a classifier that was trained before.
 
     Trained: the UNet. Averaged: the UNet. Frozen: the classifier, which training does not use. Labels: none.
 
@@ -178,6 +184,7 @@ class LearnedSigmaObjective(Objective):
     scheduler_class = AnoFPDMScheduler
     pipeline_class = ClassifierGuidedPipeline
     objective_keys = ("classifier_path",)
+    part = ("classifier_path", "a trained classifier (method classifier)")
 
     def __init__(
         self,
@@ -191,18 +198,10 @@ class LearnedSigmaObjective(Objective):
         super().__init__(unet, scheduler, processor, inference)
 
     @classmethod
-    def check_options(cls, options: TrainOptions) -> None:
-        """Checks the blocks, and that a classifier is named; see [`Objective.check_options`]."""
-        super().check_options(options)
-        if "classifier_path" not in options.objective:
-            raise ValueError(
-                "`objective.classifier_path` must be the folder or Hub id of a trained classifier (method classifier)."
-            )
-
-    @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> LearnedSigmaObjective:
-        """Builds network, scheduler and objective, and loads the classifier: `objective.classifier_path` is a folder or Hub id that
-        [`ClassifierObjective`] wrote, or a [`ClassifierGuidedPipeline`]; see [`Objective.from_options`]."""
+        """Builds network, scheduler and objective, and loads the classifier: `objective.classifier_path` is a folder
+        or Hub id that [`ClassifierObjective`] wrote, or a [`ClassifierGuidedPipeline`]; see
+        [`Objective.from_options`]."""
         cls.check_options(options)
         scheduler = AnoFPDMScheduler(**options.scheduler)
         classifier = load_classifier(options.objective["classifier_path"], scheduler, processor)
@@ -251,8 +250,8 @@ def learned_sigma_loss(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the squared error of the noise and the bound of the variance, `(N,)` each, of a network with 2C outputs, from images and
-    noise `(N, C, H, W)` and timesteps `(N,)`."""
+    """Computes the squared error of the noise and the bound of the variance, `(N,)` each, of a network with 2C
+    outputs, from images and noise `(N, C, H, W)` and timesteps `(N,)`."""
     sample = scheduler.add_noise(images, noise, timesteps)
     model_output, variance_output = model(sample, timesteps).sample.float().chunk(2, dim=1)
     error = (model_output - noise).square().mean((1, 2, 3))
@@ -277,8 +276,9 @@ def load_classifier(path: str | Path, scheduler: AnoFPDMScheduler, processor: Vo
     betas = AnoFPDMScheduler.from_pretrained(path, subfolder="scheduler").betas
     if not torch.equal(betas, scheduler.betas):
         raise ValueError(
-            f"The classifier {path} was trained with other noise: {len(betas)} betas from {betas[0]:.3g} to {betas[-1]:.3g}, here"
-            f" {len(scheduler)} from {scheduler.betas[0]:.3g} to {scheduler.betas[-1]:.3g}. Train one for this scheduler."
+            f"The classifier {path} was trained with other noise: {len(betas)} betas from {betas[0]:.3g} to"
+            f" {betas[-1]:.3g}, here {len(scheduler)} from {scheduler.betas[0]:.3g} to {scheduler.betas[-1]:.3g}."
+            " Train one for this scheduler."
         )
     return NoisyClassifierModel.from_pretrained(path, subfolder="classifier")
 
@@ -286,7 +286,7 @@ def load_classifier(path: str | Path, scheduler: AnoFPDMScheduler, processor: Vo
 def _checked(labels: torch.Tensor) -> torch.Tensor:
     if not ((labels == 0) | (labels == 1)).all():
         raise ValueError(
-            f"`label` must be 0 (healthy) or 1 (unhealthy) for every slice, got {sorted(set(labels.tolist()))}; -1 is unknown."
-            " Prepare the data with masks or labels of all subjects."
+            f"`label` must be 0 (healthy) or 1 (unhealthy) for every slice, got {sorted(set(labels.tolist()))}; -1 is"
+            " unknown. Prepare the data with masks or labels of all subjects."
         )
     return labels

@@ -87,8 +87,9 @@ class ANDiObjective(NoiseObjective):
     r"""
     As [`NoiseObjective`], with the noise of [`ANDiScheduler`], pyramidal by default: exports an [`ANDiPipeline`].
 
-    With `normalize="per_batch"` of the scheduler, the authors' rule, the slices of one forward pass share a standard deviation and
-    pyramid sizes, so that equal losses need equal forward passes, not only equal steps. There is no `loss="hybrid"`.
+    With `normalize="per_batch"` of the scheduler, the authors' rule, the slices of one forward pass share a standard
+    deviation and pyramid sizes, so that equal losses need equal forward passes, not only equal steps. There is no
+    `loss="hybrid"`.
     """
 
     scheduler_class = ANDiScheduler
@@ -118,7 +119,8 @@ def noise_loss(
     model_output: torch.Tensor,
     timesteps: torch.Tensor,
 ) -> torch.Tensor:
-    """Computes the loss of every sample, `(N,)`, from images x_0, sample x_t, drawn noise and predicted noise, all `(N, C, H, W)`."""
+    """Computes the loss of every sample, `(N,)`, from images x_0, sample x_t, drawn noise and predicted noise, all
+    `(N, C, H, W)`."""
     if loss_type == "l1":
         return (model_output - noise).abs().mean((1, 2, 3))
     squared = (model_output - noise).square().mean((1, 2, 3))

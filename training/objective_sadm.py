@@ -1,4 +1,5 @@
-"""Segment what a frozen cDDPM leaves over: the training objectives of SADM, with synthetic anomalies and with lesion masks."""
+"""Segment what a frozen cDDPM leaves over: the training objectives of SADM, with synthetic anomalies and with lesion
+masks."""
 
 from __future__ import annotations
 
@@ -25,21 +26,21 @@ LOSSES = ("bce", "dice", "bce_dice")
 
 class SADMObjective(Objective):
     r"""
-    Cross entropy of the segmentation of synthetic anomalies in healthy slices, from the slices and what a trained cDDPM makes of them at a
-    timestep that is drawn uniformly. The cDDPM sees the changed slice only, its encoder too, as it sees a lesion later. Exports a
-    [`SADMPipeline`].
+    Cross entropy of the segmentation of synthetic anomalies in healthy slices, from the slices and what a trained
+    cDDPM makes of them at a timestep that is drawn uniformly. The cDDPM sees the changed slice only, its encoder too,
+    as it sees a lesion later. Exports a [`SADMPipeline`].
 
-    Trained: the segmentation network. Averaged: the segmentation network. Frozen: UNet and encoder, in eval mode; in the authors' program
-    the encoder normalises by the batch, and its running statistics drift. Labels: none.
+    Trained: the segmentation network. Averaged: the segmentation network. Frozen: UNet and encoder, in eval mode; in
+    the authors' program the encoder normalises by the batch, and its running statistics drift. Labels: none.
 
     Args:
         segmentation_network ([`SiameseUNet2DModel`]): Makes logits of slice and reconstruction.
         reconstruction ([`CDDPMPipeline`]): Trained before, with or without an encoder; exported with the network.
-        inference (`dict`): Inference values of [`SADMPipeline`] that are exported; `timesteps` and `shared_noise` are those of the cDDPM by
-            default.
+        inference (`dict`): Inference values of [`SADMPipeline`] that are exported; `timesteps` and `shared_noise` are
+            those of the cDDPM by default.
         loss (`str`, defaults to `"bce"`):
-            `"bce"`, `"dice"`, 1 - soft Dice of every slice, or `"bce_dice"`, their sum. A network with `deep_supervision` adds the cross
-            entropy of each of its decoder's heads.
+            `"bce"`, `"dice"`, 1 - soft Dice of every slice, or `"bce_dice"`, their sum. A network with
+            `deep_supervision` adds the cross entropy of each of its decoder's heads.
         shared_noise (`bool`, defaults to `False`):
             One field for the slices of a forward pass, that of the first one, as the authors.
     """
@@ -47,6 +48,7 @@ class SADMObjective(Objective):
     unet_classes = (SiameseUNet2DModel,)
     pipeline_class = SADMPipeline
     objective_keys = ("reconstruction_path", "loss", "shared_noise")
+    part = ("reconstruction_path", "a trained cDDPM (method cddpm or ddpm_2d)")
 
     def __init__(
         self,
@@ -69,19 +71,10 @@ class SADMObjective(Objective):
         self.shared_noise = shared_noise
 
     @classmethod
-    def check_options(cls, options: TrainOptions) -> None:
-        """Checks the blocks, and that a cDDPM is named; see [`Objective.check_options`]. Its scheduler comes with it."""
-        super().check_options(options)
-        if "reconstruction_path" not in options.objective:
-            raise ValueError(
-                "`objective.reconstruction_path` must be the folder or Hub id of a trained cDDPM (method cddpm or ddpm_2d)."
-            )
-
-    @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> SADMObjective:
         """Builds the segmentation network, whose block of the configuration is `unet`, and loads the cDDPM,
-        `objective.reconstruction_path`, a folder or Hub id; see [`Objective.from_options`]. The cDDPM is evaluated in the type of
-        `train.mixed_precision`."""
+        `objective.reconstruction_path`, a folder or Hub id; see [`Objective.from_options`]. The cDDPM is evaluated in
+        the type of `train.mixed_precision`."""
         cls.check_options(options)
         settings = dict(options.objective)
         path = settings.pop("reconstruction_path")
@@ -105,8 +98,8 @@ class SADMObjective(Objective):
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Reconstructs slices `(N, C, H, W)` in [0, 1] with the cDDPM, from timesteps `(N,)` and noise `(N, C, H, W)` or `(1, C, H, W)`:
-        reconstructions in [0, 1], not limited."""
+        """Reconstructs slices `(N, C, H, W)` in [0, 1] with the cDDPM, from timesteps `(N,)` and noise `(N, C, H, W)`
+        or `(1, C, H, W)`: reconstructions in [0, 1], not limited."""
         pipeline = self.reconstruction
         if pipeline.device != images.device:
             pipeline.to(images.device)
@@ -117,8 +110,8 @@ class SADMObjective(Objective):
         return (prediction + 1.0) / 2.0
 
     def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
-        """Makes rows of slice with anomaly, its mask, reconstruction from the middle one of the pipeline's timesteps, difference,
-        probability."""
+        """Makes rows of slice with anomaly, its mask, reconstruction from the middle one of the pipeline's timesteps,
+        difference, probability."""
         images, masks, timesteps, noise = self._draw(batch, keys)
         pipeline = self.make_pipeline(model)
         levels = pipeline.config.timesteps
@@ -139,7 +132,8 @@ class SADMObjective(Objective):
         return SADMPipeline(frozen.unet, model, frozen.scheduler, frozen.processor, frozen.encoder, **self.inference)
 
     def anomalies(self, batch: Batch, images: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns slices `(N, C, H, W)` with anomalies and their masks `(N, 1, H, W)`, of slices in [0, 1]; here synthetic ones."""
+        """Returns slices `(N, C, H, W)` with anomalies and their masks `(N, 1, H, W)`, of slices in [0, 1]; here
+        synthetic ones."""
         return draw_anomalies(images, fold_in(keys, ANOMALY))
 
     def _draw(self, batch: Batch, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -153,10 +147,11 @@ class SADMObjective(Objective):
 
 class LabelledSADMObjective(SADMObjective):
     r"""
-    As [`SADMObjective`], with the masks of real lesions instead of synthetic anomalies. All slices of the training split count, those
-    without lesion, too.
+    As [`SADMObjective`], with the masks of real lesions instead of synthetic anomalies. All slices of the
+    training split count, those without lesion, too.
 
-    Trained: the segmentation network. Averaged: the segmentation network. Frozen: UNet and encoder, in eval mode. Labels: masks.
+    Trained: the segmentation network. Averaged: the segmentation network. Frozen: UNet and encoder, in eval mode.
+    Labels: masks.
     """
 
     columns = ("image", "mask", "annotations", "label")
@@ -168,7 +163,8 @@ class LabelledSADMObjective(SADMObjective):
         # Healthy subjects need no mask.
         if ((batch["label"] != 0) & (batch["annotations"] == 0)).any():
             raise ValueError(
-                "`mask` must be there for every slice that is not known to be healthy: prepare the data with the masks of all lesions."
+                "`mask` must be there for every slice that is not known to be healthy: prepare the data with the"
+                " masks of all lesions."
             )
         count = batch["mask"].long().sum(1, keepdim=True)
         lesion = (count > 0) & (2 * count >= batch["annotations"].reshape(-1, 1, 1, 1))
@@ -181,11 +177,11 @@ def segmentation_loss(loss: str, output: SiameseUNet2DOutput, masks: torch.Tenso
 
     Args:
         loss (`str`):
-            `"bce"`, cross entropy; `"dice"`, 1 - Dice of probabilities and mask as MONAI's `DiceLoss(sigmoid=True)`; `"bce_dice"`, the
-            sum.
+            `"bce"`, cross entropy; `"dice"`, 1 - Dice of probabilities and mask as MONAI's `DiceLoss(sigmoid=True)`;
+            `"bce_dice"`, the sum.
         output ([`SiameseUNet2DOutput`]):
-            Of the network. Heads of its decoder, if there are any, add their cross entropy against the mask of their size, as in the
-            original, whatever `loss` is.
+            Of the network. Heads of its decoder, if there are any, add their cross entropy against the mask of their
+            size, as in the original, whatever `loss` is.
         masks (`torch.Tensor` of shape `(N, 1, H, W)`): 0 or 1.
     """
 

@@ -28,11 +28,11 @@ OF_MODEL = ("mask_ratio", "mask_grid", "decoder_width")
 
 class SparKObjective(Objective):
     r"""
-    Error of a [`SparKModel`] in the cells of a slice that it has not seen, the cells drawn anew for every sample. Slices are brought to
-    [0, 1]. Exports the encoder alone.
+    Error of a [`SparKModel`] in the cells of a slice that it has not seen, the cells drawn anew for every sample.
+    Slices are brought to [0, 1]. Exports the encoder alone.
 
-    Trained: encoder, decoder and what joins them. Averaged: the same, but not the running statistics of the batch normalisation. Frozen:
-    nothing. Labels: none.
+    Trained: encoder, decoder and what joins them. Averaged: the same, but not the running statistics of the batch
+    normalisation. Frozen: nothing. Labels: none.
 
     Args:
         model ([`SparKModel`]): With a [`~transformers.AutoBackbone`] as encoder.
@@ -65,8 +65,9 @@ class SparKObjective(Objective):
     @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> SparKObjective:
         """
-        Builds encoder, model and objective from the block `objective` of a configuration: `encoder`, settings of a transformers backbone
-        with its `model_type`, `resnet` by default; `mask_ratio`, `mask_grid` and `decoder_width` of [`SparKModel`]; and the loss.
+        Builds encoder, model and objective from the block `objective` of a configuration: `encoder`, settings of a
+        transformers backbone with its `model_type`, `resnet` by default; `mask_ratio`, `mask_grid` and `decoder_width`
+        of [`SparKModel`]; and the loss.
         """
         cls.check_options(options)
         if processor.config.size is None:
@@ -103,8 +104,9 @@ class SparKObjective(Objective):
         return {title: self.processor.from_unit(row) for title, row in rows.items()}
 
     def export(self, model: SparKModel, folder: str | Path) -> None:
-        """Writes `encoder/`, a model folder of transformers, and `processor/`: what `encoder_path` of the objective cddpm takes. It is no
-        pipeline; `ResNetForImageClassification.from_pretrained(folder, subfolder="encoder")` gives the encoder a new last layer."""
+        """Writes `encoder/`, a model folder of transformers, and `processor/`: what `encoder_path` of the objective
+        cddpm takes. It is no pipeline; `ResNetForImageClassification.from_pretrained(folder, subfolder="encoder")`
+        gives the encoder a new last layer."""
         folder = Path(folder)
         model.encoder.save_pretrained(folder / "encoder")
         self.processor.save_pretrained(folder / "processor")
@@ -116,7 +118,8 @@ class SparKObjective(Objective):
 
 def backbone_config(settings: dict, channels: int) -> PretrainedConfig:
     """
-    Makes the configuration of a transformers backbone that gives the maps of all its stages; arguments as of [`encoder_config`].
+    Makes the configuration of a transformers backbone that gives the maps of all its stages; arguments as of
+    [`encoder_config`].
 
     Raises:
         ValueError: As of [`encoder_config`], and a model without such a backbone.
@@ -154,7 +157,8 @@ def encoder_config(settings: dict, channels: int) -> PretrainedConfig:
 
 
 def check_encoder(settings: dict) -> list[str]:
-    """Checks `model_type` and keys of an image encoder's `settings`; returns the keys that it knows. Raises a `ValueError` for others."""
+    """Checks `model_type` and keys of an image encoder's `settings`; returns the keys that it knows. Raises a
+    `ValueError` for others."""
     name = settings.get("model_type", "resnet")
     if name not in CONFIG_MAPPING:
         raise ValueError(

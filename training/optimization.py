@@ -23,7 +23,8 @@ def check_optim(optim: OptimOptions) -> None:
     check_choice("optim.lr_scheduler", optim.lr_scheduler, SCHEDULES)
     if not 0 <= optim.start_lr <= optim.learning_rate:
         raise ValueError(
-            f"`optim.start_lr` must be between 0 and `optim.learning_rate` {optim.learning_rate:g}, got {optim.start_lr:g}."
+            f"`optim.start_lr` must be between 0 and `optim.learning_rate` {optim.learning_rate:g}, got"
+            f" {optim.start_lr:g}."
         )
 
 
@@ -40,8 +41,9 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], optim: OptimOptions
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, optim: OptimOptions, max_steps: int) -> LambdaLR:
-    """Makes a schedule of diffusers between `start_lr` and `learning_rate`: the share s of the peak that it gives, 0 to 1, becomes
-    `start_lr + s (learning_rate - start_lr)`. `cosine` is then ANDi's rule: a linear warm-up and a half cosine back down."""
+    """Makes a schedule of diffusers between `start_lr` and `learning_rate`: the share s of the peak that it gives, 0
+    to 1, becomes `start_lr + s (learning_rate - start_lr)`. `cosine` is then ANDi's rule: a linear warm-up and a half
+    cosine back down."""
     schedule = get_scheduler(
         optim.lr_scheduler,
         optimizer,
@@ -55,9 +57,10 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, optim: OptimOptions, max
 
 
 def make_ema(parameters: Iterable[torch.nn.Parameter], ema: EMAOptions) -> EMAModel:
-    """Makes diffusers' average of the weights: a plain copy of them in the first `start_step` steps, then with `decay`."""
-    # The average has its own warm-up, (1 + step) / (10 + step), whose first step copies; a fixed decay needs `min_decay`, and
-    # averages from step `update_after_step + 2` on.
+    """Makes diffusers' average of the weights: a plain copy of them in the first `start_step` steps, then with
+    `decay`."""
+    # The average has its own warm-up, (1 + step) / (10 + step), whose first step copies; a fixed decay needs
+    # `min_decay`, and averages from step `update_after_step + 2` on.
     if ema.warmup:
         return EMAModel(parameters, decay=ema.decay, update_after_step=max(ema.start_step - 1, 0))
     return EMAModel(parameters, decay=ema.decay, min_decay=ema.decay, update_after_step=ema.start_step - 1)

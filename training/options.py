@@ -39,9 +39,11 @@ class DataOptions:
     train_split: str = "train"
     """Split to learn from. Methods that learn from healthy slices leave out those that are known to be anomalous."""
     validation_split: str = "validation"
-    """Split that the validation loss is computed on: its healthy slices, or those with a label where a method learns from labels."""
+    """Split that the validation loss is computed on: its healthy slices, or those with a label where a method learns
+    from labels."""
     streaming: bool = False
-    """Read the training split from the Hub in every epoch instead of downloading it once; every process reads all of it."""
+    """Read the training split from the Hub in every epoch instead of downloading it once; every process reads all of
+    it."""
     shuffle_buffer: int = 256
     """With streaming: slices in memory that the next one is drawn from."""
     num_workers: int = 0
@@ -134,7 +136,8 @@ class LoopOptions:
 
 @dataclass
 class TrainOptions:
-    """One run. The keys of unet, scheduler, processor and inference are those of the files a checkpoint consists of."""
+    """One run. The keys of unet, scheduler, processor and inference are those of the files a checkpoint consists
+    of."""
 
     method: str = "anoddpm"
     """What is trained."""
@@ -168,7 +171,7 @@ def check_options(options: TrainOptions) -> None:
     if data.streaming:
         if data.num_workers not in (0, 1):
             raise ValueError(
-                f"`data.num_workers` must be 0 or 1 with `data.streaming`, got {data.num_workers}: every worker would read the whole"
-                " data set."
+                f"`data.num_workers` must be 0 or 1 with `data.streaming`, got {data.num_workers}: every worker would"
+                " read the whole data set."
             )
         check_integer("data.shuffle_buffer", data.shuffle_buffer, 1)

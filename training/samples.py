@@ -19,8 +19,8 @@ from .options import DataOptions, TrainOptions
 
 
 class SampleStream(torch.utils.data.Dataset):
-    """Gives samples by number: the slices of an endless sequence of permutations of a split, with the columns that are asked for; only
-    those of the `population` (`data.prepared.POPULATIONS`)."""
+    """Gives samples by number: the slices of an endless sequence of permutations of a split, with the columns that are
+    asked for; only those of the `population` (`data.prepared.POPULATIONS`)."""
 
     def __init__(self, split: PreparedSplit, seed: int, columns: Sequence[str] = ("image",), population: str = "all"):
         self.split = split
@@ -44,10 +44,11 @@ class SampleStream(torch.utils.data.Dataset):
 @dataclass(eq=False)
 class StreamedSamples(torch.utils.data.IterableDataset):
     """
-    Gives samples by number of a split that is read as it comes: the slices of an endless sequence of shuffled passes over it.
+    Gives samples by number of a split that is read as it comes: the slices of an endless sequence of shuffled
+    passes over it.
 
-    Slices that are not in `batches` are passed over: those of other processes, and those of the begun pass before the first batch.
-    Whole passes before it are not read.
+    Slices that are not in `batches` are passed over: those of other processes, and those of the begun pass before the
+    first batch. Whole passes before it are not read.
 
     Args:
         split ([`StreamedSplit`]): The slices.
@@ -96,8 +97,8 @@ class StreamedSamples(torch.utils.data.IterableDataset):
 
 @dataclass
 class PositionBatches:
-    """Gives the sample numbers of each forward pass of one process, from optimizer step `first_step` on. With `updates_per_batch` u the samples of
-    steps s u ... s u + u - 1 are the same."""
+    """Gives the sample numbers of each forward pass of one process, from optimizer step `first_step` to `last_step` -
+    1. With `updates_per_batch` u the samples of steps s u ... s u + u - 1 are the same."""
 
     first_step: int
     last_step: int
@@ -129,24 +130,24 @@ def load_splits(
     """
     if data.streaming and data.path in PHANTOMS and not Path(data.path).is_dir():
         raise ValueError(
-            f"`data.streaming` is for a folder or a data set on the Hub, got the phantom {data.path!r}, which is made on this"
-            " machine: leave `data.streaming` out, or name other data with `--data`."
+            f"`data.streaming` is for a folder or a data set on the Hub, got the phantom {data.path!r}, which is made"
+            " on this machine: leave `data.streaming` out, or name other data with `--data`."
         )
     # The first process makes a phantom or fills a cache, the others then find it.
     with accelerator.main_process_first():
         train_split = load_prepared(data.path, data.train_split, streaming=data.streaming)
         if not train_split.count_rows(objective_class.trains_on):
             raise ValueError(
-                f"The split `{data.train_split}` of {data.path} holds no {objective_class.trains_on} slice, which this method learns"
-                " from: name another with `--data.train_split`, or prepare other data."
+                f"The split `{data.train_split}` of {data.path} holds no {objective_class.trains_on} slice, which"
+                " this method learns from: name another with `--data.train_split`, or prepare other data."
             )
         if not validates:
             return train_split, None
         validation_split = load_prepared(data.path, data.validation_split)
     if not validation_rows(validation_split, objective_class).size:
         raise ValueError(
-            f"The split `{data.validation_split}` holds no {objective_class.validates_on} slice to validate on: name another with"
-            " `--data.validation_split`, or switch validation off with `--train.validate_every 0`."
+            f"The split `{data.validation_split}` holds no {objective_class.validates_on} slice to validate on: name"
+            " another with `--data.validation_split`, or switch validation off with `--train.validate_every 0`."
         )
     return train_split, validation_split
 
@@ -165,18 +166,12 @@ def make_loader(
     accelerator: Accelerator,
     first_step: int,
 ) -> torch.utils.data.DataLoader:
-    """Makes the loader of the batches of this process, from optimizer step `first_step` to the last one: tensors on the CPU, the columns of
-    the objective and `position (N,)`."""
+    """Makes the loader of the batches of this process, from optimizer step `first_step` to the last one: tensors on
+    the CPU, the columns of the objective and `position (N,)`."""
     loop, data = options.train, options.data
-    batches = PositionBatches(
-        first_step,
-        loop.max_steps,
-        loop.batch_size,
-        loop.gradient_accumulation_steps,
-        accelerator.num_processes,
-        accelerator.process_index,
-        objective.updates_per_batch,
-    )
+    steps, sizes = (first_step, loop.max_steps), (loop.batch_size, loop.gradient_accumulation_steps)
+    processes = accelerator.num_processes, accelerator.process_index
+    batches = PositionBatches(*steps, *sizes, *processes, objective.updates_per_batch)
     if data.streaming:
         samples = StreamedSamples(
             split, loop.seed, data.shuffle_buffer, batches, objective.columns, objective.trains_on

@@ -42,7 +42,8 @@ class Progress:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes the number of steps from a checkpoint, or raises a `ValueError` if the run cannot go on as if nothing had happened."""
+        """Takes the number of steps from a checkpoint, or raises a `ValueError` if the run cannot go on as if nothing
+        had happened."""
         for name, text in (
             ("samples_per_step", "{} samples per step, this run has {} (batch size x processes x accumulation)"),
             ("updates_per_batch", "{} updates per batch, this run has {} (`objective.updates_per_batch`)"),
@@ -79,8 +80,8 @@ class Run:
 
     @contextmanager
     def averaged_model(self) -> Iterator[torch.nn.Module]:
-        """Gives the network without accelerate's wrapper, in evaluation mode and with the averaged weights if there are any; afterwards it
-        is what it was."""
+        """Gives the network without accelerate's wrapper, in evaluation mode and with the averaged weights if there
+        are any; afterwards it is what it was."""
         model = self.accelerator.unwrap_model(self.model)
         if self.ema is not None:
             self.ema.store(model.parameters())
@@ -105,8 +106,8 @@ class Run:
         accelerator = self.accelerator
         if checkpoint is not None:
             accelerator.load_state(checkpoint)
-            # Checkpoints lie between optimizer steps; accelerate would go on counting forward passes where it was, which is
-            # wrong under another accumulation. And it loads the average to the CPU.
+            # Checkpoints lie between optimizer steps; accelerate would go on counting forward passes where it was,
+            # which is wrong under another accumulation. And it loads the average to the CPU.
             accelerator.step = 0
             if self.ema is not None:
                 self.ema.to(accelerator.device)
@@ -169,8 +170,8 @@ def make_run(options: TrainOptions, objective_class: type[Objective], accelerato
     objective = objective_class.from_options(options, processor)
     if objective.updates_per_batch > 1 and options.data.streaming:
         raise ValueError(
-            f"`objective.updates_per_batch` is {objective.updates_per_batch}, but `data.streaming` reads every slice once: set one to 1,"
-            " or the other to false."
+            f"`objective.updates_per_batch` is {objective.updates_per_batch}, but `data.streaming` reads every slice"
+            " once: set one to 1, or the other to false."
         )
     optimizer = make_optimizer(objective.model.parameters(), options.optim)
     # Stepped by hand once per optimizer step and not prepared: accelerate would count processes as steps.
@@ -185,18 +186,8 @@ def make_run(options: TrainOptions, objective_class: type[Objective], accelerato
         ema = make_ema(accelerator.unwrap_model(model).parameters(), loop.ema)
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
-    return Run(
-        options,
-        accelerator,
-        objective,
-        model,
-        optimizer,
-        lr_scheduler,
-        ema,
-        progress,
-        train_split,
-        validation_split,
-    )
+    splits = train_split, validation_split
+    return Run(options, accelerator, objective, model, optimizer, lr_scheduler, ema, progress, *splits)
 
 
 def find_checkpoint(loop: LoopOptions) -> Path | None:
@@ -211,8 +202,8 @@ def find_checkpoint(loop: LoopOptions) -> Path | None:
     if not loop.resume:
         if checkpoints:
             raise FileExistsError(
-                f"{loop.output_dir} holds checkpoints of an earlier run. Go on with `--train.resume latest`, or choose another"
-                " `--train.output_dir`."
+                f"{loop.output_dir} holds checkpoints of an earlier run. Go on with `--train.resume latest`, or"
+                " choose another `--train.output_dir`."
             )
         return None
     if loop.resume == "latest":

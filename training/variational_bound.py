@@ -53,8 +53,8 @@ def variance_bound(
     Args:
         scheduler ([`AnoFPDMScheduler`] or [`CIMDScheduler`]): Of the noise.
         original, estimate, sample, variance_output (`torch.Tensor` of shape `(N, C, H, W)`):
-            x_0, the network's estimate of it, which is not limited, x_t, and the other half of the outputs: -1 for the posterior's
-            variance, 1 for beta_t.
+            x_0, the network's estimate of it, which is not limited, x_t, and the other half of the outputs: -1 for the
+            posterior's variance, 1 for beta_t.
         timesteps (`torch.Tensor` of shape `(N,)`): t, from 0.
 
     Returns:
@@ -73,9 +73,11 @@ def _step_bound(
     log: torch.Tensor,
     timesteps: torch.Tensor,
 ) -> torch.Tensor:
-    """A Kullback-Leibler divergence for t > 0, for t = 0 the likelihood of 8-bit images in [-1, 1] (DDPM eq. 5 and 13). CIMD's masks of 0
-    and 1 are taken for such images, as in the original: the bin of 1 is open above, that of 0 is 2 / 255 wide."""
-    # mean, log -> p_theta(x_{t-1} | x_t); true_mean, true_log -> q(x_{t-1} | x_t, x_0), at t = 0 the variance of t = 1.
+    """A Kullback-Leibler divergence for t > 0, for t = 0 the likelihood of 8-bit images in [-1, 1] (DDPM eq. 5 and
+    13). CIMD's masks of 0 and 1 are taken for such images, as in the original: the bin of 1 is open above, that of 0
+    is 2 / 255 wide."""
+    # mean, log -> p_theta(x_{t-1} | x_t); true_mean, true_log -> q(x_{t-1} | x_t, x_0), at t = 0 the variance of t =
+    # 1.
     true_mean = scheduler.posterior_mean(original, timesteps, sample)
     true_log = scheduler.gather("posterior_log_variance", timesteps, log)
     divergence = 0.5 * (-1.0 + log - true_log + (true_log - log).exp() + (true_mean - mean).square() * (-log).exp())
