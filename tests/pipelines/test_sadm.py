@@ -268,3 +268,13 @@ def test_order_of_erosion_and_median():
     )
     with pytest.raises(ValueError, match="`filter_order` must be one of erosion_first, median_first"):
         make_pipeline(filter_order="none")
+
+
+def test_what_is_exported_has_the_timesteps_of_its_cddpm(tmp_path):
+    unet, model, _, processor, encoder = make_parts()
+    scheduler = AnoDDPMScheduler(100, beta_schedule="cosine", z=None, wavelength=8.0)
+    reconstruction = CDDPMPipeline(unet, scheduler, processor, encoder, timesteps=[24, 49], shared_noise=True)
+    pipe = SADMObjective(model, reconstruction).export(model, tmp_path)
+    assert list(pipe.config.timesteps) == [24, 49] and pipe.config.shared_noise
+    pipe = SADMObjective(model, reconstruction, {"timesteps": [9]}).make_pipeline(model)
+    assert list(pipe.config.timesteps) == [9] and pipe.config.shared_noise

@@ -32,7 +32,9 @@ def test_a_typo_in_any_block_is_found_without_data(method, tmp_path):
         wrong = [({"unet": {"_class_name": "Typo"}}, "`unet` has no key _class_name")]
     if "encoder" in cls.objective_keys:
         wrong.append(({"objective": {"encoder": {"typo": 1}}}, "`objective.encoder` has no key typo; resnet takes"))
-        wrong.append(({"objective": {"encoder": {"model_type": "typo"}}}, "`objective.encoder.model_type` must be one"))
+        wrong.append(
+            ({"objective": {"encoder": {"model_type": "typo"}}}, "`objective.encoder.model_type` must be one")
+        )
     for path in {"classifier_path", "reconstruction_path"} & set(cls.objective_keys):
         wrong.append(({}, f"`objective.{path}` must be the folder or Hub id of a trained"))
     for blocks, message in wrong:
