@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from anodiff import CIMDPipeline, CIMDScheduler, UNet2DHeadsModel, VolumeProcessor
 from anodiff.convert import fold_image_channels
@@ -35,13 +36,13 @@ def load(path: Path) -> dict:
     return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
 
 
-class ToyUNet(torch.nn.Module):
+class ToyUNet(UNet2DModel):
     """The networks of the recordings: tanh(conv(x, W) + t / T * b), x the image four times and the mask."""
 
     def __init__(self, arrays: dict, steps: int):
-        super().__init__()
+        torch.nn.Module.__init__(self)
+        self.register_to_config(in_channels=2, out_channels=2)
         self.weight, self.bias, self.steps = torch.nn.Parameter(arrays["W"]), torch.nn.Parameter(arrays["b"]), steps
-        self.dtype, self.device = torch.float32, torch.device("cpu")
 
     def forward(self, sample, timesteps):
         image, mask = sample.split(1, dim=1)
@@ -160,9 +161,7 @@ def test_ensembles(path):
     torch.testing.assert_close(sample[:, 0], arrays["final"], rtol=0, atol=1e-5)
 
     # The pipeline, in batches that are not full. It keeps what lies in [0, 1]; no threshold sees the rest.
-    noise = torch.cat([arrays["init_noise"][:, None], arrays["step_noise"]], 1)[
-        None, :, :, 0
-    ]  # (1, E, 1 + steps, H, W)
+    noise = torch.cat([arrays["init_noise"][:, None], arrays["step_noise"]], 1).flatten(0, 1)[:, None]
     for batch_size in (1, 3, 16):
         for threshold, masks in ((0.5, "masks_gt_0_5"), (0.0, "masks_gt_0")):
             result = pipe(arrays["image"], noise=noise, batch_size=batch_size, threshold=threshold)
@@ -189,7 +188,8 @@ def test_loop_of_the_whole_chain(path):
     a0, a1, a2, a3 = coefficients
     noise = (2**0.5 * (a0 * k + a1 * i + a2 * j + a3 * i * j).cos()).float()
     pipe = make_pipeline(arrays, steps)
-    maps = pipe.compute_members(image, [0], num_ensemble=1, noise=noise[None, None])
+    settings = {**pipe.default_settings(), "num_ensemble": 1}
+    maps = pipe.compute_maps(image, [0], noise=noise[:, None, None], **settings).maps
     torch.testing.assert_close(maps, arrays["final"].clamp(0.0, 1.0), rtol=0, atol=1e-5)
     assert float((maps > 0.5).double().mean()) == float(arrays["frac_gt_0_5"])
     assert float((maps > 0).double().mean()) == float(arrays["frac_gt_0"])
