@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
-from ..data.prepare import describe_population
+from ..data.card import describe_population
 
 
 if TYPE_CHECKING:

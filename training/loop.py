@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 
-from ..data.prepare import PHANTOMS, is_phantom
+from ..data.phantoms.sets import PHANTOMS, is_phantom
 from ..data.prepared import PreparedSplit, StreamedSplit, load_prepared
 from ..hub.model_card import make_card
 from ..hub.publishing import BackgroundPush, PublishingError, complete_folder, open_repository, push_folder

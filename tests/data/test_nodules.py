@@ -7,9 +7,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from anodiff.data.phantoms.nodules import RATER_SETS, RaterRule, make_case, write_rater_phantom
-from anodiff.data.prepare import is_phantom, prepare, prepare_phantom, prepare_recipe
+from anodiff.data.phantoms.nodules import RATER_SETS, make_case, write_rater_phantom
+from anodiff.data.phantoms.sets import is_phantom, prepare_phantom
+from anodiff.data.prepare import prepare, prepare_recipe
 from anodiff.data.prepared import load_prepared
+from anodiff.data.raters import RaterRule
 from anodiff.data.readers.subjects import Subject
 from anodiff.volumes.processor import VolumeProcessor
 

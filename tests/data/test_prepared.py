@@ -12,17 +12,13 @@ import pytest
 import torch.utils.data
 import yaml
 
+from anodiff.data.layout import COLUMNS, SPLITS
 from anodiff.data.phantoms.brains import PHANTOM_SETS
-from anodiff.data.prepare import (
-    SliceRule,
-    SplitRule,
-    prepare,
-    prepare_phantom,
-    prepare_recipe,
-    read_recipe,
-)
-from anodiff.data.prepared import COLUMNS, PreparedSplit, load_prepared
-from anodiff.data.readers.subjects import SPLITS, Subject, read_volume_folders
+from anodiff.data.phantoms.sets import prepare_phantom
+from anodiff.data.prepare import prepare, prepare_recipe, read_recipe
+from anodiff.data.prepared import PreparedSplit, load_prepared
+from anodiff.data.readers.subjects import Subject, read_volume_folders
+from anodiff.data.rules import SliceRule, SplitRule
 from anodiff.volumes.processor import VolumeProcessor
 
 
