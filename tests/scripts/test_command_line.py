@@ -77,7 +77,7 @@ def test_unknown_keys_are_errors(tmp_path, capsys, content):
         (["--scheduler.octave", "2"], "`scheduler` has no key octave"),
         (["--inference.level", "2"], "`inference` has no key level"),
         (["--objective.los", "l1"], "`objective` has no key los"),
-        (["--processor.sizes", "[8, 8]"], "no setting sizes"),
+        (["--processor.sizes", "[8, 8]"], "`processor` has no key sizes"),
         (["--processor.size", "[8, 8]"], "`size` is"),
         (["--unet.in_channels", "3"], "`unet.in_channels` must be 2"),
         (["--optim.lr_scheduler", "zigzag"], "`optim.lr_scheduler` must be one of"),
