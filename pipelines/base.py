@@ -563,14 +563,6 @@ class AnomalyPipeline(DiffusionPipeline):
             source=source,
         )
 
-    def check_value_range(self) -> None:
-        """Raises a `ValueError` unless slices are in [-1, 1], which the estimates of x_0 of some methods are limited to."""
-        given = tuple(self.processor.config.value_range)
-        if given != (-1.0, 1.0):
-            raise ValueError(
-                f"`processor` must have the `value_range` (-1, 1), which reconstructions are limited to, got {given}."
-            )
-
 
 def device_name(device: torch.device) -> str:
     """What a time was measured on."""

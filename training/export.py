@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from ..data.prepare import describe_population, is_phantom
+from ..data.card import describe_population
+from ..data.phantoms.sets import is_phantom
 from ..hub.model_card import make_card
 from ..hub.publishing import PublishingError, complete_folder, open_repository
 from ..pipelines.base import device_name
