@@ -209,7 +209,10 @@ def test_a_small_one_of_each(tmp_path):
     for wrong, message in (
         (lambda: unet(images[..., :7], 3, labels), "sides divisible by 2"),
         (lambda: classifier(images[..., :4], 3), "`sample` must have the size 8"),
-        (lambda: AnoFPDMUNet2DModel(**small, attention_levels=(2,)), "`attention_levels` must be between 0 and 1"),
+        (
+            lambda: AnoFPDMUNet2DModel(**small, attention_levels=(2,)),
+            "`attention_levels` must be an integer between 0 and 1",
+        ),
         (
             lambda: AnoFPDMUNet2DModel(**small, attention_levels=(1,), num_attention_heads=3),
             "`num_attention_heads` must",

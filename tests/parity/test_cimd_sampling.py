@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anodiff import CIMDPipeline, CIMDScheduler, UNet2DHeadsModel, VolumeProcessor
-from anodiff.convert import fold_image_channels
+from anodiff.convert.cimd import fold_image_channels
 from anodiff.pipelines.pipeline_cimd import summarize_members
 
 from .recordings import ToySegmentationUNet, load, network_sizes, over, unet_levels
@@ -130,9 +130,7 @@ def test_ensembles(path):
         torch.testing.assert_close(sample[0, 0], arrays["final"][member], rtol=0, atol=1e-5)
 
     # The pipeline, in batches that are not full. It keeps what lies in [0, 1]; no threshold sees the rest.
-    noise = torch.cat([arrays["init_noise"][:, None], arrays["step_noise"]], 1)[
-        None, :, :, 0
-    ]  # (1, E, 1 + steps, H, W)
+    noise = torch.cat([arrays["init_noise"][:, None], arrays["step_noise"]], 1).flatten(0, 1)[:, None]
     for batch_size in (1, 3, 16):
         results = {
             threshold: pipe(arrays["image"], noise=noise, batch_size=batch_size, threshold=threshold)
@@ -166,7 +164,8 @@ def test_loop_of_the_whole_chain(path):
     a0, a1, a2, a3 = coefficients
     noise = (2**0.5 * (a0 * k + a1 * i + a2 * j + a3 * i * j).cos()).float()
     pipe = make_pipeline(arrays, steps)
-    maps = pipe.compute_members(image, [0], num_ensemble=1, noise=noise[None, None])
+    settings = {**pipe.default_settings(), "num_ensemble": 1}
+    maps = pipe.compute_maps(image, [0], noise=noise[:, None, None], **settings).maps
     torch.testing.assert_close(maps, arrays["final"].clamp(0.0, 1.0), rtol=0, atol=1e-5)
     assert float((maps > 0.5).double().mean()) == float(arrays["frac_gt_0_5"])
     assert float((maps > 0).double().mean()) == float(arrays["frac_gt_0"])

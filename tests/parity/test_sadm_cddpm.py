@@ -6,11 +6,13 @@ Not compared: `box_*inpaint0` of `pddpm` (no published run), and `latent` of `en
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers import UNet2DModel
+from diffusers.configuration_utils import register_to_config
 from torch.testing import assert_close
+from transformers import PretrainedConfig, PreTrainedModel
 
 from anodiff import AnoDDPMScheduler, CDDPMPipeline, ConditionedUNet2DModel, PDDPMPipeline, VolumeProcessor
+from anodiff.pipelines.one_step import encode_slices
 from anodiff.pipelines.pipeline_pddpm import box_masks, boxes_at, patch_grid, patch_weights
 from anodiff.pipelines.ssim import ssim_map
 from anodiff.schedulers.simplex import OctaveSimplexNoise, opensimplex2, permutation_tables
@@ -24,12 +26,12 @@ class Output:
         vars(self).update(values)
 
 
-class ToyUNet(ModelMixin, ConfigMixin):
+class ToyUNet(UNet2DModel):
     """tanh(conv2d(x, W) + t / T * b + c E), the last term with a condition only."""
 
     @register_to_config
-    def __init__(self, condition_dim: int | None = None):
-        super().__init__()
+    def __init__(self, condition_dim: int | None = None, in_channels: int = 1, out_channels: int = 1):
+        torch.nn.Module.__init__(self)
 
     def fill(self, arrays: dict):
         self.weight = torch.nn.Parameter(arrays["toy_W"])
@@ -45,11 +47,10 @@ class ToyUNet(ModelMixin, ConfigMixin):
         return Output(sample=torch.tanh(hidden))
 
 
-class ToyEncoder(torch.nn.Module):
+class ToyEncoder(PreTrainedModel):
     def __init__(self, matrix: torch.Tensor):
-        super().__init__()
-        self.matrix, self.dtype, self.device = torch.nn.Parameter(matrix), torch.float32, torch.device("cpu")
-        self.config = Output(num_labels=matrix.shape[1])
+        super().__init__(PretrainedConfig(num_labels=matrix.shape[1]))
+        self.matrix = torch.nn.Parameter(matrix)
         self.calls = 0
 
     def forward(self, images):
@@ -193,7 +194,7 @@ def test_reconstruction_of_a_volume(path):
         (arrays["noise_single"][None], single, arrays["reco_single_volume"]),
     ):
         conditioned = make_pipeline(arrays, encoder, timesteps=timesteps)
-        assert_close(conditioned.encode(slices, 2), arrays["features"], rtol=0, atol=1e-6)
+        assert_close(encode_slices(conditioned, slices, 2), arrays["features"], rtol=0, atol=1e-6)
         for batch_size in (1, 4, 64):
             encoder.calls = 0
             results = reconstruct(conditioned, slices, noise, numbers, batch_size)
@@ -217,12 +218,10 @@ def test_anomaly_score_of_the_last_pass(path):
     arrays = load(path)
     slices, last = as_slices(arrays["vol"]), timesteps_of(arrays["step_ensemble"][-1])
     pipe = make_pipeline(arrays, ToyEncoder(arrays["enc_M"]), timesteps=last)
-    settings = {"timesteps": last, "shared_noise": False, "seed": 0, "batch_size": 64}
-    [(_, rows, reconstructions)] = pipe.iterate_reconstructions(
-        slices, list(range(len(slices))), noise=arrays["noise_ens"][-1:], **settings
+    results = pipe.compute_maps(
+        slices, list(range(len(slices))), noise=arrays["noise_ens"][-1:], **pipe.default_settings()
     )
-    assert rows.tolist() == list(range(len(slices)))
-    loss = reconstruction_loss(2 * slices - 1, 2 * reconstructions - 1).mean()
+    loss = reconstruction_loss(2 * slices - 1, 2 * results.reconstruction - 1).mean()
     assert_close(loss, arrays["anomaly_reg"], rtol=1e-6, atol=1e-6)
 
 
