@@ -38,8 +38,6 @@ CALL_ARGUMENTS = ("volume", "threshold", "brain_mask", "generator", "batch_size"
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Class labels of conditional networks and of the classifier that guides one: no lesion, and (networks only) no label; 1 is unhealthy.
 HEALTHY, NULL = 0, 2
-# Class labels of conditional networks and of the classifier that guides one: no lesion, and (networks only) no label; 1 is unhealthy.
-HEALTHY, NULL = 0, 2
 
 
 @dataclass(frozen=True)
@@ -564,33 +562,6 @@ class AnomalyPipeline(DiffusionPipeline):
             settings=settings,
             source=source,
         )
-
-    def check_value_range(self) -> None:
-        """Raises a `ValueError` unless slices are in [-1, 1], which the estimates of x_0 of some methods are limited to."""
-        given = tuple(self.processor.config.value_range)
-        if given != (-1.0, 1.0):
-            raise ValueError(
-                f"`processor` must have the `value_range` (-1, 1), which reconstructions are limited to, got {given}."
-            )
-
-    def check_value_range(self) -> None:
-        """Raises a `ValueError` unless the processor brings slices to [-1, 1], which predictions of the clean slice are limited to."""
-        value_range = tuple(self.processor.config.value_range)
-        if value_range != (-1.0, 1.0):
-            raise ValueError(
-                f"`processor` must have the `value_range` (-1, 1), which the predictions are limited to, got {value_range}."
-            )
-
-    def modality_channels(self, modalities: Sequence[str] | None) -> list[int]:
-        """Returns the channels of the named modalities, in that order; of all for `None`. Raises a `ValueError` unless they are different
-        ones of the processor's."""
-        known = list(self.processor.config.modalities)
-        if modalities is None:
-            return list(range(len(known)))
-        repeated = isinstance(modalities, str) or len(set(modalities)) < len(modalities)
-        if repeated or not modalities or set(modalities) - set(known):
-            raise ValueError(f"`modalities` must be different ones of {', '.join(known)}, got {modalities!r}.")
-        return [known.index(name) for name in modalities]
 
 
 def device_name(device: torch.device) -> str:
