@@ -77,7 +77,7 @@ def test_text():
         picture=("example.png", "Slices of the phantom"),
     )
     text = str(card)
-    assert "denoise it with a network that knows healthy anatomy only" in text
+    assert "denoise it with a network that knows healthy anatomy only" in " ".join(text.split())
     assert "Training needs healthy images only, no masks." in text
     assert "not a medical device" in text
     data = section(card, "Training data")
