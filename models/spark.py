@@ -161,7 +161,9 @@ class SparKModel(nn.Module):
             return None
         hidden = output.new_zeros(*self._positions.shape, output.shape[1])
         hidden[self._positions] = output[..., 0, 0]
-        return hidden.permute(0, 3, 1, 2)
+        # As the network's other tensors: oneDNN's backward of strided 1 x 1 convolutions in channels_last corrupts memory on processors
+        # without AVX-512 (torch 2.13).
+        return hidden.permute(0, 3, 1, 2).contiguous()
 
 
 class _DecoderStage(nn.Module):
