@@ -1,12 +1,15 @@
-"""What every pipeline of this library does alike: loading the right class, preparing a volume, finishing the maps."""
+"""What every pipeline of this library does alike: loading the right class, preparing a volume, the way from slices to maps, and the
+way of maps back to the volume."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,16 +20,21 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from ..checks import check_choice, check_integer, check_number
 from ..hub.model_index import check_processor, read_model_index
+from ..schedulers.draws import DRAWS_VERSION, fold_in, make_keys
 from ..volumes.processor import ProcessedVolume
-from ..volumes.volume import InputVolume
 from .output import AnomalyOutput
 from .postprocessing import PostProcessing
 
 
+# N slices of one or several volumes, C modalities, H x W pixels, B items of a batch, K draws of a slice.
+
 NOT_FINITE = (
     "The network gave NaN or infinite values: the checkpoint is damaged, or float16 overflowed (use bf16 or float32)."
 )
+# What every call takes; anything else is an argument of the method.
+CALL_ARGUMENTS = ("volume", "threshold", "brain_mask", "generator", "batch_size", "noise", "return_dict")
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,10 +50,10 @@ class PreparedSlices:
 
 class SliceResults(NamedTuple):
     """
-    What a method makes of N slices, unfiltered and on the network's grid.
+    What a method makes of N slices on the network's grid.
 
     Args:
-        maps (`torch.Tensor` of shape `(N, H, W)`): Scores >= 0.
+        maps (`torch.Tensor` of shape `(N, H, W)`): Scores >= 0. CIMD: the maps of E members, `(N, E, H, W)`.
         reconstruction (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): Pseudo-healthy slices, if the method makes any.
         masks (`torch.Tensor` of shape `(N, H, W)`, bool, *optional*): The method's own segmentation, if it chooses its thresholds itself.
         details (`dict[str, torch.Tensor]`): What else it says of each slice, `(N, ...)`.
@@ -59,19 +67,85 @@ class SliceResults(NamedTuple):
     added: torch.Tensor | None = None
 
 
+class Noise:
+    """
+    Gives the noise of the items of one batch: drawn by key, or as the caller of the pipeline gave it.
+
+    Draw k of slice i has the key `make_keys(seed, i, k)`, whatever else is in the batch. Given noise has one form for all pipelines: a
+    tensor `(K, N, C, H, W)`, whose entry `[k, i]` is draw k of slice i, or a callable `noise(draws, indices, shape)` with a list of numbers
+    below K, a list of slice numbers as long, and the shape `(B, C, H, W)` that it must return. What the K draws are says each pipeline.
+
+    Args:
+        seed (`int`): Of the call.
+        given (`torch.Tensor` or callable, *optional*): The argument `noise` of the call.
+        indices (`torch.Tensor` of shape `(B,)`, int64, on the CPU): Numbers of the items' slices in their volume.
+        draws (`torch.Tensor` of shape `(B,)`, int64, on the CPU): Number of each item's (first) draw.
+        device (`torch.device`): Of the noise.
+    """
+
+    def __init__(self, seed: int, given, indices: torch.Tensor, draws: torch.Tensor | int, device: torch.device):
+        self.given, self.device = given, device
+        self.indices, self.draws = torch.broadcast_tensors(indices, torch.as_tensor(draws))
+        self.keys = make_keys(seed, self.indices, self.draws, device) if given is None else None
+
+    def __call__(
+        self, make: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor, step: int = 0
+    ) -> torch.Tensor:
+        """
+        Gives the noise of one draw of all items.
+
+        Args:
+            make (callable): Keys `(B, 2)` to noise `(B, C, H, W)`: the scheduler's `draw_noise`, with everything else bound.
+            like (`torch.Tensor` of shape `(B, C, H, W)`): For type and shape.
+            step (`int`): Number of the draw after the first one, for methods that walk a chain.
+        """
+        if self.given is None:
+            return make(self.keys if step == 0 else fold_in(self.keys, step)).to(like.dtype)
+        draws, indices = (self.draws + step).tolist(), self.indices.tolist()
+        if callable(self.given):
+            drawn = self.given(draws, indices, tuple(like.shape))
+            shape, wanted = tuple(drawn.shape), tuple(like.shape)
+        else:
+            least = max(draws) + 1, max(indices) + 1
+            shape = tuple(self.given.shape)
+            enough = len(shape) == 5 and shape[0] >= least[0] and shape[1] >= least[1]
+            wanted = (f"at least {least[0]}", f"at least {least[1]}", *like.shape[1:])
+            if enough and shape[2:] == wanted[2:]:
+                drawn = self.given[draws, indices]
+                shape = wanted
+        if shape != wanted:
+            raise ValueError(f"`noise` must have the shape ({', '.join(map(str, wanted))}), got {shape}.")
+        return drawn.to(self.device, like.dtype)
+
+
 class AnomalyPipeline(DiffusionPipeline):
     r"""
     Base of all pipelines. `AnomalyPipeline.from_pretrained(folder_or_id)` gives the pipeline class that the checkpoint names.
 
-    A pipeline's configuration holds `threshold` (of `pred_mask`; without one there is no mask) and the values of
-    [`PostProcessing`]. Its `compute_maps` is the method itself, slices in, maps out.
+    A pipeline's configuration holds `threshold` (of `pred_mask`; without one there is no mask), the values of [`PostProcessing`], and the
+    method's own settings: the arguments of its `compute_maps`, which is the method itself, slices in, maps out. In a call each of them may
+    be given, and is `None` for the checkpoint's value.
+
+    All calls share these arguments:
+
+    Args:
+        volume:
+            Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict of modalities, tensor `(N, C, H, W)` that is already
+            processed, or a list of volumes, which gives a list of results.
+        threshold (`float`, *optional*): Of `pred_mask`, instead of the checkpoint's; it also replaces masks that the method makes itself.
+        brain_mask (*optional*): Mask of the volume, same kinds as the volume.
+        generator (`int` or `torch.Generator`, *optional*): Seed, that of a generator its initial one; `None` is 0.
+        batch_size (`int`, defaults to 16): Items that share one evaluation of the network. Does not change the result.
+        noise (`torch.Tensor` or callable, *optional*):
+            Replaces every draw: `(K, N, C, H, W)`, or `noise(draws, indices, shape)`; see [`Noise`].
+        return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
     """
 
     # What it is for, in its card: maps of anomalies, or (`segmentation`) masks like those it was trained on.
     task = "anomaly-detection"
     # Whether a call draws nothing: `noise` is then no argument, and a seed changes nothing.
     deterministic = False
-    # Whether a map depends on other slices of its volume: `compute_maps` then wants those of one volume, and of no other.
+    # Whether a map depends on other slices of its volume: `compute_maps` then gets those of one volume, and of no other.
     whole_volumes = False
     _autocast_dtype: torch.dtype | None = None
 
@@ -170,6 +244,66 @@ class AnomalyPipeline(DiffusionPipeline):
         complete_folder(folder, card)
         return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
+    def check_configuration(self, *, inputs: int | None = None, outputs: Sequence[int] | None = None) -> None:
+        """
+        Checks what `__init__` was given: classes of the components against its signature, channels of the UNet, and every value as in a
+        call.
+
+        Args:
+            inputs (`int`, *optional*): Channels that the UNet must take; as many as there are modalities by default.
+            outputs (sequence of `int`, *optional*): Numbers of channels that it may give; as many as there are modalities by default.
+
+        Raises:
+            TypeError: A component has a wrong class.
+            ValueError: The channels or a value do not fit.
+        """
+        for name, hint in typing.get_type_hints(type(self).__init__).items():
+            allowed = tuple(kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type))
+            if name in self.components and not isinstance(self.components[name], allowed):
+                names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
+                raise TypeError(f"`{name}` must be a {names}, got {type(self.components[name]).__name__}.")
+        modalities = self.processor.config.modalities
+        inputs, outputs = inputs or len(modalities), outputs or (len(modalities),)
+        unet = self.unet.config
+        for name, allowed in (("in_channels", (inputs,)), ("out_channels", outputs)):
+            if unet[name] not in allowed:
+                raise ValueError(
+                    f"`unet` must have {' or '.join(map(str, allowed))} `{name}` for the modalities {', '.join(modalities)}, got"
+                    f" {unet[name]}."
+                )
+        self.check_inputs(**self.default_settings())
+        self.check_threshold(self.config.threshold)
+        _ = self.postprocessing  # checks its values
+
+    def check_inputs(self, **settings) -> None:
+        """Raises a `ValueError` that names the argument, if a setting of `compute_maps` cannot be."""
+
+    def check_threshold(self, threshold: float | None) -> None:
+        """Raises a `ValueError` if the maps cannot be cut at `threshold`."""
+        if threshold is not None:
+            check_number("threshold", threshold)
+
+    def default_settings(self) -> dict:
+        """Returns the checkpoint's values of what `compute_maps` needs to be told: those of its arguments that the configuration holds."""
+        names = inspect.signature(self.compute_maps).parameters
+        return {name: self.config[name] for name in names if name in self.config}
+
+    def calibrate(self, slices, **arguments) -> dict:
+        """Chooses settings from slices with labels, and puts them into the configuration; only methods with a calibration of their own do.
+
+        Raises:
+            ValueError: This method has none.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no calibration of its own (`policy` labels): use healthy, yen or otsu."
+        )
+
+    @property
+    def postprocessing(self) -> PostProcessing:
+        """The post-processing that the configuration holds; only some methods have a choice of `filter_order`."""
+        names = [field.name for field in fields(PostProcessing)]
+        return PostProcessing(**{name: self.config[name] for name in names if name in self.config})
+
     def enable_fast_inference(
         self, *, channels_last: bool = False, autocast: str | None = None, compile: bool = False
     ) -> None:
@@ -181,19 +315,12 @@ class AnomalyPipeline(DiffusionPipeline):
             autocast (`"bf16"` or `"fp16"`, *optional*): Precision of the network; sums and updates stay float32.
             compile (`bool`): `torch.compile` the network; the first call takes a minute or more.
         """
-        if autocast is not None and autocast not in AUTOCAST_TYPES:
-            raise ValueError(f"`autocast` must be one of {', '.join(AUTOCAST_TYPES)} or None, got {autocast!r}.")
+        check_choice("autocast", autocast, (*AUTOCAST_TYPES, None))
         self._autocast_dtype = None if autocast is None else AUTOCAST_TYPES[autocast]
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
         if compile:
             self.unet.compile()
-
-    @property
-    def postprocessing(self) -> PostProcessing:
-        """The post-processing that the configuration holds; only some methods have a choice of `filter_order`."""
-        names = [field.name for field in fields(PostProcessing)]
-        return PostProcessing(**{name: self.config[name] for name in names if name in self.config})
 
     def autocast(self):
         """Context of all evaluations of a call. Opened once: autocast then converts the weights once, and everything between two
@@ -207,7 +334,9 @@ class AnomalyPipeline(DiffusionPipeline):
         """One evaluation of the network: `(B, C, H, W)` and `(B,)`, with a conditional network also labels `(B,)`, to float32
         `(B, C, H, W)`."""
         labels = () if class_labels is None else (class_labels,)
-        return self.unet(sample.to(self.unet.dtype), timesteps, *labels).sample.to(sample.dtype)
+        # Not `unet.dtype`, which walks all modules at every evaluation.
+        dtype = next(self.unet.parameters()).dtype
+        return self.unet(sample.to(dtype), timesteps, *labels).sample.to(sample.dtype)
 
     def prepare_volume(self, volume, brain_mask=None) -> PreparedSlices:
         """Brings whatever a volume may be to slices on the device. A tensor `(N, C, H, W)` counts as processed: all of it is
@@ -236,131 +365,178 @@ class AnomalyPipeline(DiffusionPipeline):
             slices, brain = processed.slices, processed.brain
         return PreparedSlices(slices.to(self._execution_device), brain.to(self._execution_device), processed)
 
-    def run(
-        self,
-        volume,
-        given: dict,
-        *,
-        threshold: float | None,
-        brain_mask,
-        generator: int | torch.Generator | None,
-        batch_size: int,
-        noise: torch.Tensor | Callable | None = None,
-        return_dict: bool,
-        **arguments,
-    ) -> AnomalyOutput | tuple | list:
-        """A call of any pipeline, from the volume to the result. `given` are the method's arguments as they were passed, `None` for the
-        checkpoint's value; `arguments` go to `compute_maps` beside them."""
+    def run(self, call: dict) -> AnomalyOutput | tuple | list:
+        """
+        Does what `__call__` of every pipeline does, from the volume to the result.
+
+        Args:
+            call (`dict`): The arguments of `__call__`, its `locals()`: what all pipelines take, and the method's own, `None` for the
+                checkpoint's value.
+        """
+        given = {name: value for name, value in call.items() if name not in ("self", *CALL_ARGUMENTS)}
+        volume, threshold, brain_mask, generator, batch_size, noise, return_dict = map(call.get, CALL_ARGUMENTS)
         if isinstance(volume, list):
             if brain_mask is not None:
                 raise ValueError("Masks of a list of volumes go into dicts, under the key 'brain'.")
-            shared = dict(
-                threshold=threshold, brain_mask=None, generator=generator, batch_size=batch_size, noise=noise
-            )
-            return [self.run(item, given, return_dict=return_dict, **shared, **arguments) for item in volume]
+            return [self.run({**call, "volume": item}) for item in volume]
 
         # 0. Resolve defaults: what the checkpoint was tuned to.
-        settings = {**self.default_settings(), **{key: value for key, value in given.items() if value is not None}}
-        threshold = self.config.threshold if threshold is None else threshold
-        record = {**settings, "threshold": threshold}
+        defaults = self.default_settings()
+        settings = {**defaults, **{name: _plain(value) for name, value in given.items() if value is not None}}
+        threshold = self.config.threshold if threshold is None else _plain(threshold)
+        record = {**{name: settings[name] for name in defaults}, "threshold": threshold}
 
         # 1. Check.
-        self.check_inputs(**settings, batch_size=batch_size)
+        self.check_inputs(**settings)
+        self.check_threshold(threshold)
+        check_integer("batch_size", batch_size, 1)
         if noise is not None and generator is not None:
             raise ValueError("Give either `noise` or `generator`, not both.")
+        seed = resolve_seed(generator)
         if not self.deterministic:
-            seed = resolve_seed(generator)
-            arguments = {"seed": seed, "noise": noise, **arguments}
-            record["seed"] = None if noise is not None else seed
+            record |= {"seed": None if noise is not None else seed, "draws": DRAWS_VERSION}
 
         # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
         prepared = self.prepare_volume(volume, brain_mask)
 
-        # 3., 4., 5. The maps of slices with brain (`compute_maps`), post-processing, and back onto the grid of the input.
-        output = self.map_volume(prepared, threshold, record, batch_size=batch_size, **arguments, **settings)
+        # 3., 4. The maps of its slices, filtered.
+        indices = list(range(len(prepared.slices)))
+        results = self.map_slices(
+            prepared.slices, prepared.brain, indices, batch_size=batch_size, seed=seed, noise=noise, **settings
+        )
+
+        # 5. Scores and masks, back onto the grid of the input.
+        output = self.finish_volume(prepared, results, threshold, record)
+        self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
 
-    def map_volume(
-        self, prepared: PreparedSlices, threshold: float | None, settings: dict, **arguments
-    ) -> AnomalyOutput:
-        """Computes the slices that hold brain, with `arguments` of `compute_maps`, and finishes the volume. Slices without brain have
-        the map 0, their own image as reconstruction, an empty mask, and NaN or -1 as details."""
-        rows = torch.nonzero(prepared.brain.flatten(1).any(1)).flatten()
-        results = self.compute_maps(prepared.slices[rows], rows.tolist(), **arguments)
+    @torch.no_grad()
+    def map_slices(
+        self,
+        slices: torch.Tensor,
+        brain: torch.Tensor,
+        indices: Sequence[int],
+        *,
+        volumes: Sequence[int] | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+        noise: torch.Tensor | Callable | None = None,
+        **settings,
+    ) -> SliceResults:
+        """
+        Computes the maps of slices: the only way to them, for calls, evaluations and calibrations alike.
 
-        def to_all(values: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-            everything = fill.to(values).expand(len(prepared.slices), *values.shape[1:]).clone()
+        The method sees the slices that hold brain. The others have the map 0, their own image as reconstruction, an empty mask, and NaN
+        or -1 as details. Maps are filtered as the configuration says ([`PostProcessing`]), volume by volume, and are 0 outside the brain.
+
+        Args:
+            slices (`torch.Tensor` of shape `(N, C, H, W)`): In the processor's value range, on the pipeline's device.
+            brain (`torch.Tensor` of shape `(N, H, W)`, bool): Where there is brain.
+            indices (sequence of N `int`): The slices' numbers, which their random numbers depend on.
+            volumes (sequence of `int`, *optional*): How many of the slices each volume has, in their order; one volume by default.
+            batch_size, seed, noise: As of a call.
+            settings: Arguments of `compute_maps` instead of the checkpoint's.
+
+        Returns:
+            [`SliceResults`]: of all N slices. `maps` is on the CPU, float32, with what a method adds to filtered maps; `added` is `None`.
+
+        Raises:
+            ValueError: The network gave NaN or infinite values.
+        """
+        volumes = [len(slices)] if volumes is None else list(volumes)
+        settings = {**self.default_settings(), **settings}
+        if not self.deterministic:
+            settings |= {"seed": seed, "noise": noise}
+        results = [
+            self.compute_maps(slices[rows], [indices[row] for row in rows], batch_size=batch_size, **settings)
+            for rows in self._rows_together(brain, volumes)
+        ]
+        rows = torch.nonzero(brain.flatten(1).any(1)).flatten()
+
+        def to_all(values: Sequence[torch.Tensor | None], fill: torch.Tensor | float) -> torch.Tensor | None:
+            if values[0] is None:
+                return None
+            values = torch.cat(values)
+            fill = torch.as_tensor(fill, dtype=values.dtype, device=values.device)
+            everything = fill.expand(len(slices), *values.shape[1:]).clone()
             everything[rows] = values
             return everything
 
-        nothing = torch.zeros(())
-        results = SliceResults(
-            to_all(results.maps, nothing),
-            None if results.reconstruction is None else to_all(results.reconstruction, prepared.slices),
-            None if results.masks is None else to_all(results.masks, nothing),
+        maps, reconstruction, masks, details, added = zip(*results, strict=True)
+        maps, added, masks = to_all(maps, 0.0), to_all(added, 0.0), to_all(masks, False)
+        if not torch.isfinite(maps).all() or (added is not None and not torch.isfinite(added).all()):
+            raise ValueError(NOT_FINITE)
+        details = {name: [one[name] for one in details] for name in details[0]}
+        return SliceResults(
+            self.filter_maps(maps.float().cpu(), brain.cpu(), None if added is None else added.float().cpu(), volumes),
+            to_all(reconstruction, slices),
+            None if masks is None else masks & brain,
             {
-                name: to_all(values, torch.tensor(float("nan") if values.is_floating_point() else -1))
-                for name, values in results.details.items()
+                name: to_all(values, float("nan") if values[0].is_floating_point() else -1)
+                for name, values in details.items()
             },
-            None if results.added is None else to_all(results.added, nothing),
         )
-        output = self.finish_volume(prepared, results, threshold, settings)
-        self.maybe_free_model_hooks()
-        return output
+
+    def _rows_together(self, brain: torch.Tensor, volumes: list[int]) -> list[list[int]]:
+        """The rows of the slices with brain: all together, or those of each volume where a method looks across slices."""
+        parts = brain.flatten(1).any(1).cpu().split(volumes if self.whole_volumes else [len(brain)])
+        starts = np.cumsum([0, *map(len, parts)]).tolist()
+        rows = [(start + torch.nonzero(part).flatten()).tolist() for start, part in zip(starts, parts, strict=False)]
+        # An empty volume has no maps; something must say what kind of results there are.
+        return [part for part in rows if part] or rows[:1]
+
+    def filter_maps(
+        self, maps: torch.Tensor, brain: torch.Tensor, added: torch.Tensor | None, volumes: Sequence[int]
+    ) -> torch.Tensor:
+        """Filters maps `(N, H, W)` volume by volume, as the configuration says, and adds what a method adds to filtered maps."""
+        filtered, start = [], 0
+        for count in volumes:
+            rows = slice(start, start + count)
+            start += count
+            extra = None if added is None else added[rows].numpy()
+            filtered.append(self.postprocessing.filter(maps[rows].numpy(), brain[rows].numpy(), extra))
+        return torch.from_numpy(np.concatenate(filtered))
 
     def finish_volume(
         self, prepared: PreparedSlices, results: SliceResults, threshold: float | None, settings: dict
     ) -> AnomalyOutput:
-        """Filters maps as the checkpoint says, scores them, and brings everything onto the grid of the input. A `threshold` wins over
-        the method's own masks."""
-        maps, reconstruction, masks, details, added = results
-        details = {name: values.cpu().numpy() for name, values in details.items()}
-        masks = None if masks is None else masks & prepared.brain
-        brain = prepared.brain.cpu().numpy()
-        if not torch.isfinite(maps).all() or (added is not None and not torch.isfinite(added).all()):
-            raise ValueError(NOT_FINITE)
-        postprocessing = self.postprocessing
-        filtered = postprocessing.filter(
-            maps.cpu().numpy(), brain, None if added is None else added.float().cpu().numpy()
-        )
-        slice_scores = postprocessing.score_slices(filtered, brain)
-        volume_score = postprocessing.score(filtered, brain)
-        if prepared.processed is None:
-            anomaly_map = torch.from_numpy(filtered)
-            mask = None if masks is None else masks.cpu().numpy().astype(np.uint8)
+        """Scores the filtered maps of a volume, cuts them, and brings everything onto the grid of the input. A `threshold` wins over the
+        method's own masks."""
+        postprocessing, processed = self.postprocessing, prepared.processed
+        maps, brain = results.maps.numpy(), prepared.brain.cpu().numpy()
+        masks = None if results.masks is None else results.masks.cpu().numpy().astype(np.uint8)
+        details = {name: values.cpu().numpy() for name, values in results.details.items()}
+        slice_scores, volume_score = postprocessing.score_slices(maps, brain), postprocessing.score(maps, brain)
+        if processed is None:
             if threshold is not None:
-                mask = postprocessing.mask(filtered, threshold).astype(np.uint8)
+                masks = postprocessing.mask(maps, threshold).astype(np.uint8)
             return AnomalyOutput(
-                anomaly_map=anomaly_map,
+                anomaly_map=results.maps,
                 pred_score=torch.from_numpy(slice_scores),
                 volume_score=volume_score,
-                pred_mask=None if mask is None else torch.from_numpy(mask),
-                reconstruction=None if reconstruction is None else reconstruction.cpu(),
+                pred_mask=None if masks is None else torch.from_numpy(masks),
+                reconstruction=None if results.reconstruction is None else results.reconstruction.cpu(),
                 slice_details=details or None,
                 settings=settings,
             )
-        processed = prepared.processed
-        source: InputVolume = processed.source
-        anomaly_map = self.processor.postprocess(torch.from_numpy(filtered), processed)
-        mask = None
-        if threshold is None and masks is not None:
-            mask = source.as_given(processed.geometry.to_input(masks.cpu().numpy().astype(np.uint8), nearest=True))
-        elif threshold is not None:
-            voxels_per_network_voxel = float(np.prod(processed.geometry.step))
-            mask = postprocessing.mask(anomaly_map, threshold, voxels_per_network_voxel).astype(np.uint8)
-            mask = source.as_given(mask)
-        if reconstruction is not None:
-            channels = self.processor.postprocess_image(reconstruction, processed)
+        source, geometry = processed.source, processed.geometry
+        anomaly_map, reconstruction = self.processor.postprocess(results.maps, processed), None
+        if threshold is not None:
+            voxels_per_network_voxel = float(np.prod(geometry.step))
+            masks = postprocessing.mask(anomaly_map, threshold, voxels_per_network_voxel).astype(np.uint8)
+        elif masks is not None:
+            masks = geometry.to_input(masks, nearest=True)
+        if results.reconstruction is not None:
+            channels = self.processor.postprocess_image(results.reconstruction, processed)
             given = [source.as_given(channel) for channel in channels]
             reconstruction = given[0] if len(given) == 1 else np.stack(given, axis=-1)
         return AnomalyOutput(
             anomaly_map=source.as_given(anomaly_map),
-            pred_score=processed.geometry.slices_to_input(slice_scores),
+            pred_score=geometry.slices_to_input(slice_scores),
             volume_score=volume_score,
-            pred_mask=mask,
+            pred_mask=None if masks is None else source.as_given(masks),
             reconstruction=reconstruction,
-            slice_details={name: processed.geometry.slices_to_input(values) for name, values in details.items()}
-            or None,
+            slice_details={name: geometry.slices_to_input(values) for name, values in details.items()} or None,
             settings=settings,
             source=source,
         )
@@ -382,7 +558,6 @@ def resolve_seed(generator: int | torch.Generator | None) -> int:
     raise TypeError(f"`generator` must be an integer >= 0, a torch.Generator or None, got {generator!r}.")
 
 
-def slice_generator(seed: int, index: int, draw: int, device: torch.device) -> torch.Generator:
-    """The generator of one draw of one slice: depends on nothing else, so neither batches nor processes change it."""
-    key = np.random.SeedSequence([seed, index, draw]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(key))
+def _plain(value):
+    """Numbers of numpy as those of Python, which go into JSON."""
+    return value.item() if isinstance(value, np.generic) else value

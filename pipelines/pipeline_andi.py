@@ -1,30 +1,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.configuration_utils import register_to_config
 
+from ..checks import check_choices, check_integer
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_andi import NOISE_TYPES, ANDiScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import AnomalyPipeline, SliceResults, slice_generator
+from .base import AnomalyPipeline, Noise, SliceResults
 from .output import AnomalyOutput
 
 
 AGGREGATIONS = ("geometric", "arithmetic", "prob")
 MODALITY_REDUCTIONS = ("max", "mean")
-SETTINGS = (
-    "start",
-    "stop",
-    "num_timesteps",
-    "noise_type",
-    "aggregation",
-    "modality_reduction",
-    "normative_blocks",
-    "block_length",
-    "zero_background",
-)
+
+
+# N slices, K draws per slice (timesteps, or chains of them), B items (a draw of a slice) of a batch, C modalities, H x W pixels.
 
 
 class ANDiPipeline(AnomalyPipeline):
@@ -56,9 +51,11 @@ class ANDiPipeline(AnomalyPipeline):
             Over timesteps: `"geometric"` or `"arithmetic"` mean of d_t, or `"prob"`, 1 - product of exp(-d_t / (2 beta_t)).
         modality_reduction (`str`, defaults to `"max"`): `"max"` or `"mean"` of the maps of the modalities.
         normative_blocks (`bool`, defaults to `False`):
-            The authors' unpublished variant: chains of `block_length` steps without noise from each noised slice, compared at their
-            ends. As many evaluations, but those of a chain wait for each other.
-        block_length (`int`, defaults to 25): Steps of a chain. The uppermost one takes what is left over and may be shorter.
+            The authors' unpublished variant: chains of steps without noise from each noised slice, compared at their ends. As many
+            evaluations, but those of a chain wait for each other.
+        block_length (`int`, defaults to 25):
+            A chain ends at the multiples of it, and at 1. The first one begins at `stop` - 1, each other below the end before it; what
+            lies below the lowest end is not compared.
         zero_background (`bool`, defaults to `False`):
             Set pixels that have exactly the lowest value of the processor's range to 0 before modalities are reduced (UAD-IMAG).
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
@@ -67,6 +64,7 @@ class ANDiPipeline(AnomalyPipeline):
 
     model_cpu_offload_seq = "unet"
 
+    @register_to_config
     def __init__(
         self,
         unet: UNet2DModel | ANDiUNet2DModel,
@@ -90,25 +88,7 @@ class ANDiPipeline(AnomalyPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
-        self.register_to_config(
-            start=start,
-            stop=stop,
-            num_timesteps=num_timesteps,
-            noise_type=noise_type,
-            aggregation=aggregation,
-            modality_reduction=modality_reduction,
-            normative_blocks=normative_blocks,
-            block_length=block_length,
-            zero_background=zero_background,
-            threshold=threshold,
-            median_size=median_size,
-            median_dimensions=median_dimensions,
-            erosion=erosion,
-            min_component_size=min_component_size,
-            slice_score=slice_score,
-        )
-        self.check_inputs(**self.default_settings())
-        _ = self.postprocessing  # checks its values
+        self.check_configuration()
 
     @torch.no_grad()
     def __call__(
@@ -132,21 +112,9 @@ class ANDiPipeline(AnomalyPipeline):
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
         """
-        Args:
-            volume:
-                Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict of modalities, tensor `(N, C, H, W)` that is already
-                processed, or a list of volumes, which gives a list of results.
-            start, stop, num_timesteps, noise_type, aggregation, modality_reduction, normative_blocks, block_length, zero_background,
-            threshold (*optional*):
-                Instead of the checkpoint's.
-            brain_mask (*optional*): Mask of the volume, same kinds as the volume.
-            generator (`int` or `torch.Generator`, *optional*): Seed; `None` is 0. Slice and timestep have generators of their own.
-            batch_size (`int`, defaults to 16): Slices and timesteps that share one evaluation. Does not change the result.
-            noise (`torch.Tensor` or callable, *optional*):
-                Replaces every draw. Tensor `(K, N, C, H, W)`: the noise of the K timesteps (with `normative_blocks`: of the chains'
-                first timesteps), the highest one first, for all N slices. Callable: `noise(draws, items, shape)` with a list of
-                numbers below K, a list of slice numbers as long, and the shape wanted.
-            return_dict (`bool`, defaults to `True`): Whether to return an [`AnomalyOutput`] or a tuple.
+        Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
+
+        Draws of a slice: the noise of each of the K timesteps, or of the chains' first ones, the highest first.
 
         Returns:
             [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is `None`.
@@ -161,31 +129,7 @@ class ANDiPipeline(AnomalyPipeline):
         >>> result.save("out/")
         ```
         """
-        given = dict(
-            start=start,
-            stop=stop,
-            num_timesteps=num_timesteps,
-            noise_type=noise_type,
-            aggregation=aggregation,
-            modality_reduction=modality_reduction,
-            normative_blocks=normative_blocks,
-            block_length=block_length,
-            zero_background=zero_background,
-        )
-        return self.run(
-            volume,
-            given,
-            threshold=threshold,
-            brain_mask=brain_mask,
-            generator=generator,
-            batch_size=batch_size,
-            noise=noise,
-            return_dict=return_dict,
-        )
-
-    def default_settings(self) -> dict:
-        """The checkpoint's values of what `compute_maps` needs to be told."""
-        return {name: self.config[name] for name in SETTINGS}
+        return self.run(locals())
 
     @torch.no_grad()
     def compute_maps(
@@ -202,56 +146,41 @@ class ANDiPipeline(AnomalyPipeline):
         normative_blocks: bool,
         block_length: int,
         zero_background: bool,
-        seed: int,
-        batch_size: int,
+        seed: int = 0,
+        batch_size: int = 16,
         noise: torch.Tensor | Callable | None = None,
     ) -> SliceResults:
         """
-        The method itself: slices `(N, C, H, W)` to maps `(N, H, W)`, unfiltered, and no reconstruction.
+        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)`, unfiltered, and no reconstruction.
 
         `indices` are the slices' numbers in their volume, which their random numbers depend on.
         """
-        # N slices, K draws per slice (timesteps, or chains), B items per batch. Items are ordered by draw, then by slice: the
-        # sums of a slice are added up in the same order for every batch size.
+        # K chains, from their first timestep so many steps down; without blocks each timestep is a chain of one step.
         self.scheduler.set_timesteps(num_timesteps, start=start, stop=stop)
-        grid = self.scheduler.timesteps
-        length = block_length if normative_blocks else 1
-        rest = len(grid) % length
-        # First timesteps of the chains and their length; without blocks every timestep is a chain of 1.
-        groups = [(grid[:rest][:1], rest), (grid[rest::length], length)]
-        groups = [(tops, steps) for tops, steps in groups if len(tops)]
-        evaluations = sum(-(-len(tops) * len(slices) // batch_size) * steps for tops, steps in groups)
+        tops, lengths = self.scheduler.timesteps, torch.ones_like(self.scheduler.timesteps)
+        if normative_blocks:
+            ends = block_ends(tops, block_length)
+            tops = torch.cat([tops[:1], ends[:-1] - 1])
+            lengths = tops - ends + 1
 
+        numbers, device = torch.tensor(indices), slices.device
+        draw_noise = partial(
+            self.scheduler.draw_noise, size=slices.shape[1:], noise_type=noise_type, normalize="per_image"
+        )
         total = torch.zeros_like(slices)
-        first_draw = 0
+        # Items are ordered by draw, then by slice: the sums of a slice are added up in the same order for every batch size.
+        groups = [(steps, torch.nonzero(lengths == steps).flatten()) for steps in lengths.unique().tolist()]
+        evaluations = sum(-(-len(draws) * len(slices) // batch_size) * steps for steps, draws in groups)
         with self.progress_bar(total=evaluations) as progress, self.autocast():
-            for tops, steps in groups:
-                count = len(tops) * len(slices)
-                all_timesteps = tops.repeat_interleave(len(slices)).to(slices.device)
-                all_rows = torch.arange(len(slices), device=slices.device).repeat(len(tops))
-                tops = tops.tolist()
-                for begin in range(0, count, batch_size):
-                    end = min(begin + batch_size, count)
-                    rows, timesteps = all_rows[begin:end], all_timesteps[begin:end]
-                    draws, numbers = zip(*(divmod(item, len(slices)) for item in range(begin, end)), strict=True)
+            for steps, draws_of_group in groups:
+                items = torch.cartesian_prod(draws_of_group, torch.arange(len(slices)))
+                for draws, rows in (batch.T for batch in items.split(batch_size) if len(batch)):
+                    drawing = Noise(seed, noise, numbers[rows], draws, device)
+                    rows, timesteps = rows.to(device), tops[draws].to(device)
 
                     # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n, (B, C, H, W)
                     original = slices[rows]
-                    if noise is None:
-                        keys = [(indices[number], tops[draw]) for draw, number in zip(draws, numbers, strict=True)]
-                        generators = [slice_generator(seed, index, t, slices.device) for index, t in keys]
-                        drawn = self.scheduler.draw_noise(
-                            original.shape,
-                            timesteps,
-                            generators,
-                            slices.device,
-                            noise_type=noise_type,
-                            normalize="per_image",
-                        )
-                    else:
-                        chosen = [first_draw + draw for draw in draws], [indices[number] for number in numbers]
-                        drawn = noise(*chosen, tuple(original.shape)) if callable(noise) else noise[chosen]
-                        drawn = drawn.to(original)
+                    drawn = drawing(draw_noise, original)
                     sample = self.scheduler.add_noise(original, drawn, timesteps)
 
                     # d_t = (mu_q - mu_theta)^2, (B, C, H, W)
@@ -275,57 +204,45 @@ class ANDiPipeline(AnomalyPipeline):
                     elif aggregation == "prob":
                         deviation = self.scheduler.surprise(deviation, timesteps)
                     total.index_add_(0, rows, deviation)
-                first_draw += len(tops)
 
         if aggregation == "prob":
             maps = -torch.expm1(-total)
         else:
-            maps = total / first_draw
+            maps = total / len(tops)
             maps = maps.exp() if aggregation == "geometric" else maps
         if zero_background:
             maps = maps.masked_fill(slices == self.processor.config.value_range[0], 0.0)
         return SliceResults(maps.amax(1) if modality_reduction == "max" else maps.mean(1))
 
-    def check_inputs(
-        self,
-        start: int,
-        stop: int,
-        num_timesteps: int | None,
-        noise_type: str,
-        aggregation: str,
-        modality_reduction: str,
-        normative_blocks: bool,
-        block_length: int,
-        zero_background: bool,
-        batch_size: int = 1,
-    ) -> None:
+    def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""
-        steps = self.scheduler.config.num_train_timesteps
-        if not (isinstance(start, int) and isinstance(stop, int) and 1 <= start < stop <= steps):
-            raise ValueError(
-                f"`start` and `stop` must be integers with 1 <= start < stop <= {steps}, got {start!r} and {stop!r}. t = 0 has no"
-                " reverse transition."
-            )
-        for name, value, allowed in (
-            ("noise_type", noise_type, NOISE_TYPES),
-            ("aggregation", aggregation, AGGREGATIONS),
-            ("modality_reduction", modality_reduction, MODALITY_REDUCTIONS),
-            ("normative_blocks", normative_blocks, (False, True)),
-            ("zero_background", zero_background, (False, True)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {value!r}.")
-        for name, value, most in (
-            ("num_timesteps", num_timesteps, stop - start),
-            ("block_length", block_length, steps),
-            ("batch_size", batch_size, None),
-        ):
-            if value is None and name == "num_timesteps":
-                continue
-            if not isinstance(value, int) or value < 1 or (most is not None and value > most):
-                limit = "of at least 1" if most is None else f"between 1 and {most}"
-                raise ValueError(f"`{name}` must be an integer {limit}, got {value!r}.")
-        if normative_blocks and num_timesteps is not None:
+        start, stop, steps = settings["start"], settings["stop"], self.scheduler.config.num_train_timesteps
+        check_integer("start", start, 1, steps - 1)
+        check_integer("stop", stop, start + 1, steps)
+        check_choices(
+            settings,
+            noise_type=NOISE_TYPES,
+            aggregation=AGGREGATIONS,
+            modality_reduction=MODALITY_REDUCTIONS,
+            normative_blocks=(False, True),
+            zero_background=(False, True),
+        )
+        if settings["num_timesteps"] is not None:
+            check_integer("num_timesteps", settings["num_timesteps"], 1, stop - start)
+        check_integer("block_length", settings["block_length"], 1, steps)
+        if not settings["normative_blocks"]:
+            return
+        if settings["num_timesteps"] is not None:
             raise ValueError("`num_timesteps` must be None with `normative_blocks`: a chain walks every timestep.")
-        if normative_blocks and aggregation == "prob":
+        if settings["aggregation"] == "prob":
             raise ValueError("`aggregation` must be geometric or arithmetic with `normative_blocks`, got 'prob'.")
+        if not len(block_ends(torch.arange(start, stop), settings["block_length"])):
+            raise ValueError(
+                f"`block_length` must have a multiple from `start` to `stop` - 1, {start} to {stop - 1}, where a chain ends, got"
+                f" {settings['block_length']}."
+            )
+
+
+def block_ends(timesteps: torch.Tensor, block_length: int) -> torch.Tensor:
+    """Returns those of the timesteps `(K,)` at which the authors' blocks end: the multiples of `block_length`, and 1."""
+    return timesteps[(timesteps % block_length == 0) | (timesteps == 1)]

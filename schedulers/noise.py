@@ -1,43 +1,25 @@
-"""Draws of noise with one generator per image, and pyramidal noise."""
+"""Seeds of simplex noise, and pyramid noise, drawn by key."""
+
+from collections.abc import Sequence
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
+
+from .draws import fold_in, normal, uniform, words
 
 
-def draw_gaussian(
-    shape_per_image: tuple[int, ...], generators: list[torch.Generator], device: torch.device | str, dtype: torch.dtype
-) -> torch.Tensor:
-    """
-    Standard normal noise, one draw of fixed size per generator: image i depends on `generators[i]` alone.
-
-    Args:
-        shape_per_image (`tuple[int, ...]`):
-            Shape of one image, for example `(C, H, W)`.
-        generators (`list[torch.Generator]`):
-            One per image. Draws are made on the generator's own device and moved together.
-
-    Returns:
-        `torch.Tensor` of shape `(N, *shape_per_image)`.
-    """
-    draws = [randn_tensor(shape_per_image, generator=g, device=g.device, dtype=dtype) for g in generators]
-    return torch.stack(draws).to(device)
+RATES, LEVELS = 0, 1  # draws of one image
 
 
-def draw_seeds(channels: int, generators: list[torch.Generator], device: torch.device | str) -> torch.Tensor:
-    """
-    Seeds for `OctaveSimplexNoise`, one draw of fixed size per generator: row i depends on `generators[i]` alone.
-
-    Returns:
-        `torch.Tensor` of shape `(N, channels)`, int64, uniform in [0, 2^62).
-    """
-    draws = [torch.randint(2**62, (channels,), generator=g, device=g.device) for g in generators]
-    return torch.stack(draws).to(device)
+def draw_seeds(keys: torch.Tensor, channels: int) -> torch.Tensor:
+    """Draws seeds for `OctaveSimplexNoise`: keys `(N, 2)` to `(N, channels)`, int64, uniform in [0, 2^62)."""
+    halves = words(keys, 2 * channels).unflatten(1, (channels, 2)) >> 1
+    return (halves[..., 0] << 31) | halves[..., 1]
 
 
 def pyramid_sizes(height: int, width: int, rates: torch.Tensor) -> torch.Tensor:
     """
-    Sizes of the levels of pyramid noise: level i has the size of level i - 1 over `rates[i]`^i, rounded down and at
-    least 1 (ANDi method card 4.2). Level 0 is as large as the image; the level of one pixel is the last.
+    Computes the sizes of the levels of pyramid noise: level i has the size of level i - 1 over `rates[i]`^i, rounded down and at
+    least 1 (the program of Frotscher et al.). Level 0 is as large as the image; the level of one pixel is the last.
 
     Args:
         height, width (`int`):
@@ -61,7 +43,7 @@ def pyramid_noise(
     base: torch.Tensor, levels: list[torch.Tensor], sizes: torch.Tensor, discount: float, per_image: bool
 ) -> torch.Tensor:
     """
-    Pyramid noise of ANDi from given draws: `base` plus the levels, brought to the size of the image by bilinear
+    Computes the pyramid noise of ANDi from given draws: `base` plus the levels, brought to the size of the image by bilinear
     interpolation and weighted with `discount`^i, over their standard deviation. Nothing but elementwise operations, so
     that an image has the same bits in any batch.
 
@@ -123,58 +105,52 @@ def _mix(first: torch.Tensor, second: torch.Tensor, fraction: torch.Tensor) -> t
 
 
 def draw_pyramid(
-    shape_per_image: tuple[int, int, int],
-    generators: list[torch.Generator],
-    device: torch.device | str,
-    dtype: torch.dtype,
+    keys: torch.Tensor,
+    size: Sequence[int],
+    dtype: torch.dtype = torch.float32,
     *,
     discount: float = 0.8,
     per_image: bool = True,
 ) -> torch.Tensor:
     """
-    Pyramid noise of ANDi, draws of fixed size per generator: white noise plus white noise of ever coarser grids, so that
-    slow changes over the image are as likely as a lesion is large. Made on the device without waiting for it.
+    Draws the pyramid noise of ANDi: white noise plus white noise of ever coarser grids, so that slow changes over the image
+    are as likely as a lesion is large. Made on the device without waiting for it.
 
     Args:
-        shape_per_image (`tuple[int, int, int]`):
-            `(C, H, W)`.
-        generators (`list[torch.Generator]`):
+        keys (`torch.Tensor` of shape `(N, 2)`):
             One per image.
+        size (`tuple[int, int, int]`):
+            `(C, H, W)`.
+        dtype (`torch.dtype`):
+            Of the result.
         discount (`float`, defaults to 0.8):
             Weight of a level relative to the one before it. ANDi: 0.8, UAD-IMAG: 0.9.
         per_image (`bool`, defaults to `True`):
-            Image i depends on `generators[i]` alone. `False` is the authors' rule: the batch shares its sizes, which the
-            first generator decides, and one standard deviation.
+            Image i depends on `keys[i]` alone. `False` is the authors' rule: the batch shares its sizes, which the first key
+            decides, and one standard deviation.
 
     Returns:
         `torch.Tensor` of shape `(N, C, H, W)`. Images have the standard deviation 1 (the batch as a whole without
         `per_image`), and offsets of about 0.3.
     """
-    channels, height, width = shape_per_image
+    channels, height, width = size
     # The largest sizes there can be, from the smallest rate, 2: what is drawn does not depend on the rates.
     largest = [(height, width)]
     while largest[-1] != (1, 1):
         shift = len(largest)
         largest.append((max(1, largest[-1][0] >> shift), max(1, largest[-1][1] >> shift)))
-    numbers = [channels * rows * columns for rows, columns in (largest[0], *largest)]
-    values_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-
-    rates, draws = [], []
-    for generator in generators:
-        rates.append(torch.rand(len(largest), generator=generator, device=generator.device))
-        draws.append(draw_gaussian((sum(numbers),), [generator], generator.device, values_dtype)[0])
-    rates = 2 + 2 * torch.stack(rates).to(device)
-    if not per_image:
-        rates = rates[:1]
+    shapes = (largest[0], *largest)  # the base, then the levels
+    numbers = [channels * rows * columns for rows, columns in shapes]
+    values = normal(fold_in(keys, LEVELS), (sum(numbers),), torch.float64 if dtype == torch.float64 else torch.float32)
+    rates = 2 + 2 * uniform(fold_in(keys if per_image else keys[:1], RATES), (len(largest),))
     base, *levels = [
-        part.unflatten(1, (channels, *size))
-        for part, size in zip(torch.stack(draws).to(device).split(numbers, 1), (largest[0], *largest), strict=True)
+        part.unflatten(1, (channels, *shape)) for part, shape in zip(values.split(numbers, 1), shapes, strict=True)
     ]
     return pyramid_noise(base, levels, pyramid_sizes(height, width, rates), discount, per_image).to(dtype)
 
 
 def sum_pixels(fields: torch.Tensor) -> torch.Tensor:
-    """Sum over the last axis, folded in halves: elementwise, so that the order of additions is always the same."""
+    """Sums over the last axis, folded in halves: elementwise, so that the order of additions is always the same."""
     while fields.shape[-1] > 1:
         half = fields.shape[-1] // 2
         folded = fields[..., :half] + fields[..., half : 2 * half]

@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from diffusers.utils import BaseOutput
 
+from ..checks import check_integer
 from .draws import normal
 
 
 # N samples, C channels, H x W pixels, T timesteps. abar_t is the product of 1 - beta_t.
+
+
+@dataclass
+class StepOutput(BaseOutput):
+    """
+    What `step` of a scheduler gives.
+
+    Args:
+        prev_sample (`torch.Tensor` of shape `(N, C, H, W)`): The sample at the next lower timestep of the grid.
+        pred_original_sample (`torch.Tensor` of shape `(N, C, H, W)`): The estimate of x_0 that the step used.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+def linear_betas(steps: int, start: float, end: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """
+    Computes betas that rise evenly from `start` to `end`, both given for T = 1000 and multiplied by 1000 / T.
+
+    Args:
+        steps (`int`): T, at least 2.
+        start, end (`float`): 0 < start <= end.
+        dtype (`torch.dtype`): What is computed in.
+
+    Returns:
+        `torch.Tensor` of shape `(T,)`, float64.
+
+    Raises:
+        ValueError: The values are out of order, or T is so small that betas reach 1.
+    """
+    check_integer("num_train_timesteps", steps, 2)
+    if not 0 < start <= end:
+        raise ValueError(f"`beta_start` must be above 0 and at most `beta_end`, got {start} and {end}.")
+    scale = 1000 / steps
+    if not scale * end < 1:
+        raise ValueError(
+            f"`num_train_timesteps` must be above {1000 * end:g}, got {steps}: betas of a linear schedule must stay below 1."
+        )
+    return torch.linspace(scale * start, scale * end, steps, dtype=dtype).double()
+
+
+def cosine_betas(steps: int) -> torch.Tensor:
+    """Computes the betas of Nichol and Dhariwal's cosine schedule, at most 0.999: `(T,)` float64."""
+    check_integer("num_train_timesteps", steps, 2)
+    levels = [math.cos((step / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for step in range(steps + 1)]
+    ratios = [1 - after / before for before, after in zip(levels, levels[1:], strict=False)]
+    return torch.tensor(ratios, dtype=torch.float64).clamp(max=0.999)
 
 
 def posterior_tables(
@@ -24,20 +76,19 @@ def posterior_tables(
         alphas (`torch.Tensor` of shape `(T,)`, *optional*): 1 - beta_t, where the original rounds it.
 
     Returns:
-        `dict`: `original_weight`, `sample_weight` and `posterior_variance`, `(T,)` float64; the variance of t = 0 is 0.
+        `dict`: `original_weight`, `sample_weight`, `posterior_variance`, its logarithm and that of beta, `(T,)` float64. The variance of
+        t = 0 is 0; its logarithm is taken to be that of t = 1, since likelihoods need one.
     """
     alphas = 1.0 - betas if alphas is None else alphas
     previous = torch.cat([torch.zeros(1, dtype=torch.float64), variance[:-1]])
+    posterior = betas * previous / variance
     return {
         "original_weight": betas * (1.0 - previous).sqrt() / variance,
         "sample_weight": previous * alphas.sqrt() / variance,
-        "posterior_variance": betas * previous / variance,
+        "posterior_variance": posterior,
+        "posterior_log_variance": torch.cat([posterior[1:2], posterior[1:]]).log(),
+        "log_beta": betas.log(),
     }
-
-
-def first_replaced(values: torch.Tensor) -> torch.Tensor:
-    """Puts the value of t = 1 at t = 0 as well: a posterior variance is 0 there, and its logarithm is taken."""
-    return torch.cat([values[1:2], values[1:]])
 
 
 class DiffusionProcess:
@@ -69,8 +120,17 @@ class DiffusionProcess:
         self.betas, self.alphas_cumprod = betas, alphas_cumprod
         variance = 1.0 - alphas_cumprod if variance is None else variance
         posterior = posterior_tables(betas, variance, alphas)
+        self.original_weight, self.sample_weight = posterior["original_weight"], posterior["sample_weight"]
         self.posterior_variance = posterior["posterior_variance"]
-        self._tables = {"original_scale": alphas_cumprod.sqrt(), "noise_scale": variance.sqrt(), **posterior, **tables}
+        self.posterior_log_variance = posterior["posterior_log_variance"]
+        self._tables = {
+            "original_scale": alphas_cumprod.sqrt(),
+            "noise_scale": variance.sqrt(),
+            "inverse_scale": (1.0 / alphas_cumprod).sqrt(),
+            "inverse_noise_scale": (1.0 / alphas_cumprod - 1.0).sqrt(),
+            **posterior,
+            **tables,
+        }
         self._device_tables = {}
 
     def gather(self, name: str, timesteps: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
@@ -99,13 +159,49 @@ class DiffusionProcess:
         return alpha * original_samples + sigma * noise
 
     def posterior_mean(
-        self, original_sample: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
+        self, original_sample: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, tables: str = ""
     ) -> torch.Tensor:
-        """Computes the mean of q(x_{t-1} | x_t, x_0), DDPM eq. 7, from x_0 and x_t `(N, C, H, W)`."""
+        """Computes the mean of q(x_{t-1} | x_t, x_0), DDPM eq. 7, from x_0 and x_t `(N, C, H, W)`. `tables` is the prefix of the names of
+        other tables than those of the whole chain."""
         return (
-            self.gather("original_weight", timestep, sample) * original_sample
-            + self.gather("sample_weight", timestep, sample) * sample
+            self.gather(f"{tables}original_weight", timestep, sample) * original_sample
+            + self.gather(f"{tables}sample_weight", timestep, sample) * sample
         )
+
+    def learned_log_variance(
+        self, variance_output: torch.Tensor, timestep: int | torch.Tensor, tables: str = ""
+    ) -> torch.Tensor:
+        """
+        Computes log sigma_t^2 of a network with 2C outputs (Nichol and Dhariwal, eq. 15): between the posterior's (-1) and that of
+        beta_t (1); outputs are not limited.
+
+        Args:
+            variance_output (`torch.Tensor` of shape `(N, C, H, W)`): The second half of the network's outputs.
+            timestep (`int` or `torch.Tensor`): t, one for all or one per sample.
+            tables (`str`): Prefix of the names of other tables than those of the whole chain.
+        """
+        fraction = (variance_output + 1.0) / 2.0
+        highest = self.gather(f"{tables}log_beta", timestep, variance_output)
+        lowest = self.gather(f"{tables}posterior_log_variance", timestep, variance_output)
+        return fraction * highest + (1.0 - fraction) * lowest
+
+    def step_noise(
+        self,
+        variance_noise: torch.Tensor | None,
+        keys: torch.Tensor | None,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+    ) -> torch.Tensor:
+        """Returns the noise of a reverse step of x_t `(N, C, H, W)`: what is given, or what is drawn from keys `(N, 2)`.
+
+        Raises:
+            ValueError: Both are given, or neither.
+        """
+        if (variance_noise is None) == (keys is None):
+            raise ValueError("Give either `variance_noise` or `keys`, one key per sample.")
+        if variance_noise is not None:
+            return variance_noise
+        return self.draw_noise(keys, sample.shape[1:], timestep, sample.dtype)
 
     def draw_noise(
         self,

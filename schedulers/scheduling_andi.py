@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ..checks import check_choices, check_integer, check_number
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
-from .noise import draw_gaussian, draw_pyramid
+from .noise import draw_pyramid
+from .process import DiffusionProcess
 
 
 BETA_SCHEDULES = ("linear", "shifted_cosine")
@@ -14,7 +18,7 @@ NORMALIZATIONS = ("per_batch", "per_image")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
-class ANDiScheduler(SchedulerMixin, ConfigMixin):
+class ANDiScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
     r"""
     The diffusion process of ANDi (Frotscher et al., arXiv 2312.01904) and of its single-modality successor in UAD-IMAG (arXiv
     2512.01534). It is never walked: a slice is noised once for each timestep, and the mean of the reverse transition that the
@@ -45,8 +49,6 @@ class ANDiScheduler(SchedulerMixin, ConfigMixin):
             Smallest deviation: under a geometric mean one exact zero would erase its pixel. 0 for the original's behaviour.
     """
 
-    order = 1
-
     @register_to_config
     def __init__(
         self,
@@ -64,61 +66,49 @@ class ANDiScheduler(SchedulerMixin, ConfigMixin):
         clip_sample: bool = False,
         log_floor: float = 1e-10,
     ):
-        for name, value, allowed in (
-            ("beta_schedule", beta_schedule, BETA_SCHEDULES),
-            ("noise_type", noise_type, NOISE_TYPES),
-            ("normalize", normalize, NORMALIZATIONS),
-            ("prediction_type", prediction_type, PREDICTION_TYPES),
-        ):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
-        if not num_train_timesteps >= 2:
-            raise ValueError(f"`num_train_timesteps` must be at least 2, got {num_train_timesteps}.")
+        check_choices(
+            {
+                "beta_schedule": beta_schedule,
+                "noise_type": noise_type,
+                "normalize": normalize,
+                "prediction_type": prediction_type,
+            },
+            beta_schedule=BETA_SCHEDULES,
+            noise_type=NOISE_TYPES,
+            normalize=NORMALIZATIONS,
+            prediction_type=PREDICTION_TYPES,
+        )
+        check_integer("num_train_timesteps", num_train_timesteps, 2)
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(
                 f"`beta_start` and `beta_end` must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}."
             )
         if not log_snr_min < log_snr_max:
             raise ValueError(f"`log_snr_min` must be below `log_snr_max`, got {log_snr_min} and {log_snr_max}.")
-        for name, value in (("resolution_ratio", resolution_ratio), ("discount", discount)):
-            if not value > 0:
-                raise ValueError(f"`{name}` must be above 0, got {value}.")
-        if not log_floor >= 0:
-            raise ValueError(f"`log_floor` must not be negative, got {log_floor}.")
+        check_number("resolution_ratio", resolution_ratio, above=0)
+        check_number("discount", discount, above=0)
+        check_number("log_floor", log_floor, least=0)
 
         # All tables are float64. Notation: abar_t is the product of 1 - beta_t, s = t - 1, variance = 1 - abar_t.
         if beta_schedule == "linear":
-            self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32).double()
-            self.alphas_cumprod = torch.cumprod(1.0 - self.betas, 0)
-            variance = 1.0 - self.alphas_cumprod
+            betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32).double()
+            alphas_cumprod = torch.cumprod(1.0 - betas, 0)
+            variance = 1.0 - alphas_cumprod
         else:
             time = torch.linspace(0, 1, num_train_timesteps, dtype=torch.float64)
             first, last = torch.tensor([-log_snr_max / 2, -log_snr_min / 2], dtype=torch.float64).exp().atan()
             shift = torch.tensor(resolution_ratio, dtype=torch.float64).log()
             log_snr = 2.0 * (shift - torch.tan(first + time * (last - first)).log())
-            self.alphas_cumprod = torch.sigmoid(log_snr)
+            alphas_cumprod = torch.sigmoid(log_snr)
             variance = torch.sigmoid(-log_snr)
             # 1 - abar_t / abar_s, without the difference of two numbers near 1.
             previous = torch.cat([torch.full((1,), torch.inf, dtype=torch.float64), log_snr[:-1]])
-            self.betas = -torch.expm1(log_snr - previous) * variance
-        previous_variance = torch.cat([torch.zeros(1, dtype=torch.float64), variance[:-1]])
-        # DDPM eq. 7: the posterior q(x_{t-1} | x_t, x_0) has the mean original_weight * x_0 + sample_weight * x_t.
-        original_weight = self.betas * (1.0 - previous_variance).sqrt() / variance
-        sample_weight = previous_variance * (1.0 - self.betas).sqrt() / variance
-        self.posterior_variance = self.betas * previous_variance / variance
+            betas = -torch.expm1(log_snr - previous) * variance
         # The means of two noises at one x_t differ by noise_weight times the difference of the noises; its square is the factor
         # between a deviation and the squared error of the noise.
-        noise_weight = self.betas / ((1.0 - self.betas) * variance).sqrt()
+        noise_weight = betas / ((1.0 - betas) * variance).sqrt()
         self.deviation_weight = noise_weight.square()
-        self._tables = {
-            "original_scale": self.alphas_cumprod.sqrt(),
-            "noise_scale": variance.sqrt(),
-            "original_weight": original_weight,
-            "sample_weight": sample_weight,
-            "noise_weight": noise_weight,
-            "variance": self.betas,
-        }
-        self._device_tables = {}
+        self.set_tables(betas, alphas_cumprod, variance, noise_weight=noise_weight, beta=betas)
         self.num_inference_steps = None
         self.timesteps = torch.arange(num_train_timesteps - 1, 0, -1)
 
@@ -154,23 +144,12 @@ class ANDiScheduler(SchedulerMixin, ConfigMixin):
         shares = torch.arange(count - 1, -1, -1)
         self.timesteps = (start + (2 * shares + 1) * (stop - start) // (2 * count)).to(device)
 
-    def add_noise(
-        self,
-        original_samples: torch.Tensor,
-        noise: torch.Tensor,
-        timesteps: int | torch.Tensor,
-    ) -> torch.Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, (N, C, H, W)."""
-        alpha = self._gather("original_scale", timesteps, original_samples)
-        sigma = self._gather("noise_scale", timesteps, original_samples)
-        return alpha * original_samples + sigma * noise
-
     def predict_original_sample(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """The one-shot estimate of x_0, not limited: (x_t - sigma eps) / alpha, or alpha x_t - sigma v."""
-        alpha = self._gather("original_scale", timestep, sample)
-        sigma = self._gather("noise_scale", timestep, sample)
+        """Computes the one-shot estimate of x_0, not limited: (x_t - sigma eps) / alpha, or alpha x_t - sigma v."""
+        alpha = self.gather("original_scale", timestep, sample)
+        sigma = self.gather("noise_scale", timestep, sample)
         if self.config.prediction_type == "v_prediction":
             return alpha * sample - sigma * model_output
         return (sample - sigma * model_output) / alpha
@@ -178,26 +157,17 @@ class ANDiScheduler(SchedulerMixin, ConfigMixin):
     def predict_epsilon(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """The noise that the network sees in x_t: its output, or sigma x_t + alpha v."""
+        """Computes the noise that the network sees in x_t: its output, or sigma x_t + alpha v."""
         if self.config.prediction_type == "epsilon":
             return model_output
-        alpha = self._gather("original_scale", timestep, sample)
-        sigma = self._gather("noise_scale", timestep, sample)
+        alpha = self.gather("original_scale", timestep, sample)
+        sigma = self.gather("noise_scale", timestep, sample)
         return sigma * sample + alpha * model_output
-
-    def posterior_mean(
-        self, original_sample: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
-    ) -> torch.Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0), DDPM eq. 7."""
-        return (
-            self._gather("original_weight", timestep, sample) * original_sample
-            + self._gather("sample_weight", timestep, sample) * sample
-        )
 
     def predicted_mean(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Mean of the network's transition to x_{t-1}: the posterior mean with its estimate of x_0, limited if the scheduler clips."""
+        """Computes the mean of the network's transition to x_{t-1}: the posterior mean with its estimate of x_0, limited if the scheduler clips."""
         return self.posterior_mean(self._estimate(model_output, timestep, sample), timestep, sample)
 
     def mean_error(
@@ -209,7 +179,7 @@ class ANDiScheduler(SchedulerMixin, ConfigMixin):
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        `posterior_mean` minus `predicted_mean`, mu_q - mu_theta, without the difference of two means of size 1, which in float32
+        Computes `posterior_mean` minus `predicted_mean`, mu_q - mu_theta, without the difference of two means of size 1, which in float32
         is exactly 0 for up to a few pixels in a hundred.
 
         Both means share x_t, so what is left is a table value times the difference of two noises, or of two x_0.
@@ -224,75 +194,45 @@ class ANDiScheduler(SchedulerMixin, ConfigMixin):
         """
         if noise is None or self.config.clip_sample:
             estimate = self._estimate(model_output, timestep, sample)
-            return self._gather("original_weight", timestep, sample) * (original_sample - estimate)
+            return self.gather("original_weight", timestep, sample) * (original_sample - estimate)
         epsilon = self.predict_epsilon(model_output, timestep, sample)
-        return self._gather("noise_weight", timestep, sample) * (epsilon - noise)
+        return self.gather("noise_weight", timestep, sample) * (epsilon - noise)
 
     def carry_error(self, mean_error: torch.Tensor, timestep: int | torch.Tensor) -> torch.Tensor:
-        """What a difference between two x_t adds to the difference of their posterior means at t - 1."""
-        return self._gather("sample_weight", timestep, mean_error) * mean_error
+        """Computes what a difference between two x_t adds to the difference of their posterior means at t - 1."""
+        return self.gather("sample_weight", timestep, mean_error) * mean_error
 
     def deviation(self, mean_error: torch.Tensor) -> torch.Tensor:
-        """d_t = (mu_q - mu_theta)^2, at least `log_floor`."""
+        """Computes d_t = (mu_q - mu_theta)^2, at least `log_floor`."""
         return mean_error.square().clamp(min=self.config.log_floor)
 
     def surprise(self, deviation: torch.Tensor, timestep: int | torch.Tensor) -> torch.Tensor:
-        """-log of UAD-IMAG's probability of a deviation: d_t / (2 beta_t)."""
-        return deviation / (2.0 * self._gather("variance", timestep, deviation))
+        """Computes -log of UAD-IMAG's probability of a deviation: d_t / (2 beta_t)."""
+        return deviation / (2.0 * self.gather("beta", timestep, deviation))
 
     def draw_noise(
         self,
-        shape: tuple[int, int, int, int],
-        timesteps: int | torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-        device: str | torch.device,
+        keys: torch.Tensor,
+        size: Sequence[int],
+        timesteps: int | torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         *,
         noise_type: str | None = None,
         normalize: str | None = None,
     ) -> torch.Tensor:
         """
-        Draws noise, one draw of fixed size per sample. Without `noise_type` and `normalize` that of the configuration: what the
-        network is trained with.
+        Draws noise, by default what the network is trained with. It is the same for all t.
 
         Args:
-            shape (`tuple` `(N, C, H, W)`): Shape of the noise.
-            timesteps (`int` or `torch.Tensor`): Not used: this noise is the same for all t.
-            generator (`torch.Generator` or a list of N): One generator is drawn from N times in turn. Required.
-            noise_type (`str`, *optional*): `"pyramid"` or `"gaussian"`.
-            normalize (`str`, *optional*): `"per_image"` or `"per_batch"`, of the pyramid.
+            keys, size, timesteps, dtype: As of [`DiffusionProcess.draw_noise`].
+            noise_type (`str`, *optional*): `"pyramid"` or `"gaussian"`, instead of the configuration's.
+            normalize (`str`, *optional*): `"per_image"` or `"per_batch"`, of the pyramid, instead of the configuration's.
         """
-        count, channels, height, width = shape
-        if generator is None:
-            raise ValueError("Noise needs a `generator` (one, or a list of one per sample), got None.")
-        if isinstance(generator, torch.Generator):
-            generator = [generator] * count
-        if len(generator) != count:
-            raise ValueError(f"`generator` must have one entry per sample ({count}), got {len(generator)}.")
         if (noise_type or self.config.noise_type) == "gaussian":
-            return draw_gaussian((channels, height, width), generator, torch.device(device), dtype)
-        return draw_pyramid(
-            (channels, height, width),
-            generator,
-            device,
-            dtype,
-            discount=self.config.discount,
-            per_image=(normalize or self.config.normalize) == "per_image",
-        )
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
+            return super().draw_noise(keys, size, timesteps, dtype)
+        per_image = (normalize or self.config.normalize) == "per_image"
+        return draw_pyramid(keys, size, dtype, discount=self.config.discount, per_image=per_image)
 
     def _estimate(self, model_output, timestep, sample) -> torch.Tensor:
         estimate = self.predict_original_sample(model_output, timestep, sample)
         return estimate.clamp(-1.0, 1.0) if self.config.clip_sample else estimate
-
-    def _gather(self, name: str, timesteps: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        # One table value per sample, (1 or N, 1, 1, 1). Tables are float64, rounded once when they go to a device for the
-        # first time; later look-ups stay on the device.
-        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-        key = (name, sample.device, dtype)
-        if key not in self._device_tables:
-            self._device_tables[key] = self._tables[name].to(dtype).to(sample.device)
-        timesteps = torch.as_tensor(timesteps, device=sample.device).reshape(-1)
-        return self._device_tables[key][timesteps].to(sample.dtype).reshape(-1, 1, 1, 1)

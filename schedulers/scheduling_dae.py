@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ..checks import check_integer, check_number
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
-from .noise import draw_gaussian
+from .draws import fold_in, integers, normal
+
+
+FIELD, SHIFT = 0, 1  # draws of one sample
 
 
 class DAEScheduler(SchedulerMixin, ConfigMixin):
@@ -29,50 +35,38 @@ class DAEScheduler(SchedulerMixin, ConfigMixin):
         shared_shift: bool = True,
         foreground_level: float = 0.01,
     ):
-        if not isinstance(noise_resolution, int) or noise_resolution < 1:
-            raise ValueError(f"`noise_resolution` must be an integer of at least 1, got {noise_resolution!r}.")
-        if not noise_std > 0:
-            raise ValueError(f"`noise_std` must be above 0, got {noise_std}.")
+        check_integer("noise_resolution", noise_resolution, 1)
+        check_number("noise_std", noise_std, above=0)
 
     def foreground(self, images: torch.Tensor) -> torch.Tensor:
-        """Where slices `(N, C, H, W)` hold anything, `(N, 1, H, W)` bool."""
+        """Finds where slices `(N, C, H, W)` hold anything, `(N, 1, H, W)` bool."""
         return images.sum(1, keepdim=True) > self.config.foreground_level
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Slices `(N, C, H, W)` with noise in their foreground."""
+        """Adds noise to slices `(N, C, H, W)` in their foreground."""
         return original_samples + noise * self.foreground(original_samples)
 
-    def draw_noise(
-        self,
-        shape: tuple[int, int, int, int],
-        generator: list[torch.Generator],
-        device: str | torch.device,
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:
+    def draw_noise(self, keys: torch.Tensor, size: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """
-        Coarse noise: one independent field per sample and channel, one shift per sample or batch.
+        Draws coarse noise: one independent field per sample and channel, one shift per sample or batch.
 
         Args:
-            shape (`tuple` `(N, C, H, W)`): Shape of the noise.
-            generator (`list[torch.Generator]`): One per sample; field and shift are drawn from it.
+            keys (`torch.Tensor` of shape `(N, 2)`): One per sample, see [`~schedulers.draws.make_keys`].
+            size (`tuple` `(C, H, W)`): Of one sample.
+            dtype (`torch.dtype`): Of the result, `(N, C, H, W)`.
         """
-        count, channels, height, width = shape
-        if len(generator) != count:
-            raise ValueError(f"`generator` must have one entry per sample ({count}), got {len(generator)}.")
+        channels, height, width = size
         side = self.config.noise_resolution
-        draws = self.config.noise_std * draw_gaussian((channels, side, side), generator, torch.device(device), dtype)
-        shifts = [
-            torch.cat([torch.randint(limit, (1,), generator=g, device=g.device) for limit in (height, width)])
-            for g in generator
-        ]
-        shifts = torch.stack(shifts).to(device)
-        if self.config.shared_shift:
-            shifts = shifts[:1].expand(count, -1)
-        return coarse_noise(draws, shifts, (height, width))
+        fields = self.config.noise_std * normal(fold_in(keys, FIELD), (channels, side, side), dtype)
+        shift_keys = fold_in(keys[:1] if self.config.shared_shift else keys, SHIFT)
+        shifts = torch.stack(
+            [integers(fold_in(shift_keys, axis), length) for axis, length in enumerate((height, width))], 1
+        )
+        return coarse_noise(fields, shifts.expand(len(keys), 2), (height, width))
 
 
 def coarse_noise(draws: torch.Tensor, shifts: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Draws `(N, C, h, w)`, enlarged to `size` (H, W) with their corners on the slice's, then moved circularly by `shifts` `(N, 2)`
+    """Enlarges draws `(N, C, h, w)` to `size` (H, W) with their corners on the slice's, then moved circularly by `shifts` `(N, 2)`
     pixels down and to the right: noise `(N, C, H, W)`."""
     noise = torch.nn.functional.interpolate(draws, size=size, mode="bilinear", align_corners=True)
     # One `roll` per sample would need the shifts on the host.
