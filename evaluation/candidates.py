@@ -1,4 +1,5 @@
-"""Checkpoints as an evaluation sees them: loaded with its values, named in its table, and with calibrated values stored in them."""
+"""The models of an evaluation: which protocol scores them, loaded with its values, named in its table, and with calibrated values stored
+in their folders."""
 
 from __future__ import annotations
 
@@ -6,30 +7,70 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 import huggingface_hub
 import torch
 import yaml
 
+import anodiff
+
+from ..checks import check_choice, check_keys
 from ..data.prepare import describe_population
 from ..data.prepared import PreparedSplit
+from ..hub.model_index import read_model_index
 from ..pipelines.base import AnomalyPipeline
 from ..pipelines.postprocessing import PostProcessing
 from .calibration import CALIBRATION_POLICIES, LabelledSlices, calibrate
 from .options import EvalOptions
+from .protocols import PROTOCOLS
+from .scoring import sweep_thresholds
+
+
+def choose_protocol(options: EvalOptions) -> ModuleType:
+    """
+    Returns the protocol that the options name, of [`PROTOCOLS`]; for models that the default does not score the first one that does.
+
+    Raises:
+        ValueError: There is no such protocol, it does not score these models, they are of several tasks, or it has no use for `sweep`.
+    """
+    check_choice("protocol", options.protocol, PROTOCOLS)
+    protocol = PROTOCOLS[options.protocol]
+    classes = {model: read_model_index(model).get("_class_name") for model in options.model}
+    foreign = [f"{model} ({name})" for model, name in classes.items() if name not in anodiff.__all__]
+    if foreign:
+        raise ValueError(f"`model` must name pipelines of anodiff, got {', '.join(foreign)}.")
+    tasks = {model: getattr(anodiff, name).task for model, name in classes.items()}
+    if len(set(tasks.values())) > 1:
+        named = ", ".join(f"{model} ({task})" for model, task in tasks.items())
+        raise ValueError(f"Models of different tasks are evaluated apart, got {named}.")
+    task = next(iter(tasks.values()), protocol.TASK)
+    if options.protocol == EvalOptions.protocol:
+        protocol = next(module for module in PROTOCOLS.values() if module.TASK == task)
+    elif protocol.TASK != task:
+        fitting = ", ".join(name for name, module in PROTOCOLS.items() if module.TASK == task)
+        raise ValueError(f"`protocol` must be one of {fitting} for models of the task {task}, got {options.protocol}.")
+    if options.sweep is not None:
+        sweep_thresholds(options.sweep)
+        if protocol.SWEEP is None:
+            able = ", ".join(name for name, module in PROTOCOLS.items() if module.SWEEP is not None)
+            raise ValueError(f"`sweep` needs one of the protocols {able}; the others have no grid of thresholds.")
+    return protocol
 
 
 def load_pipeline(model: str, options: EvalOptions, device: torch.device) -> AnomalyPipeline:
-    """A checkpoint with the values that the options put into the place of its own."""
+    """Loads a checkpoint with the values that the options put into the place of its own."""
     pipeline = AnomalyPipeline.from_pretrained(model).to(device)
-    unknown = sorted(set(options.inference) - set(pipeline.default_settings()))
-    if unknown:
-        known = ", ".join(pipeline.default_settings())
-        raise ValueError(f"`inference` has no key {', '.join(unknown)}; {type(pipeline).__name__} takes {known}.")
+    check_keys("inference", options.inference, pipeline.default_settings(), type(pipeline).__name__)
     if options.filter_order is not None and "filter_order" not in pipeline.config:
         raise ValueError(f"`filter_order` is no option of {type(pipeline).__name__}: leave it out.")
     # Built anew, so that its constructor checks the values.
-    settings = _own_settings(pipeline) | postprocessing_changes(options) | options.inference
+    own = {
+        key: value
+        for key, value in pipeline.config.items()
+        if key not in pipeline.components and not key.startswith("_")
+    }
+    settings = own | postprocessing_changes(options) | options.inference
     pipeline = type(pipeline)(**pipeline.components, **settings)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.enable_fast_inference(autocast=options.mixed_precision)
@@ -37,24 +78,20 @@ def load_pipeline(model: str, options: EvalOptions, device: torch.device) -> Ano
 
 
 def postprocessing_changes(options: EvalOptions) -> dict:
+    """Returns the values of [`PostProcessing`] that the options give."""
     values = {field.name: getattr(options, field.name) for field in fields(PostProcessing)}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _own_settings(pipeline: AnomalyPipeline) -> dict:
-    components = pipeline.components
-    return {key: value for key, value in pipeline.config.items() if key not in components and not key.startswith("_")}
-
-
 def check_calibrate(options: EvalOptions) -> None:
+    """Raises a `ValueError` for a calibration that cannot be, before anything is evaluated."""
     if options.calibrate is None:
         if options.guidance_scales or options.calibration_slices:
             raise ValueError("`guidance_scales` and `calibration_slices` belong to `calibrate labels`.")
         return
     if options.calibration_slices and options.calibrate != "labels":
         raise ValueError(f"`calibration_slices` belongs to `calibrate labels`, got it with {options.calibrate}.")
-    if options.calibrate not in CALIBRATION_POLICIES:
-        raise ValueError(f"`calibrate` must be one of {', '.join(CALIBRATION_POLICIES)}, got {options.calibrate!r}.")
+    check_choice("calibrate", options.calibrate, CALIBRATION_POLICIES)
     if options.validation_split == "none":
         raise ValueError("`calibrate` needs a validation split, got `validation_split` none.")
     if options.set_threshold:
@@ -63,8 +100,9 @@ def check_calibrate(options: EvalOptions) -> None:
 
 
 def calibrate_checkpoint(
-    model: str, slices: LabelledSlices, split: PreparedSplit, options: EvalOptions, device
+    model: str, slices: LabelledSlices, split: PreparedSplit, options: EvalOptions, device: torch.device
 ) -> dict:
+    """Calibrates a checkpoint folder on slices of a split and stores the values in it; returns the record of [`calibrate`]."""
     pipeline = load_pipeline(model, options, device)
     pipeline.processor.check_equal(split.processor_settings, f"{model} was trained with")
     record = calibrate(
@@ -81,10 +119,10 @@ def calibrate_checkpoint(
 
 
 def check_set_threshold(options: EvalOptions) -> None:
+    """Raises a `ValueError` for a threshold that could not be stored, before anything is evaluated."""
     if options.set_threshold is None:
         return
-    if options.set_threshold not in ("validation", "healthy"):
-        raise ValueError(f"`set_threshold` must be validation or healthy, got {options.set_threshold!r}.")
+    check_choice("set_threshold", options.set_threshold, ("validation", "healthy"))
     _check_own_settings("set_threshold", options)
 
 
@@ -98,6 +136,7 @@ def _check_own_settings(option: str, options: EvalOptions) -> None:
 
 
 def set_threshold(folder: Path, threshold: float | None) -> None:
+    """Stores a threshold in a checkpoint folder."""
     if threshold is None:
         raise ValueError("`set_threshold`: the validation split does not allow this policy, no threshold was stored.")
     _store_values(folder, {"threshold": threshold})
@@ -116,7 +155,7 @@ def _store_values(folder: Path, values: dict) -> None:
 
 
 def describe_model(model: str, pipeline: AnomalyPipeline, options: EvalOptions) -> dict:
-    """What a row of the report says of its model: method and folder as tables call it, which version, who it was trained on."""
+    """Returns what a row of the report says of its model: method and folder as tables call it, which version, who it was trained on."""
     method = type(pipeline).__name__.removesuffix("Pipeline")
     path = Path(model)
     return {
@@ -137,7 +176,7 @@ def _commit(model: str) -> str | None:
 
 
 def training_population(model: str) -> str:
-    """Who a checkpoint was trained on, from the recipe of its training data, which travels with the weights."""
+    """Returns who a checkpoint was trained on, from the recipe of its training data, which travels with the weights."""
     path = Path(model) / "recipe.yaml"
     if not Path(model).is_dir():
         try:

@@ -150,14 +150,14 @@ class Needs(NamedTuple):
         details (`dict[str, Callable]`):
             Name of an optional value of [`Case`] to the function that makes it, of slices `(N, C, H, W)`, their reconstruction or `None`,
             and the range of their values; it may return `None`.
-        baselines (`dict[str, Callable]`):
-            Name of a row to the function that makes its maps, `(N, H, W)` float32, of slices, their brain masks and the settings of the
-            processor; it returns `None` where the data do not allow it.
+        baselines (`Callable`):
+            From the settings of the processor to a dict, name of a row to the function that makes its maps `(N, H, W)`, float32, of slices
+            and their brain masks.
     """
 
     settings: dict = {}
     details: dict[str, Callable] = {}
-    baselines: dict[str, Callable] = {}
+    baselines: Callable[[dict], dict[str, Callable]] = lambda processor: {}
 
 
 class Scores(NamedTuple):

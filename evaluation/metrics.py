@@ -102,49 +102,6 @@ def lesion_f1(pred: np.ndarray, gt: np.ndarray, *, min_overlap: float = 0.0) -> 
     return 2 * rates[0] * rates[1] / sum(rates) if sum(rates) else 0.0
 
 
-def psnr(image: np.ndarray, reconstruction: np.ndarray, *, data_range: float) -> float:
-    """
-    Peak signal-to-noise ratio 20 log10(`data_range` / RMSE) in decibel; infinite for equal images.
-
-    Args:
-        image, reconstruction (`np.ndarray`, the same shape):
-            Image and its reconstruction, in one unit.
-        data_range (`float`):
-            Width of the range of values: 2 for images in [-1, 1]. The program of AnoDDPM uses `image.max()` instead.
-    """
-    image, reconstruction = _image_pair(image, reconstruction, data_range)
-    mse = np.mean((image - reconstruction) ** 2)
-    return float(10 * np.log10(data_range**2 / mse)) if mse > 0 else float("inf")
-
-
-def ssim(image: np.ndarray, reconstruction: np.ndarray, *, data_range: float) -> float:
-    """
-    Structural similarity (Wang et al. 2004) with a uniform window of 7 pixels in every dimension, sample covariances
-    and K = (0.01, 0.03), averaged where the window lies inside the image: scikit-image's default.
-
-    Args:
-        image, reconstruction (`np.ndarray` of shape `(H, W)` or `(N, H, W)`, every side 7 or more):
-            Image and its reconstruction; a volume is compared in 3-D.
-        data_range (`float`):
-            Width of the range of values: 2 for images in [-1, 1].
-    """
-    image, reconstruction = _image_pair(image, reconstruction, data_range)
-    window = 7
-    if min(image.shape, default=0) < window:
-        raise ValueError(f"Every side of `image` must be {window} pixels or more, got shape {image.shape}.")
-
-    # Notation of the paper: mu local means, var and cov local (co)variances, c1 and c2 the stabilising constants.
-    mu_x, mu_y = ndimage.uniform_filter(image, window), ndimage.uniform_filter(reconstruction, window)
-    sample = window**image.ndim / (window**image.ndim - 1)
-    var_x = sample * (ndimage.uniform_filter(image**2, window) - mu_x**2)
-    var_y = sample * (ndimage.uniform_filter(reconstruction**2, window) - mu_y**2)
-    cov = sample * (ndimage.uniform_filter(image * reconstruction, window) - mu_x * mu_y)
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    similarity = (2 * mu_x * mu_y + c1) * (2 * cov + c2) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))
-    inside = slice(window // 2, -(window // 2))
-    return float(similarity[(inside,) * image.ndim].mean())
-
-
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     """
     Area under the ROC curve of slice or subject scores, ties counted one half (as scikit-learn's `roc_auc_score`).
@@ -284,20 +241,6 @@ class PooledScores:
         else:
             self._counts += np.stack([_count(sample) for sample in samples])
 
-    def merge(self, other: "PooledScores") -> None:
-        """Adds what `other` (of another process, with the same `max_exact`) has seen; `other` stays as it is."""
-        if other.max_exact != self.max_exact:
-            raise ValueError(f"`max_exact` must be equal to be merged, got {self.max_exact} and {other.max_exact}.")
-        self.num_negatives += other.num_negatives
-        self.num_positives += other.num_positives
-        if other._counts is None and self.num_negatives + self.num_positives <= self.max_exact:
-            for kept, new in zip(self._samples, other._samples, strict=True):
-                kept.extend(new)
-            return
-        if self._counts is None:
-            self._to_counts()
-        self._counts += other._histogram()
-
     def average_precision(self) -> float:
         """Step-wise average precision; `nan` without positives, 1 without negatives."""
         return _average_precision(self._curve())
@@ -330,22 +273,6 @@ class PooledScores:
         if not np.isfinite(threshold):
             threshold = np.nextafter(score, np.float32(-np.inf))
         return float(values[best]), float(lower if threshold >= score else threshold)
-
-    def dice_at(self, threshold: float) -> float:
-        """
-        Pooled Dice of `scores > threshold`, compared in float32; `nan` without positives. Above `max_exact` voxels the
-        threshold is first rounded up to the edge of its bin (by less than 2**-11 of its value).
-        """
-        if np.isnan(threshold):
-            raise ValueError("`threshold` must be a number, got nan.")
-        if not self.num_positives:
-            return float("nan")
-        threshold = np.float32(threshold) + np.float32(0)
-        if self._counts is not None:
-            fp, tp = self._counts[:, _bins(np.atleast_1d(threshold))[0] + 1 :].sum(axis=1)
-        else:
-            fp, tp = (s[0].size - np.searchsorted(s[0], threshold, side="right") for s in self._sort())
-        return float(2 * tp / (tp + fp + self.num_positives))
 
     def error_bounds(self) -> dict[str, float]:
         """
@@ -514,14 +441,3 @@ def _score_pair(scores: np.ndarray, labels: np.ndarray, dtype: type) -> tuple[np
     if not np.isfinite(scores).all():
         raise ValueError("`scores` must be finite, got nan or infinite values.")
     return scores, labels
-
-
-def _image_pair(image: np.ndarray, reconstruction: np.ndarray, data_range: float) -> tuple[np.ndarray, np.ndarray]:
-    image, reconstruction = np.asarray(image, dtype=np.float64), np.asarray(reconstruction, dtype=np.float64)
-    if image.shape != reconstruction.shape:
-        raise ValueError(
-            f"`image` and `reconstruction` must have the same shape, got {image.shape} and {reconstruction.shape}."
-        )
-    if not data_range > 0:
-        raise ValueError(f"`data_range` must be positive, got {data_range}.")
-    return image, reconstruction

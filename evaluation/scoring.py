@@ -64,10 +64,8 @@ def describe_sweep(thresholds: np.ndarray, curve: np.ndarray) -> dict[str, list]
 
 def healthy_scores(cases: list[Path]) -> np.ndarray:
     """Returns the scores of the brain voxels of all healthy slices, `(V,)` float32. A slice of unknown label is not healthy."""
-    scores = [np.empty(0, np.float32)]
-    for case in map(Case.load, cases):
-        scores.append(case.maps[(case.labels == 0)[:, None, None] & case.brain])
-    return np.concatenate(scores)
+    scores = [case.maps[(case.labels == 0)[:, None, None] & case.brain] for case in map(Case.load, cases)]
+    return np.concatenate(scores) if scores else np.empty(0, np.float32)
 
 
 def healthy_threshold(scores: np.ndarray, fpr: float) -> float | None:

@@ -9,6 +9,7 @@ after the other.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..baselines import equalised_map
 from ..cases import Case, Needs, Scores
 from ..metrics import PooledScores, dice
 from ..options import EvalOptions
-from ..scoring import best_of_curve, dice_curve, describe_sweep, mean_curve, sweep_thresholds
+from ..scoring import best_of_curve, describe_sweep, dice_curve, mean_curve, sweep_thresholds
 from ..thresholds import yen_threshold
 
 
@@ -40,14 +41,15 @@ SWEEP = (0.01, 0.299, 0.001)  # of maps scaled to [0, 1]
 EQUALISED_SWEEP = (0.8, 0.999, 0.001)
 
 
-def equalised_flair(image: np.ndarray, brain: np.ndarray, processor: dict) -> np.ndarray | None:
-    """Returns the equalised FLAIR of slices `(N, C, H, W)` as maps `(N, H, W)` in [0, 1], `None` for data without FLAIR."""
+def make_baselines(processor: dict) -> dict:
+    """Returns the row of the equalised FLAIR, where the data have it."""
     if "flair" not in processor["modalities"]:
-        return None
-    return equalised_map(image, brain, processor["modalities"].index("flair"), processor["value_range"])
+        return {}
+    channel = processor["modalities"].index("flair")
+    return {EQUALISED: partial(equalised_map, channel=channel, value_range=processor["value_range"])}
 
 
-NEEDS = Needs(baselines={EQUALISED: equalised_flair})
+NEEDS = Needs(baselines=make_baselines)
 
 
 def scale_to_range(maps: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -60,9 +60,7 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
     records = []
     for case in map(EnsembleCase.load, files["test"]):
         for number, pred, gt in zip(case.slices.tolist(), case.masks, case.annotations, strict=True):
-            records.append(
-                {"subject": case.subject, "slice": number, "group": case.group, **score_ensemble(pred, gt)}
-            )
+            records.append({"subject": case.subject, "slice": number, "group": case.group, **score_ensemble(pred, gt)})
             predicted, observed = pred.mean(0), gt.mean(0)
             # Not where an annotation marks: pixels that are chosen by the outcome are never calibrated.
             marked = predicted > 0
@@ -80,5 +78,7 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
         error = calibrations[region].expected_error()
         metrics[f"expected_calibration_error{ending}"] = None if np.isnan(error) else error
     curves = {region: calibration.curve() for region, calibration in calibrations.items()}
-    reliability = {region: {name: values.tolist() for name, values in curve.items()} for region, curve in curves.items()}
+    reliability = {
+        region: {name: values.tolist() for name, values in curve.items()} for region, curve in curves.items()
+    }
     return Scores(metrics, records, {"reliability": reliability})

@@ -178,7 +178,9 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
     """
     found = choose_thresholds(files.get("validation", []))
     chosen = {policy: value for policy, value in found.items() if value is not None}
-    cases = [_score_case(case, chosen, row["settings"]["min_component_size"]) for case in map(Case.load, files["test"])]
+    cases = [
+        _score_case(case, chosen, row["settings"]["min_component_size"]) for case in map(Case.load, files["test"])
+    ]
     rows, records = [values for values, _ in cases if values], [record for _, record in cases]
     names = dict.fromkeys(name for values in rows for name in values)
     defined = {name: np.array([one[name] for one in rows if np.isfinite(one.get(name, np.nan))]) for name in names}
@@ -189,7 +191,9 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
         some = defined.get(f"dice_{policy}", np.empty(0))
         metrics[f"sadm_dice_{policy}_std"] = float(some.std()) if some.size else None
         is_measured = threshold is not None and healthy.size
-        metrics[f"sadm_healthy_fpr_{policy}"] = float((healthy > np.float32(threshold)).mean()) if is_measured else None
+        metrics[f"sadm_healthy_fpr_{policy}"] = (
+            float((healthy > np.float32(threshold)).mean()) if is_measured else None
+        )
     sizes = _lesion_sizes(records, chosen)
     metrics |= {f"sadm_dice_{third['size']}": third.get("dice_search") for third in sizes}
     return Scores(metrics, records, {"lesion_sizes": sizes})

@@ -121,5 +121,7 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None
     }
     for policy, value in fixed.items():
         values = (None, None) if value is None else evaluate_threshold(test, value)
-        metrics |= dict(zip((f"uad_imag_{name}_{policy}" for name in ("threshold", "dice", "fpr")), (value, *values), strict=True))
+        metrics |= dict(
+            zip((f"uad_imag_{name}_{policy}" for name in ("threshold", "dice", "fpr")), (value, *values), strict=True)
+        )
     return Scores(metrics, [], {"sweep": describe_sweep(thresholds, curve)})

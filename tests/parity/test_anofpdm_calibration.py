@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from anodiff import AnoFPDMPipeline, AnoFPDMScheduler, VolumeProcessor
-from anodiff.evaluation.calibration import calibrate, similarity_threshold
+from anodiff.evaluation.calibration import calibrate
+from anodiff.pipelines.pipeline_anofpdm import similarity_threshold
 
 
 GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "anofpdm"
