@@ -15,7 +15,7 @@ def intensity_map(
     over_median: bool = False,
 ) -> np.ndarray:
     """
-    The intensity of one modality as an anomaly map: bright is anomalous.
+    Returns the intensity of one modality as an anomaly map: bright is anomalous.
 
     Args:
         image (`np.ndarray` of shape `(N, C, H, W)`): Slices of one subject in the processor's value range.
@@ -38,7 +38,7 @@ def intensity_map(
 
 def equalised_map(image: np.ndarray, brain: np.ndarray, channel: int, value_range: tuple[float, float]) -> np.ndarray:
     """
-    The histogram-equalised intensity of one modality as an anomaly map: ANDi's thresholding baseline, there of the FLAIR image.
+    Returns the histogram-equalised intensity of one modality as an anomaly map: ANDi's thresholding baseline, there of the FLAIR image.
 
     The authors equalise the volume before they bring it to the network's size, with [`equalise`]; here it is the prepared
     slices, so that the values differ a little where resizing mixes them.
@@ -55,7 +55,7 @@ def equalised_map(image: np.ndarray, brain: np.ndarray, channel: int, value_rang
 
 def equalise(values: np.ndarray, bins: int = 256) -> np.ndarray:
     """
-    Histogram equalisation of the voxels > 0 of a volume, as scikit-image's `equalize_hist` with a mask: the share of these voxels
+    Equalises the histogram of the voxels > 0 of a volume, as scikit-image's `equalize_hist` with a mask: the share of these voxels
     below a value, interpolated between the centres of equal bins.
 
     Args:
@@ -78,7 +78,7 @@ def equalise(values: np.ndarray, bins: int = 256) -> np.ndarray:
 
 def slice_statistics(image: np.ndarray, brain: np.ndarray) -> dict[str, np.ndarray]:
     """
-    Statistics of every slice that know nothing of anatomy, `(N,)` each: brain area in pixels, mean intensity and mean absolute
+    Returns statistics of every slice that know nothing of anatomy, `(N,)` each: brain area in pixels, mean intensity and mean absolute
     Laplacian (sharpness) in the brain, over all modalities.
 
     Args:

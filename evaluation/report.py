@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 
 import anodiff
@@ -37,7 +38,7 @@ def make_report(
         device, processes: What it ran on.
     """
     settings, subjects = split.processor_settings, kind.choose_subjects(split)
-    labels = [split.labels[row] for subject in subjects for row in split.subject_rows(subject)]
+    labels = split.labels[np.concatenate([split.subject_rows(subject) for subject in subjects])]
     texts = {
         field: "".join(protocol.TEXT.get(field, "") for protocol in protocols).format(healthy_fpr=options.healthy_fpr)
         for field in ("unit_of_averaging", "threshold_policy")
@@ -52,7 +53,7 @@ def make_report(
             "split": options.split,
             "subjects": len(subjects),
             "slices": len(labels),
-            "anomalous_slices": sum(label == 1 for label in labels),
+            "anomalous_slices": int((labels == 1).sum()),
         },
         "protocol": {
             "training_population": "; ".join(populations) or "no model was evaluated",

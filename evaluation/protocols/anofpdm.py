@@ -86,7 +86,7 @@ class SliceScores:
         self._counts += [(predicted & reference).sum(), predicted.sum(), reference.sum()]
 
     def metrics(self) -> dict[str, float | None]:
-        """`dice`, `iou`, `precision` and `recall`, `None` where undefined."""
+        """Returns `dice`, `iou`, `precision` and `recall`, `None` where undefined."""
         overlap, predicted, reference = self._counts.tolist()
         return {
             "dice": float(np.mean(self._dice)) if self._dice else None,
@@ -98,7 +98,7 @@ class SliceScores:
 
 def image_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
     """
-    Accuracy, precision and recall of image labels.
+    Returns accuracy, precision and recall of image labels.
 
     Args:
         predicted, labels (`np.ndarray` of shape `(N,)`): 1 anomalous, 0 healthy; slices of unknown label (-1) do not count.
@@ -116,11 +116,9 @@ def image_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float 
     }
 
 
-def best_threshold(
-    validation: list[Path], thresholds: np.ndarray, min_component_size: int = MIN_COMPONENT_SIZE
-) -> tuple[float | None, float | None]:
+def best_threshold(validation: list[Path], thresholds: np.ndarray) -> tuple[float | None, float | None]:
     """
-    The threshold of a grid with the highest mean Dice over the slices of the cases with masks, and that Dice; `None` without such
+    Returns the threshold of a grid with the highest mean Dice over the slices of the cases with masks, and that Dice; `None` without such
     cases. Scores equal to a threshold are positive, as in the original.
     """
     totals, count = np.zeros(len(thresholds)), 0
@@ -129,7 +127,7 @@ def best_threshold(
             continue
         count += len(case.mask)
         for number, threshold in enumerate(thresholds):
-            predicted = remove_small_components(case.maps >= np.float32(threshold), min_component_size, 2)
+            predicted = remove_small_components(case.maps >= np.float32(threshold), MIN_COMPONENT_SIZE, 2)
             totals[number] += sum(dice(*pair) for pair in zip(predicted, case.mask, strict=True))
     if not count:
         return None, None

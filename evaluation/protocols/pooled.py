@@ -86,7 +86,8 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
     metrics["slice_average_precision"] = _if_two_classes(average_precision, scores, labels)
     subjects = (np.array([record[name] for record in records]) for name in ("score", "label"))
     metrics["subject_auroc"] = _if_two_classes(auroc, *subjects)
-    return Scores(metrics, records, {} if pooled.is_exact else {"error_bounds": pooled.error_bounds()})
+    bounded = not pooled.is_exact and pooled.num_positives and pooled.num_negatives
+    return Scores(metrics, records, {"error_bounds": pooled.error_bounds()} if bounded else {})
 
 
 def score_statistic(test: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray] | None) -> dict:

@@ -76,12 +76,9 @@ def test_lesion_f1():
     pred[1, 1:3, 9:11] = True
     pred[1, 11, 0] = True  # wrong
     np.testing.assert_allclose(lesion_f1(pred, gt), 2 / 3)  # 2 of 3 lesions, 2 of 3 components
-    np.testing.assert_allclose(lesion_f1(pred, gt, min_overlap=0.25), 1 / 3)  # 1 of 3 and 1 of 3
     empty = np.zeros_like(gt)
     assert lesion_f1(empty, empty) == 1
     assert lesion_f1(pred, empty) == lesion_f1(empty, gt) == lesion_f1(~gt, gt) == 0
-    with pytest.raises(ValueError, match="`min_overlap`"):
-        lesion_f1(pred, gt, min_overlap=1.0)
 
 
 @pytest.mark.parametrize("levels", [None, 10, 1])
@@ -222,7 +219,7 @@ def test_bootstrap_interval_covers_the_mean():
     # A t-interval of normal values covers 95 %; the bootstrap of 40 values comes close to it.
     rng = np.random.default_rng(0)
     samples = rng.normal(0.5, 0.2, size=(300, 40))
-    intervals = np.array([bootstrap_interval(values, num_samples=500) for values in samples])
+    intervals = np.array([bootstrap_interval(values) for values in samples])
     covered = ((intervals[:, 0] <= 0.5) & (0.5 <= intervals[:, 1])).mean()
     assert 0.90 <= covered <= 0.98
     np.testing.assert_allclose((intervals[:, 1] - intervals[:, 0]).mean(), 2 * 1.96 * 0.2 / np.sqrt(40), rtol=0.1)
@@ -237,9 +234,7 @@ def test_bootstrap_interval_draws_whole_subjects():
     narrow_low, narrow_high = bootstrap_interval(values)
     assert low < narrow_low < 0.5 < narrow_high < high
     assert bootstrap_interval([0.1, np.nan, 0.4]) == bootstrap_interval([0.1, 0.4])
-    assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1) != bootstrap_interval(values)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
     assert np.isnan(bootstrap_interval([np.nan])).all()
     with pytest.raises(ValueError, match="equally long"):
         bootstrap_interval(values, subjects[1:])
-    with pytest.raises(ValueError, match="`level`"):
-        bootstrap_interval(values, level=95)
