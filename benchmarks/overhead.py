@@ -17,6 +17,7 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from anodiff import AnoDDPMPipeline, AnoDDPMScheduler, VolumeProcessor
+from anodiff.schedulers.draws import make_keys
 
 
 def make_pipeline(size: int, device: str) -> tuple[AnoDDPMPipeline, float]:
@@ -85,12 +86,12 @@ def main() -> None:
 
     print("\n| one-shot, stage | ms per slice | share |\n|---|---|---|")
     pipe.scheduler = AnoDDPMScheduler()
-    generators = [torch.Generator(options.device).manual_seed(index) for index in range(batch)]
+    keys = make_keys(0, range(batch), device=options.device)
     t = torch.full((batch,), 200, device=options.device)
-    noise = pipe.scheduler.draw_noise(sample.shape, t, generators, options.device)
+    noise = pipe.scheduler.draw_noise(keys, sample.shape[1:], t)
     stages = {
         "whole call": lambda: pipe(slices, noise_level=201, mode="one_shot", batch_size=batch),
-        "noise": lambda: pipe.scheduler.draw_noise(sample.shape, t, generators, options.device),
+        "noise": lambda: pipe.scheduler.draw_noise(keys, sample.shape[1:], t),
         "network": lambda: pipe.unet(sample, t),
         "add noise and estimate": lambda: pipe.scheduler.predict_original_sample(
             noise, t, pipe.scheduler.add_noise(sample, noise, t)

@@ -16,19 +16,22 @@ from diffusers.utils import BaseOutput
 from ..volumes.volume import InputVolume
 
 
+# What an array of a result is, which decides how it becomes a picture: raw scores >= 0 in 16 bits, whose factor goes into the record;
+# a share in [0, 1] in 16 bits, 65535 is 1; a mask in 8 bits, 255 is 1; or an image in the input's units.
+SCORES, SHARE, MASK, IMAGE = "scores", "share", "mask", "image"
+_MAP_ARRAYS = {"anomaly_map": SCORES, "pred_mask": MASK, "reconstruction": IMAGE}
+_ENSEMBLE_ARRAYS = {
+    "member_masks": MASK,
+    "member_maps": SHARE,
+    "mean_map": SHARE,
+    "std_map": SHARE,
+    "probability_map": SHARE,
+    "agreement": SHARE,
+    "majority_mask": MASK,
+}
+_DISPERSION_ARRAYS = {"member_maps": SCORES, "mean_map": SCORES, "dispersion": SCORES}
 # Stems of the files that results are saved as.
-_MAP_NAMES = ("anomaly_map", "pred_mask", "reconstruction")
-_ENSEMBLE_NAMES = (
-    "member_masks",
-    "member_maps",
-    "mean_map",
-    "std_map",
-    "probability_map",
-    "agreement",
-    "majority_mask",
-)
-_DISPERSION_NAMES = ("member_maps", "mean_map", "dispersion")
-RESULT_NAMES = (*_MAP_NAMES, *_ENSEMBLE_NAMES, *_DISPERSION_NAMES, "result", "overview")
+RESULT_NAMES = (*_MAP_ARRAYS, *_ENSEMBLE_ARRAYS, *_DISPERSION_ARRAYS, "result", "overview")
 # Of a picture each member, and the reconstruction of each of several modalities, is a file of its own.
 _RESULT_FILE = re.compile(r"(reconstruction)_.+\.png|(member_masks|member_maps)_\d+\.png|(\w+)\.(?:nii\.gz|png|json)")
 
@@ -71,38 +74,13 @@ class AnomalyOutput(BaseOutput):
         reconstructed picture has 8 bits, 16 where the input exceeds 255; of several modalities each has its own
         `reconstruction_NAME.png`. Files of an earlier result in `folder` are replaced.
         """
-        if self.source is None:
-            raise ValueError(
-                "A result of a tensor has no grid to be written on. Call the pipeline with a volume to save it."
-            )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_results(folder, (*_MAP_NAMES, "result"))
         record = {
             "volume_score": self.volume_score,
             "pred_score": self.pred_score.tolist(),
             **{name: _no_nan(values.tolist()) for name, values in (self.slice_details or {}).items()},
             "settings": self.settings,
         }
-        if self.source.is_picture:
-            levels, record["anomaly_map_per_grey_level"] = _grey_levels(self.anomaly_map)
-            PIL.Image.fromarray(levels).save(folder / "anomaly_map.png")
-            if self.pred_mask is not None:
-                PIL.Image.fromarray(self.pred_mask * np.uint8(255)).save(folder / "pred_mask.png")
-            if self.reconstruction is not None:
-                several = len(self.source.arrays) > 1
-                channels = np.moveaxis(self.reconstruction, -1, 0) if several else [self.reconstruction]
-                for (name, given), channel in zip(self.source.arrays.items(), channels, strict=True):
-                    levels = np.uint8 if given.max() <= 255 else np.uint16
-                    grey = np.clip(np.rint(channel), 0, np.iinfo(levels).max).astype(levels)
-                    PIL.Image.fromarray(grey).save(folder / f"reconstruction{f'_{name}' if several else ''}.png")
-        else:
-            for name in _MAP_NAMES:
-                array = getattr(self, name)
-                if array is not None:
-                    nib.save(self.source.image(array), folder / f"{name}.nii.gz")
-        with open(folder / "result.json", "w") as file:
-            json.dump(record, file, indent=2, allow_nan=False)
+        _write(folder, self.source, self, _MAP_ARRAYS, "result", record)
 
 
 @dataclass
@@ -143,26 +121,8 @@ class CIMDOutput(BaseOutput):
 
         PNG maps have 16 bits: 65535 is 1. Files of an earlier result in `folder` are replaced.
         """
-        if self.source is None:
-            raise ValueError(
-                "A result of a tensor has no grid to be written on. Call the pipeline with a volume to save it."
-            )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_results(folder, (*_ENSEMBLE_NAMES, "result"))
         record = {"num_members": len(self.member_masks), "settings": self.settings}
-        for name in _ENSEMBLE_NAMES:
-            array = getattr(self, name)
-            if not self.source.is_picture:
-                array = np.moveaxis(array, 0, -1) if name.startswith("member_") else array
-                nib.save(self.source.image(array), folder / f"{name}.nii.gz")
-                continue
-            members = {f"{name}_{member:02d}": one for member, one in enumerate(array)}
-            for file, one in (members if name.startswith("member_") else {name: array}).items():
-                levels = one * np.uint8(255) if one.dtype == np.uint8 else np.rint(one * 65535).astype(np.uint16)
-                PIL.Image.fromarray(levels).save(folder / f"{file}.png")
-        with open(folder / "result.json", "w") as file:
-            json.dump(record, file, indent=2, allow_nan=False)
+        _write(folder, self.source, self, _ENSEMBLE_ARRAYS, "result", record)
 
 
 @dataclass
@@ -200,32 +160,13 @@ class DispersionOutput(BaseOutput):
         PNG maps have 16 bits; `dispersion.json` holds the factors that give raw scores back (`mean_map_per_grey_level`, ...). Files of
         an earlier result in `folder` are replaced.
         """
-        source = self.first.source
-        if source is None:
-            raise ValueError(
-                "A result of a tensor has no grid to be written on. Disperse a volume to save the result."
-            )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_results(folder, _DISPERSION_NAMES)
         record = {
             "seeds": self.seeds,
             "volume_score": self.volume_score.tolist(),
             "pred_score": self.pred_score.tolist(),
             "settings": {name: value for name, value in self.first.settings.items() if name != "seed"},
         }
-        for name in _DISPERSION_NAMES:
-            array = getattr(self, name)
-            if not source.is_picture:
-                array = np.moveaxis(array, 0, -1) if name == "member_maps" else array
-                nib.save(source.image(array), folder / f"{name}.nii.gz")
-                continue
-            levels, record[f"{name}_per_grey_level"] = _grey_levels(array)
-            members = {f"{name}_{member:02d}": one for member, one in enumerate(levels)}
-            for file, one in (members if name == "member_maps" else {name: levels}).items():
-                PIL.Image.fromarray(one).save(folder / f"{file}.png")
-        with open(folder / "dispersion.json", "w") as file:
-            json.dump(record, file, indent=2, allow_nan=False)
+        _write(folder, self.first.source, self, _DISPERSION_ARRAYS, "dispersion", record)
 
 
 def remove_results(folder: str | os.PathLike, names: Sequence[str] = RESULT_NAMES) -> None:
@@ -237,10 +178,52 @@ def remove_results(folder: str | os.PathLike, names: Sequence[str] = RESULT_NAME
             path.unlink()
 
 
-def _grey_levels(scores: np.ndarray) -> tuple[np.ndarray, float]:
-    """Scores as 16 bits, and the factor that gives them back."""
-    per_level = float(scores.max()) / 65535 or 1.0
-    return np.rint(scores / per_level).astype(np.uint16), per_level
+def _write(
+    folder, source: InputVolume | None, result: BaseOutput, kinds: dict[str, str], file: str, record: dict
+) -> None:
+    """
+    Writes the arrays of a result that there are, as NIfTI or pictures, then its record as `file`.json, in place of an earlier result's.
+
+    Members, the first axis of an array, lie along the fourth axis of a NIfTI file, and are a picture each.
+    """
+    if source is None:
+        raise ValueError("A result of a tensor has no grid to be written on. Call with a volume to save the result.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_results(folder, (*kinds, file))
+    for name, kind in kinds.items():
+        array, of_members = getattr(result, name), name.startswith("member_")
+        if array is None:
+            continue
+        if not source.is_picture:
+            nib.save(source.image(np.moveaxis(array, 0, -1) if of_members else array), folder / f"{name}.nii.gz")
+            continue
+        if kind == SCORES:
+            record[f"{name}_per_grey_level"] = float(array.max()) / 65535 or 1.0
+            array = np.rint(array / record[f"{name}_per_grey_level"]).astype(np.uint16)
+        elif kind == SHARE:
+            array = np.rint(array * 65535).astype(np.uint16)
+        elif kind == MASK:
+            array = array * np.uint8(255)
+        for stem, picture in _pictures(name, kind, array, source).items():
+            PIL.Image.fromarray(picture).save(folder / f"{stem}.png")
+    with open(folder / f"{file}.json", "w", encoding="utf-8") as target:
+        json.dump(record, target, indent=2, allow_nan=False)
+
+
+def _pictures(name: str, kind: str, array: np.ndarray, source: InputVolume) -> dict[str, np.ndarray]:
+    """File stems and pictures of an array: one, or one for each member or modality."""
+    if name.startswith("member_"):
+        return {f"{name}_{member:02d}": one for member, one in enumerate(array)}
+    if kind != IMAGE:
+        return {name: array}
+    several, pictures = len(source.arrays) > 1, {}
+    channels = np.moveaxis(array, -1, 0) if several else [array]
+    for (modality, given), channel in zip(source.arrays.items(), channels, strict=True):
+        levels = np.uint8 if given.max() <= 255 else np.uint16
+        grey = np.clip(np.rint(channel), 0, np.iinfo(levels).max).astype(levels)
+        pictures[f"{name}_{modality}" if several else name] = grey
+    return pictures
 
 
 def _no_nan(values):

@@ -201,6 +201,10 @@ class DiffusionProcess:
             raise ValueError("Give either `variance_noise` or `keys`, one key per sample.")
         if variance_noise is not None:
             return variance_noise
+        if keys.shape != (len(sample), 2):
+            raise ValueError(
+                f"`keys` must have the shape ({len(sample)}, 2), one key per sample, got {tuple(keys.shape)}."
+            )
         return self.draw_noise(keys, sample.shape[1:], timestep, sample.dtype)
 
     def draw_noise(

@@ -4,6 +4,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ..checks import check_integer
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
 from .process import DiffusionProcess, StepOutput, linear_betas
 
@@ -58,12 +59,8 @@ class AnoFPDMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
             stride (`int`, defaults to 1): Distance of two timesteps, 1 to S.
         """
         level = self.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
-        if not 1 <= level <= self.config.num_train_timesteps:
-            raise ValueError(
-                f"`num_inference_steps` must be between 1 and {self.config.num_train_timesteps}, got {num_inference_steps}."
-            )
-        if not 1 <= stride <= level:
-            raise ValueError(f"`stride` must be between 1 and {level}, got {stride}.")
+        check_integer("num_inference_steps", level, 1, self.config.num_train_timesteps)
+        check_integer("stride", stride, 1, level)
         self.stride = stride
         self.timesteps = torch.arange(0, level, stride, device=device).flip(0)
         self.num_inference_steps = len(self.timesteps)

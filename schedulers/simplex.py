@@ -58,7 +58,7 @@ def _lcg_jumps(steps: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
 
 def permutation_tables(seeds: torch.Tensor) -> torch.Tensor:
     """
-    OpenSimplex permutation of 0..255 for every seed, on the device of the seeds and without waiting for it.
+    Computes the OpenSimplex permutation of 0..255 for every seed, on the device of the seeds and without waiting for it.
 
     Args:
         seeds (`torch.Tensor` of shape `(B,)`):
@@ -102,8 +102,7 @@ def _tables2(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 @cache
 def _tables3(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Constants of the 3-D function, from the rules for vertices: AnoDDPM method card 4.1 lists them, OpenSimplex 2014
-    defines them.
+    Builds the constants of the 3-D function from the rules for vertices of OpenSimplex 2014.
 
     Returns:
         Offsets (3, K, 48) int64 of the vertices of every state, their displacements (3, K, 48) float64, which include
@@ -268,7 +267,7 @@ def _at_points(vertices: Callable, by_hash: torch.Tensor, seeds: torch.Tensor, p
 @torch.no_grad()
 def opensimplex2(seeds: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """
-    2-D OpenSimplex noise, equal to `opensimplex.noise2(x, y)` to rounding.
+    Evaluates 2-D OpenSimplex noise, equal to `opensimplex.noise2(x, y)` to rounding.
 
     Args:
         seeds (`torch.Tensor` of shape `(B,)`):
@@ -285,7 +284,7 @@ def opensimplex2(seeds: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def opensimplex3(seeds: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """
-    3-D OpenSimplex noise, equal to `opensimplex.noise3(x, y, z)` to rounding.
+    Evaluates 3-D OpenSimplex noise, equal to `opensimplex.noise3(x, y, z)` to rounding.
 
     Args:
         seeds (`torch.Tensor` of shape `(B,)`):
@@ -311,11 +310,11 @@ class _Plan:
 
 class OctaveSimplexNoise:
     """
-    Fields of several octaves of OpenSimplex noise: sum over i < `octaves` of `persistence`^i times the noise at pixels
+    Makes fields of several octaves of OpenSimplex noise: the sum over i < `octaves` of `persistence`^i times the noise at pixels
     / (`wavelength` / 2^i).
 
     One independent field per seed. Pixels count 0, 1, 2, ... from the top left corner; x runs along the width, y along
-    the height. With a fixed `z` the geometry is computed once per image size and kept (AnoDDPM method card 4.3), so
+    the height. With a fixed `z` the geometry is computed once per image size and kept, so
     that a field costs a few hundred multiply-adds per pixel. A third coordinate that follows the timestep needs the
     geometry of every distinct timestep at every call, which is many times slower. A field depends on its seed, its
     timestep and the options alone: the other members of the batch cannot change a bit of it.
@@ -392,6 +391,8 @@ class OctaveSimplexNoise:
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
         """
+        Makes one field per seed.
+
         Args:
             seeds (`torch.Tensor` of shape `(...)`):
                 int64, one per field, for example `(N, C)`. The fields are made on their device.

@@ -2,9 +2,11 @@ import copy
 
 import pytest
 import torch
+from scipy import stats
 from torch.testing import assert_close
 
-from anodiff.schedulers.noise import draw_gaussian, draw_pyramid, draw_seeds, pyramid_noise, pyramid_sizes
+from anodiff.schedulers.draws import make_keys
+from anodiff.schedulers.noise import draw_pyramid, draw_seeds, pyramid_noise, pyramid_sizes
 from anodiff.schedulers.simplex import (
     NORMALIZATIONS,
     OFFSET_ORIGIN,
@@ -29,10 +31,6 @@ VARIANTS = [
 
 def bits(fields):
     return fields.view(torch.int64 if fields.dtype == torch.float64 else torch.int32)
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -125,7 +123,7 @@ def test_permutation_table_follows_the_written_rule():
 
 def test_seeds_keep_their_shape_and_give_independent_fields():
     noise = OctaveSimplexNoise(wavelength=4, z="timestep")
-    seeds = draw_seeds(3, generators(0, 1), "cpu")
+    seeds = draw_seeds(make_keys(0, range(2)), 3)
     fields = noise(seeds, torch.tensor([[10], [20]]), 40, 50)
     assert fields.shape == (2, 3, 40, 50)
     correlation = torch.corrcoef(fields.reshape(6, -1)) - torch.eye(6)
@@ -196,20 +194,13 @@ def test_a_single_pixel_at_the_origin_is_zero():
     assert torch.equal(noise(torch.arange(3), None, 1, 1), torch.zeros(3, 1, 1))
 
 
-def test_draws_depend_on_their_own_generator():
-    together = draw_gaussian((2, 5, 6), generators(3, 4, 5), "cpu", torch.float32)
-    alone = draw_gaussian((2, 5, 6), generators(4), "cpu", torch.float32)
-    assert together.shape == (3, 2, 5, 6) and together.dtype == torch.float32
-    assert torch.equal(together[1:2], alone)
-
-    seeds = draw_seeds(4, generators(3, 4, 5), "cpu")
+def test_seeds_depend_on_their_key_alone():
+    keys = make_keys(0, [3, 4, 5])
+    seeds = draw_seeds(keys, 4)
     assert seeds.shape == (3, 4) and seeds.dtype == torch.int64
-    assert torch.equal(seeds[1:2], draw_seeds(4, generators(4), "cpu"))
-    assert 0 <= seeds.min() and seeds.max() < 2**62 and len(seeds.unique()) == 12
-    # Draws advance the generator by the same amount each time.
-    generator = generators(3)
-    first, second = draw_seeds(4, generator, "cpu"), draw_seeds(4, generator, "cpu")
-    assert torch.equal(first[0], seeds[0]) and not torch.equal(first, second)
+    assert torch.equal(seeds[1:2], draw_seeds(keys[1:2], 4))
+    many = draw_seeds(make_keys(0, range(1000)), 4)
+    assert 0 <= many.min() and 2**61 < many.max() < 2**62 and len(many.unique()) == 4000
 
 
 @pytest.mark.parametrize(
@@ -264,7 +255,7 @@ def test_an_accelerator_gives_the_same_fields(variant):
 @pytest.mark.parametrize("size", [(24, 24), (33, 33), (40, 12), (7, 5), (1, 9)])
 def test_pyramid_noise_does_not_depend_on_its_batch(size):
     def draw(*seeds):
-        return draw_pyramid((3, *size), generators(*seeds), "cpu", torch.float32)
+        return draw_pyramid(make_keys(0, seeds), (3, *size))
 
     together = draw(*range(20))
     assert together.shape == (20, 3, *size)
@@ -275,14 +266,30 @@ def test_pyramid_noise_does_not_depend_on_its_batch(size):
     assert_close(together.flatten(1).std(1), torch.ones(20), rtol=0, atol=1e-5)
 
 
-def test_pyramid_noise_draws_have_a_fixed_size():
-    # 24, at most 12, 3 and 1 pixels, whatever the rates of a seed are.
-    for seed in range(8):
-        generator, expected = generators(seed, seed)
-        draw_pyramid((2, 24, 24), [generator], "cpu", torch.float32)
-        torch.rand(4, generator=expected)
-        torch.randn(2 * (2 * 24**2 + 12**2 + 3**2 + 1), generator=expected)
-        assert torch.equal(torch.rand(4, generator=generator), torch.rand(4, generator=expected))
+def statistics(noise: torch.Tensor) -> torch.Tensor:
+    """Of every image `(N, H, W)` mean, logarithm of the standard deviation, and mean product of neighbours along both axes: `(4, N)`."""
+    products = (noise[:, :, 1:] * noise[:, :, :-1]).mean((1, 2)), (noise[:, 1:] * noise[:, :-1]).mean((1, 2))
+    return torch.stack([noise.mean((1, 2)), noise.std((1, 2)).log(), *products])
+
+
+def assert_same_distributions(first: torch.Tensor, second: torch.Tensor):
+    for one, other in zip(statistics(first), statistics(second), strict=True):
+        assert stats.ks_2samp(one.numpy(), other.numpy()).pvalue > 1e-3
+
+
+def test_keyed_pyramid_noise_has_the_statistics_of_any_normal_draws():
+    torch.manual_seed(0)
+    largest = [(32, 32), (16, 16), (4, 4), (1, 1)]
+    base, *levels = (torch.randn(400, 1, *size) for size in (largest[0], *largest))
+    expected = pyramid_noise(base, levels, pyramid_sizes(32, 32, 2 + 2 * torch.rand(400, 4)), 0.8, per_image=True)
+    assert_same_distributions(draw_pyramid(make_keys(0, range(400)), (1, 32, 32))[:, 0], expected[:, 0])
+
+
+def test_keyed_simplex_noise_has_the_statistics_of_any_seeds():
+    noise = OctaveSimplexNoise(wavelength=16, z=27.0)
+    seeds = torch.randint(2**62, (400,), generator=torch.Generator().manual_seed(0))
+    keyed = noise(draw_seeds(make_keys(0, range(400)), 1)[:, 0], None, 32, 32)
+    assert_same_distributions(keyed, noise(seeds, None, 32, 32))
 
 
 def test_pyramid_noise_is_a_sum_of_resized_levels():
@@ -315,8 +322,8 @@ def test_pyramid_noise_is_a_sum_of_resized_levels():
     assert (ratio[0] - ratio[1]).abs().min() > 1e-4
 
 
-def test_pyramid_noise_sizes_of_the_card():
-    # Section 4.2: at 128 pixels there are 4 levels, 32 to 63 pixels in the second, 2 to 15 in the third, then 1.
+def test_pyramid_noise_sizes_of_the_authors():
+    # At 128 pixels there are 4 levels, 32 to 63 pixels in the second, 2 to 15 in the third, then 1.
     rates = 2 + 2 * torch.rand(300, 5, generator=torch.Generator().manual_seed(0))
     sizes = pyramid_sizes(128, 128, rates)
     assert (sizes[..., 0] == sizes[..., 1]).all() and (sizes[:, 0] == 128).all()
@@ -328,9 +335,9 @@ def test_pyramid_noise_sizes_of_the_card():
 @pytest.mark.gpu
 def test_pyramid_noise_on_an_accelerator():
     def draw(*seeds):
-        chosen = [torch.Generator("cuda").manual_seed(seed) for seed in seeds]
-        return draw_pyramid((2, 33, 40), chosen, "cuda", torch.float32)
+        return draw_pyramid(keys[list(seeds)], (2, 33, 40))
 
+    keys = make_keys(0, range(9), device="cuda")
     draw(0)
     torch.cuda.set_sync_debug_mode("error")
     try:

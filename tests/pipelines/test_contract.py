@@ -1,0 +1,305 @@
+"""What every pipeline keeps, whatever its method is."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import anodiff
+from anodiff import AnomalyPipeline, DAEScheduler, VolumeProcessor
+from anodiff.pipelines.base import NOT_FINITE
+from anodiff.schedulers.draws import DRAWS_VERSION
+
+from ..tiny import SETTINGS, SIZE, assert_same_map, make_pipeline, make_slices, make_unet, make_volume
+
+
+PIPELINES = [name for name in anodiff.__all__ if name.endswith("Pipeline") and name != "AnomalyPipeline"]
+DRAWING = [name for name in PIPELINES if not getattr(anodiff, name).deterministic]
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def pipe(request) -> AnomalyPipeline:
+    return make_pipeline(request.param)
+
+
+@pytest.fixture(scope="module", params=DRAWING)
+def drawing(request) -> AnomalyPipeline:
+    return make_pipeline(request.param)
+
+
+def map_of(output):
+    """The array that a pipeline is called for: the anomaly map, or the maps of the members."""
+    return output.member_maps if hasattr(output, "member_maps") else output.anomaly_map
+
+
+def tensor_of(pipe, count=3) -> torch.Tensor:
+    return make_slices(count, len(pipe.processor.config.modalities), pipe.processor.config.value_range)
+
+
+def test_every_pipeline_is_tested():
+    assert set(PIPELINES) == set(SETTINGS)
+
+
+def test_batch_size_does_not_matter(pipe):
+    expected = map_of(pipe(make_volume(), batch_size=16))
+    for size in (1, 3, 100):
+        assert_same_map(map_of(pipe(make_volume(), batch_size=size)), expected, 1e-4)
+
+
+def test_saved_and_loaded_it_gives_the_same_map(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    expected = map_of(pipe(make_volume()))
+    for kind in (type(pipe), AnomalyPipeline):
+        loaded = kind.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        assert type(loaded) is type(pipe)
+        assert_same_map(map_of(loaded(make_volume())), expected, 1e-6)
+    index = json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
+    for name in SETTINGS[type(pipe).__name__]:
+        assert name in index
+    assert index["processor"] == ["anodiff", "VolumeProcessor"]
+
+
+def test_every_kind_of_volume_gives_the_same_map(pipe, tmp_path):
+    volume = make_volume()
+    expected = map_of(pipe(volume))
+    image = nib.Nifti1Image(volume, np.eye(4))
+    nib.save(image, tmp_path / "scan.nii.gz")
+    for kind in (tmp_path / "scan.nii.gz", str(tmp_path / "scan.nii.gz"), image, {"image": volume}):
+        assert_same_map(map_of(pipe(kind)), expected)
+    assert map_of(pipe(volume)).shape[-3:] == volume.shape
+
+
+def test_pictures_have_pictures_as_results(pipe, tmp_path):
+    picture = PIL.Image.fromarray((make_volume((20, 18)) * 200).astype(np.uint8))
+    picture.save(tmp_path / "picture.png")
+    output = pipe(picture)
+    assert map_of(output).shape[-2:] == (20, 18)
+    assert_same_map(map_of(pipe(tmp_path / "picture.png")), map_of(output))
+    output.save(tmp_path / "out")
+    assert (tmp_path / "out" / "result.json").exists() and list((tmp_path / "out").glob("*.png"))
+
+
+def test_processed_slices_are_taken_as_they_are(pipe):
+    slices = tensor_of(pipe)
+    brain = torch.ones(3, SIZE, SIZE, dtype=torch.bool)
+    brain[1], brain[2, :4] = False, False
+    output = pipe(slices, brain_mask=brain)
+    found = torch.as_tensor(map_of(output))
+    assert isinstance(map_of(output), torch.Tensor) and found.shape[-3:] == (3, SIZE, SIZE)
+    assert found[..., 0, :, :].abs().max() > 0 and not found[..., 1, :, :].any() and not found[..., 2, :4, :].any()
+    with pytest.raises(ValueError, match="no grid"):
+        output.save("anywhere")
+
+
+def test_a_volume_without_brain_has_an_empty_map(pipe):
+    output = pipe(tensor_of(pipe), brain_mask=torch.zeros(3, SIZE, SIZE, dtype=torch.bool))
+    assert torch.as_tensor(map_of(output)).shape[-3:] == (3, SIZE, SIZE) and not torch.as_tensor(map_of(output)).any()
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_modalities_come_in_any_order(name):
+    pipe = make_pipeline(name, ("t1", "flair"))
+    t1, flair = make_volume(seed=1), make_volume(seed=2)
+    expected = map_of(pipe({"t1": t1, "flair": flair}))
+    assert_same_map(map_of(pipe({"flair": flair, "t1": t1})), expected)
+    assert np.abs(map_of(pipe({"t1": flair, "flair": t1})) - expected).max() > 0
+
+
+def test_a_list_gives_a_list_and_a_tuple_is_the_output(pipe):
+    volumes = [make_volume(), make_volume((18, 20, 3), seed=1)]
+    outputs = pipe(volumes)
+    assert isinstance(outputs, list) and len(outputs) == 2
+    for output, volume in zip(outputs, volumes, strict=True):
+        assert_same_map(map_of(output), map_of(pipe(volume)))
+    values = pipe(volumes[0], return_dict=False)
+    assert isinstance(values, tuple) and len(values) == len(outputs[0].to_tuple())
+    assert_same_map(values[0], outputs[0].to_tuple()[0])
+    with pytest.raises(ValueError, match="Masks of a list of volumes go into dicts"):
+        pipe(volumes, brain_mask=volumes[0])
+
+
+def test_a_call_records_what_it_depends_on_and_changes_nothing(pipe):
+    config, first = dict(pipe.config), pipe(make_volume())
+    settings = {name: value for name, value in pipe.default_settings().items() if value is not None}
+    assert settings.items() <= first.settings.items() and set(pipe.default_settings()) <= set(first.settings)
+    drawn = {"seed": 0, "draws": DRAWS_VERSION}
+    assert {name: first.settings.get(name) for name in drawn} == (
+        dict.fromkeys(drawn) if pipe.deterministic else drawn
+    )
+    json.dumps(first.settings)
+    assert dict(pipe.config) == config
+    again = pipe(make_volume(), threshold=np.float32(0.25))
+    assert again.settings["threshold"] == 0.25 and dict(pipe.config) == config
+    assert_same_map(map_of(again), map_of(first), 1e-6)
+
+
+def test_a_threshold_cuts_the_map(pipe):
+    maps = map_of(pipe(tensor_of(pipe)))
+    threshold = min(float(maps.median()), 0.9)
+    output = pipe(tensor_of(pipe), threshold=threshold)
+    masks = output.member_masks if hasattr(output, "member_masks") else output.pred_mask
+    assert masks.dtype == torch.uint8 and torch.equal(masks.bool(), map_of(output) > threshold)
+
+
+def test_the_progress_bar_is_silent_when_asked(pipe, capfd):
+    pipe(make_volume())
+    assert capfd.readouterr().err == ""
+    pipe.set_progress_bar_config(disable=False)
+    pipe(make_volume())
+    pipe.set_progress_bar_config(disable=True)
+    assert "%" in capfd.readouterr().err
+
+
+def test_the_seed_decides(drawing):
+    volume = make_volume()
+    default = map_of(drawing(volume))
+    for same in (0, np.int64(0), torch.Generator().manual_seed(0)):
+        assert_same_map(map_of(drawing(volume, generator=same)), default, 1e-6)
+    assert np.abs(map_of(drawing(volume, generator=1)) - default).max() > 1e-3 * np.abs(default).max()
+    # A generator of the caller, or torch's own, is not advanced.
+    generator = torch.Generator().manual_seed(5)
+    torch.manual_seed(5)
+    drawing(volume, generator=generator)
+    assert torch.equal(torch.rand(3, generator=generator), torch.rand(3))
+
+
+def test_slices_and_draws_have_noise_of_their_own(drawing):
+    asked = []
+
+    def noise(draws, indices, shape):
+        asked.extend(zip(draws, indices, strict=True))
+        assert shape[0] == len(draws)
+        return torch.stack(
+            [torch.full(shape[1:], 0.1 * draw + 0.01 * index) for draw, index in zip(draws, indices, strict=True)]
+        )
+
+    drawing(tensor_of(drawing), noise=noise)
+    assert len(set(asked)) > 1 and {index for _, index in asked} == {0, 1, 2}
+    assert sorted({draw for draw, _ in asked}) == list(range(max(draw for draw, _ in asked) + 1))
+
+
+def test_given_noise_has_one_form(drawing):
+    """A callable that looks up a tensor is that tensor."""
+    count, shape = 0, None
+
+    def measure(draws, indices, wanted):
+        nonlocal count, shape
+        count, shape = max(count, *(draw + 1 for draw in draws)), wanted[1:]
+        return torch.zeros(wanted)
+
+    slices = tensor_of(drawing)
+    drawing(slices, noise=measure)
+    noise = torch.randn(count, len(slices), *shape, generator=torch.Generator().manual_seed(1))
+    expected = map_of(drawing(slices, noise=noise))
+    assert_same_map(
+        map_of(drawing(slices, noise=lambda draws, indices, _: noise[draws, indices], batch_size=2)), expected, 1e-4
+    )
+    assert drawing(slices, noise=noise).settings["seed"] is None
+    for wrong in (noise[:, :2], noise[..., :8], noise[0]):
+        with pytest.raises(ValueError, match=r"`noise` must have the shape \("):
+            drawing(slices, noise=wrong)
+    with pytest.raises(ValueError, match="either `noise` or `generator`"):
+        drawing(slices, noise=noise, generator=1)
+
+
+def test_several_volumes_share_batches_but_nothing_else(pipe):
+    """`map_slices`, the way of an evaluation: two volumes at once are two calls."""
+    slices, brain = tensor_of(pipe, 6), torch.ones(6, SIZE, SIZE, dtype=torch.bool)
+    brain[1] = False
+    indices = [0, 1, 2, 0, 1, 2]
+    together = (
+        pipe.map_slices(slices, brain, indices, volumes=[3, 3], median_size=0)
+        if "median_size" in pipe.default_settings()
+        else pipe.map_slices(slices, brain, indices, volumes=[3, 3])
+    )
+    for rows in (slice(0, 3), slice(3, 6)):
+        alone = pipe(slices[rows], brain_mask=brain[rows])
+        maps = map_of(alone).movedim(0, 1) if hasattr(alone, "member_maps") else map_of(alone)
+        assert_same_map(together.maps[rows], maps, 1e-4)
+    assert together.added is None and together.maps.dtype == torch.float32
+
+
+def test_a_damaged_network_is_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    damaged = type(pipe).from_pretrained(tmp_path)
+    damaged.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        list(damaged.unet.parameters())[-1].fill_(float("nan"))
+    with pytest.raises(ValueError, match=NOT_FINITE[:40]):
+        damaged(make_volume())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
+        ({"batch_size": 2.0}, "`batch_size` must be an integer of at least 1, got 2.0"),
+        ({"threshold": "high"}, "`threshold` must be .* got 'high'"),
+        ({"threshold": float("nan")}, "`threshold` must be .* got nan"),
+        ({"generator": -1}, "`generator` must be an integer >= 0"),
+        (
+            {"brain_mask": torch.ones(2, SIZE, SIZE)},
+            r"`brain_mask` must have the shape \(3, 16, 16\), got \(2, 16, 16\)",
+        ),
+    ],
+)
+def test_wrong_arguments(pipe, arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        pipe(tensor_of(pipe), **arguments)
+
+
+def test_wrong_tensors(pipe):
+    for tensor, message in (
+        (torch.zeros(3, 2, SIZE, SIZE), r"must have the shape \(N, 1, H, W\) with N >= 1, got \(3, 2, 16, 16\)"),
+        (torch.zeros(0, 1, SIZE, SIZE), "with N >= 1"),
+        (torch.full((3, 1, SIZE, SIZE), float("nan")), "NaN or infinite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(tensor)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_components_that_do_not_fit_are_refused_at_once(name):
+    for component in ("scheduler", "unet", "processor"):
+        wrong = torch.nn.Linear(1, 1) if component == "unet" else DAEScheduler()
+        if name == "DAEPipeline" and component == "scheduler":
+            wrong = anodiff.ANDiScheduler()
+        with pytest.raises(TypeError, match=f"`{component}` must be a .*, got {type(wrong).__name__}"):
+            make_pipeline(name, **{component: wrong})
+    other = make_pipeline(name, ("t1", "flair", "t2"))
+    with pytest.raises(ValueError, match="`unet` must have .* `in_channels` for the modalities image, got"):
+        make_pipeline(name, unet=other.unet)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_settings_are_checked_when_a_pipeline_is_made(name):
+    with pytest.raises(ValueError, match="`threshold` must be"):
+        make_pipeline(name, threshold="high")
+    with pytest.raises(ValueError, match="`median_size` must"):
+        make_pipeline(name, median_size=-1)
+    with pytest.raises(TypeError):
+        make_pipeline(name, no_such_setting=1)
+
+
+def test_speed_options_change_little(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    fast = type(pipe).from_pretrained(tmp_path)
+    fast.set_progress_bar_config(disable=True)
+    fast.enable_fast_inference(channels_last=True)
+    assert_same_map(map_of(fast(make_volume())), map_of(pipe(make_volume())), 1e-3)
+    with pytest.raises(ValueError, match="`autocast` must be one of bf16, fp16, None, got 'int8'"):
+        fast.enable_fast_inference(autocast="int8")
+
+
+def test_the_base_names_what_it_cannot_load(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        AnomalyPipeline.from_pretrained(tmp_path / "nothing")
+    make_pipeline("DAEPipeline").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a DAEPipeline, not a ANDiPipeline"):
+        anodiff.ANDiPipeline.from_pretrained(tmp_path)
+    assert isinstance(AnomalyPipeline.from_pretrained(tmp_path).processor, VolumeProcessor)
+    assert make_unet().config.in_channels == 1
