@@ -83,20 +83,26 @@ def postprocessing_changes(options: EvalOptions) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_calibrate(options: EvalOptions) -> None:
-    """Raises a `ValueError` for a calibration that cannot be, before anything is evaluated."""
-    if options.calibrate is None:
-        if options.guidance_scales or options.calibration_slices:
-            raise ValueError("`guidance_scales` and `calibration_slices` belong to `calibrate labels`.")
-        return
-    if options.calibration_slices and options.calibrate != "labels":
-        raise ValueError(f"`calibration_slices` belongs to `calibrate labels`, got it with {options.calibrate}.")
-    check_choice("calibrate", options.calibrate, CALIBRATION_POLICIES)
-    if options.validation_split == "none":
-        raise ValueError("`calibrate` needs a validation split, got `validation_split` none.")
-    if options.set_threshold:
-        raise ValueError("Give either `calibrate` or `set_threshold`: both store a threshold in the checkpoint.")
-    _check_own_settings("calibrate", options)
+def check_stored(options: EvalOptions) -> None:
+    """Raises a `ValueError` for values that could not be found or stored in the checkpoints, before anything is evaluated."""
+    if options.calibrate is None and (options.guidance_scales or options.calibration_slices):
+        raise ValueError("`guidance_scales` and `calibration_slices` belong to `calibrate labels`.")
+    if options.calibrate is not None:
+        check_choice("calibrate", options.calibrate, CALIBRATION_POLICIES)
+        if options.calibration_slices and options.calibrate != "labels":
+            raise ValueError(f"`calibration_slices` belongs to `calibrate labels`, got it with {options.calibrate}.")
+        if options.validation_split == "none":
+            raise ValueError("`calibrate` needs a validation split, got `validation_split` none.")
+        if options.set_threshold:
+            raise ValueError("Give either `calibrate` or `set_threshold`: both store a threshold in the checkpoint.")
+    check_choice("set_threshold", options.set_threshold, ("validation", "healthy", None))
+    option = "calibrate" if options.calibrate else "set_threshold" if options.set_threshold else None
+    # What is stored in a checkpoint must have been found with its own settings.
+    if option and (options.inference or postprocessing_changes(options)):
+        raise ValueError(f"`{option}` needs the checkpoint's own settings: leave `inference` and post-processing out.")
+    remote = [model for model in options.model if not Path(model).is_dir()]
+    if option and remote:
+        raise ValueError(f"`{option}` needs checkpoint folders, got {', '.join(remote)}.")
 
 
 def calibrate_checkpoint(
@@ -118,23 +124,6 @@ def calibrate_checkpoint(
     return record
 
 
-def check_set_threshold(options: EvalOptions) -> None:
-    """Raises a `ValueError` for a threshold that could not be stored, before anything is evaluated."""
-    if options.set_threshold is None:
-        return
-    check_choice("set_threshold", options.set_threshold, ("validation", "healthy"))
-    _check_own_settings("set_threshold", options)
-
-
-def _check_own_settings(option: str, options: EvalOptions) -> None:
-    """What is stored in a checkpoint must have been found with its own settings."""
-    if options.inference or postprocessing_changes(options):
-        raise ValueError(f"`{option}` needs the checkpoint's own settings: leave `inference` and post-processing out.")
-    remote = [model for model in options.model if not Path(model).is_dir()]
-    if remote:
-        raise ValueError(f"`{option}` needs checkpoint folders, got {', '.join(remote)}.")
-
-
 def set_threshold(folder: Path, threshold: float | None) -> None:
     """Stores a threshold in a checkpoint folder."""
     if threshold is None:
@@ -145,44 +134,36 @@ def set_threshold(folder: Path, threshold: float | None) -> None:
 def _store_values(folder: Path, values: dict) -> None:
     """Puts values of the pipeline's configuration into a checkpoint folder and the table of its card."""
     index = folder / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | values, indent=2) + "\n")
+    index.write_text(
+        json.dumps(json.loads(index.read_text(encoding="utf-8")) | values, indent=2) + "\n", encoding="utf-8"
+    )
     card = folder / "README.md"
     if card.exists():
-        text = card.read_text()
+        text = card.read_text(encoding="utf-8")
         for name, value in values.items():
             text = re.sub(rf"^\| `{name}` \|.*\|$", f"| `{name}` | {value} |", text, flags=re.M)
-        card.write_text(text)
+        card.write_text(text, encoding="utf-8")
 
 
 def describe_model(model: str, pipeline: AnomalyPipeline, options: EvalOptions) -> dict:
-    """Returns what a row of the report says of its model: method and folder as tables call it, which version, who it was trained on."""
-    method = type(pipeline).__name__.removesuffix("Pipeline")
-    path = Path(model)
+    """Returns what a row of the report says of its model: method and folder as tables call it, which commit of a repository, and who it was
+    trained on, from the recipe of the training data, which travels with the weights."""
+    method, path, commit = type(pipeline).__name__.removesuffix("Pipeline"), Path(model), None
+    recipe = path / "recipe.yaml"
+    if not path.is_dir():
+        cached = huggingface_hub.try_to_load_from_cache(model, "model_index.json")
+        commit = Path(cached).parent.name if isinstance(cached, str) else None
+        try:
+            recipe = Path(huggingface_hub.hf_hub_download(model, "recipe.yaml"))
+        except huggingface_hub.errors.EntryNotFoundError:
+            pass
+    population = "not recorded in the checkpoint; state it with --training_population"
+    if recipe.is_file():
+        population = describe_population(yaml.safe_load(recipe.read_text(encoding="utf-8")))
     return {
         "name": f"{method} ({path.parent.name if path.name == 'pipeline' else path.name})",
         "kind": "pipeline",
         "model": model,
-        "commit": _commit(model),
-        "training_population": options.training_population or training_population(model),
+        "commit": commit,
+        "training_population": options.training_population or population,
     }
-
-
-def _commit(model: str) -> str | None:
-    """The commit of a Hub model that was loaded; `None` for a folder."""
-    if Path(model).is_dir():
-        return None
-    cached = huggingface_hub.try_to_load_from_cache(model, "model_index.json")
-    return Path(cached).parent.name if isinstance(cached, str) else None
-
-
-def training_population(model: str) -> str:
-    """Returns who a checkpoint was trained on, from the recipe of its training data, which travels with the weights."""
-    path = Path(model) / "recipe.yaml"
-    if not Path(model).is_dir():
-        try:
-            path = Path(huggingface_hub.hf_hub_download(model, "recipe.yaml"))
-        except huggingface_hub.errors.EntryNotFoundError:
-            pass
-    if not path.is_file():
-        return "not recorded in the checkpoint; state it with --training_population"
-    return describe_population(yaml.safe_load(path.read_text()))

@@ -17,16 +17,9 @@ from ..pipelines.postprocessing import PostProcessing
 
 
 def slice_numbers(split: PreparedSplit, subject: str, slices: np.ndarray) -> np.ndarray:
-    """
-    Returns the numbers that the random numbers of a subject's slices depend on, `(N,)`: those of the slices in their volume, as in a call
-    of the pipeline. A picture, a subject of one slice, has the number of its row in the split: all pictures are slice 0 of their own
-    volume, and what a method draws by chance would count in every one of them.
-
-    Args:
-        split ([`PreparedSplit`]): Where the subject is.
-        subject (`str`): Its name.
-        slices (`np.ndarray` of shape `(N,)`): Column `slice` of those of its rows that are used.
-    """
+    """Returns the numbers that the random numbers of a subject's slices depend on, `(N,)`: `slices`, those of the slices in their volume, as
+    in a call of the pipeline. A picture, a subject of one slice, has the number of its row in the split: all pictures are slice 0 of
+    their own volume, and what a method draws by chance would count in every one of them."""
     is_picture = split.subject_info[subject]["network_shape"][2] == 1
     return np.asarray(split.subject_rows(subject)) if is_picture else slices
 
@@ -117,15 +110,8 @@ class EnsembleCase(_Stored):
 
 
 def make_case(item: dict, maps: np.ndarray, postprocessing: PostProcessing, **optional) -> Case:
-    """
-    Returns the case of a subject.
-
-    Args:
-        item (`dict`): Columns of the subject's rows, and its name as `subject`.
-        maps (`np.ndarray` of shape `(N, H, W)`): Filtered maps, float32.
-        postprocessing ([`PostProcessing`]): Says how scores are made of maps.
-        optional: The optional values of a [`Case`].
-    """
+    """Returns the case of a subject from the columns of its rows and its name, `item`, filtered maps `(N, H, W)`, float32, what says how
+    scores are made of maps, and the optional values of a [`Case`]."""
     # Several annotators: a voxel counts as lesion where at least half of them say so.
     mask = item["mask"].mean(1) >= 0.5 if item["mask"].shape[1] and (item["label"] >= 0).all() else None
     brain = item["brain"]
@@ -161,14 +147,8 @@ class Needs(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """
-    What a protocol says of one method.
-
-    Args:
-        metrics (`dict[str, float | None]`): Columns of the table and more, `None` where undefined.
-        records (`list[dict]`): Values of each test case (of ensembles: of each image).
-        more (`dict`): What else the row of the report holds.
-    """
+    """What a protocol says of one method: `metrics`, `None` where undefined, `records` with values of each test case (of ensembles: of each
+    image), and what else the row of the report holds."""
 
     metrics: dict[str, float | None]
     records: list[dict]

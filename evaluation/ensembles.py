@@ -10,7 +10,7 @@ from types import ModuleType
 
 import numpy as np
 
-from ..data.prepared import PreparedSplit
+from ..data.prepared import PreparedSplit, load_prepared
 from ..pipelines.base import AnomalyPipeline, SliceResults
 from .cases import EnsembleCase
 from .options import EvalOptions
@@ -47,9 +47,9 @@ def check_options(options: EvalOptions) -> None:
         )
 
 
-def split_names(options: EvalOptions) -> dict[str, str]:
-    """Returns the splits that are needed, by their part in the evaluation; baselines are made of the training split."""
-    return {"test": options.split, **({"train": "train"} if options.baselines else {})}
+def name_splits(options: EvalOptions) -> dict[str, str]:
+    """Returns the name of the split that cases are made of: nothing is chosen on a validation split."""
+    return {"test": options.split}
 
 
 def choose_subjects(split: PreparedSplit) -> list[str]:
@@ -60,12 +60,12 @@ def choose_subjects(split: PreparedSplit) -> list[str]:
     return chosen
 
 
-def make_row_settings(pipeline: AnomalyPipeline) -> dict:
+def describe_settings(pipeline: AnomalyPipeline) -> dict:
     """Returns the settings that a row of the report names."""
     return {**pipeline.default_settings(), "threshold": pipeline.config.threshold}
 
 
-def finish_case(
+def make_case_of(
     item: dict, results: SliceResults, rows: slice, pipeline: AnomalyPipeline, protocol: ModuleType
 ) -> EnsembleCase:
     """Returns the case of the subject `item`, whose slices are some `rows` of the results."""
@@ -78,7 +78,7 @@ def make_baselines(
 ) -> Iterator[tuple[dict, Callable[[dict], EnsembleCase]]]:
     """Yields the rows of two baselines that see no image, each with the function that makes the case of a subject: level sets of the rate
     at which training annotations mark a pixel, and random training annotations. They have as many members as the first model."""
-    training, test = splits["train"], splits["test"]
+    training, test = load_prepared(options.data, "train"), splits["test"]
     count = rows[0]["settings"]["num_ensemble"] if rows else MEMBERS
     annotated = np.flatnonzero(training.annotations)
     if not annotated.size:
@@ -114,22 +114,18 @@ def make_statistics(splits: dict[str, PreparedSplit]) -> list[dict]:
     return []
 
 
-def describe_labels(split: PreparedSplit) -> str:
-    """Returns what the masks are compared with."""
-    annotations = sorted({split.subject_info[subject]["annotations"] for subject in choose_subjects(split)})
-    raters = " to ".join(map(str, sorted({annotations[0], annotations[-1]})))
-    return (
+def describe_samples(split: PreparedSplit, rows: list[dict]) -> tuple[str, str]:
+    """Returns what the masks are compared with, and how many of what were scored."""
+    annotations = [split.subject_info[subject]["annotations"] for subject in choose_subjects(split)]
+    raters = " to ".join(map(str, sorted({min(annotations), max(annotations)})))
+    labels = (
         f"{raters} annotations as they are, empty ones included; two empty masks agree (IoU 1); GED over all"
         " ordered pairs with themselves (V-statistic)"
     )
-
-
-def describe_samples(split: PreparedSplit, rows: list[dict]) -> str:
-    """Returns how many of what were scored."""
     images = rows[0]["subjects"]
     samples = ", ".join(f"{row['name']}: {row['metrics']['num_samples']}" for row in rows)
     groups = len({image["group"] for image in images})
-    return f"{groups} groups, {len(images)} images; samples per image: {samples}"
+    return labels, f"{groups} groups, {len(images)} images; samples per image: {samples}"
 
 
 def draw(report: dict, rows: list[tuple[dict, Path]], split: PreparedSplit, output_dir: Path) -> None:

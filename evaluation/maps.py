@@ -14,7 +14,7 @@ from ..data.prepared import PreparedSplit
 from ..pipelines.base import AnomalyPipeline, SliceResults
 from ..pipelines.postprocessing import PostProcessing
 from .baselines import intensity_map, slice_statistics
-from .candidates import check_calibrate, check_set_threshold, postprocessing_changes
+from .candidates import check_stored, postprocessing_changes
 from .cases import Case, make_case
 from .options import EvalOptions
 from .pictures import draw_cases
@@ -29,12 +29,11 @@ HEAD = {}
 
 def check_options(options: EvalOptions) -> None:
     """Raises a `ValueError` for options that contradict each other."""
-    check_set_threshold(options)
-    check_calibrate(options)
+    check_stored(options)
 
 
-def split_names(options: EvalOptions) -> dict[str, str]:
-    """Returns the splits that are needed, by their part in the evaluation."""
+def name_splits(options: EvalOptions) -> dict[str, str]:
+    """Returns the names of the splits that cases are made of, by their part in the evaluation."""
     validation = {} if options.validation_split == "none" else {"validation": options.validation_split}
     return {"test": options.split, **validation}
 
@@ -44,12 +43,12 @@ def choose_subjects(split: PreparedSplit) -> list[str]:
     return split.subjects
 
 
-def make_row_settings(pipeline: AnomalyPipeline) -> dict:
+def describe_settings(pipeline: AnomalyPipeline) -> dict:
     """Returns the settings that a row of the report names."""
     return {**asdict(pipeline.postprocessing), **pipeline.default_settings()}
 
 
-def finish_case(
+def make_case_of(
     item: dict, results: SliceResults, rows: slice, pipeline: AnomalyPipeline, protocol: ModuleType
 ) -> Case:
     """Returns the case of the subject `item`, whose slices are some `rows` of the results."""
@@ -110,19 +109,14 @@ def make_statistics(splits: dict[str, PreparedSplit]) -> list[dict]:
     return rows
 
 
-def describe_labels(split: PreparedSplit) -> str:
-    """Returns what counts as anomalous."""
+def describe_samples(split: PreparedSplit, rows: list[dict]) -> tuple[str, str]:
+    """Returns what counts as anomalous, and how many of what were scored."""
     annotations = max(split.subject_info[subject]["annotations"] for subject in split.subjects)
-    if annotations == 0:
-        return "given per subject, no masks"
     voxel = "mask > 0" if annotations == 1 else f"at least half of {annotations} annotations"
-    return f"voxel: {voxel}; a slice is anomalous with one annotated pixel, a subject with one such slice"
-
-
-def describe_samples(split: PreparedSplit, rows: list[dict]) -> str:
-    """Returns how many of what were scored."""
+    labels = f"voxel: {voxel}; a slice is anomalous with one annotated pixel, a subject with one such slice"
     anomalous = int((split.labels == 1).sum())
-    return f"{len(split.subjects)} subjects, {len(split)} slices, {anomalous} of them anomalous"
+    samples = f"{len(split.subjects)} subjects, {len(split)} slices, {anomalous} of them anomalous"
+    return labels if annotations else "given per subject, no masks", samples
 
 
 def draw(report: dict, rows: list[tuple[dict, Path]], split: PreparedSplit, output_dir: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import torch
+from accelerate import Accelerator
 
 import anodiff
 
@@ -23,22 +23,13 @@ def make_report(
     protocols: list[ModuleType],
     split: PreparedSplit,
     rows: list[dict],
-    device: torch.device,
-    processes: int,
+    accelerator: Accelerator,
 ) -> dict:
-    """
-    Returns the report as `report.json` holds it.
-
-    Args:
-        options ([`EvalOptions`]): Of the evaluation.
-        kind (`module`): `maps` or `ensembles`.
-        protocols (`list[module]`): Those whose columns the rows have.
-        split ([`PreparedSplit`]): What was scored.
-        rows (`list[dict]`): Results, scored.
-        device, processes: What it ran on.
-    """
+    """Returns the report of scored rows as `report.json` holds it. `kind` is the module `maps` or `ensembles`, `protocols` are those whose
+    columns the rows have, `split` is what was scored."""
     settings, subjects = split.processor_settings, kind.choose_subjects(split)
     labels = split.labels[np.concatenate([split.subject_rows(subject) for subject in subjects])]
+    label_definition, samples = kind.describe_samples(split, rows)
     texts = {
         field: "".join(protocol.TEXT.get(field, "") for protocol in protocols).format(healthy_fpr=options.healthy_fpr)
         for field in ("unit_of_averaging", "threshold_policy")
@@ -67,14 +58,14 @@ def make_report(
                 f"{row['name']}: " + (", ".join(f"{key} {value}" for key, value in row["settings"].items()) or "none")
                 for row in rows
             ),
-            "label_definition": kind.describe_labels(split),
-            "samples": kind.describe_samples(split, rows),
+            "label_definition": label_definition,
+            "samples": samples,
         },
         "results": rows,
         "seed": options.seed,
         "draws": DRAWS_VERSION,
-        "device": device_name(device),
-        "processes": processes,
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
         "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate", "numpy")},
     }
 

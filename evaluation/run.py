@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm.auto import tqdm
 
 from ..data.prepared import PreparedSplit, load_prepared
-from ..pipelines.base import AnomalyPipeline
+from ..pipelines.base import AnomalyPipeline, SliceResults
 from . import ensembles, maps
 from .calibration import LabelledSlices
 from .candidates import calibrate_checkpoint, choose_protocol, describe_model, load_pipeline, set_threshold
@@ -31,8 +30,6 @@ from .scoring import sweep_thresholds
 
 # What is computed, stored and drawn, by the task of the pipelines.
 KINDS = {"anomaly-detection": maps, "segmentation": ensembles}
-
-SCORED = ("validation", "test")
 
 
 def evaluate(options: EvalOptions) -> dict:
@@ -50,170 +47,155 @@ def evaluate(options: EvalOptions) -> dict:
     output_dir = Path(options.output_dir)
     if (output_dir / "report.json").exists():
         raise FileExistsError(f"{output_dir} already holds a report. Choose another `--output_dir`, or move it away.")
-    protocol = choose_protocol(options)
-    kind = KINDS[protocol.TASK]
-    kind.check_options(options)
-    if options.push_to_hub:
-        check_hub(options, accelerator.is_main_process)
-    accelerator.wait_for_everyone()
-    with accelerator.main_process_first():
-        splits = {part: load_prepared(options.data, name) for part, name in kind.split_names(options).items()}
-
-    # 1. Cases of the models and of the baselines, a folder for each row.
-    cases_dir = output_dir / "maps"
-    calibrations = _calibrate(splits, options, accelerator)
-    rows = []
-    for number, model in enumerate(options.model):
-        row = _compute_model(model, cases_dir / f"{number:02d}", splits, kind, protocol, options, accelerator)
-        rows.append(row | ({"calibration": calibrations[model]} if model in calibrations else {}))
-    folders = [cases_dir / f"{number:02d}" for number in range(len(rows))]
-    for row, make in kind.make_baselines(splits, rows[:1], protocol, options) if options.baselines else ():
-        folders.append(cases_dir / row["name"].replace(" ", "-"))
-        for part, split in _scored(splits):
-            for item in _read_own(split, kind, accelerator):
-                make(item).save(folders[-1] / part)
-        rows.append(row)
-    accelerator.wait_for_everyone()
-
-    # 2. Scores and report.
+    evaluation = _Evaluation(options, accelerator)
     if accelerator.is_main_process:
-        report = _score(rows, folders, splits, kind, protocol, options, accelerator)
+        calibrations = evaluation.calibrate()
+    accelerator.wait_for_everyone()
+    evaluation.compute_models()
+    evaluation.compute_baselines()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for row in evaluation.rows:
+            if row.get("model") in calibrations:
+                row["calibration"] = calibrations[row["model"]]
+        report = evaluation.score()
         (output_dir / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False), encoding="utf-8")
-        for row in rows if options.set_threshold else ():
+        for row in report["results"] if options.set_threshold else ():
             if row["kind"] == "pipeline":
                 set_threshold(Path(row["model"]), row["metrics"][f"threshold_{options.set_threshold}"])
         if not options.keep_maps:
-            shutil.rmtree(cases_dir, ignore_errors=True)
+            shutil.rmtree(evaluation.folder, ignore_errors=True)
     accelerator.wait_for_everyone()
     report = json.loads((output_dir / "report.json").read_text(encoding="utf-8"))
     accelerator.end_training()  # takes the process group down: nothing waits for anybody from here on
     if accelerator.is_main_process and options.push_to_hub:
-        print(f"Pushed to {push_report(options, report, splits['test'].recipe, output_dir)}")
+        print(f"Pushed to {push_report(options, report, evaluation.splits['test'].recipe, output_dir)}")
     return report
 
 
-def _calibrate(splits: dict[str, PreparedSplit], options: EvalOptions, accelerator: Accelerator) -> dict[str, dict]:
-    """Records of the calibrations, by model, on the first process; the others wait, and then load what was stored."""
-    records = {}
-    if options.calibrate and accelerator.is_main_process:
-        slices = LabelledSlices(splits["validation"], options.calibration_slices)
-        for model in options.model:
-            records[model] = calibrate_checkpoint(model, slices, splits["validation"], options, accelerator.device)
-    accelerator.wait_for_everyone()
-    return records
+class _Evaluation:
+    """The state of one evaluation: options, data, and the rows of the report, each with the folder of its cases."""
 
+    def __init__(self, options: EvalOptions, accelerator: Accelerator):
+        self.options, self.accelerator = options, accelerator
+        self.protocol = choose_protocol(options)
+        self.kind = KINDS[self.protocol.TASK]
+        self.kind.check_options(options)
+        if options.push_to_hub:
+            check_hub(options, accelerator.is_main_process)
+        accelerator.wait_for_everyone()
+        with accelerator.main_process_first():
+            self.splits = {
+                part: load_prepared(options.data, name) for part, name in self.kind.name_splits(options).items()
+            }
+        self.folder = Path(options.output_dir) / "maps"
+        self.rows: list[dict] = []
+        self.folders: list[Path] = []
 
-def _compute_model(
-    model: str,
-    folder: Path,
-    splits: dict[str, PreparedSplit],
-    kind: ModuleType,
-    protocol: ModuleType,
-    options: EvalOptions,
-    accelerator: Accelerator,
-) -> dict:
-    """Writes the cases that a model makes of this process's subjects; returns the row of the report, not yet scored."""
-    pipeline = load_pipeline(model, options, accelerator.device)
-    pipeline.processor.check_equal(splits["test"].processor_settings, f"{model} was trained with")
-    seconds, count = 0.0, 0
-    for part, split in _scored(splits):
-        title = f"{Path(model).name}, {part}"
-        for items in _batches(split, kind, options.batch_size, title, accelerator):
-            results, duration = _map(pipeline, split, items, protocol, options)
-            start = 0
-            for item in items:
-                rows = slice(start, start + len(item["image"]))
-                start = rows.stop
-                kind.finish_case(item, results, rows, pipeline, protocol).save(folder / part)
-            seconds, count = seconds + duration, count + start
-    totals = np.sum(gather_object([(seconds, count)]), 0)
-    return {
-        **describe_model(model, pipeline, options),
-        "settings": kind.make_row_settings(pipeline),
-        "seconds_per_slice": float(totals[0] / max(totals[1], 1)),
-    }
-
-
-@torch.no_grad()
-def _map(
-    pipeline: AnomalyPipeline, split: PreparedSplit, items: list[dict], protocol: ModuleType, options: EvalOptions
-) -> tuple:
-    """Results of some subjects together, and the seconds that they took: from slices to filtered maps, without reading and writing."""
-    images, brain = (torch.from_numpy(np.concatenate([item[key] for item in items])) for key in ("image", "brain"))
-    numbers = np.concatenate([slice_numbers(split, item["subject"], item["slice"]) for item in items])
-    settings = {key: value for key, value in protocol.NEEDS.settings.items() if key in pipeline.default_settings()}
-    device = pipeline._execution_device
-    start = time.perf_counter()
-    results = pipeline.map_slices(
-        images.to(device),
-        brain.to(device),
-        numbers.tolist(),
-        volumes=[len(item["image"]) for item in items],
-        batch_size=options.batch_size,
-        seed=options.seed,
-        **settings,
-    )
-    return results, time.perf_counter() - start
-
-
-def _scored(splits: dict[str, PreparedSplit]) -> list[tuple[str, PreparedSplit]]:
-    return [(part, splits[part]) for part in SCORED if part in splits]
-
-
-def _read_own(split: PreparedSplit, kind: ModuleType, accelerator: Accelerator) -> Iterator[dict]:
-    """The subjects of this process, read."""
-    for subject in kind.choose_subjects(split)[accelerator.process_index :: accelerator.num_processes]:
-        yield {"subject": subject, "group": split.subject_info[subject]["group"], **split.read_subject(subject)}
-
-
-def _batches(
-    split: PreparedSplit, kind: ModuleType, batch_size: int, title: str, accelerator: Accelerator
-) -> Iterator[list[dict]]:
-    """The subjects of this process, those of few slices (pictures) put together, so that batches are full."""
-    waiting: list[dict] = []
-    mine = len(kind.choose_subjects(split)[accelerator.process_index :: accelerator.num_processes])
-    bar = tqdm(total=mine, desc=title, disable=not accelerator.is_local_main_process, unit="subject")
-    for item in _read_own(split, kind, accelerator):
-        waiting.append(item)
-        if sum(len(one["image"]) for one in waiting) >= batch_size:
-            yield waiting
-            bar.update(len(waiting))
-            waiting = []
-    if waiting:
-        yield waiting
-        bar.update(len(waiting))
-    bar.close()
-
-
-def _score(
-    rows: list[dict],
-    folders: list[Path],
-    splits: dict[str, PreparedSplit],
-    kind: ModuleType,
-    protocol: ModuleType,
-    options: EvalOptions,
-    accelerator: Accelerator,
-) -> dict:
-    """Scores rows from their cases, in place, and writes everything of the report but `report.json`; returns the report."""
-    output_dir = Path(options.output_dir)
-    protocols = list(dict.fromkeys([kind.OWN_PROTOCOL, protocol]))
-    thresholds = None if options.sweep is None else sweep_thresholds(options.sweep)
-    for row, folder in zip(tqdm(rows, desc="scoring"), folders, strict=True):
-        files = {
-            part: [folder / part / f"{name}.npz" for name in kind.choose_subjects(split)]
-            for part, split in _scored(splits)
+    def calibrate(self) -> dict[str, dict]:
+        """Calibrates the checkpoints, if that is wanted; returns the records by model. Other processes load what was stored."""
+        if not self.options.calibrate:
+            return {}
+        split, device = self.splits["validation"], self.accelerator.device
+        slices = LabelledSlices(split, self.options.calibration_slices)
+        return {
+            model: calibrate_checkpoint(model, slices, split, self.options, device) for model in self.options.model
         }
-        row |= {"metrics": {}, "subjects": []}
-        for one in protocols:
-            metrics, records, more = one.score(row, files, thresholds, options)
-            row["metrics"] |= metrics
-            row |= more
-            row["subjects"] = [old | new for old, new in zip_longest(row["subjects"], records, fillvalue={})]
-    pictured = list(zip(rows, folders, strict=True))
-    if options.baselines:
-        rows = rows + kind.make_statistics(splits)
-    report = make_report(options, kind, protocols, splits["test"], rows, accelerator.device, accelerator.num_processes)
-    kind.draw(report, pictured, splits["test"], output_dir)
-    columns = {name: title for one in protocols for name, title in one.COLUMNS.items()}
-    (output_dir / "report.md").write_text(markdown(report, columns), encoding="utf-8")
-    return report
+
+    def compute_models(self) -> None:
+        """Writes the cases that the models make of this process's subjects, and adds their rows."""
+        for number, model in enumerate(self.options.model):
+            pipeline = load_pipeline(model, self.options, self.accelerator.device)
+            pipeline.processor.check_equal(self.splits["test"].processor_settings, f"{model} was trained with")
+            # Two models of one name must not share a folder.
+            self.folders.append(self.folder / f"{number:02d}")
+            times = []
+            for part, split in self.splits.items():
+                for items in self._batches(split, f"{Path(model).name}, {part}"):
+                    results, seconds = self._map(pipeline, split, items)
+                    start = 0
+                    for item in items:
+                        rows = slice(start, start := start + len(item["image"]))
+                        case = self.kind.make_case_of(item, results, rows, pipeline, self.protocol)
+                        case.save(self.folders[-1] / part)
+                    times.append((seconds, start))
+            seconds, slices = np.sum(gather_object(times), 0)
+            self.rows.append(
+                {
+                    **describe_model(model, pipeline, self.options),
+                    "settings": self.kind.describe_settings(pipeline),
+                    "seconds_per_slice": float(seconds / slices),
+                }
+            )
+
+    def compute_baselines(self) -> None:
+        """Writes the cases that the baselines make of this process's subjects, and adds their rows."""
+        if not self.options.baselines:
+            return
+        for row, make in self.kind.make_baselines(self.splits, self.rows[:1], self.protocol, self.options):
+            self.rows.append(row)
+            self.folders.append(self.folder / row["name"].replace(" ", "-"))
+            for part, split in self.splits.items():
+                for item in self._read_own(split):
+                    make(item).save(self.folders[-1] / part)
+
+    def score(self) -> dict:
+        """Scores the rows from their cases, draws, and writes `report.md`; returns the report."""
+        options, kind, output_dir = self.options, self.kind, Path(self.options.output_dir)
+        protocols = list(dict.fromkeys([kind.OWN_PROTOCOL, self.protocol]))
+        thresholds = None if options.sweep is None else sweep_thresholds(options.sweep)
+        for row, folder in zip(tqdm(self.rows, desc="scoring"), self.folders, strict=True):
+            files = {
+                part: [folder / part / f"{name}.npz" for name in kind.choose_subjects(split)]
+                for part, split in self.splits.items()
+            }
+            row |= {"metrics": {}, "subjects": []}
+            for protocol in protocols:
+                metrics, records, more = protocol.score(row, files, thresholds, options)
+                row["metrics"] |= metrics
+                row |= more
+                row["subjects"] = [old | new for old, new in zip_longest(row["subjects"], records, fillvalue={})]
+        statistics = kind.make_statistics(self.splits) if options.baselines else []
+        report = make_report(options, kind, protocols, self.splits["test"], self.rows + statistics, self.accelerator)
+        kind.draw(report, list(zip(self.rows, self.folders, strict=True)), self.splits["test"], output_dir)
+        columns = {name: title for protocol in protocols for name, title in protocol.COLUMNS.items()}
+        (output_dir / "report.md").write_text(markdown(report, columns), encoding="utf-8")
+        return report
+
+    @torch.no_grad()
+    def _map(self, pipeline: AnomalyPipeline, split: PreparedSplit, items: list[dict]) -> tuple[SliceResults, float]:
+        """Results of some subjects together, and the seconds from slices to filtered maps: not those of reading and writing."""
+        images, brain = (torch.from_numpy(np.concatenate([item[key] for item in items])) for key in ("image", "brain"))
+        numbers = np.concatenate([slice_numbers(split, item["subject"], item["slice"]) for item in items])
+        own = pipeline.default_settings()
+        settings = {key: value for key, value in self.protocol.NEEDS.settings.items() if key in own}
+        start = time.perf_counter()
+        results = pipeline.map_slices(
+            images.to(self.accelerator.device),
+            brain.to(self.accelerator.device),
+            numbers.tolist(),
+            volumes=[len(item["image"]) for item in items],
+            batch_size=self.options.batch_size,
+            seed=self.options.seed,
+            **settings,
+        )
+        return results, time.perf_counter() - start
+
+    def _read_own(self, split: PreparedSplit) -> Iterator[dict]:
+        """The subjects of this process, read."""
+        for subject in self.kind.choose_subjects(split)[
+            self.accelerator.process_index :: self.accelerator.num_processes
+        ]:
+            yield {"subject": subject, "group": split.subject_info[subject]["group"], **split.read_subject(subject)}
+
+    def _batches(self, split: PreparedSplit, title: str) -> Iterator[list[dict]]:
+        """The subjects of this process, those of few slices (pictures) put together, so that batches are full."""
+        waiting: list[dict] = []
+        quiet = not self.accelerator.is_local_main_process
+        for item in tqdm(self._read_own(split), desc=title, disable=quiet, unit=" subjects"):
+            waiting.append(item)
+            if sum(len(one["image"]) for one in waiting) >= self.options.batch_size:
+                yield waiting
+                waiting = []
+        if waiting:
+            yield waiting

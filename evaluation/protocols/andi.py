@@ -58,20 +58,9 @@ def scale_to_range(maps: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None, options: EvalOptions) -> Scores:
-    """
-    Scores one method under ANDi's protocol.
-
-    Args:
-        row (`dict`): With the `name` of the method: the equalised FLAIR is not scaled.
-        files (`dict[str, list[Path]]`):
-            Of the split `test`, what [`Case.save`] wrote; cases without a mask only take part in the scaling.
-        thresholds (`np.ndarray` of shape `(T,)`, *optional*): Grid of the oracle, of scaled maps.
-        options ([`EvalOptions`]): Nothing of it is used.
-
-    Returns:
-        [`Scores`]: one record per case, and `sweep`, lists `thresholds` and `dice` (mean over volumes). Volumes without lesion and
-        prediction are left out of a mean, which they make `nan` in the original.
-    """
+    """Scores one method under ANDi's protocol, with one record per case, and a `sweep`: `thresholds` and mean `dice` over volumes. The grid is
+    of scaled maps. Cases without a mask only take part in the scaling; volumes without lesion and prediction are left out of a mean,
+    which they make `nan` in the original."""
     equalised = row["name"] == EQUALISED
     if thresholds is None:
         thresholds = sweep_thresholds(EQUALISED_SWEEP if equalised else SWEEP)

@@ -136,21 +136,10 @@ def best_threshold(validation: list[Path], thresholds: np.ndarray) -> tuple[floa
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None, options: EvalOptions) -> Scores:
-    """
-    Scores one method under AnoFPDM's protocol.
-
-    Args:
-        row (`dict`): Nothing of it is used: small components are removed as the authors do, whatever the checkpoint says.
-        files (`dict[str, list[Path]]`):
-            Of the splits `test` and `validation`, what [`Case.save`] wrote; cases without a mask count for the image labels only.
-        thresholds (`np.ndarray` of shape `(T,)`, *optional*): Grid of the policy "validation", in the units of the maps.
-        options ([`EvalOptions`]): `healthy_fpr`, share of healthy validation voxels above the threshold of the policy "healthy".
-
-    Returns:
-        [`Scores`]: metrics `anofpdm_{auprc,auroc}_{setting}`, `anofpdm_{dice,iou,precision,recall}_{setting}_{policy}`,
-        `anofpdm_image_{accuracy,precision,recall}_{policy}` and `anofpdm_threshold_{policy}`, and no records. Policies: `own`, the
-        method's own masks and labels; `validation`, the grid on validation masks; `healthy`, no masks.
-    """
+    """Scores one method under AnoFPDM's protocol, without records: `anofpdm_{auprc,auroc}_{setting}`,
+    `anofpdm_{dice,iou,precision,recall}_{setting}_{policy}`, `anofpdm_image_{accuracy,precision,recall}_{policy}` and
+    `anofpdm_threshold_{policy}`. Policies: `own`, the method's own masks and labels; `validation`, the grid, in the units of the maps, on
+    validation masks; `healthy`, the share `healthy_fpr` of the options, no masks. Cases without a mask count for the image labels only."""
     validation = files.get("validation", [])
     chosen = {
         "validation": best_threshold(validation, sweep_thresholds(SWEEP) if thresholds is None else thresholds)[0],

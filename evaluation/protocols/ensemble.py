@@ -44,18 +44,8 @@ INTERVALS = ("ged", "hm_iou", "collective_insight")
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
-    """
-    Scores one method against the annotations.
-
-    Args:
-        row (`dict`): Nothing of it is used.
-        files (`dict[str, list[Path]]`): Of the split `test`, what [`EnsembleCase.save`] wrote.
-        thresholds (`None`): There is no grid.
-        options ([`EvalOptions`]): Nothing of it is used.
-
-    Returns:
-        [`Scores`]: one record per image, and the curves of the `reliability` of all pixels and of those that a sample marks.
-    """
+    """Scores one method against the annotations, with a record per image, and `reliability`: the curves of all pixels and of those that a
+    sample marks."""
     calibrations = {"all": FrequencyCalibration(), "marked": FrequencyCalibration()}
     records = []
     for case in map(EnsembleCase.load, files["test"]):

@@ -39,18 +39,9 @@ NEEDS = Needs()
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
-    """
-    Scores one method under every threshold policy. The policy "own" is there for methods that make masks themselves.
-
-    Args:
-        row (`dict`): Its `settings` hold `min_component_size`, the smallest 3-D component of a predicted mask, in voxels.
-        files (`dict[str, list[Path]]`): Of the splits `test` and `validation`, what [`Case.save`] wrote.
-        thresholds (`None`): There is no grid.
-        options ([`EvalOptions`]): `healthy_fpr`, share of healthy validation voxels above the healthy-only threshold.
-
-    Returns:
-        [`Scores`]: one record per subject. `error_bounds` are those of [`PooledScores`], where there are too many voxels to be exact.
-    """
+    """Scores one method under every threshold policy, with one record per subject. The policy "own" is there for methods that make masks
+    themselves. Used of the settings: `min_component_size`, the smallest 3-D component of a predicted mask, in voxels; of the options:
+    `healthy_fpr`. Where there are too many voxels to be exact, `error_bounds` are those of [`PooledScores`]."""
     test, validation = files["test"], files.get("validation", [])
     pooled = PooledScores()
     slice_scores, slice_labels, records = [], [], []

@@ -71,7 +71,7 @@ def reconstruction_error(
 NEEDS = Needs(details={"error": reconstruction_error})
 
 
-def find_best_val(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], steps: int = 10) -> tuple[float, float]:
+def find_best_val(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[float, float]:
     """
     Finds the threshold with the highest pooled Dice as cDDPM's search does: of an interval, at first from 0 to the largest score, the Dice
     at its quarters are compared, and the half with the higher one (the lower half if they are equal) is the next interval. It is not
@@ -79,7 +79,6 @@ def find_best_val(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], steps
 
     Args:
         maps, masks (sequences of `np.ndarray`): Scores >= 0 and lesion masks, bool, of some volumes.
-        steps (`int`, *optional*, defaults to 10): How often the interval is halved.
 
     Returns:
         `tuple[float, float]`: Dice and threshold, for `map > threshold`; `nan` twice without a lesion.
@@ -94,7 +93,7 @@ def find_best_val(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], steps
 
     low, high = 0.0, float(max(np.max(scores) for scores in maps))
     best, threshold = 0.0, 0.0
-    for _ in range(steps):
+    for _ in range(10):
         middle = (low + high) / 2
         points = (low + middle) / 2, (middle + high) / 2
         lower, upper = map(dice_at, points)
@@ -158,24 +157,11 @@ def choose_thresholds(validation: list[Path]) -> dict[str, float | None]:
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
-    """
-    Scores one method under the protocol of cDDPM and SADM.
-
-    Args:
-        row (`dict`):
-            Its `settings` hold `min_component_size`, the smallest 3-D component of a predicted mask, in voxels: 8 for cDDPM, 0 for SADM.
-        files (`dict[str, list[Path]]`):
-            Of the splits `test` and `validation`, what [`Case.save`] wrote. Test volumes without a mask count for the false positive
-            rate of healthy slices only.
-        thresholds (`None`): There is no grid.
-        options ([`EvalOptions`]): Nothing of it is used.
-
-    Returns:
-        [`Scores`]: metrics `sadm_...`; one record per case, with its values at the threshold `search`, its confusion counts and its
-        lesion's size; `lesion_sizes`, the thirds of the volumes with lesions by lesion size, with their Dice.
-        `sadm_healthy_fpr_{policy}` is the share of the brain voxels of healthy test slices above the threshold. `sadm_best_dice` has a
-        threshold of its own for every volume, an oracle.
-    """
+    """Scores one method under the protocol of cDDPM and SADM: metrics `sadm_...`; a record per case, with its values at the threshold
+    `search`, its confusion counts and its lesion's size; `lesion_sizes`, the thirds of the volumes with lesions by lesion size, with
+    their Dice. `sadm_healthy_fpr_{policy}` is the share of the brain voxels of healthy test slices above the threshold, and
+    `sadm_best_dice` has a threshold of its own for every volume, an oracle. Used of the settings: `min_component_size`, the smallest 3-D
+    component of a mask, in voxels: 8 for cDDPM, 0 for SADM. Test volumes without a mask count for the rate of healthy slices only."""
     found = choose_thresholds(files.get("validation", []))
     chosen = {policy: value for policy, value in found.items() if value is not None}
     cases = [

@@ -81,20 +81,10 @@ def evaluate_threshold(test: list[Path], threshold: float) -> tuple[float | None
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None, options: EvalOptions) -> Scores:
-    """
-    Scores one method under UAD-IMAG's protocol.
-
-    Args:
-        row (`dict`): Nothing of it is used.
-        files (`dict[str, list[Path]]`): Of the splits `test` and `validation`, what [`Case.save`] wrote.
-        thresholds (`np.ndarray` of shape `(T,)`, *optional*):
-            Grid in the units of the maps, different for each method of the benchmark. By default 100 scores that 50 % to 0.01 % of
-            the brain voxels of the validation split (without one: of the test split) exceed.
-        options ([`EvalOptions`]): `healthy_fpr`, target of the threshold for a false positive rate.
-
-    Returns:
-        [`Scores`]: no records; `sweep` on the test split, lists `thresholds` and `dice`.
-    """
+    """Scores one method under UAD-IMAG's protocol, without records; its `sweep` holds `thresholds` and mean `dice` on the test split. The grid
+    is in the units of the maps, another one for each method of the benchmark; by default 100 scores that 50 % to 0.01 % of the brain
+    voxels of the validation split (without one: of the test split) exceed. `healthy_fpr` of the options is the target of the threshold
+    for a false positive rate."""
     test, validation = files["test"], files.get("validation", [])
     if thresholds is None:
         brain = np.concatenate([case.maps[case.brain] for case in map(Case.load, validation or test)])
