@@ -28,8 +28,6 @@ MEMBERS = 16  # of the baselines where no model says how many
 
 def check_options(options: EvalOptions) -> None:
     """Raises a `ValueError` for settings of anomaly maps, which would change nothing."""
-    if not options.model and not options.baselines:
-        raise ValueError("There is nothing to evaluate: give `--model`, or leave `baselines` on.")
     given = {
         "calibrate": options.calibrate,
         "calibration_slices": options.calibration_slices,

@@ -181,7 +181,9 @@ class PooledScores:
             for kept, new in zip(self._samples, samples, strict=True):
                 kept.append(new)
             if self.num_negatives + self.num_positives > self.max_exact:
-                self._to_counts()
+                self._counts = np.stack([sum(_count(array) for array in kept) for kept in self._samples])
+                for kept in self._samples:
+                    kept.clear()
         else:
             self._counts += np.stack([_count(sample) for sample in samples])
 
@@ -253,16 +255,6 @@ class PooledScores:
                 kept[:] = [np.concatenate(kept)]
                 kept[0].sort()
         return self._samples
-
-    def _histogram(self) -> np.ndarray:
-        if self._counts is not None:
-            return self._counts
-        return np.stack([sum(_count(array) for array in kept) for kept in self._samples])
-
-    def _to_counts(self) -> None:
-        self._counts = self._histogram()
-        for kept in self._samples:
-            kept[:] = []
 
     def _curve(self) -> "_Curve":
         if self._counts is None:

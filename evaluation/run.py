@@ -81,6 +81,8 @@ class _Evaluation:
         self.protocol = choose_protocol(options)
         self.kind = KINDS[self.protocol.TASK]
         self.kind.check_options(options)
+        if not options.model and not options.baselines:
+            raise ValueError("There is nothing to evaluate: give `--model`, or leave `baselines` on.")
         if options.push_to_hub:
             check_hub(options, accelerator.is_main_process)
         accelerator.wait_for_everyone()
@@ -111,8 +113,13 @@ class _Evaluation:
             self.folders.append(self.folder / f"{number:02d}")
             times = []
             for part, split in self.splits.items():
-                for items in self._batches(split, f"{Path(model).name}, {part}"):
-                    results, seconds = self._map(pipeline, split, items)
+                title = f"{Path(model).name}, {part}"
+                for items in self._batches(split, title):
+                    try:
+                        results, seconds = self._map(pipeline, split, items)
+                    except ValueError as error:
+                        names = ", ".join(item["subject"] for item in items)
+                        raise ValueError(f"{title}, subject(s) {names}: {error}") from error
                     start = 0
                     for item in items:
                         rows = slice(start, start := start + len(item["image"]))

@@ -1,5 +1,6 @@
 """The evaluation program on pictures and on volumes, with ANDi: numbers of the draws, times, labels, protocols, what a report holds."""
 
+import functools
 import json
 import types
 
@@ -165,6 +166,19 @@ def test_seconds_of_several_processes_are_added_up(place, monkeypatch):
     monkeypatch.setattr(run, "gather_object", lambda own: [(3.0, 10), (1.0, 20), (2.0, 10)])
     report = evaluate(options(place, "volumes", "out-processes", baselines=False))
     assert report["results"][0]["seconds_per_slice"] == pytest.approx(6 / 40)
+
+
+def test_a_map_that_is_not_finite_is_named(place, monkeypatch):
+    compute_maps = ANDiPipeline.compute_maps
+
+    @functools.wraps(compute_maps)
+    def damaged(*arguments, **named):
+        results = compute_maps(*arguments, **named)
+        return results._replace(maps=results.maps * float("nan"))
+
+    monkeypatch.setattr(ANDiPipeline, "compute_maps", damaged)
+    with pytest.raises(ValueError, match=r"model, test, subject\(s\) test0, test1: The network gave NaN"):
+        evaluate(options(place, "volumes", "out-nan", baselines=False))
 
 
 def test_unknown_labels_are_not_healthy(tmp_path):
