@@ -53,14 +53,13 @@ def equalised_map(image: np.ndarray, brain: np.ndarray, channel: int, value_rang
     return np.where(brain, equalise(np.clip((image[:, channel] - low) / (high - low), 0.0, None)), np.float32(0))
 
 
-def equalise(values: np.ndarray, bins: int = 256) -> np.ndarray:
+def equalise(values: np.ndarray) -> np.ndarray:
     """
     Equalises the histogram of the voxels > 0 of a volume, as scikit-image's `equalize_hist` with a mask: the share of these voxels
-    below a value, interpolated between the centres of equal bins.
+    below a value, interpolated between the centres of 256 equal bins from the smallest to the largest of them.
 
     Args:
         values (`np.ndarray`): Volume of any shape, used as float32 and divided by its maximum.
-        bins (`int`, *optional*, defaults to 256): Bins between the smallest and the largest value above 0.
 
     Returns:
         `np.ndarray` of the same shape, float32, 0 to 1, 0 where `values` is not above 0.
@@ -70,7 +69,7 @@ def equalise(values: np.ndarray, bins: int = 256) -> np.ndarray:
     if not positive.any():
         return np.zeros_like(values)
     values = values / values.max()
-    counts, edges = np.histogram(values[positive], bins)
+    counts, edges = np.histogram(values[positive], 256)
     shares = counts.cumsum() / counts.sum()
     equalised = np.interp(values, (edges[:-1] + edges[1:]) / 2, shares)
     return np.where(positive, equalised, 0).astype(np.float32)

@@ -69,7 +69,7 @@ def make_baselines(
 ) -> Iterator[tuple[dict, Callable[[dict], Case]]]:
     """Yields the rows of the plain intensity of each modality and of the protocol's own baselines, each with the function that makes the
     case of a subject. The post-processing is that of the first model."""
-    settings = rows[0]["settings"] if rows else PostProcessing(**postprocessing_changes(options)).__dict__
+    settings = rows[0]["settings"] if rows else asdict(PostProcessing(**postprocessing_changes(options)))
     postprocessing = PostProcessing(**{field.name: settings[field.name] for field in fields(PostProcessing)})
     processor = splits["test"].processor_settings
     value_range = processor["value_range"]
