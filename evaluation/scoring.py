@@ -39,11 +39,8 @@ def dice_curve(maps: np.ndarray, mask: np.ndarray, thresholds: np.ndarray) -> np
 
 
 def mean_curve(curves: list[np.ndarray], number: int) -> np.ndarray:
-    """Returns the mean of curves of `number` values over volumes, without those that are `nan`, and `nan` where no volume is left."""
-    stacked = np.array(curves).reshape(-1, number)
-    defined = ~np.isnan(stacked)
-    counts = defined.sum(0)
-    return np.divide(np.where(defined, stacked, 0).sum(0), counts, out=np.full(number, np.nan), where=counts > 0)
+    """Returns the mean of curves of `number` values over volumes, `nan` without any."""
+    return np.mean(curves, axis=0) if curves else np.full(number, np.nan)
 
 
 def best_of_curve(curve: np.ndarray, thresholds: np.ndarray) -> tuple[float | None, float | None]:

@@ -246,22 +246,15 @@ class AnomalyPipeline(DiffusionPipeline):
 
     def check_configuration(self, *, inputs: int | None = None, outputs: Sequence[int] | None = None) -> None:
         """
-        Checks what `__init__` was given: classes of the components against its signature, channels of the UNet, and every value as in a
-        call.
+        Checks what `__init__` was given: channels of the UNet, and every value as in a call.
 
         Args:
             inputs (`int`, *optional*): Channels that the UNet must take; as many as there are modalities by default.
             outputs (sequence of `int`, *optional*): Numbers of channels that it may give; as many as there are modalities by default.
 
         Raises:
-            TypeError: A component has a wrong class.
             ValueError: The channels or a value do not fit.
         """
-        for name, hint in typing.get_type_hints(type(self).__init__).items():
-            allowed = tuple(kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type))
-            if name in self.components and not isinstance(self.components[name], allowed):
-                names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
-                raise TypeError(f"`{name}` must be a {names}, got {type(self.components[name]).__name__}.")
         modalities = self.processor.config.modalities
         inputs, outputs = inputs or len(modalities), outputs or (len(modalities),)
         unet = self.unet.config
@@ -540,6 +533,20 @@ class AnomalyPipeline(DiffusionPipeline):
             settings=settings,
             source=source,
         )
+
+    def register_modules(self, **components) -> None:
+        """Registers the components, whose classes must be those that the signature of `__init__` allows.
+
+        Raises:
+            TypeError: A component has a wrong class.
+        """
+        hints = typing.get_type_hints(type(self).__init__)
+        for name, component in components.items():
+            allowed = typing.get_args(hints[name]) or (hints[name],)
+            if not isinstance(component, allowed):
+                names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
+                raise TypeError(f"`{name}` must be a {names}, got {type(component).__name__}.")
+        super().register_modules(**components)
 
 
 def device_name(device: torch.device) -> str:

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 
-from ..data.prepare import PHANTOMS, is_phantom
+from ..data.prepare import PHANTOMS, describe_population, is_phantom
 from ..data.prepared import PreparedSplit, StreamedSplit, load_prepared
 from ..hub.model_card import make_card
 from ..hub.publishing import BackgroundPush, PublishingError, complete_folder, open_repository, push_folder
@@ -335,6 +335,7 @@ def _export(
         repo_id=options.train.push_to_hub,
         config=published,
         recipe=recipe,
+        population=describe_population(recipe) if recipe else None,
         data_summary={
             name: {
                 "subjects": len(split.subjects),

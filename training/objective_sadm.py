@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..models.siamese_unet import SiameseUNet2DModel, SiameseUNet2DOutput
+from ..pipelines.one_step import encode_slices
 from ..pipelines.pipeline_cddpm import CDDPMPipeline
 from ..pipelines.pipeline_sadm import SADMPipeline
 from ..volumes.processor import VolumeProcessor
@@ -127,7 +128,7 @@ class SADMObjective:
         if pipeline.device != images.device:
             pipeline.to(images.device)
         with pipeline.autocast():
-            features = pipeline.encode(images, len(images))
+            features = encode_slices(pipeline, images, len(images))
             sample = pipeline.scheduler.add_noise(2.0 * images - 1.0, noise.expand_as(images), timesteps)
             prediction = pipeline.predict_noise(sample, timesteps, features)
         return (prediction + 1.0) / 2.0

@@ -2,7 +2,9 @@
 maps scaled by the smallest and the largest score of the whole test set; Dice per volume, averaged, over a grid of thresholds, and at Yen's
 threshold of each volume after one dilation.
 
-The best value of the grid is an oracle, and the scaling needs all test volumes together. Maps are those of the cases, 0 outside the brain,
+The best value of the grid is an oracle, and the scaling needs all test volumes together. Dice is averaged over the volumes with a lesion,
+the same ones at every threshold. Without a lesion it is 0 or, where nothing is predicted, undefined: a mean with such volumes would rise
+where they drop out of it. They count in everything else. Maps are those of the cases, 0 outside the brain,
 where the original program keeps what the network made of the background; slices without brain are not among them. Volumes are read one
 after the other.
 """
@@ -27,7 +29,7 @@ EQUALISED = "equalised flair"
 
 TASK = "anomaly-detection"
 TEXT = {
-    "unit_of_averaging": "; ANDi columns: all voxels of all test volumes for AP, Dice as the mean over volumes",
+    "unit_of_averaging": "; ANDi columns: all voxels of all test volumes for AP, Dice as the mean over volumes with a lesion",
     "threshold_policy": "; ANDi columns: maps scaled to [0, 1] over the whole test set (equalised FLAIR is not scaled), oracle as"
     " the best of a grid on the test split, Yen per volume with background and one dilation",
 }
@@ -58,9 +60,9 @@ def scale_to_range(maps: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None, options: EvalOptions) -> Scores:
-    """Scores one method under ANDi's protocol, with one record per case, and a `sweep`: `thresholds` and mean `dice` over volumes. The grid is
-    of scaled maps. Cases without a mask only take part in the scaling; volumes without lesion and prediction are left out of a mean,
-    which they make `nan` in the original."""
+    """Scores one method under ANDi's protocol, with one record per case, and a `sweep`: `thresholds` and `dice`, the mean over the volumes
+    with a lesion (in the original over all, `nan` if one has neither lesion nor prediction). The grid is of scaled maps. Cases without
+    a mask only take part in the scaling."""
     equalised = row["name"] == EQUALISED
     if thresholds is None:
         thresholds = sweep_thresholds(EQUALISED_SWEEP if equalised else SWEEP)
@@ -76,13 +78,12 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None
             continue
         maps = scale_to_range(case.maps, low, high)
         pooled.update(maps, case.mask)
-        curves.append(dice_curve(maps, case.mask, thresholds))
         threshold = yen_threshold(maps)
-        # 6 neighbours, once.
-        predicted = ndimage.binary_dilation(maps > threshold)
         records[-1]["andi_threshold_yen"] = threshold
-        if predicted.any() or case.mask.any():
-            records[-1]["andi_dice_yen"] = dice(predicted, case.mask)
+        if case.mask.any():
+            curves.append(dice_curve(maps, case.mask, thresholds))
+            # 6 neighbours, once.
+            records[-1]["andi_dice_yen"] = dice(ndimage.binary_dilation(maps > threshold), case.mask)
     curve = mean_curve(curves, len(thresholds))
     yen = [record["andi_dice_yen"] for record in records if "andi_dice_yen" in record]
     best, threshold = best_of_curve(curve, thresholds)

@@ -1,4 +1,4 @@
-"""The evaluation protocol of the benchmark UAD-IMAG, in columns of its own: scores in their own units; mean Dice over volumes at the best
+"""The evaluation protocol of the benchmark UAD-IMAG, in columns of its own: scores in their own units; mean Dice over volumes with a lesion at the best
 threshold of a grid on the test set (oracle) and at the best one of the validation set; false positive rate in the brain there; a threshold
 for a wanted rate.
 
@@ -20,8 +20,8 @@ from ..scoring import best_of_curve, describe_sweep, dice_curve, healthy_scores,
 
 TASK = "anomaly-detection"
 TEXT = {
-    "unit_of_averaging": "; UAD-IMAG columns: all voxels of all test volumes for AP, Dice as the mean over volumes, FPR over the"
-    " brain voxels of the test split that are no lesion",
+    "unit_of_averaging": "; UAD-IMAG columns: all voxels of all test volumes for AP, Dice as the mean over volumes with a lesion, FPR"
+    " over the brain voxels of the test split that are no lesion",
     "threshold_policy": "; UAD-IMAG columns: absolute thresholds, oracle as the best of a grid on the test split, validation as"
     " the best of the grid on the validation split, healthy as the last threshold of the ROC curve of healthy validation"
     " slices with a lower FPR than `healthy_fpr`",
@@ -66,13 +66,13 @@ def threshold_below_fpr(healthy: np.ndarray, fpr: float, *, thinned: bool = Fals
 
 
 def evaluate_threshold(test: list[Path], threshold: float) -> tuple[float | None, float | None]:
-    """Returns the mean Dice over the volumes with a mask, and the share of their brain voxels without lesion that lie above the threshold;
-    `None` where undefined."""
+    """Returns the mean Dice over the volumes with a lesion, and the share of all brain voxels without lesion that lie above the threshold,
+    in volumes with a mask; `None` where undefined."""
     curves, num_healthy, false_positives = [], 0, 0
     for case in map(Case.load, test):
         if case.mask is None:
             continue
-        curves.append(dice_curve(case.maps, case.mask, np.array([threshold])))
+        curves += [dice_curve(case.maps, case.mask, np.array([threshold]))] if case.mask.any() else []
         healthy = case.maps[case.brain & ~case.mask]
         num_healthy += healthy.size
         false_positives += np.count_nonzero(healthy > np.float32(threshold))
@@ -94,7 +94,7 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None
     for case in map(Case.load, test):
         if case.mask is not None:
             pooled.update(case.maps, case.mask)
-            curves.append(dice_curve(case.maps, case.mask, thresholds))
+            curves += [dice_curve(case.maps, case.mask, thresholds)] if case.mask.any() else []
     curve = mean_curve(curves, len(thresholds))
     best, threshold = best_of_curve(curve, thresholds)
     metrics = {
@@ -102,7 +102,7 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None
         "uad_imag_dice_oracle": best,
         "uad_imag_threshold_oracle": threshold,
     }
-    masked = (case for case in map(Case.load, validation) if case.mask is not None)
+    masked = (case for case in map(Case.load, validation) if case.mask is not None and case.mask.any())
     curves = [dice_curve(case.maps, case.mask, thresholds) for case in masked]
     healthy = healthy_scores(validation)
     fixed = {

@@ -5,11 +5,8 @@ clipping (`*dynclip*`, `dyn_*`); DDIM with eta > 0 (`ddim_eta07_*`), which no pu
 `fpdm_end_to_end` are evaluation.
 """
 
-import os
 import re
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -19,41 +16,12 @@ from anodiff.pipelines.pipeline_anofpdm import FORWARD_SETTINGS
 from anodiff.pipelines.postprocessing import median_filter
 from anodiff.pipelines.running_maps import RunningMaps
 
-
-GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "anofpdm"
-
-
-def recordings(pattern: str) -> list[Path]:
-    found = sorted(GOLDEN.glob(pattern))
-    assert found, f"no file {pattern} in {GOLDEN}"
-    return found
+from .recordings import ToyUNet, load, over, recordings
 
 
-def load(path: Path) -> dict:
-    arrays = np.load(path, allow_pickle=False)
-    read = {name: arrays[name] for name in arrays.files}
-    return {name: torch.from_numpy(np.array(value)) for name, value in read.items() if value.dtype.kind != "U"}
-
-
-class ToyUNet(torch.nn.Module):
-    """The networks of the recordings: scale * tanh(conv(x, W) + t / T * b + E[label]), and 0 instead of E for the null label."""
-
-    def __init__(self, arrays: dict, prefix: str = "toy"):
-        super().__init__()
-        self.weight = torch.nn.Parameter(arrays[f"{prefix}_W"])
-        self.bias = arrays[f"{prefix}_b"]
-        self.classes = torch.cat([arrays[f"{prefix}_E"], torch.zeros(1, len(self.bias))])
-        self.steps, self.scale = float(arrays[f"{prefix}_T"]), float(arrays[f"{prefix}_scale"])
-        self.dtype, self.device = torch.float32, torch.device("cpu")
-
-    def forward(self, sample, timesteps, class_labels):
-        shift = (timesteps / self.steps).reshape(-1, 1) * self.bias + self.classes[class_labels]
-        hidden = torch.nn.functional.conv2d(sample, self.weight, padding=1) + shift[..., None, None]
-        return type("Output", (), {"sample": self.scale * torch.tanh(hidden)})
-
-    def predict(self, sample, timesteps, label: int) -> torch.Tensor:
-        with torch.no_grad():
-            return self(sample, timesteps, torch.full((len(sample),), label)).sample
+def predict(unet: ToyUNet, sample, timesteps, label: int) -> torch.Tensor:
+    with torch.no_grad():
+        return unet(sample, timesteps, torch.full((len(sample),), label)).sample
 
 
 def make_pipeline(arrays: dict, channels: int, unet=None, **settings) -> AnoFPDMPipeline:
@@ -78,7 +46,7 @@ def walk(pipe: AnoFPDMPipeline, images, noise, batch_size: int = 16) -> list[tor
     return [torch.stack(parts) for parts in zip(*steps, strict=True)]
 
 
-@pytest.mark.parametrize("path", recordings("schedule*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/schedule*.npz")
 def test_schedule(path):
     arrays = load(path)
     for schedule in sorted({name.split("__")[0] for name in arrays}):
@@ -120,7 +88,7 @@ def test_schedule(path):
             assert_close(variance, recorded["fixed_large_variance"], **exact)
 
 
-@pytest.mark.parametrize("path", recordings("q_sample*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/q_sample*.npz")
 def test_noising_and_its_inversion(path):
     arrays, scheduler = load(path), AnoFPDMScheduler()
     t, x_t = arrays["t"], arrays["x_t"]
@@ -135,12 +103,12 @@ def test_noising_and_its_inversion(path):
     assert_close(scheduler.predict_epsilon(arrays["x0"], t, x_t), arrays["eps_from_xstart"], **near)
 
 
-@pytest.mark.parametrize("path", recordings("single_steps*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/single_steps*.npz")
 def test_single_steps(path):
     arrays = load(path)
     unet, scheduler = ToyUNet(arrays), AnoFPDMScheduler(int(arrays["toy_T"]))
     x, t, near = arrays["x"], arrays["t"], dict(rtol=1e-5, atol=2e-4)
-    null, *conditional = (unet.predict(x, t, label) for label in (2, 0, 1))
+    null, *conditional = (predict(unet, x, t, label) for label in (2, 0, 1))
     for output, name in (
         (null, "eps_null"),
         (null, "eps_nolabel"),
@@ -155,8 +123,8 @@ def test_single_steps(path):
         assert_close(original, arrays[f"{name}_xstart"], **near)
         assert_close(scheduler.predict_epsilon(original, t, x), arrays[f"{name}_eps"], **near)
 
-    for name in (name for name in arrays if re.fullmatch(r"cfg_w\d_y\d_sample", name)):
-        index, label = (int(number) for number in re.findall(r"\d", name))
+    for name in (name for name in arrays if re.fullmatch(r"cfg_w\d+_y\d_sample", name)):
+        index, label = (int(number) for number in re.findall(r"\d+", name))
         w = float(arrays["ws"][index])
         guided = conditional[label] if w == -1 else (1 + w) * conditional[label] - w * null
         stepped = scheduler.step(guided, t, x)
@@ -171,7 +139,7 @@ def test_single_steps(path):
         stepped = ddpm.step(output, t, x, variance_noise=arrays[f"ddpm_{name}_noise"])
         assert_close(stepped.prev_sample, arrays[f"ddpm_{name}_sample"], **near)
 
-    epsilon, variance = ToyUNet(arrays, "toyls").predict(x, t, 2).chunk(2, 1)
+    epsilon, variance = predict(ToyUNet(arrays, prefix="toyls_"), x, t, 2).chunk(2, 1)
     assert_close(torch.cat([epsilon, variance], 1), arrays["ls_model_out"], rtol=1e-5, atol=1e-5)
     original = scheduler.predict_original_sample(epsilon, t, x)
     assert_close(original, arrays["ls_xstart"], **near)
@@ -180,11 +148,13 @@ def test_single_steps(path):
     assert_close(log_variance, arrays["ls_log_variance"], rtol=1e-5, atol=1e-5)
     assert_close(log_variance.exp(), arrays["ls_variance"], rtol=1e-5, atol=1e-5)
 
-    schedule = load(recordings("schedule*.npz")[0])
-    kept = schedule["lin1000_ddim50__timestep_map"]
+    # The respaced process of as many base steps.
+    schedule = load(recordings("anofpdm/schedule*.npz")[0])
+    [name] = [name for name in schedule if re.fullmatch(rf"lin{len(scheduler)}_ddim\d+__timestep_map", name)]
+    kept = schedule[name]
     scheduler.set_timesteps(stride=int(kept[1] - kept[0]))
     spaced = kept[arrays["spaced_t"]]
-    null, healthy = (unet.predict(x, spaced, label) for label in (2, 0))
+    null, healthy = (predict(unet, x, spaced, label) for label in (2, 0))
     stepped = scheduler.step((1 + w) * healthy - w * null, spaced, x)
     assert_close(stepped.pred_original_sample, arrays["spaced_cfg_xstart"], **near)
     assert_close(stepped.prev_sample, arrays["spaced_cfg_sample"], **near)
@@ -193,7 +163,7 @@ def test_single_steps(path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-@pytest.mark.parametrize("path", recordings("fpdm_forward_*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/fpdm_forward_*.npz")
 def test_forward_process(path, batch_size):
     arrays = load(path)
     random = "noise" in arrays
@@ -207,7 +177,7 @@ def test_forward_process(path, batch_size):
     assert_close(unguided.transpose(0, 1), arrays["xstart_null"], **near)
 
 
-@pytest.mark.parametrize("path", recordings("fpdm_forward_ddim*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/fpdm_forward_ddim*.npz")
 def test_duplicate_evaluations_are_left_out(path):
     arrays = load(path)
     unet, evaluations = ToyUNet(arrays), []
@@ -221,7 +191,7 @@ def test_duplicate_evaluations_are_left_out(path):
 
 
 @pytest.mark.parametrize("variant", ["default", "nomedian"])
-@pytest.mark.parametrize("path", recordings("fpdm_select*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/fpdm_select*.npz")
 def test_selection(path, variant):
     arrays = load(path)
     recorded = {name.split("__")[1]: value for name, value in arrays.items() if name.startswith(f"{variant}__")}
@@ -257,7 +227,7 @@ def test_selection(path, variant):
     assert torch.equal(masks & labels.bool()[:, None, None], recorded["mask"][:, 0].bool())
 
 
-@pytest.mark.parametrize("path", recordings("quantile_index*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/quantile_index*.npz")
 def test_quantile_levels(path):
     arrays = load(path)
     gaps = arrays["diff_max_value"][:, None]
@@ -274,7 +244,7 @@ def test_quantile_levels(path):
     assert torch.equal(levels, arrays["quant_range"][arrays["index"]])
 
 
-@pytest.mark.parametrize("path", recordings("fpdm_end_to_end*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/fpdm_end_to_end*.npz")
 def test_chain_with_the_calibrated_values(path):
     arrays = load(path)
     images, noise = arrays["x0"], arrays["noise_t0"][None]

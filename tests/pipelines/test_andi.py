@@ -223,21 +223,29 @@ def test_blocks_of_one_step_are_the_timesteps():
     assert_same_map(pipe(make_slices(), normative_blocks=True, block_length=1).anomaly_map, expected)
 
 
-@pytest.mark.parametrize("length", [2, 3, 25])
-def test_blocks_walk_every_timestep_once(length):
-    pipe = make_pipeline(normative_blocks=True, block_length=length)
+@pytest.mark.parametrize(
+    ("start", "stop", "length", "chains"),
+    [
+        (10, 19, 3, [(18, 18), (17, 15), (14, 12)]),  # nothing ends below 12
+        (75, 79, 2, [(78, 78), (77, 76)]),
+        (75, 79, 25, [(78, 75)]),
+        (1, 8, 5, [(7, 5), (4, 1)]),  # t = 1 ends a chain, too
+        (1, 4, 25, [(3, 1)]),
+    ],
+)
+def test_blocks_end_at_multiples_of_their_length(start, stop, length, chains):
+    pipe = make_pipeline(start=start, stop=stop, normative_blocks=True, block_length=length)
     batches = evaluated_batches(pipe)
     slices = make_slices()
-    tops = {2: [78, 76], 3: [78, 77], 25: [78]}[length]
-    noise = torch.randn(len(tops), 3, 1, SIZE, SIZE)
+    noise = torch.randn(len(chains), 3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     result = pipe(slices, noise=noise, aggregation="arithmetic").anomaly_map
-    assert torch.cat(batches).bincount().tolist() == [0] * 75 + [3] * 4
+    walked = torch.cat([torch.arange(end, top + 1) for top, end in chains])
+    assert torch.cat(batches).bincount().equal(3 * walked.bincount())
 
     # Both chains, walked by the scheduler's own means.
     scheduler, expected = pipe.scheduler, []
-    for number, top in enumerate(tops):
-        true = predicted = scheduler.add_noise(slices, noise[number], top)
-        end = tops[number + 1] + 1 if number + 1 < len(tops) else 75
+    for (top, end), drawn in zip(chains, noise, strict=True):
+        true = predicted = scheduler.add_noise(slices, drawn, top)
         for t in range(top, end - 1, -1):
             with torch.no_grad():
                 model_output = pipe.unet(predicted, torch.full((3,), t)).sample
@@ -245,6 +253,11 @@ def test_blocks_walk_every_timestep_once(length):
             true = scheduler.posterior_mean(slices, t, true)
         expected.append((true - predicted).square())
     torch.testing.assert_close(result, torch.stack(expected).mean(0)[:, 0], rtol=1e-2, atol=1e-8)
+
+
+def test_blocks_without_an_end_are_refused():
+    with pytest.raises(ValueError, match="`block_length` must have a multiple from `start` to `stop` - 1, 76 to 78"):
+        make_pipeline(start=76, stop=79, normative_blocks=True, block_length=25)
 
 
 def test_background_can_be_zero():

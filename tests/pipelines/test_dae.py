@@ -162,7 +162,7 @@ def test_network_does_not_see_the_scale_of_its_weights(tmp_path):
     with torch.no_grad():
         loaded.down_path[0].block[1].weight.mul_(3).add_(0.5)
     torch.testing.assert_close(loaded(sample).sample, expected, rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match="`sample` must have H and W that 2 divides, got"):
+    with pytest.raises(ValueError, match="`sample` must have sides divisible by 2, got"):
         model(torch.zeros(1, 1, 15, 16))
 
 
