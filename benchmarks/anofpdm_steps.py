@@ -19,7 +19,7 @@ from anodiff import AnoFPDMPipeline
 from anodiff.data.prepared import PreparedSplit, load_prepared
 from anodiff.evaluation.calibration import LabelledSlices
 from anodiff.evaluation.metrics import PooledScores, auroc, dice
-from anodiff.pipelines.pipeline_anofpdm import similarity_threshold
+from anodiff.pipelines.running_maps import similarity_threshold
 
 
 COLUMNS = (

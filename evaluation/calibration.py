@@ -88,13 +88,12 @@ def calibrate(
         raise ValueError(f"`guidance_scales` belongs to the policy labels, got it with {policy}.")
     arguments = {"seed": seed, "batch_size": batch_size, "noise": noise}
     if policy == "labels":
-        record = pipeline.calibrate(slices, guidance_scales=guidance_scales, **arguments)
-    else:
-        threshold = _map_threshold(pipeline, slices, policy, healthy_fpr, arguments)
-        record = {"values": {"threshold": threshold}}
-        pipeline.register_to_config(threshold=threshold)
-    labels = np.concatenate([np.asarray(item["label"]) for item in slices])
-    return {"policy": policy, "slices": len(labels), "anomalous_slices": int((labels == 1).sum()), **record}
+        return pipeline.calibrate(slices, guidance_scales=guidance_scales, **arguments)
+    values = {"threshold": _map_threshold(pipeline, slices, policy, healthy_fpr, arguments)}
+    pipeline.register_to_config(**values)
+    labels = np.concatenate([item["label"] for item in slices])
+    anomalous = int((labels == 1).sum())
+    return {"policy": policy, "slices": len(labels), "anomalous_slices": anomalous, "values": values}
 
 
 def _map_threshold(

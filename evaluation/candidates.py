@@ -16,7 +16,7 @@ import yaml
 import anodiff
 
 from ..checks import check_choice, check_keys
-from ..data.prepare import describe_population
+from ..data.card import describe_population
 from ..data.prepared import PreparedSplit
 from ..hub.model_index import read_model_index
 from ..pipelines.base import AnomalyPipeline

@@ -19,7 +19,7 @@ from anodiff.evaluation.cases import Case
 from anodiff.evaluation.options import EvalOptions
 from anodiff.evaluation.run import evaluate
 from anodiff.evaluation.thresholds import otsu_threshold, threshold_for_fpr, yen_threshold
-from anodiff.pipelines.pipeline_anofpdm import similarity_threshold
+from anodiff.pipelines.running_maps import similarity_threshold
 
 
 SIZE = 16

@@ -12,9 +12,10 @@ import torch
 from diffusers import UNet2DModel
 
 from anodiff import ANDiPipeline, ANDiScheduler, AnomalyPipeline, VolumeProcessor
-from anodiff.data.prepare import SliceRule, prepare
+from anodiff.data.prepare import prepare
 from anodiff.data.prepared import PreparedSplit, load_prepared
 from anodiff.data.readers.subjects import Subject
+from anodiff.data.rules import SliceRule
 from anodiff.evaluation import run
 from anodiff.evaluation.calibration import LabelledSlices
 from anodiff.evaluation.cases import Case, slice_numbers

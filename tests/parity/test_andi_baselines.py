@@ -17,6 +17,7 @@ from anodiff import (
     DAEUNet2DModel,
     VolumeProcessor,
 )
+from anodiff.pipelines.base import Noise
 from anodiff.schedulers.scheduling_dae import coarse_noise
 from anodiff.schedulers.simplex import OctaveSimplexNoise, opensimplex3, permutation_tables
 from anodiff.training.objective_dae import denoising_loss
@@ -160,18 +161,17 @@ def test_autoddpm_inpainting(path):
     mask = torch.nn.functional.max_pool2d(arrays["mask_raw"], 3, stride=1, padding=1)
     torch.testing.assert_close(mask, arrays["mask_dilated"], rtol=0, atol=0)
     pipe = autoddpm(arrays, shared_scheduler(), images)
-    draws = iter(arrays["noise"])
+    used = []
+
+    def recorded(draws, rows, shape):
+        used.extend(draws)
+        return arrays["noise"][draws, rows]
+
+    drawing = Noise(0, recorded, torch.arange(len(images)), 0, images.device)
+    levels = int(arrays["num_inpainting"]), int(arrays["resample"])
     with pipe.progress_bar(total=1) as progress, torch.no_grad():
-        result = pipe.inpaint(
-            images,
-            healthy,
-            mask > 0,
-            int(arrays["num_inpainting"]),
-            int(arrays["resample"]),
-            lambda sample, t: next(draws),
-            progress,
-        )
-    assert next(draws, None) is None  # every recorded draw was used
+        result = pipe.inpaint(images, healthy, mask > 0, *levels, drawing, progress)
+    assert sorted(set(used)) == list(range(len(arrays["noise"])))
     torch.testing.assert_close(result, arrays["x_inpaint"], **CHAIN)
     torch.testing.assert_close(images * ~(mask > 0), arrays["masked_images"], rtol=0, atol=0)
 
@@ -195,9 +195,9 @@ def test_autoddpm_from_slices_to_maps(path, batch_size):
     diffusion = AnoDDPMScheduler(1000, "linear_float32", noise_type="gaussian", variance_type="fixed_small")
     pipe = autoddpm(data, diffusion, slices, **settings)
 
-    draws = iter(noise)
+    drawing = Noise(0, noise, torch.arange(count), 0, slices.device)
     with pipe.progress_bar(total=1) as progress, torch.no_grad():
-        healthy = pipe.reconstruct(slices, settings["noise_level"], lambda sample, t: next(draws), progress)
+        healthy = pipe.reconstruct(slices, settings["noise_level"], drawing, progress)
     torch.testing.assert_close(healthy, arrays["split0_pseudo_healthy"], **CHAIN)
     _, mask = pipe.make_mask(
         slices, healthy, settings["masking_threshold"], settings["quantile"], distance_of_the_recordings

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from anodiff.data.prepare import SliceRule, prepare
+from anodiff.data.prepare import prepare
 from anodiff.data.prepared import load_prepared
 from anodiff.data.readers.subjects import Subject
+from anodiff.data.rules import SliceRule
 from anodiff.evaluation.baselines import equalise, equalised_map
 from anodiff.evaluation.cases import Case
 from anodiff.evaluation.metrics import average_precision, dice

@@ -16,6 +16,7 @@ from anodiff import (
     AnoFPDMScheduler,
     ClassifierGuidedPipeline,
     DDIBPipeline,
+    NoisyClassifierModel,
     VolumeProcessor,
 )
 from anodiff.pipelines.postprocessing import median_filter
@@ -28,14 +29,14 @@ CHAIN = {"rtol": 0, "atol": 1e-4}
 TARGET = {"rtol": 0, "atol": 1e-3}
 
 
-class ToyClassifier(torch.nn.Module):
+class ToyClassifier(NoisyClassifierModel):
     """logits = 2 tanh(sum(x * V)) + t / T * c."""
 
     def __init__(self, arrays: dict):
-        super().__init__()
+        torch.nn.Module.__init__(self)
+        self.register_to_config(in_channels=arrays["clf_V"].shape[1])
         self.templates, self.bias = torch.nn.Parameter(arrays["clf_V"]), torch.nn.Parameter(arrays["clf_c"])
         self.steps = arrays["T"].item()
-        self.dtype, self.device = torch.float32, torch.device("cpu")
 
     def forward(self, sample, timestep):
         logits = 2 * torch.tanh(torch.einsum("nchw,kchw->nk", sample, self.templates))
@@ -115,21 +116,19 @@ def test_classifier_guidance(path):
     )
     pipe.set_progress_bar_config(disable=True)
     x_t, scale = arrays["x_t"], arrays["classifier_scale"].item()
-    t = torch.tensor(arrays["sample_steps"].item() - 1)
-    timesteps = t.expand(len(x_t))
+    timesteps = torch.full((len(x_t),), arrays["sample_steps"].item() - 1)
     with torch.no_grad():
         logits = pipe.classifier(x_t, timesteps).logits
     torch.testing.assert_close(logits, arrays["logits_t"], **CHAIN)
     torch.testing.assert_close(scale * pipe.classifier_gradient(x_t, timesteps), arrays["grad"], **CHAIN)
-    torch.testing.assert_close(pipe.guided_step(x_t, t, scale, False), arrays["step_sample"], **CHAIN)
-    torch.testing.assert_close(pipe.guided_step(x_t, t, 0.0, False), arrays["step_noguide_sample"], **CHAIN)
-    difference = (pipe.guided_step(x_t, t, scale, True) - arrays["step_sample"]).abs().max()
+    torch.testing.assert_close(pipe.guided_step(x_t, timesteps, scale, False), arrays["step_sample"], **CHAIN)
+    torch.testing.assert_close(pipe.guided_step(x_t, timesteps, 0.0, False), arrays["step_noguide_sample"], **CHAIN)
+    difference = (pipe.guided_step(x_t, timesteps, scale, True) - arrays["step_sample"]).abs().max()
     assert difference > 2 * CHAIN["atol"], "the original does not limit x_0 after the guidance"
 
     settings = pipe.default_settings()
-    result = pipe.compute_maps(
-        arrays["x0"], indices(arrays["x0"]), seed=0, batch_size=2, noise=arrays["noise"], **settings
-    )
+    noise = arrays["noise"][None]
+    result = pipe.compute_maps(arrays["x0"], indices(arrays["x0"]), seed=0, batch_size=2, noise=noise, **settings)
     torch.testing.assert_close(result.reconstruction, arrays["target"], **TARGET)
     check_map(result.maps, arrays, "mask")
 

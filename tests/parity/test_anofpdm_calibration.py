@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from anodiff import AnoFPDMPipeline, AnoFPDMScheduler, VolumeProcessor
-from anodiff.evaluation.calibration import calibrate
-from anodiff.pipelines.pipeline_anofpdm import similarity_threshold
+from anodiff.pipelines.running_maps import similarity_threshold
 
 from .recordings import ToyUNet, load, over
 
@@ -55,11 +54,11 @@ def test_calibrate(path, batch_size):
     # A recorded batch stands for a subject; slices are numbered through, so that each finds its noise.
     numbers = torch.arange(labels.numel()).reshape(labels.shape)
     slices = [
-        {"image": image, "label": label.numpy(), "slice": number.tolist()}
+        {"image": image, "brain": image[:, 0] > -2, "label": label.numpy(), "slice": number.tolist()}
         for image, label, number in zip(images, labels, numbers, strict=True)
     ]
     noise = arrays["e2e_noise_t0"].flatten(0, 1)[None]
-    record = calibrate(pipe, slices, noise=noise, batch_size=batch_size)
+    record = pipe.calibrate(slices, noise=noise, batch_size=batch_size)
     assert pipe.config.similarity_threshold == pytest.approx(arrays["e2e_thr_01"].item(), abs=1e-5)
     np.testing.assert_allclose(pipe.config.gap_scale, arrays["e2e_diff_max"], **CONSTANTS)
     assert pipe.config.threshold is None, "a threshold would be used instead of the method's own masks"

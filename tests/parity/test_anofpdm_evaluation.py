@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from anodiff import AnoFPDMScheduler, DDIBPipeline
-from anodiff.data.prepare import SliceRule, SplitRule, prepare, read_recipe
+from anodiff.data.prepare import prepare, read_recipe
 from anodiff.data.prepared import load_prepared
 from anodiff.data.readers.subjects import Subject
+from anodiff.data.rules import SliceRule, SplitRule
 from anodiff.evaluation.cases import Case
 from anodiff.evaluation.metrics import dice, iou
 from anodiff.evaluation.options import EvalOptions

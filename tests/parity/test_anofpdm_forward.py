@@ -9,12 +9,12 @@ import re
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch.testing import assert_close
 
 from anodiff import AnoDDPMScheduler, AnoFPDMPipeline, AnoFPDMScheduler, VolumeProcessor
-from anodiff.pipelines.pipeline_anofpdm import FORWARD_SETTINGS
 from anodiff.pipelines.postprocessing import median_filter
-from anodiff.pipelines.running_maps import RunningMaps
+from anodiff.pipelines.running_maps import RunningMaps, quantile_levels
 
 from .recordings import ToyUNet, load, over, recordings
 
@@ -41,9 +41,13 @@ def make_pipeline(arrays: dict, channels: int, unet=None, **settings) -> AnoFPDM
 
 def walk(pipe: AnoFPDMPipeline, images, noise, batch_size: int = 16) -> list[torch.Tensor]:
     """x_t, G and U stacked over the steps, the steps first."""
-    settings = {name: pipe.config[name] for name in FORWARD_SETTINGS}
+    names = ("guidance_scale", "forward_process", "index_mode", "unguided_branch")
+    settings = {name: pipe.config[name] for name in names}
+    settings["channels"] = pipe.modality_channels(pipe.config.modalities)
+    pipe.scheduler.set_timesteps(pipe.config.forward_steps)
     steps = pipe.walk(images, list(range(len(images))), seed=0, batch_size=batch_size, noise=noise, **settings)
-    return [torch.stack(parts) for parts in zip(*steps, strict=True)]
+    with torch.no_grad():
+        return [torch.stack(parts) for parts in zip(*steps, strict=True)]
 
 
 @over("anofpdm/schedule*.npz")
@@ -196,11 +200,14 @@ def test_selection(path, variant):
     arrays = load(path)
     recorded = {name.split("__")[1]: value for name, value in arrays.items() if name.startswith(f"{variant}__")}
     median = 0 if variant == "nomedian" else 5
-    pipe = make_pipeline(arrays, arrays["source"].shape[1], torch.nn.Identity(), median_size=median)
+    channels = arrays["source"].shape[1]
+    blocks = {"block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unused = UNet2DModel(in_channels=channels, out_channels=channels, norm_num_groups=4, **blocks)
+    pipe = make_pipeline(arrays, channels, unused, median_size=median)
     guided, unguided = (arrays[name].transpose(0, 1) for name in ("xstart", "xstart_null"))
     running = RunningMaps(arrays["source"][:, arrays["modality"]], len(guided))
     for step, pair in enumerate(zip(guided, unguided, strict=True)):
-        running.update(step, *pair)
+        running.update(slice(None), step, *pair)
     assert_close(running.gap, arrays["diff_flat"], rtol=1e-5, atol=1e-7)
     assert torch.equal(running.best_step, recorded["t_e"])
     assert_close(running.similarity(), recorded["cos_sim"], rtol=0, atol=1e-6)
@@ -211,9 +218,9 @@ def test_selection(path, variant):
         running.maps,
         running.best_gap,
         arrays["source"],
-        gap_scale=tuple(arrays["diff_max"].tolist()),
-        quantile_range=pipe.config.quantile_range,
-        quantile_region="image",
+        tuple(arrays["diff_max"].tolist()),
+        pipe.config.quantile_range,
+        "image",
     )
     maps = running.maps.mean(1)
     if "amap_before_median" in recorded:
@@ -231,15 +238,7 @@ def test_selection(path, variant):
 def test_quantile_levels(path):
     arrays = load(path)
     gaps = arrays["diff_max_value"][:, None]
-    pipe = make_pipeline({"modality": torch.tensor([0])}, 1, torch.nn.Identity(), median_size=0)
-    levels = pipe.segment(
-        torch.zeros(len(gaps), 1, 2, 2),
-        gaps,
-        torch.zeros(len(gaps), 1, 2, 2),
-        gap_scale=(float(arrays["diff_max_ref"]),),
-        quantile_range=pipe.config.quantile_range,
-        quantile_region="image",
-    )[1][:, 0]
+    levels = quantile_levels(gaps, [float(arrays["diff_max_ref"])], (0.90, 0.98))[:, 0]
     assert torch.equal(levels, arrays["quantile_level"])
     assert torch.equal(levels, arrays["quant_range"][arrays["index"]])
 
@@ -253,10 +252,12 @@ def test_chain_with_the_calibrated_values(path):
     )
     pipe = make_pipeline(arrays, images.shape[1], **calibrated)
     numbers = list(range(len(images)))
-    statistics = pipe.slice_statistics(images, numbers, noise=noise)
+    running = RunningMaps(images[:, arrays["modality"]], pipe.config.forward_steps)
+    for step, (_, guided, unguided) in enumerate(zip(*walk(pipe, images, noise), strict=True)):
+        running.update(slice(None), step, guided, unguided)
     for ours, theirs in (("guided_error", "mse"), ("unguided_error", "mse_null"), ("gap", "diff")):
-        assert_close(statistics[f"{ours}_curve"], arrays[theirs], rtol=0, atol=1e-5)
-    assert_close(statistics["similarity"], arrays["cos_sim"], rtol=0, atol=1e-5)
+        assert_close(getattr(running, ours), arrays[theirs], rtol=0, atol=1e-5)
+    assert_close(running.similarity(), arrays["cos_sim"], rtol=0, atol=1e-5)
 
     def compute(**settings):
         settings = {**pipe.default_settings(), **settings}

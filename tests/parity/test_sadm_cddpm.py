@@ -15,6 +15,7 @@ from anodiff import AnoDDPMScheduler, CDDPMPipeline, ConditionedUNet2DModel, PDD
 from anodiff.pipelines.one_step import encode_slices
 from anodiff.pipelines.pipeline_pddpm import box_masks, boxes_at, patch_grid, patch_weights
 from anodiff.pipelines.ssim import ssim_map
+from anodiff.schedulers.draws import make_keys
 from anodiff.schedulers.simplex import OctaveSimplexNoise, opensimplex2, permutation_tables
 from anodiff.training.objective_cddpm import DDPM2DObjective, PDDPMObjective, reconstruction_loss
 
@@ -159,9 +160,8 @@ def test_weighted_loss_of_the_training(path, monkeypatch):
     objective = DDPM2DObjective(
         ToyUNet().fill(arrays), scheduler, make_processor(), inference, p2_gamma=float(f"{digits[0]}.{digits[1:]}")
     )
-    # The recorded draws instead of the generators'.
-    drawn = iter(arrays["train_t"][:, None])
-    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: next(drawn))
+    # The recorded draws instead of those of the keys.
+    monkeypatch.setattr("anodiff.training.objective_cddpm.draw_timesteps", lambda *args: arrays["train_t"])
     monkeypatch.setattr(scheduler, "draw_noise", lambda *args: arrays["noise"])
 
     predictions = []
@@ -170,7 +170,7 @@ def test_weighted_loss_of_the_training(path, monkeypatch):
         predictions.append(objective.model(sample, timesteps, arrays["cond"]))
         return predictions[-1]
 
-    loss = objective.loss(conditioned, {"image": arrays["x"]}, [torch.Generator()] * len(arrays["x"]))
+    loss = objective.loss(conditioned, {"image": arrays["x"]}, make_keys(0, range(len(arrays["x"]))))
     assert_close(loss.mean(), arrays[names[0]], rtol=1e-6, atol=1e-6)
     assert_close((predictions[0].sample + 1) / 2, arrays["train_reco"], rtol=0, atol=1e-6)
 
@@ -287,10 +287,11 @@ def test_patched_training(path, monkeypatch):
         seen.append((sample, unet(sample, timesteps).sample))
         return Output(sample=seen[-1][1])
 
-    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: arrays["t"][None])
+    count = len(arrays["x"])
+    monkeypatch.setattr("anodiff.training.objective_cddpm.draw_timesteps", lambda *args: arrays["t"].expand(count))
     monkeypatch.setattr(scheduler, "draw_noise", lambda *args: arrays["noise"])
     monkeypatch.setattr("anodiff.training.objective_cddpm.draw_boxes", lambda *args: arrays["box"])
-    loss = objective.loss(recording, {"image": arrays["x"]}, [torch.Generator()] * len(arrays["x"]))
+    loss = objective.loss(recording, {"image": arrays["x"]}, make_keys(0, range(len(arrays["x"]))))
     assert_close(seen[0][0], arrays["box_xt"], rtol=0, atol=1e-6)
     assert_close(loss.mean(), arrays["box_loss_inpaint1"], rtol=1e-6, atol=1e-6)
     inside = box_masks(arrays["box"], int(arrays["H"]), int(arrays["W"]))[:, None]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from anodiff import SiameseUNet2DModel
 from anodiff.models.unet_2d_dae import StandardizedConvBlock
+from anodiff.schedulers.draws import make_keys
 from anodiff.training import synthetic_anomalies
 from anodiff.training.objective_sadm import segmentation_loss
 from anodiff.training.synthetic_anomalies import blend, draw_anomalies, next_power_of_two, perlin_noise, texture
@@ -109,8 +110,7 @@ def test_distribution(monkeypatch):
     monkeypatch.setattr(synthetic_anomalies, "OPACITY", (1.0, 1.0))
     for golden in map(load, recordings("sadm/draem*.npz")):
         count, size = len(golden["stat_mask_fraction"]), golden["x"].shape[-2:]
-        generators = [torch.Generator().manual_seed(number) for number in range(count)]
-        changed, masks = draw_anomalies(torch.zeros(count, 1, *size), generators)
+        changed, masks = draw_anomalies(torch.zeros(count, 1, *size), make_keys(0, range(count)))
         share = masks.mean((1, 2, 3))
         # Equal distributions fail one comparison of two samples in 10,000.
         assert scipy.stats.ks_2samp(share, golden["stat_mask_fraction"]).pvalue > 1e-4

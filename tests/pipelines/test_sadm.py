@@ -15,6 +15,7 @@ from anodiff import (
     SiameseUNet2DModel,
     VolumeProcessor,
 )
+from anodiff.schedulers.draws import make_keys
 from anodiff.training.objective_sadm import LabelledSADMObjective, SADMObjective
 
 from ..tiny import SIZE, assert_same_map, make_conditioned_unet, make_encoder, make_volume
@@ -37,8 +38,8 @@ def make_pipeline(modalities=("image",), value_range=(0.0, 1.0), condition_dim=6
     return pipe
 
 
-def generators(count):
-    return [torch.Generator().manual_seed(number) for number in range(count)]
+def keys(count):
+    return make_keys(0, range(count))
 
 
 def test_save_and_load_without_an_encoder(tmp_path):
@@ -139,7 +140,7 @@ def test_training_moves_the_segmentation_network_alone(value_range):
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     low, high = value_range
     batch = {"image": torch.rand(3, 1, SIZE, SIZE, generator=torch.manual_seed(2)) * (high - low) + low}
-    losses = objective.loss(model.train(), batch, generators(3))
+    losses = objective.loss(model.train(), batch, keys(3))
     assert losses.shape == (3,) and torch.isfinite(losses).all()
     losses.mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -149,9 +150,9 @@ def test_training_moves_the_segmentation_network_alone(value_range):
 
     # A sample's loss depends on the sample alone.
     with torch.no_grad():
-        alone = objective.loss(model, {"image": batch["image"][1:2]}, generators(3)[1:2])
+        alone = objective.loss(model, {"image": batch["image"][1:2]}, keys(3)[1:2])
     torch.testing.assert_close(alone[0], losses[1].detach(), atol=1e-4, rtol=0)
-    rows = objective.preview(model.eval(), batch, generators(3))
+    rows = objective.preview(model.eval(), batch, keys(3))
     assert [row.shape for row in rows.values()] == [batch["image"].shape] * 5
 
 
@@ -160,8 +161,7 @@ def test_shared_noise_is_that_of_the_first_slice():
     reconstruction = CDDPMPipeline(unet, scheduler, processor, encoder)
     batch = {"image": torch.rand(3, 1, SIZE, SIZE)}
     own, shared = (
-        SADMObjective(model, reconstruction, shared_noise=value)._draw(batch, generators(3))[3]
-        for value in (False, True)
+        SADMObjective(model, reconstruction, shared_noise=value)._draw(batch, keys(3))[3] for value in (False, True)
     )
     assert own.shape == (3, 1, SIZE, SIZE) and shared.shape == (1, 1, SIZE, SIZE)
     torch.testing.assert_close(own[:1], shared, rtol=0, atol=0)
@@ -184,11 +184,11 @@ def test_masks_of_several_annotators_are_those_of_the_majority():
     torch.testing.assert_close(images, batch["image"], rtol=0, atol=0)
     assert lesions.shape == (3, 1, SIZE, SIZE) and lesions.sum((1, 2, 3)).tolist() == [2 * SIZE, SIZE, 0]
     assert lesions[0, 0, 2:4].all() and lesions[1, 0, 5].all()
-    assert torch.isfinite(objective.loss(model, batch, generators(3))).all()
+    assert torch.isfinite(objective.loss(model, batch, keys(3))).all()
     for label in (1, -1):
         batch["label"][2] = label
         with pytest.raises(ValueError, match="`mask` must be there for every slice that is not known to be healthy"):
-            objective.loss(model, batch, generators(3))
+            objective.loss(model, batch, keys(3))
 
 
 def test_order_of_erosion_and_median():
@@ -203,3 +203,13 @@ def test_order_of_erosion_and_median():
     )
     with pytest.raises(ValueError, match="`filter_order` must be one of erosion_first, median_first"):
         make_pipeline(filter_order="none")
+
+
+def test_what_is_exported_has_the_timesteps_of_its_cddpm(tmp_path):
+    unet, model, _, processor, encoder = make_parts()
+    scheduler = AnoDDPMScheduler(100, beta_schedule="cosine", z=None, wavelength=8.0)
+    reconstruction = CDDPMPipeline(unet, scheduler, processor, encoder, timesteps=[24, 49], shared_noise=True)
+    pipe = SADMObjective(model, reconstruction).export(model, tmp_path)
+    assert list(pipe.config.timesteps) == [24, 49] and pipe.config.shared_noise
+    pipe = SADMObjective(model, reconstruction, {"timesteps": [9]}).make_pipeline(model)
+    assert list(pipe.config.timesteps) == [9] and pipe.config.shared_noise
