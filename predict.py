@@ -1,9 +1,9 @@
 """Anomaly maps of new scans, or ensembles of segmentations (CIMD).
 
-    python predict.py --model owner/anoddpm-flair scan.nii.gz -o out
-    python predict.py --model outputs/train/pipeline scans/ -o out --brain brain.nii.gz
-    python predict.py --model owner/two-modalities patient1/ patient2/ -o out    # flair.nii.gz, t1.nii.gz in each folder
-    python predict.py --model owner/anoddpm-flair scan.nii.gz -o out --dispersion 8    # also how far eight draws lie apart
+    python predict.py --model owner/anoddpm-flair scan.nii.gz -o out python predict.py --model outputs/train/pipeline
+    scans/ -o out --brain brain.nii.gz python predict.py --model owner/two-modalities patient1/ patient2/ -o out    #
+    flair.nii.gz, t1.nii.gz in each folder python predict.py --model owner/anoddpm-flair scan.nii.gz -o out
+    --dispersion 8    # also how far eight draws lie apart
 
 A folder stands for the scans in it: its files, or its sub-folders with one file per modality.
 Research use, not a medical device.
@@ -37,7 +37,8 @@ class PredictOptions:
     seed: int = 0
     """Seed of the draws."""
     dispersion: int = 0
-    """Draws, 2 or more, with this seed and the following ones: their maps, mean and deviation are written too; 0 for none."""
+    """Draws, 2 or more, with this seed and the following ones: their maps, mean and deviation are written too; 0 for
+    none."""
     batch_size: int = 16
     """Slices and draws that share one evaluation of the network."""
     device: str | None = None

@@ -23,8 +23,8 @@ def intensity_map(
         channel (`int`): Modality.
         value_range (`tuple[float, float]`): What the map's 0 and 1 are.
         over_median (`bool`, *optional*, defaults to `False`):
-            Divide by the median of the subject's brain. A bright lesion moves the percentile that the processor divides by, but
-            hardly the median: the stronger baseline.
+            Divide by the median of the subject's brain. A bright lesion moves the percentile that the processor
+            divides by, but hardly the median: the stronger baseline.
 
     Returns:
         `np.ndarray` of shape `(N, H, W)`, float32, >= 0.
@@ -37,11 +37,11 @@ def intensity_map(
 
 
 def equalised_map(image: np.ndarray, brain: np.ndarray, channel: int, value_range: tuple[float, float]) -> np.ndarray:
-    """
-    Returns the histogram-equalised intensity of one modality as an anomaly map: ANDi's thresholding baseline, there of the FLAIR image.
+    """Returns the histogram-equalised intensity of one modality as an anomaly map: ANDi's thresholding baseline,
+    there of the FLAIR image.
 
-    The authors equalise the volume before they bring it to the network's size, with [`equalise`]; here it is the prepared
-    slices, so that the values differ a little where resizing mixes them.
+    The authors equalise the volume before they bring it to the network's size, with [`equalise`]; here it is the
+    prepared slices, so that the values differ a little where resizing mixes them.
 
     Args:
         image, brain, channel, value_range: As in [`intensity_map`].
@@ -54,9 +54,9 @@ def equalised_map(image: np.ndarray, brain: np.ndarray, channel: int, value_rang
 
 
 def equalise(values: np.ndarray) -> np.ndarray:
-    """
-    Equalises the histogram of the voxels > 0 of a volume, as scikit-image's `equalize_hist` with a mask: the share of these voxels
-    below a value, interpolated between the centres of 256 equal bins from the smallest to the largest of them.
+    """Equalises the histogram of the voxels > 0 of a volume, as scikit-image's `equalize_hist` with a mask: the share
+    of these voxels below a value, interpolated between the centres of 256 equal bins from the smallest to the largest
+    of them.
 
     Args:
         values (`np.ndarray`): Volume of any shape, used as float32 and divided by its maximum.
@@ -76,9 +76,8 @@ def equalise(values: np.ndarray) -> np.ndarray:
 
 
 def slice_statistics(image: np.ndarray, brain: np.ndarray) -> dict[str, np.ndarray]:
-    """
-    Returns statistics of every slice that know nothing of anatomy, `(N,)` each: brain area in pixels, mean intensity and mean absolute
-    Laplacian (sharpness) in the brain, over all modalities.
+    """Returns statistics of every slice that know nothing of anatomy, `(N,)` each: brain area in pixels, mean
+    intensity and mean absolute Laplacian (sharpness) in the brain, over all modalities.
 
     Args:
         image (`np.ndarray` of shape `(N, C, H, W)`): Slices.

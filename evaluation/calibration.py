@@ -18,8 +18,8 @@ CALIBRATION_POLICIES = ("labels", "healthy", "yen", "otsu")
 
 
 class LabelledSlices:
-    """
-    The slices of a prepared split with their labels, subject by subject, for [`calibrate`]. The column of masks is not read.
+    """The slices of a prepared split with their labels, subject by subject, for [`calibrate`]. The column of masks is
+    not read.
 
     Args:
         split ([`PreparedSplit`]): Slices of unknown label (-1) are left out.
@@ -35,8 +35,8 @@ class LabelledSlices:
                 self.rows = self.rows[np.linspace(0, len(self.rows) - 1, max_slices).round().astype(int)]
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yields dicts `image (N, C, H, W)`, `brain (N, H, W)`, `label (N,)`, `slice (N,)` of the chosen slices of one subject each;
-        `slice` is as of [`slice_numbers`]."""
+        """Yields dicts `image (N, C, H, W)`, `brain (N, H, W)`, `label (N,)`, `slice (N,)` of the chosen slices of one
+        subject each; `slice` is as of [`slice_numbers`]."""
         for subject in self.split.subjects:
             own = self.split.subject_rows(subject)
             rows = self.rows[(self.rows >= own.start) & (self.rows < own.stop)]
@@ -57,31 +57,32 @@ def calibrate(
     batch_size: int = 16,
     noise: torch.Tensor | Callable | None = None,
 ) -> dict:
-    """
-    Chooses the values that turn a pipeline's maps into masks, from slices with labels and without any mask, and puts them into its
-    configuration, so that they are saved with it.
+    """Chooses the values that turn a pipeline's maps into masks, from slices with labels and without any mask, and
+    puts them into its configuration, so that they are saved with it.
 
-    `policy="labels"` is the calibration of a method that has one of its own (AnoFPDM), [`~AnomalyPipeline.calibrate`]. For any pipeline
-    there is a `threshold`: `"healthy"`, the score that a share `healthy_fpr` of the brain pixels of healthy slices exceeds; `"yen"` and
-    `"otsu"`, of all brain pixels, which need no labels.
+    `policy="labels"` is the calibration of a method that has one of its own (AnoFPDM), [`~AnomalyPipeline.calibrate`].
+    For any pipeline there is a `threshold`: `"healthy"`, the score that a share `healthy_fpr` of the brain pixels of
+    healthy slices exceeds; `"yen"` and `"otsu"`, of all brain pixels, which need no labels.
 
     Args:
         pipeline ([`AnomalyPipeline`]): What is calibrated, with all its other values as they will be used.
         slices (iterable of `dict`, to be walked more than once):
-            For each subject `image (N, C, H, W)` in the processor's value range, `label (N,)` (1 unhealthy, 0 healthy), `slice (N,)`,
-            the numbers that the random numbers depend on, and `brain (N, H, W)` for a `threshold`. Nothing else is read. See
-            [`LabelledSlices`].
+            For each subject `image (N, C, H, W)` in the processor's value range, `label (N,)` (1 unhealthy, 0
+            healthy), `slice (N,)`, the numbers that the random numbers depend on, and `brain (N, H, W)` for a
+            `threshold`. Nothing else is read. See [`LabelledSlices`].
         policy (`str`, defaults to `"labels"`): `"labels"`, `"healthy"`, `"yen"` or `"otsu"`.
-        guidance_scales (`Sequence[float]`, *optional*): Candidates of the policy "labels"; the pipeline's own by default.
+        guidance_scales (`Sequence[float]`, *optional*):
+            Candidates of the policy "labels"; the pipeline's own by default.
         healthy_fpr (`float`, defaults to 0.05): Of the policy "healthy".
         seed, batch_size, noise: As of the pipeline's call.
 
     Returns:
-        `dict`: The record: `policy`, `slices`, `anomalous_slices`, `values` (what went into the configuration), and for `"labels"`
-        what the method adds.
+        `dict`: The record: `policy`, `slices`, `anomalous_slices`, `values` (what went into the configuration), and
+        for `"labels"` what the method adds.
 
     Raises:
-        ValueError: An unknown policy, one that the pipeline or the labels do not allow, or a `guidance_scales` without use.
+        ValueError: An unknown policy, one that the pipeline or the labels do not allow, or a `guidance_scales` without
+        use.
     """
     check_choice("policy", policy, CALIBRATION_POLICIES)
     if guidance_scales and policy != "labels":

@@ -1,5 +1,5 @@
-"""The models of an evaluation: which protocol scores them, loaded with its values, named in its table, and with calibrated values stored
-in their folders."""
+"""The models of an evaluation: which protocol scores them, loaded with its values, named in its table, and with
+calibrated values stored in their folders."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from .scoring import sweep_thresholds
 
 
 def choose_protocol(options: EvalOptions) -> ModuleType:
-    """
-    Returns the protocol that the options name, of [`PROTOCOLS`]; for models that the default does not score the first one that does.
+    """Returns the protocol that the options name, of [`PROTOCOLS`]; for models that the default does not score the
+    first one that does.
 
     Raises:
-        ValueError: There is no such protocol, it does not score these models, they are of several tasks, or it has no use for `sweep`.
+        ValueError: There is no such protocol, it does not score these models, they are of several tasks, or it has no
+        use for `sweep`.
     """
     check_choice("protocol", options.protocol, PROTOCOLS)
     protocol = PROTOCOLS[options.protocol]
@@ -84,7 +85,8 @@ def postprocessing_changes(options: EvalOptions) -> dict:
 
 
 def check_stored(options: EvalOptions) -> None:
-    """Raises a `ValueError` for values that could not be found or stored in the checkpoints, before anything is evaluated."""
+    """Raises a `ValueError` for values that could not be found or stored in the checkpoints, before anything is
+    evaluated."""
     if options.calibrate is None and (options.guidance_scales or options.calibration_slices):
         raise ValueError("`guidance_scales` and `calibration_slices` belong to `calibrate labels`.")
     if options.calibrate is not None:
@@ -108,7 +110,8 @@ def check_stored(options: EvalOptions) -> None:
 def calibrate_checkpoint(
     model: str, slices: LabelledSlices, split: PreparedSplit, options: EvalOptions, device: torch.device
 ) -> dict:
-    """Calibrates a checkpoint folder on slices of a split and stores the values in it; returns the record of [`calibrate`]."""
+    """Calibrates a checkpoint folder on slices of a split and stores the values in it; returns the record of
+    [`calibrate`]."""
     pipeline = load_pipeline(model, options, device)
     pipeline.processor.check_equal(split.processor_settings, f"{model} was trained with")
     record = calibrate(
@@ -146,8 +149,8 @@ def _store_values(folder: Path, values: dict) -> None:
 
 
 def describe_model(model: str, pipeline: AnomalyPipeline, options: EvalOptions) -> dict:
-    """Returns what a row of the report says of its model: method and folder as tables call it, which commit of a repository, and who it was
-    trained on, from the recipe of the training data, which travels with the weights."""
+    """Returns what a row of the report says of its model: method and folder as tables call it, which commit of a
+    repository, and who it was trained on, from the recipe of the training data, which travels with the weights."""
     method, path, commit = type(pipeline).__name__.removesuffix("Pipeline"), Path(model), None
     recipe = path / "recipe.yaml"
     if not path.is_dir():

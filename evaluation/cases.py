@@ -1,4 +1,5 @@
-"""What is stored of a subject between computing and scoring, a file for each subject and method, and what its slices are called."""
+"""What is stored of a subject between computing and scoring, a file for each subject and method, and what its slices
+are called."""
 
 from __future__ import annotations
 
@@ -17,9 +18,10 @@ from ..pipelines.postprocessing import PostProcessing
 
 
 def slice_numbers(split: PreparedSplit, subject: str, slices: np.ndarray) -> np.ndarray:
-    """Returns the numbers that the random numbers of a subject's slices depend on, `(N,)`: `slices`, those of the slices in their volume, as
-    in a call of the pipeline. A picture, a subject of one slice, has the number of its row in the split: all pictures are slice 0 of
-    their own volume, and what a method draws by chance would count in every one of them."""
+    """Returns the numbers that the random numbers of a subject's slices depend on, `(N,)`: `slices`, those of the
+    slices in their volume, as in a call of the pipeline. A picture, a subject of one slice, has the number of its row
+    in the split: all pictures are slice 0 of their own volume, and what a method draws by chance would count in every
+    one of them."""
     is_picture = split.subject_info[subject]["network_shape"][2] == 1
     return np.asarray(split.subject_rows(subject)) if is_picture else slices
 
@@ -58,11 +60,14 @@ class Case(_Stored):
         labels (`np.ndarray` of shape `(N,)`): 1 anomalous slice, 0 healthy, -1 unknown.
         slice_scores (`np.ndarray` of shape `(N,)`): Score of each slice.
         volume_score (`float`): Score of the subject.
-        own_mask (`np.ndarray` of shape `(N, H, W)`, *optional*): bool, the segmentation of a method that chooses its thresholds itself.
-        own_labels (`np.ndarray` of shape `(N,)`, *optional*): With `own_mask`: 1 where the method calls a slice anomalous, else 0.
+        own_mask (`np.ndarray` of shape `(N, H, W)`, *optional*):
+            bool, the segmentation of a method that chooses its thresholds itself.
+        own_labels (`np.ndarray` of shape `(N,)`, *optional*):
+            With `own_mask`: 1 where the method calls a slice anomalous, else 0.
         error (`np.ndarray` of shape `(N, H, W)`, *optional*):
             Absolute difference of slice and reconstruction, mean over modalities, on [0, 1]; for the protocol `sadm`.
-        foreground (`np.ndarray` of shape `(N, H, W)`, *optional*): bool, where the protocol `anofpdm` measures AUROC and AUPRC.
+        foreground (`np.ndarray` of shape `(N, H, W)`, *optional*):
+            bool, where the protocol `anofpdm` measures AUROC and AUPRC.
     """
 
     subject: str
@@ -110,8 +115,8 @@ class EnsembleCase(_Stored):
 
 
 def make_case(item: dict, maps: np.ndarray, postprocessing: PostProcessing, **optional) -> Case:
-    """Returns the case of a subject from the columns of its rows and its name, `item`, filtered maps `(N, H, W)`, float32, what says how
-    scores are made of maps, and the optional values of a [`Case`]."""
+    """Returns the case of a subject from the columns of its rows and its name, `item`, filtered maps `(N, H, W)`,
+    float32, what says how scores are made of maps, and the optional values of a [`Case`]."""
     # Several annotators: a voxel counts as lesion where at least half of them say so.
     mask = item["mask"].mean(1) >= 0.5 if item["mask"].shape[1] and (item["label"] >= 0).all() else None
     brain = item["brain"]
@@ -134,11 +139,11 @@ class Needs(NamedTuple):
     Args:
         settings (`dict`): Settings instead of the checkpoint's, of the methods that have them.
         details (`dict[str, Callable]`):
-            Name of an optional value of [`Case`] to the function that makes it, of slices `(N, C, H, W)`, their reconstruction or `None`,
-            and the range of their values; it may return `None`.
+            Name of an optional value of [`Case`] to the function that makes it, of slices `(N, C, H, W)`, their
+            reconstruction or `None`, and the range of their values; it may return `None`.
         baselines (`Callable`):
-            From the settings of the processor to a dict, name of a row to the function that makes its maps `(N, H, W)`, float32, of slices
-            and their brain masks.
+            From the settings of the processor to a dict, name of a row to the function that makes its maps
+            `(N, H, W)`, float32, of slices and their brain masks.
     """
 
     settings: dict = {}
@@ -147,8 +152,8 @@ class Needs(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a protocol says of one method: `metrics`, `None` where undefined, `records` with values of each test case (of ensembles: of each
-    image), and what else the row of the report holds."""
+    """What a protocol says of one method: `metrics`, `None` where undefined, `records` with values of each test case
+    (of ensembles: of each image), and what else the row of the report holds."""
 
     metrics: dict[str, float | None]
     records: list[dict]

@@ -1,5 +1,5 @@
-"""An evaluation of ensembles of segmentations: which splits and subjects, what a case is made of, baselines, and what the report says of
-them. The names are those of `maps.py`."""
+"""An evaluation of ensembles of segmentations: which splits and subjects, what a case is made of, baselines, and what
+the report says of them. The names are those of `maps.py`."""
 
 from __future__ import annotations
 
@@ -74,8 +74,9 @@ def make_case_of(
 def make_baselines(
     splits: dict[str, PreparedSplit], rows: list[dict], protocol: ModuleType, options: EvalOptions
 ) -> Iterator[tuple[dict, Callable[[dict], EnsembleCase]]]:
-    """Yields the rows of two baselines that see no image, each with the function that makes the case of a subject: level sets of the rate
-    at which training annotations mark a pixel, and random training annotations. They have as many members as the first model."""
+    """Yields the rows of two baselines that see no image, each with the function that makes the case of a subject:
+    level sets of the rate at which training annotations mark a pixel, and random training annotations. They have as
+    many members as the first model."""
     training, test = load_prepared(options.data, "train"), splits["test"]
     count = rows[0]["settings"]["num_ensemble"] if rows else MEMBERS
     annotated = np.flatnonzero(training.annotations)

@@ -1,4 +1,5 @@
-"""An evaluation of anomaly maps: which splits and subjects, what a case is made of, baselines, and what the report says of them."""
+"""An evaluation of anomaly maps: which splits and subjects, what a case is made of, baselines, and what the report
+says of them."""
 
 from __future__ import annotations
 
@@ -67,8 +68,8 @@ def make_case_of(
 def make_baselines(
     splits: dict[str, PreparedSplit], rows: list[dict], protocol: ModuleType, options: EvalOptions
 ) -> Iterator[tuple[dict, Callable[[dict], Case]]]:
-    """Yields the rows of the plain intensity of each modality and of the protocol's own baselines, each with the function that makes the
-    case of a subject. The post-processing is that of the first model."""
+    """Yields the rows of the plain intensity of each modality and of the protocol's own baselines, each with the
+    function that makes the case of a subject. The post-processing is that of the first model."""
     settings = rows[0]["settings"] if rows else asdict(PostProcessing(**postprocessing_changes(options)))
     postprocessing = PostProcessing(**{field.name: settings[field.name] for field in fields(PostProcessing)})
     processor = splits["test"].processor_settings

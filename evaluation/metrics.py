@@ -1,7 +1,7 @@
 """Metrics of anomaly maps and masks, in numpy.
 
-Definitions differ between the published programs (empty masks, exchanged names, pooled or per volume), so every function states its own.
-Confusion counts: TP, FP, FN, TN are pixels of prediction and ground truth in the usual sense.
+Definitions differ between the published programs (empty masks, exchanged names, pooled or per volume), so every
+function states its own. Confusion counts: TP, FP, FN, TN are pixels of prediction and ground truth in the usual sense.
 """
 
 from typing import NamedTuple
@@ -19,35 +19,38 @@ def dice(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
     Args:
         pred, gt (`np.ndarray`, boolean or 0/1, the same shape): Predicted and true mask of one slice or volume.
         empty (`float`, *optional*, defaults to 1.0):
-            Value where both masks are empty. 1 as in AnoDDPM and AnoFPDM; `nan` as in ANDi and SADM, which leaves these masks out of a
-            nan-mean. One empty mask beside a filled one is always 0.
+            Value where both masks are empty. 1 as in AnoDDPM and AnoFPDM; `nan` as in ANDi and SADM, which leaves
+            these masks out of a nan-mean. One empty mask beside a filled one is always 0.
     """
     tp, fp, fn, _ = confusion(pred, gt)
     return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else empty
 
 
 def iou(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
-    """Returns the intersection over union TP / (TP + FP + FN) of one mask; arguments as in [`dice`]. (Empty masks count 1 in AnoFPDM's
-    program and 0 in AnoDDPM's.)"""
+    """Returns the intersection over union TP / (TP + FP + FN) of one mask; arguments as in [`dice`]. (Empty masks
+    count 1 in AnoFPDM's program and 0 in AnoDDPM's.)"""
     tp, fp, fn, _ = confusion(pred, gt)
     return tp / (tp + fp + fn) if tp + fp + fn else empty
 
 
 def precision(pred: np.ndarray, gt: np.ndarray) -> float:
-    """Returns TP / (TP + FP) of one mask; `nan` where nothing is predicted. The programs of AnoDDPM and AnoFPDM call it recall."""
+    """Returns TP / (TP + FP) of one mask; `nan` where nothing is predicted. The programs of AnoDDPM and AnoFPDM call
+    it recall."""
     tp, fp, _, _ = confusion(pred, gt)
     return tp / (tp + fp) if tp + fp else float("nan")
 
 
 def recall(pred: np.ndarray, gt: np.ndarray) -> float:
-    """Returns TP / (TP + FN) of one mask; `nan` where the truth is empty. The programs of AnoDDPM and AnoFPDM call it precision."""
+    """Returns TP / (TP + FN) of one mask; `nan` where the truth is empty. The programs of AnoDDPM and AnoFPDM call it
+    precision."""
     tp, _, fn, _ = confusion(pred, gt)
     return tp / (tp + fn) if tp + fn else float("nan")
 
 
 def false_positive_rate(pred: np.ndarray, gt: np.ndarray) -> float:
-    """Returns FP / (FP + TN) of one mask; `nan` where the ground truth is full. It depends on how much background is included: pass
-    `pred[brain], gt[brain]` for the rate inside the brain. The program of AnoDDPM returns FN / (FN + TN) under this name."""
+    """Returns FP / (FP + TN) of one mask; `nan` where the ground truth is full. It depends on how much background is
+    included: pass `pred[brain], gt[brain]` for the rate inside the brain. The program of AnoDDPM returns FN / (FN +
+    TN) under this name."""
     _, fp, _, tn = confusion(pred, gt)
     return fp / (fp + tn) if fp + tn else float("nan")
 
@@ -62,10 +65,10 @@ def confusion(pred: np.ndarray, gt: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def lesion_f1(pred: np.ndarray, gt: np.ndarray) -> float:
-    """
-    Returns the F1 score of lesions instead of voxels, the harmonic mean of (found lesions / lesions) and (right components / predicted
-    components). Components are connected with corners (8 neighbours in 2-D, 26 in 3-D). A lesion is found when one of its voxels is
-    predicted; a predicted component is right when one of its voxels is lesion.
+    """Returns the F1 score of lesions instead of voxels, the harmonic mean of (found lesions / lesions) and (right
+    components / predicted components). Components are connected with corners (8 neighbours in 2-D, 26 in 3-D). A
+    lesion is found when one of its voxels is predicted; a predicted component is right when one of its voxels is
+    lesion.
 
     Args:
         pred, gt (`np.ndarray`, boolean or 0/1, the same shape): Masks of one volume `(N, H, W)` or one slice `(H, W)`.
@@ -86,8 +89,8 @@ def lesion_f1(pred: np.ndarray, gt: np.ndarray) -> float:
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """
-    Returns the area under the ROC curve of slice or subject scores, ties counted one half (as scikit-learn's `roc_auc_score`).
+    """Returns the area under the ROC curve of slice or subject scores, ties counted one half (as scikit-learn's
+    `roc_auc_score`).
 
     Args:
         scores (`np.ndarray`): Finite scores of any unit, higher is more anomalous. Compared in float64.
@@ -100,20 +103,23 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the average precision, the step-wise area under the precision-recall curve with ties as one step (as scikit-learn's
-    `average_precision_score`), of slice or subject scores. Arguments as in [`auroc`]; `nan` without positives, 1 without negatives.
-    Its value for chance is the share of positives, so it compares only at equal prevalence."""
+    """Returns the average precision, the step-wise area under the precision-recall curve with ties as one step (as
+    scikit-learn's `average_precision_score`), of slice or subject scores. Arguments as in [`auroc`]; `nan` without
+    positives, 1 without negatives. Its value for chance is the share of positives, so it compares only at equal
+    prevalence."""
     return _average_precision(_curve_of_samples(scores, labels))
 
 
 def bootstrap_interval(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
-    """
-    Returns the 95 % percentile bootstrap interval of the mean of `values`, from 2000 draws of whole subjects with replacement.
+    """Returns the 95 % percentile bootstrap interval of the mean of `values`, from 2000 draws of whole subjects with
+    replacement.
 
     Args:
-        values (`np.ndarray` of shape `(N,)`): One value per volume or slice. `nan` values are left out, as in a nan-mean.
+        values (`np.ndarray` of shape `(N,)`):
+            One value per volume or slice. `nan` values are left out, as in a nan-mean.
         groups (`np.ndarray` of shape `(N,)`, *optional*):
-            Subject of each value, so that slices or visits of one subject are drawn together. `None`: each value is a subject of its own.
+            Subject of each value, so that slices or visits of one subject are drawn together. `None`: each value is a
+            subject of its own.
 
     Returns:
         `tuple[float, float]`: lower and upper end; `nan` twice without values.
@@ -140,10 +146,11 @@ class PooledScores:
     """
     Scores of all voxels of a data set against their labels: average precision, AUROC and Dice, pooled.
 
-    Up to `max_exact` voxels the scores are kept (4 bytes each) and everything is exact, ties as in scikit-learn. Above that they become
-    integer counts in 2**20 fixed bins: the upper 20 bits of the float32, in order, so a bin is never wider than 2**-11 (0.05 %) of its
-    values, whatever their range, and nothing has to be known about it in advance. Scores of one bin then count as tied; [`error_bounds`]
-    gives, from the counts, how far this can be from the exact result. The result does not depend on the order of the updates.
+    Up to `max_exact` voxels the scores are kept (4 bytes each) and everything is exact, ties as in scikit-learn. Above
+    that they become integer counts in 2**20 fixed bins: the upper 20 bits of the float32, in order, so a bin is never
+    wider than 2**-11 (0.05 %) of its values, whatever their range, and nothing has to be known about it in advance.
+    Scores of one bin then count as tied; [`error_bounds`] gives, from the counts, how far this can be from the exact
+    result. The result does not depend on the order of the updates.
 
     Args:
         max_exact (`int`, *optional*, defaults to 50 million): Number of voxels up to which scores are kept.
@@ -196,13 +203,13 @@ class PooledScores:
         return _auroc(self._curve())
 
     def best_dice(self) -> tuple[float, float]:
-        """
-        Returns the highest pooled Dice over all thresholds, and that threshold, for `map > threshold` in float32. An oracle when the labels
-        are those of the test set.
+        """Returns the highest pooled Dice over all thresholds, and that threshold, for `map > threshold` in float32.
+        An oracle when the labels are those of the test set.
 
         Returns:
-            `tuple[float, float]`: Dice and threshold (the highest one with this Dice, halfway to the next lower score); `nan` twice without
-            positives. Above `max_exact` voxels the thresholds are the edges of the bins and the Dice is the exact one of the threshold.
+            `tuple[float, float]`: Dice and threshold (the highest one with this Dice, halfway to the next lower
+            score); `nan` twice without positives. Above `max_exact` voxels the thresholds are the edges of the bins
+            and the Dice is the exact one of the threshold.
         """
         curve = self._curve()
         if not curve.num_positives:
@@ -220,8 +227,9 @@ class PooledScores:
         return float(values[best]), float(lower if threshold >= score else threshold)
 
     def error_bounds(self) -> dict[str, float]:
-        """Returns the largest possible distance of `average_precision`, `auroc` and `best_dice` from their exact values, whatever the order of
-        the scores inside the bins; 0 as long as [`is_exact`], `nan` where the metric is."""
+        """Returns the largest possible distance of `average_precision`, `auroc` and `best_dice` from their exact
+        values, whatever the order of the scores inside the bins; 0 as long as [`is_exact`], `nan` where the metric
+        is."""
         c = self._curve()
         if self._counts is None or not c.num_positives:
             value = 0.0 if c.num_positives else float("nan")

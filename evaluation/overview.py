@@ -13,9 +13,8 @@ from ..volumes.volume import InputVolume
 
 
 def draw_overview(output: AnomalyOutput, path: Path, title: str, *, plane: str = "axial", slices: int = 5) -> None:
-    """
-    Draws the `slices` highest scored slices of a result, in radiological convention: image, pseudo-healthy image, map over
-    the image (one colour scale for all slices, from 0), mask.
+    """Draws the `slices` highest scored slices of a result, in radiological convention: image, pseudo-healthy image,
+    map over the image (one colour scale for all slices, from 0), mask.
 
     Args:
         output ([`AnomalyOutput`]): Result of a volume (not of a tensor).
@@ -71,9 +70,9 @@ def draw_members(
     slices: int = 5,
     members: int = 4,
 ) -> None:
-    """
-    Draws an ensemble in radiological convention, a line for each of the `slices` where its mean is highest: image, the first
-    `members`, mean and deviation. Masks of CIMD are filled over the image, maps of an anomaly pipeline share one colour scale.
+    """Draws an ensemble in radiological convention, a line for each of the `slices` where its mean is highest: image,
+    the first `members`, mean and deviation. Masks of CIMD are filled over the image, maps of an anomaly pipeline share
+    one colour scale.
 
     Args:
         output ([`CIMDOutput`] or [`DispersionOutput`]): Result of a volume (not of a tensor).
@@ -126,8 +125,8 @@ def draw_members(
 
 
 def _read_image(source: InputVolume | None, plane: str) -> tuple:
-    """What brings an array of the input's form to `(N, H, W)`; the orientation that it goes by; the sizes of a voxel along W, H, N in mm;
-    the first modality, `(N, H, W)`, and the range of grey values to show."""
+    """What brings an array of the input's form to `(N, H, W)`; the orientation that it goes by; the sizes of a voxel
+    along W, H, N in mm; the first modality, `(N, H, W)`, and the range of grey values to show."""
     if source is None:
         raise ValueError(
             "A result of a tensor has no picture: its image is not kept. Call the pipeline with a volume."

@@ -11,13 +11,11 @@ from .cases import Case, EnsembleCase
 
 
 def draw_cases(report: dict, rows: list[tuple[dict, Path]], split: PreparedSplit, path: Path) -> None:
-    """
-    Draws the best, the median and the worst test subject of the first row, one slice each, with the map of every row. Each row stands
-    beside the folder that holds its cases.
+    """Draws the best, the median and the worst test subject of the first row, one slice each, with the map of every
+    row. Each row stands beside the folder that holds its cases.
 
-    With masks the order is that of Dice at the validation threshold (oracle without one), and the slice the one with most lesion, outlined.
-    Without masks it is the order of the scores among the anomalous subjects.
-    """
+    With masks the order is that of Dice at the validation threshold (oracle without one), and the slice the one with
+    most lesion, outlined. Without masks it is the order of the scores among the anomalous subjects."""
     from matplotlib.figure import Figure
 
     shown = [(row, folder) for row, folder in rows if not row["name"].endswith("over its median")]
@@ -77,8 +75,8 @@ def _rank(records: list[dict]) -> tuple[str, list[dict]]:
 
 
 def draw_ensemble_cases(report: dict, row: dict, folder: Path, split: PreparedSplit, path: Path) -> None:
-    """Draws five images of a row, whose cases are in `folder`, from its best to its worst GED: image, up to four annotations and members,
-    their means, and the members' deviation."""
+    """Draws five images of a row, whose cases are in `folder`, from its best to its worst GED: image, up to four
+    annotations and members, their means, and the members' deviation."""
     from matplotlib.figure import Figure
 
     ranked = sorted(row["subjects"], key=lambda record: record["ged"])
@@ -123,8 +121,8 @@ def draw_ensemble_cases(report: dict, row: dict, folder: Path, split: PreparedSp
         bar.ax.tick_params(labelsize=6)
     data = report["data"]
     figure.suptitle(
-        f"{row['name']} on {data['name']}, {data['split']}: best to worst GED, {row['metrics']['num_samples']} members."
-        " Deviation is dispersion, not confidence. Research use only.",
+        f"{row['name']} on {data['name']}, {data['split']}: best to worst GED,"
+        f" {row['metrics']['num_samples']} members. Deviation is dispersion, not confidence. Research use only.",
         fontsize=8,
     )
     figure.savefig(path, dpi=110)

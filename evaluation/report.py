@@ -25,8 +25,8 @@ def make_report(
     rows: list[dict],
     accelerator: Accelerator,
 ) -> dict:
-    """Returns the report of scored rows as `report.json` holds it. `kind` is the module `maps` or `ensembles`, `protocols` are those whose
-    columns the rows have, `split` is what was scored."""
+    """Returns the report of scored rows as `report.json` holds it. `kind` is the module `maps` or `ensembles`,
+    `protocols` are those whose columns the rows have, `split` is what was scored."""
     settings, subjects = split.processor_settings, kind.choose_subjects(split)
     labels = split.labels[np.concatenate([split.subject_rows(subject) for subject in subjects])]
     label_definition, samples = kind.describe_samples(split, rows)
@@ -50,7 +50,8 @@ def make_report(
             "training_population": "; ".join(populations) or "no model was evaluated",
             "modality": ", ".join(settings["modalities"]),
             **texts,
-            "geometry": f"network grid {settings['size']}, plane {settings['plane']}, slices {split.recipe.get('slices', {})}",
+            "geometry": f"network grid {settings['size']}, plane {settings['plane']},"
+            f" slices {split.recipe.get('slices', {})}",
             "preprocessing": ", ".join(
                 f"{key} {settings[key]}" for key in ("intensity", "value_range", "clip", "resize", "brain_mask")
             ),
@@ -71,8 +72,8 @@ def make_report(
 
 
 def markdown(report: dict, columns: dict[str, str]) -> str:
-    """
-    Returns the report as Markdown: a table of every row, the nine protocol fields below it, and the reliability of an ensemble.
+    """Returns the report as Markdown: a table of every row, the nine protocol fields below it, and the reliability of
+    an ensemble.
 
     Args:
         report (`dict`): As of [`make_report`].
@@ -100,8 +101,8 @@ def markdown(report: dict, columns: dict[str, str]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines += [
         "",
-        f"anodiff {report['anodiff']}, {versions}, {report['device']}, {report['processes']} process(es), seed {report['seed']},"
-        f" draws {report['draws']}.",
+        f"anodiff {report['anodiff']}, {versions}, {report['device']}, {report['processes']} process(es),"
+        f" seed {report['seed']}, draws {report['draws']}.",
         "",
     ]
     for row in report["results"][:1]:

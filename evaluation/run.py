@@ -36,8 +36,9 @@ def evaluate(options: EvalOptions) -> dict:
     """
     Evaluates and writes `report.json`, `report.md` and pictures into `options.output_dir`.
 
-    Subjects are dealt to the processes in turn. Random numbers depend on the seed and on a slice's number ([`slice_numbers`]), so that
-    results do not depend on the number of processes. Maps and masks go through files of the output folder, which all processes must see.
+    Subjects are dealt to the processes in turn. Random numbers depend on the seed and on a slice's number
+    ([`slice_numbers`]), so that results do not depend on the number of processes. Maps and masks go through files of
+    the output folder, which all processes must see.
 
     Returns:
         `dict`: The report, on every process.
@@ -95,7 +96,8 @@ class _Evaluation:
         self.folders: list[Path] = []
 
     def calibrate(self) -> dict[str, dict]:
-        """Calibrates the checkpoints, if that is wanted; returns the records by model. Other processes load what was stored."""
+        """Calibrates the checkpoints, if that is wanted; returns the records by model. Other processes load what was
+        stored."""
         if not self.options.calibrate:
             return {}
         split, device = self.splits["validation"], self.accelerator.device
@@ -171,7 +173,8 @@ class _Evaluation:
 
     @torch.no_grad()
     def _map(self, pipeline: AnomalyPipeline, split: PreparedSplit, items: list[dict]) -> tuple[SliceResults, float]:
-        """Results of some subjects together, and the seconds from slices to filtered maps: not those of reading and writing."""
+        """Results of some subjects together, and the seconds from slices to filtered maps: not those of reading and
+        writing."""
         images, brain = (torch.from_numpy(np.concatenate([item[key] for item in items])) for key in ("image", "brain"))
         numbers = np.concatenate([slice_numbers(split, item["subject"], item["slice"]) for item in items])
         own = pipeline.default_settings()

@@ -60,7 +60,8 @@ def describe_sweep(thresholds: np.ndarray, curve: np.ndarray) -> dict[str, list]
 
 
 def healthy_scores(cases: list[Path]) -> np.ndarray:
-    """Returns the scores of the brain voxels of all healthy slices, `(V,)` float32. A slice of unknown label is not healthy."""
+    """Returns the scores of the brain voxels of all healthy slices, `(V,)` float32. A slice of unknown label is not
+    healthy."""
     scores = [case.maps[(case.labels == 0)[:, None, None] & case.brain] for case in map(Case.load, cases)]
     return np.concatenate(scores) if scores else np.empty(0, np.float32)
 

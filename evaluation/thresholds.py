@@ -1,5 +1,5 @@
-"""Thresholds of anomaly maps. Each function stands for one threshold policy: validation data with lesion masks, validation data of
-healthy subjects only, or no labels at all. A threshold is used as `map > threshold`, in float32."""
+"""Thresholds of anomaly maps. Each function stands for one threshold policy: validation data with lesion masks,
+validation data of healthy subjects only, or no labels at all. A threshold is used as `map > threshold`, in float32."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ def threshold_for_dice(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) 
     """
     Returns the threshold with the highest Dice over the pooled voxels of validation volumes with lesion masks.
 
-    The search is over all distinct scores and exact up to 50 million voxels, and over bins 0.05 % wide above (see [`PooledScores`]). The
-    published programs search a grid (AnoFPDM, ANDi) or halve an interval (SADM), which can miss the optimum. The pooled optimum weighs a
-    volume by its lesion size; it is not the optimum of the mean Dice over volumes.
+    The search is over all distinct scores and exact up to 50 million voxels, and over bins 0.05 % wide above (see
+    [`PooledScores`]). The published programs search a grid (AnoFPDM, ANDi) or halve an interval (SADM), which can miss
+    the optimum. The pooled optimum weighs a volume by its lesion size; it is not the optimum of the mean Dice over
+    volumes.
 
     Args:
         maps (sequence of `np.ndarray`, or one array): Anomaly maps, post-processed as they will be at test time.
@@ -39,16 +40,17 @@ def threshold_for_dice(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) 
 
 
 def threshold_for_fpr(healthy_maps: Sequence[np.ndarray], brain: Sequence[np.ndarray], fpr: float) -> float:
-    """
-    Returns the lowest score that at most a share `fpr` of the brain voxels of healthy subjects exceeds, pooled over them.
+    """Returns the lowest score that at most a share `fpr` of the brain voxels of healthy subjects exceeds, pooled
+    over them.
 
-    It is an order statistic, so exact whatever ties there are. (The program of SADM reads it off scikit-learn's thinned ROC curve, which
-    returns the smallest score at every rate.)
+    It is an order statistic, so exact whatever ties there are. (The program of SADM reads it off scikit-learn's
+    thinned ROC curve, which returns the smallest score at every rate.)
 
     Args:
         healthy_maps (sequence of `np.ndarray`, or one array):
             Anomaly maps of healthy subjects, post-processed as they will be at test time.
-        brain (sequence of boolean `np.ndarray`, or one array): Brain masks of the same shapes: only voxels inside count.
+        brain (sequence of boolean `np.ndarray`, or one array):
+            Brain masks of the same shapes: only voxels inside count.
         fpr (`float`): Accepted false positive rate in [0, 1), for example 0.05.
 
     Returns:
@@ -70,12 +72,11 @@ def threshold_for_fpr(healthy_maps: Sequence[np.ndarray], brain: Sequence[np.nda
 
 
 def yen_threshold(values: np.ndarray) -> float:
-    """
-    Returns the label-free threshold of one map by Yen's maximum correlation criterion (Yen, Chang, Chang 1995), on a histogram of 256 bins
-    over the range of the values, as scikit-image's `threshold_yen`.
+    """Returns the label-free threshold of one map by Yen's maximum correlation criterion (Yen, Chang, Chang 1995), on
+    a histogram of 256 bins over the range of the values, as scikit-image's `threshold_yen`.
 
-    ANDi applies it per volume, background included. It does not change when the map is scaled, so it needs no normalisation, but it always
-    finds something: a healthy volume gets a mask as well.
+    ANDi applies it per volume, background included. It does not change when the map is scaled, so it needs no
+    normalisation, but it always finds something: a healthy volume gets a mask as well.
 
     Args:
         values (`np.ndarray`): Anomaly map of one volume, of any shape.
@@ -96,9 +97,9 @@ def yen_threshold(values: np.ndarray) -> float:
 
 
 def otsu_threshold(values: np.ndarray) -> float:
-    """
-    Returns the label-free threshold of one map with the largest variance between the two classes (Otsu 1979), on a histogram of 256 bins
-    over the range of the values, as scikit-image's `threshold_otsu`. Like Yen's it always finds something.
+    """Returns the label-free threshold of one map with the largest variance between the two classes (Otsu 1979), on a
+    histogram of 256 bins over the range of the values, as scikit-image's `threshold_otsu`. Like Yen's it always finds
+    something.
 
     Args:
         values (`np.ndarray`): Anomaly map of one volume, of any shape.
@@ -118,7 +119,8 @@ def otsu_threshold(values: np.ndarray) -> float:
 
 
 def _histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and edges of 256 bins; one bin that ends at the largest value where 256 have no room between the values."""
+    """Counts and edges of 256 bins; one bin that ends at the largest value where 256 have no room between the
+    values."""
     values = _finite("values", np.asarray(values).ravel())
     low, high = values.min(), values.max()
     if high - low <= 256 * np.spacing(max(abs(high), abs(low))):

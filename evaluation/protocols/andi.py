@@ -1,13 +1,12 @@
-"""The evaluation protocol of ANDi, in columns of its own, so that results can be set beside published ones: all voxels, background included;
-maps scaled by the smallest and the largest score of the whole test set; Dice per volume, averaged, over a grid of thresholds, and at Yen's
-threshold of each volume after one dilation.
+"""The evaluation protocol of ANDi, in columns of its own, so that results can be set beside published ones: all
+voxels, background included; maps scaled by the smallest and the largest score of the whole test set; Dice per volume,
+averaged, over a grid of thresholds, and at Yen's threshold of each volume after one dilation.
 
-The best value of the grid is an oracle, and the scaling needs all test volumes together. Dice is averaged over the volumes with a lesion,
-the same ones at every threshold. Without a lesion it is 0 or, where nothing is predicted, undefined: a mean with such volumes would rise
-where they drop out of it. They count in everything else. Maps are those of the cases, 0 outside the brain,
-where the original program keeps what the network made of the background; slices without brain are not among them. Volumes are read one
-after the other.
-"""
+The best value of the grid is an oracle, and the scaling needs all test volumes together. Dice is averaged over the
+volumes with a lesion, the same ones at every threshold. Without a lesion it is 0 or, where nothing is predicted,
+undefined: a mean with such volumes would rise where they drop out of it. They count in everything else. Maps are those
+of the cases, 0 outside the brain, where the original program keeps what the network made of the background; slices
+without brain are not among them. Volumes are read one after the other."""
 
 from __future__ import annotations
 
@@ -29,9 +28,13 @@ EQUALISED = "equalised flair"
 
 TASK = "anomaly-detection"
 TEXT = {
-    "unit_of_averaging": "; ANDi columns: all voxels of all test volumes for AP, Dice as the mean over volumes with a lesion",
-    "threshold_policy": "; ANDi columns: maps scaled to [0, 1] over the whole test set (equalised FLAIR is not scaled), oracle as"
-    " the best of a grid on the test split, Yen per volume with background and one dilation",
+    "unit_of_averaging": (
+        "; ANDi columns: all voxels of all test volumes for AP, Dice as the mean over volumes with a lesion"
+    ),
+    "threshold_policy": (
+        "; ANDi columns: maps scaled to [0, 1] over the whole test set (equalised FLAIR is not scaled), oracle as "
+        "the best of a grid on the test split, Yen per volume with background and one dilation"
+    ),
 }
 COLUMNS = {
     "andi_average_precision": "AP (ANDi)",
@@ -60,9 +63,9 @@ def scale_to_range(maps: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None, options: EvalOptions) -> Scores:
-    """Scores one method under ANDi's protocol, with one record per case, and a `sweep`: `thresholds` and `dice`, the mean over the volumes
-    with a lesion (in the original over all, `nan` if one has neither lesion nor prediction). The grid is of scaled maps. Cases without
-    a mask only take part in the scaling."""
+    """Scores one method under ANDi's protocol, with one record per case, and a `sweep`: `thresholds` and `dice`, the
+    mean over the volumes with a lesion (in the original over all, `nan` if one has neither lesion nor prediction). The
+    grid is of scaled maps. Cases without a mask only take part in the scaling."""
     equalised = row["name"] == EQUALISED
     if thresholds is None:
         thresholds = sweep_thresholds(EQUALISED_SWEEP if equalised else SWEEP)

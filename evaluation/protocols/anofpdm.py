@@ -1,14 +1,14 @@
-"""The evaluation protocol of AnoFPDM, beside our own in `pooled.py`: slice by slice, in two settings. Mixed: all slices.
-Unhealthy: the slices with a lesion, whose masks are not emptied by a wrong image label.
+"""The evaluation protocol of AnoFPDM, beside our own in `pooled.py`: slice by slice, in two settings. Mixed: all
+slices. Unhealthy: the slices with a lesion, whose masks are not emptied by a wrong image label.
 
-Dice and IoU are means over slices, and 1 where mask and prediction are both empty, as nearly all healthy slices of a good method
-are; precision and recall are of all pixels together and have their usual names, which the original swaps. AUROC and AUPRC (average
-precision) are of all pixels whose mean over modalities is above -0.95, on [-1, 1]. Components of 40 pixels and fewer are
-removed, in each slice. The image label is the method's own, or whether the mask has a pixel before that.
+Dice and IoU are means over slices, and 1 where mask and prediction are both empty, as nearly all healthy slices of a
+good method are; precision and recall are of all pixels together and have their usual names, which the original swaps.
+AUROC and AUPRC (average precision) are of all pixels whose mean over modalities is above -0.95, on [-1, 1]. Components
+of 40 pixels and fewer are removed, in each slice. The image label is the method's own, or whether the mask has a pixel
+before that.
 
-The original scores random batches and averages their values; here every slice counts once. Maps are those of the cases, 0 outside the
-brain.
-"""
+The original scores random batches and averages their values; here every slice counts once. Maps are those of the
+cases, 0 outside the brain."""
 
 from __future__ import annotations
 
@@ -29,11 +29,16 @@ SETTINGS = ("mixed", "unhealthy")
 
 TASK = "anomaly-detection"
 TEXT = {
-    "unit_of_averaging": "; AnoFPDM columns: Dice and IoU as means over slices, 1 where mask and prediction are both empty, of all"
-    " slices (mixed) or those with lesion (unhealthy); precision and recall over their pixels together; AP and AUROC over the"
-    " pixels brighter than -0.95 on [-1, 1]; image labels: slices",
-    "threshold_policy": "; AnoFPDM columns: own as above (unhealthy: whatever the method calls the slice), validation as the best mean"
-    " Dice of a grid on the validation split, healthy without masks; components of 40 pixels and fewer of a slice are removed",
+    "unit_of_averaging": (
+        "; AnoFPDM columns: Dice and IoU as means over slices, 1 where mask and prediction are both empty, of all "
+        "slices (mixed) or those with lesion (unhealthy); precision and recall over their pixels together; AP and "
+        "AUROC over the pixels brighter than -0.95 on [-1, 1]; image labels: slices"
+    ),
+    "threshold_policy": (
+        "; AnoFPDM columns: own as above (unhealthy: whatever the method calls the slice), validation as the best "
+        "mean Dice of a grid on the validation split, healthy without masks; components of 40 pixels and fewer of a"
+        " slice are removed"
+    ),
 }
 COLUMNS = {
     f"anofpdm_{name}": f"{title} (AnoFPDM)"
@@ -54,8 +59,8 @@ SWEEP = (0.01, 0.69, 0.01)  # the grid that validation data with masks decide on
 
 
 def foreground_of(image: np.ndarray, reconstruction: None, value_range: tuple[float, float]) -> np.ndarray:
-    """Returns where AUROC and AUPRC are measured, `(N, H, W)` bool, of slices `(N, C, H, W)` in `value_range`; the reconstruction does not
-    matter."""
+    """Returns where AUROC and AUPRC are measured, `(N, H, W)` bool, of slices `(N, C, H, W)` in `value_range`; the
+    reconstruction does not matter."""
     low, high = value_range
     return (image.mean(1) - low) / (high - low) * 2 - 1 > FOREGROUND
 
@@ -101,7 +106,8 @@ def image_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float 
     Returns accuracy, precision and recall of image labels.
 
     Args:
-        predicted, labels (`np.ndarray` of shape `(N,)`): 1 anomalous, 0 healthy; slices of unknown label (-1) do not count.
+        predicted, labels (`np.ndarray` of shape `(N,)`):
+            1 anomalous, 0 healthy; slices of unknown label (-1) do not count.
 
     Returns:
         `dict`: `accuracy`, `precision`, `recall`, `None` where undefined.
@@ -117,10 +123,8 @@ def image_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float 
 
 
 def best_threshold(validation: list[Path], thresholds: np.ndarray) -> tuple[float | None, float | None]:
-    """
-    Returns the threshold of a grid with the highest mean Dice over the slices of the cases with masks, and that Dice; `None` without such
-    cases. Scores equal to a threshold are positive, as in the original.
-    """
+    """Returns the threshold of a grid with the highest mean Dice over the slices of the cases with masks, and that
+    Dice; `None` without such cases. Scores equal to a threshold are positive, as in the original."""
     totals, count = np.zeros(len(thresholds)), 0
     for case in map(Case.load, validation):
         if case.mask is None:
@@ -138,8 +142,9 @@ def best_threshold(validation: list[Path], thresholds: np.ndarray) -> tuple[floa
 def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None, options: EvalOptions) -> Scores:
     """Scores one method under AnoFPDM's protocol, without records: `anofpdm_{auprc,auroc}_{setting}`,
     `anofpdm_{dice,iou,precision,recall}_{setting}_{policy}`, `anofpdm_image_{accuracy,precision,recall}_{policy}` and
-    `anofpdm_threshold_{policy}`. Policies: `own`, the method's own masks and labels; `validation`, the grid, in the units of the maps, on
-    validation masks; `healthy`, the share `healthy_fpr` of the options, no masks. Cases without a mask count for the image labels only."""
+    `anofpdm_threshold_{policy}`. Policies: `own`, the method's own masks and labels; `validation`, the grid, in the
+    units of the maps, on validation masks; `healthy`, the share `healthy_fpr` of the options, no masks. Cases without
+    a mask count for the image labels only."""
     validation = files.get("validation", [])
     chosen = {
         "validation": best_threshold(validation, sweep_thresholds(SWEEP) if thresholds is None else thresholds)[0],

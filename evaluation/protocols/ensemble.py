@@ -1,5 +1,6 @@
-"""The protocol of ensembles of segmentations: several masks of an image against several annotations of it. An image is a slice with
-annotations; every metric is the mean over images, with an interval over groups of subjects where tables of papers show it."""
+"""The protocol of ensembles of segmentations: several masks of an image against several annotations of it. An image is
+a slice with annotations; every metric is the mean over images, with an interval over groups of subjects where tables
+of papers show it."""
 
 from __future__ import annotations
 
@@ -15,10 +16,14 @@ from ..options import EvalOptions
 
 TASK = "segmentation"
 TEXT = {
-    "unit_of_averaging": "mean over images (slices with annotations); intervals: 95 %, bootstrap over groups of subjects"
-    " (patients); calibration: pixels of all images together, `marked`: those that a sample marks",
-    "threshold_policy": "samples are masks at the checkpoint's own threshold; nothing is tuned on these data. mean annotation"
-    " rate: level sets of the training set's rate, without the image; random training annotation: one per sample",
+    "unit_of_averaging": (
+        "mean over images (slices with annotations); intervals: 95 %, bootstrap over groups of subjects (patients);"
+        " calibration: pixels of all images together, `marked`: those that a sample marks"
+    ),
+    "threshold_policy": (
+        "samples are masks at the checkpoint's own threshold; nothing is tuned on these data. mean annotation rate:"
+        " level sets of the training set's rate, without the image; random training annotation: one per sample"
+    ),
 }
 COLUMNS = {
     "num_samples": "samples",
@@ -44,8 +49,8 @@ INTERVALS = ("ged", "hm_iou", "collective_insight")
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
-    """Scores one method against the annotations, with a record per image, and `reliability`: the curves of all pixels and of those that a
-    sample marks."""
+    """Scores one method against the annotations, with a record per image, and `reliability`: the curves of all pixels
+    and of those that a sample marks."""
     calibrations = {"all": FrequencyCalibration(), "marked": FrequencyCalibration()}
     records = []
     for case in map(EnsembleCase.load, files["test"]):

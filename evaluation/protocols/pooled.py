@@ -17,10 +17,14 @@ from ..thresholds import threshold_for_dice, yen_threshold
 
 TASK = "anomaly-detection"
 TEXT = {
-    "unit_of_averaging": "pooled brain voxels; volume_dice and lesion_f1: mean over subjects with lesion; slices and subjects for AUROC",
-    "threshold_policy": "oracle: best pooled Dice on the test split; validation: best pooled Dice on the validation split;"
-    " healthy: {healthy_fpr:g} of the voxels of healthy validation slices; yen: label-free, per subject; all"
-    " chosen before small components are removed; own: the method's own masks of the slices that it calls anomalous",
+    "unit_of_averaging": (
+        "pooled brain voxels; volume_dice and lesion_f1: mean over subjects with lesion; slices and subjects for AUROC"
+    ),
+    "threshold_policy": (
+        "oracle: best pooled Dice on the test split; validation: best pooled Dice on the validation split; healthy:"
+        " {healthy_fpr:g} of the voxels of healthy validation slices; yen: label-free, per subject; all chosen "
+        "before small components are removed; own: the method's own masks of the slices that it calls anomalous"
+    ),
 }
 COLUMNS = {
     "voxel_average_precision": "AP (voxels)",
@@ -39,9 +43,10 @@ NEEDS = Needs()
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
-    """Scores one method under every threshold policy, with one record per subject. The policy "own" is there for methods that make masks
-    themselves. Used of the settings: `min_component_size`, the smallest 3-D component of a predicted mask, in voxels; of the options:
-    `healthy_fpr`. Where there are too many voxels to be exact, `error_bounds` are those of [`PooledScores`]."""
+    """Scores one method under every threshold policy, with one record per subject. The policy "own" is there for
+    methods that make masks themselves. Used of the settings: `min_component_size`, the smallest 3-D component of a
+    predicted mask, in voxels; of the options: `healthy_fpr`. Where there are too many voxels to be exact,
+    `error_bounds` are those of [`PooledScores`]."""
     test, validation = files["test"], files.get("validation", [])
     pooled = PooledScores()
     slice_scores, slice_labels, records = [], [], []
@@ -82,8 +87,8 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
 
 
 def score_statistic(test: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray] | None) -> dict:
-    """Returns the AUROC over slices of a statistic, `scores (N,)` and `labels (N,)`, in the direction that is better on the validation
-    split (without one, high values are anomalous). Slices of unknown label (-1) do not count."""
+    """Returns the AUROC over slices of a statistic, `scores (N,)` and `labels (N,)`, in the direction that is better
+    on the validation split (without one, high values are anomalous). Slices of unknown label (-1) do not count."""
     direction = None if validation is None else _if_two_classes(auroc, *validation)
     sign = -1.0 if direction is not None and direction < 0.5 else 1.0
     return {"slice_auroc": _if_two_classes(auroc, sign * test[0], test[1]), "direction": sign}
@@ -92,8 +97,8 @@ def score_statistic(test: tuple[np.ndarray, np.ndarray], validation: tuple[np.nd
 def _score_masks(
     test: list[Path], records: list[dict], found: dict[str, float | None], policies: tuple[str, ...], smallest: int
 ) -> dict[str, np.ndarray]:
-    """Adds the scores of the masks under each policy to the records of the subjects with lesion; returns the voxels that prediction and
-    reference share, and the sum of both, over all subjects, 0 without lesion or threshold."""
+    """Adds the scores of the masks under each policy to the records of the subjects with lesion; returns the voxels
+    that prediction and reference share, and the sum of both, over all subjects, 0 without lesion or threshold."""
     totals = {policy: np.zeros(2) for policy in policies}
     defined = [policy for policy in policies if found.get(policy, 0.0) is not None]
     lesions = 0

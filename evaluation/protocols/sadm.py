@@ -1,13 +1,15 @@
-"""The evaluation protocol of cDDPM and SADM, beside our own in `pooled.py`: volume by volume, over all voxels, background included.
+"""The evaluation protocol of cDDPM and SADM, beside our own in `pooled.py`: volume by volume, over all voxels,
+background included.
 
-Values are means over the test volumes, those that are undefined (Dice of an empty mask that was rightly left empty, distances to nothing)
-left out. The threshold is chosen once, on the pooled voxels of the validation volumes with lesions: by the authors' search, which
-halves an interval ten times (`search`), and by trying every score (`exact`); or, without any lesion, as the score that 1, 5 or 10 % of the
-brain voxels of healthy validation slices exceed (`fpr1`, `fpr5`, `fpr10`).
+Values are means over the test volumes, those that are undefined (Dice of an empty mask that was rightly left empty,
+distances to nothing) left out. The threshold is chosen once, on the pooled voxels of the validation volumes with
+lesions: by the authors' search, which halves an interval ten times (`search`), and by trying every score (`exact`);
+or, without any lesion, as the score that 1, 5 or 10 % of the brain voxels of healthy validation slices exceed (`fpr1`,
+`fpr5`, `fpr10`).
 
-Counts have their usual names; the original's true positives are true negatives, its false positive rate is the false discovery rate, and
-its healthy thresholds are the smallest score. Means per slice, which it takes along the sagittal axis, are left out.
-"""
+Counts have their usual names; the original's true positives are true negatives, its false positive rate is the false
+discovery rate, and its healthy thresholds are the smallest score. Means per slice, which it takes along the sagittal
+axis, are left out."""
 
 from __future__ import annotations
 
@@ -31,11 +33,16 @@ LESION_SIZES = ("small", "medium", "large")
 
 TASK = "anomaly-detection"
 TEXT = {
-    "unit_of_averaging": "; SADM columns: means over volumes, all their voxels with background, Dice of a mask that was rightly left"
-    " empty and distances to nothing left out; Hausdorff distance in voxels; FPR of healthy slices: their brain voxels pooled",
-    "threshold_policy": "; SADM columns: search as cDDPM's interval search and exact as the best of all scores, both for the pooled Dice"
-    " of the validation volumes with lesions; fpr1, fpr5, fpr10: 1, 5, 10 % of the brain voxels of healthy validation slices; best"
-    " Dice: oracle per volume",
+    "unit_of_averaging": (
+        "; SADM columns: means over volumes, all their voxels with background, Dice of a mask that was rightly left"
+        " empty and distances to nothing left out; Hausdorff distance in voxels; FPR of healthy slices: their brain"
+        " voxels pooled"
+    ),
+    "threshold_policy": (
+        "; SADM columns: search as cDDPM's interval search and exact as the best of all scores, both for the pooled"
+        " Dice of the validation volumes with lesions; fpr1, fpr5, fpr10: 1, 5, 10 % of the brain voxels of healthy"
+        " validation slices; best Dice: oracle per volume"
+    ),
 }
 COLUMNS = {
     f"sadm_{name}": f"{title} (SADM)"
@@ -62,8 +69,8 @@ SWEEP = None
 def reconstruction_error(
     image: np.ndarray, reconstruction: np.ndarray | None, value_range: tuple[float, float]
 ) -> np.ndarray | None:
-    """Returns the absolute difference of slices and reconstructions `(N, C, H, W)` in `value_range`: its mean over modalities, on
-    [0, 1], `(N, H, W)`; `None` for a method that reconstructs nothing."""
+    """Returns the absolute difference of slices and reconstructions `(N, C, H, W)` in `value_range`: its mean over
+    modalities, on [0, 1], `(N, H, W)`; `None` for a method that reconstructs nothing."""
     low, high = value_range
     return None if reconstruction is None else np.abs(image - reconstruction).mean(1) / (high - low)
 
@@ -72,10 +79,9 @@ NEEDS = Needs(details={"error": reconstruction_error})
 
 
 def find_best_val(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[float, float]:
-    """
-    Finds the threshold with the highest pooled Dice as cDDPM's search does: of an interval, at first from 0 to the largest score, the Dice
-    at its quarters are compared, and the half with the higher one (the lower half if they are equal) is the next interval. It is not
-    always the best one; [`threshold_for_dice`] is.
+    """Finds the threshold with the highest pooled Dice as cDDPM's search does: of an interval, at first from 0 to the
+    largest score, the Dice at its quarters are compared, and the half with the higher one (the lower half if they are
+    equal) is the next interval. It is not always the best one; [`threshold_for_dice`] is.
 
     Args:
         maps, masks (sequences of `np.ndarray`): Scores >= 0 and lesion masks, bool, of some volumes.
@@ -107,7 +113,8 @@ def find_best_val(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tu
 
 
 def hausdorff_distance(predicted: np.ndarray, reference: np.ndarray) -> float:
-    """Returns the largest distance in voxels from the surface of one mask to that of the other, as MONAI; `nan` if one is empty."""
+    """Returns the largest distance in voxels from the surface of one mask to that of the other, as MONAI; `nan` if one
+    is empty."""
     if not (predicted.any() and reference.any()):
         return float("nan")
     # Nothing lies outside the box that holds both masks.
@@ -118,8 +125,8 @@ def hausdorff_distance(predicted: np.ndarray, reference: np.ndarray) -> float:
 
 
 def volume_metrics(predicted: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Returns Dice, precision, recall, specificity, accuracy, false positive rate and Hausdorff distance of one volume, `nan` where undefined,
-    from masks `(N, H, W)`."""
+    """Returns Dice, precision, recall, specificity, accuracy, false positive rate and Hausdorff distance of one
+    volume, `nan` where undefined, from masks `(N, H, W)`."""
     tp, fp, fn, tn = confusion(predicted, reference)
     rate = false_positive_rate(predicted, reference)
     return {
@@ -134,8 +141,8 @@ def volume_metrics(predicted: np.ndarray, reference: np.ndarray) -> dict[str, fl
 
 
 def reconstruction_metrics(error: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Returns the mean of the errors `(N, H, W)` of a reconstruction: of all voxels, of the lesion, of the others, and the ratio of these
-    two."""
+    """Returns the mean of the errors `(N, H, W)` of a reconstruction: of all voxels, of the lesion, of the others, and
+    the ratio of these two."""
     lesion = float(error[reference].mean()) if reference.any() else float("nan")
     healthy = float(error[~reference].mean())
     ratio = lesion / healthy if healthy > 0 else float("nan")
@@ -157,11 +164,12 @@ def choose_thresholds(validation: list[Path]) -> dict[str, float | None]:
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
-    """Scores one method under the protocol of cDDPM and SADM: metrics `sadm_...`; a record per case, with its values at the threshold
-    `search`, its confusion counts and its lesion's size; `lesion_sizes`, the thirds of the volumes with lesions by lesion size, with
-    their Dice. `sadm_healthy_fpr_{policy}` is the share of the brain voxels of healthy test slices above the threshold, and
-    `sadm_best_dice` has a threshold of its own for every volume, an oracle. Used of the settings: `min_component_size`, the smallest 3-D
-    component of a mask, in voxels: 8 for cDDPM, 0 for SADM. Test volumes without a mask count for the rate of healthy slices only."""
+    """Scores one method under the protocol of cDDPM and SADM: metrics `sadm_...`; a record per case, with its values
+    at the threshold `search`, its confusion counts and its lesion's size; `lesion_sizes`, the thirds of the volumes
+    with lesions by lesion size, with their Dice. `sadm_healthy_fpr_{policy}` is the share of the brain voxels of
+    healthy test slices above the threshold, and `sadm_best_dice` has a threshold of its own for every volume, an
+    oracle. Used of the settings: `min_component_size`, the smallest 3-D component of a mask, in voxels: 8 for cDDPM, 0
+    for SADM. Test volumes without a mask count for the rate of healthy slices only."""
     found = choose_thresholds(files.get("validation", []))
     chosen = {policy: value for policy, value in found.items() if value is not None}
     cases = [
@@ -186,8 +194,8 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
 
 
 def _score_case(case: Case, chosen: dict[str, float], min_component_size: int) -> tuple[dict, dict]:
-    """Metrics of a case at the thresholds that were chosen, `nan` where undefined, and what the report records of it; both empty
-    without a mask."""
+    """Metrics of a case at the thresholds that were chosen, `nan` where undefined, and what the report records of it;
+    both empty without a mask."""
     if case.mask is None:
         return {}, {}
     scores, labels = case.maps.ravel(), case.mask.ravel()
@@ -210,7 +218,8 @@ def _score_case(case: Case, chosen: dict[str, float], min_component_size: int) -
 
 
 def _lesion_sizes(records: list[dict], chosen: dict[str, float]) -> list[dict]:
-    """The thirds of the volumes with lesions by lesion size: number, smallest and largest in voxels, mean Dice under each policy."""
+    """The thirds of the volumes with lesions by lesion size: number, smallest and largest in voxels, mean Dice under
+    each policy."""
     with_lesion = [record for record in records if record.get("sadm_lesion_voxels")]
     with_lesion.sort(key=lambda record: record["sadm_lesion_voxels"])
     sizes = []

@@ -1,9 +1,9 @@
-"""The evaluation protocol of the benchmark UAD-IMAG, in columns of its own: scores in their own units; mean Dice over volumes with a lesion at the best
-threshold of a grid on the test set (oracle) and at the best one of the validation set; false positive rate in the brain there; a threshold
-for a wanted rate.
+"""The evaluation protocol of the benchmark UAD-IMAG, in columns of its own: scores in their own units; mean Dice over
+volumes with a lesion at the best threshold of a grid on the test set (oracle) and at the best one of the validation
+set; false positive rate in the brain there; a threshold for a wanted rate.
 
-Maps are those of the cases, 0 outside the brain; slices without brain are not among them. Volumes are read one after the other.
-"""
+Maps are those of the cases, 0 outside the brain; slices without brain are not among them. Volumes are read one after
+the other."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from ..scoring import best_of_curve, describe_sweep, dice_curve, healthy_scores,
 
 TASK = "anomaly-detection"
 TEXT = {
-    "unit_of_averaging": "; UAD-IMAG columns: all voxels of all test volumes for AP, Dice as the mean over volumes with a lesion, FPR"
-    " over the brain voxels of the test split that are no lesion",
-    "threshold_policy": "; UAD-IMAG columns: absolute thresholds, oracle as the best of a grid on the test split, validation as"
-    " the best of the grid on the validation split, healthy as the last threshold of the ROC curve of healthy validation"
-    " slices with a lower FPR than `healthy_fpr`",
+    "unit_of_averaging": (
+        "; UAD-IMAG columns: all voxels of all test volumes for AP, Dice as the mean over volumes with a lesion, "
+        "FPR over the brain voxels of the test split that are no lesion"
+    ),
+    "threshold_policy": (
+        "; UAD-IMAG columns: absolute thresholds, oracle as the best of a grid on the test split, validation as the"
+        " best of the grid on the validation split, healthy as the last threshold of the ROC curve of healthy "
+        "validation slices with a lower FPR than `healthy_fpr`"
+    ),
 }
 COLUMNS = {
     "uad_imag_average_precision": "AP (UAD-IMAG)",
@@ -39,16 +43,16 @@ NEEDS = Needs()
 
 
 def threshold_below_fpr(healthy: np.ndarray, fpr: float, *, thinned: bool = False) -> float:
-    """
-    Returns the last threshold of the ROC curve whose false positive rate is below a target, where scores equal to the threshold count as
-    positive. (Used as `map > threshold`, as all thresholds here, the rate is lower still.)
+    """Returns the last threshold of the ROC curve whose false positive rate is below a target, where scores equal to
+    the threshold count as positive. (Used as `map > threshold`, as all thresholds here, the rate is lower still.)
 
     Args:
         healthy (`np.ndarray`): Scores of healthy brain voxels.
         fpr (`float`): Target in [0, 1), for example 0.01.
         thinned (`bool`, *optional*, defaults to `False`):
-            Take only those thresholds that scikit-learn's `roc_curve` keeps, as UAD-IMAG's program does. Without positives it keeps
-            hardly more than the scores that several voxels share, so that the rate is often far below the target.
+            Take only those thresholds that scikit-learn's `roc_curve` keeps, as UAD-IMAG's program does. Without
+            positives it keeps hardly more than the scores that several voxels share, so that the rate is often far
+            below the target.
 
     Returns:
         `float`: the threshold, the largest score where no rate is below the target.
@@ -66,8 +70,8 @@ def threshold_below_fpr(healthy: np.ndarray, fpr: float, *, thinned: bool = Fals
 
 
 def evaluate_threshold(test: list[Path], threshold: float) -> tuple[float | None, float | None]:
-    """Returns the mean Dice over the volumes with a lesion, and the share of all brain voxels without lesion that lie above the threshold,
-    in volumes with a mask; `None` where undefined."""
+    """Returns the mean Dice over the volumes with a lesion, and the share of all brain voxels without lesion that lie
+    above the threshold, in volumes with a mask; `None` where undefined."""
     curves, num_healthy, false_positives = [], 0, 0
     for case in map(Case.load, test):
         if case.mask is None:
@@ -81,10 +85,10 @@ def evaluate_threshold(test: list[Path], threshold: float) -> tuple[float | None
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None, options: EvalOptions) -> Scores:
-    """Scores one method under UAD-IMAG's protocol, without records; its `sweep` holds `thresholds` and mean `dice` on the test split. The grid
-    is in the units of the maps, another one for each method of the benchmark; by default 100 scores that 50 % to 0.01 % of the brain
-    voxels of the validation split (without one: of the test split) exceed. `healthy_fpr` of the options is the target of the threshold
-    for a false positive rate."""
+    """Scores one method under UAD-IMAG's protocol, without records; its `sweep` holds `thresholds` and mean `dice` on
+    the test split. The grid is in the units of the maps, another one for each method of the benchmark; by default 100
+    scores that 50 % to 0.01 % of the brain voxels of the validation split (without one: of the test split) exceed.
+    `healthy_fpr` of the options is the target of the threshold for a false positive rate."""
     test, validation = files["test"], files.get("validation", [])
     if thresholds is None:
         brain = np.concatenate([case.maps[case.brain] for case in map(Case.load, validation or test)])
