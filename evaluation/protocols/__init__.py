@@ -10,8 +10,8 @@ A protocol is a module with these names:
   grid.
 - `NEEDS`: what must be computed or stored for it, a [`Needs`].
 - `score(row, files, thresholds, options)`: the [`Scores`] of one row of the report, with its `name` and `settings`,
-  from the files of its
-  cases by split (`test`, perhaps `validation`) and the grid that the options give, `None` for its own.
+  from the files of its cases by split (`test`, perhaps `validation`) and the grid that the options give, `None` for
+  its own.
 """
 
 from __future__ import annotations
