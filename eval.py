@@ -19,14 +19,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one evaluation; returns the exit status."""
     options = parse_options(EvalOptions, argv, prog="eval.py", description=__doc__, shorthands={"--model": "--model+"})
     from anodiff.evaluation.run import evaluate
-    from anodiff.evaluation.run_ensemble import evaluate_ensembles, is_of_ensembles
     from anodiff.hub.publishing import PublishingError
 
     try:
-        if is_of_ensembles(options):
-            evaluate_ensembles(options)
-        else:
-            evaluate(options)
+        evaluate(options)
     except PublishingError as error:
         # The report is on disk; only the upload is missing.
         print(f"error: {error}", file=sys.stderr)

@@ -1,9 +1,9 @@
 """Anomaly maps of new scans, or ensembles of segmentations (CIMD).
 
-    python predict.py --model owner/anoddpm-flair scan.nii.gz -o out
-    python predict.py --model outputs/train/pipeline scans/ -o out --brain brain.nii.gz
-    python predict.py --model owner/two-modalities patient1/ patient2/ -o out    # flair.nii.gz, t1.nii.gz in each folder
-    python predict.py --model owner/anoddpm-flair scan.nii.gz -o out --dispersion 8    # also how far eight draws lie apart
+    python predict.py --model owner/anoddpm-flair scan.nii.gz -o out python predict.py --model outputs/train/pipeline
+    scans/ -o out --brain brain.nii.gz python predict.py --model owner/two-modalities patient1/ patient2/ -o out    #
+    flair.nii.gz, t1.nii.gz in each folder python predict.py --model owner/anoddpm-flair scan.nii.gz -o out
+    --dispersion 8    # also how far eight draws lie apart
 
 A folder stands for the scans in it: its files, or its sub-folders with one file per modality.
 Research use, not a medical device.
@@ -37,7 +37,8 @@ class PredictOptions:
     seed: int = 0
     """Seed of the draws."""
     dispersion: int = 0
-    """Draws, 2 or more, with this seed and the following ones: their maps, mean and deviation are written too; 0 for none."""
+    """Draws, 2 or more, with this seed and the following ones: their maps, mean and deviation are written too; 0 for
+    none."""
     batch_size: int = 16
     """Slices and draws that share one evaluation of the network."""
     device: str | None = None
@@ -47,7 +48,7 @@ class PredictOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Predicts; returns 0, or 1 if a scan failed."""
+    """Makes the maps or members of scans; returns 0, or 1 if a scan failed."""
     options = parse_options(
         PredictOptions,
         argv,
@@ -67,9 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     from tqdm.auto import tqdm
 
     from anodiff import AnomalyPipeline
-    from anodiff.evaluation.overview import draw_members, draw_overview
-    from anodiff.pipelines.dispersion import check_dispersion, disperse
-    from anodiff.pipelines.output import AnomalyOutput, remove_results
+    from anodiff.checks import check_keys
+    from anodiff.pipelines.dispersion import check_dispersion
     from anodiff.volumes.scans import find_scans
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,42 +77,14 @@ def main(argv: list[str] | None = None) -> int:
         pipeline = AnomalyPipeline.from_pretrained(options.model).to(device)
         if options.dispersion:
             check_dispersion(pipeline, options.dispersion)
+        check_keys("inference", options.inference, pipeline.default_settings(), type(pipeline).__name__)
+        scans, failed = find_scans(options.scans, list(pipeline.processor.config.modalities), options.brain)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     pipeline.set_progress_bar_config(leave=False)
-    unknown = sorted(set(options.inference) - set(pipeline.default_settings()))
-    if unknown:
-        known = ", ".join(pipeline.default_settings())
-        raise SystemExit(
-            f"error: `inference` has no key {', '.join(unknown)}; {type(pipeline).__name__} takes {known}."
-        )
-    try:
-        scans, failed = find_scans(options.scans, list(pipeline.processor.config.modalities), options.brain)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
     for scan in tqdm(scans, desc="scans", disable=len(scans) < 2):
-        folder = Path(options.output) / scan.name
         try:
-            if (folder / "result.json").exists() and not options.overwrite:
-                raise FileExistsError(f"{folder} already holds a result; `--overwrite` replaces it.")
-            arguments = dict(
-                brain_mask=scan.brain,
-                generator=options.seed,
-                batch_size=options.batch_size,
-                threshold=options.threshold,
-                **options.inference,
-            )
-            plane = pipeline.processor.config.plane
-            spread = disperse(pipeline, scan.volume, options.dispersion, **arguments) if options.dispersion else None
-            result = pipeline(scan.volume, **arguments) if spread is None else spread.first
-            if folder.is_dir():
-                remove_results(folder)  # of a call with other options, which wrote other files
-            if spread is not None:
-                spread.save(folder)
-                draw_members(spread, folder / "dispersion.png", scan.name, plane=plane)
-            result.save(folder)
-            draw = draw_overview if isinstance(result, AnomalyOutput) else draw_members
-            draw(result, folder / "overview.png", scan.name, plane=plane)
+            predict_scan(pipeline, scan, options)
         except Exception as error:  # noqa: BLE001 (whatever is wrong with one scan, the others are still wanted)
             failed.append((str(scan.source), f"{type(error).__name__}: {error}"))
     done = len(scans) - sum(1 for scan in scans if str(scan.source) in dict(failed))
@@ -120,6 +92,35 @@ def main(argv: list[str] | None = None) -> int:
     for name, reason in failed:
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def predict_scan(pipeline, scan, options: PredictOptions) -> None:
+    """Writes the result of one scan, and its pictures, into a folder of its own."""
+    from anodiff.evaluation.overview import draw_members, draw_overview
+    from anodiff.pipelines.dispersion import disperse
+    from anodiff.pipelines.output import AnomalyOutput, remove_results
+
+    folder = Path(options.output) / scan.name
+    if (folder / "result.json").exists() and not options.overwrite:
+        raise FileExistsError(f"{folder} already holds a result; `--overwrite` replaces it.")
+    arguments = dict(
+        brain_mask=scan.brain,
+        generator=options.seed,
+        batch_size=options.batch_size,
+        threshold=options.threshold,
+        **options.inference,
+    )
+    plane = pipeline.processor.config.plane
+    spread = disperse(pipeline, scan.volume, options.dispersion, **arguments) if options.dispersion else None
+    result = pipeline(scan.volume, **arguments) if spread is None else spread.first
+    if folder.is_dir():
+        remove_results(folder)  # of a call with other options, which wrote other files
+    if spread is not None:
+        spread.save(folder)
+        draw_members(spread, folder / "dispersion.png", scan.name, plane=plane)
+    result.save(folder)
+    draw = draw_overview if isinstance(result, AnomalyOutput) else draw_members
+    draw(result, folder / "overview.png", scan.name, plane=plane)
 
 
 if __name__ == "__main__":

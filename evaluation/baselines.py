@@ -15,7 +15,7 @@ def intensity_map(
     over_median: bool = False,
 ) -> np.ndarray:
     """
-    The intensity of one modality as an anomaly map: bright is anomalous.
+    Returns the intensity of one modality as an anomaly map: bright is anomalous.
 
     Args:
         image (`np.ndarray` of shape `(N, C, H, W)`): Slices of one subject in the processor's value range.
@@ -23,8 +23,8 @@ def intensity_map(
         channel (`int`): Modality.
         value_range (`tuple[float, float]`): What the map's 0 and 1 are.
         over_median (`bool`, *optional*, defaults to `False`):
-            Divide by the median of the subject's brain. A bright lesion moves the percentile that the processor divides by, but
-            hardly the median: the stronger baseline.
+            Divide by the median of the subject's brain. A bright lesion moves the percentile that the processor
+            divides by, but hardly the median: the stronger baseline.
 
     Returns:
         `np.ndarray` of shape `(N, H, W)`, float32, >= 0.
@@ -37,11 +37,11 @@ def intensity_map(
 
 
 def equalised_map(image: np.ndarray, brain: np.ndarray, channel: int, value_range: tuple[float, float]) -> np.ndarray:
-    """
-    The histogram-equalised intensity of one modality as an anomaly map: ANDi's thresholding baseline, there of the FLAIR image.
+    """Returns the histogram-equalised intensity of one modality as an anomaly map: ANDi's thresholding baseline,
+    there of the FLAIR image.
 
-    The authors equalise the volume before they bring it to the network's size, with [`equalise`]; here it is the prepared
-    slices, so that the values differ a little where resizing mixes them.
+    The authors equalise the volume before they bring it to the network's size, with [`equalise`]; here it is the
+    prepared slices, so that the values differ a little where resizing mixes them.
 
     Args:
         image, brain, channel, value_range: As in [`intensity_map`].
@@ -53,14 +53,13 @@ def equalised_map(image: np.ndarray, brain: np.ndarray, channel: int, value_rang
     return np.where(brain, equalise(np.clip((image[:, channel] - low) / (high - low), 0.0, None)), np.float32(0))
 
 
-def equalise(values: np.ndarray, bins: int = 256) -> np.ndarray:
-    """
-    Histogram equalisation of the voxels > 0 of a volume, as scikit-image's `equalize_hist` with a mask: the share of these voxels
-    below a value, interpolated between the centres of equal bins.
+def equalise(values: np.ndarray) -> np.ndarray:
+    """Equalises the histogram of the voxels > 0 of a volume, as scikit-image's `equalize_hist` with a mask: the share
+    of these voxels below a value, interpolated between the centres of 256 equal bins from the smallest to the largest
+    of them.
 
     Args:
         values (`np.ndarray`): Volume of any shape, used as float32 and divided by its maximum.
-        bins (`int`, *optional*, defaults to 256): Bins between the smallest and the largest value above 0.
 
     Returns:
         `np.ndarray` of the same shape, float32, 0 to 1, 0 where `values` is not above 0.
@@ -70,16 +69,15 @@ def equalise(values: np.ndarray, bins: int = 256) -> np.ndarray:
     if not positive.any():
         return np.zeros_like(values)
     values = values / values.max()
-    counts, edges = np.histogram(values[positive], bins)
+    counts, edges = np.histogram(values[positive], 256)
     shares = counts.cumsum() / counts.sum()
     equalised = np.interp(values, (edges[:-1] + edges[1:]) / 2, shares)
     return np.where(positive, equalised, 0).astype(np.float32)
 
 
 def slice_statistics(image: np.ndarray, brain: np.ndarray) -> dict[str, np.ndarray]:
-    """
-    Statistics of every slice that know nothing of anatomy, `(N,)` each: brain area in pixels, mean intensity and mean absolute
-    Laplacian (sharpness) in the brain, over all modalities.
+    """Returns statistics of every slice that know nothing of anatomy, `(N,)` each: brain area in pixels, mean
+    intensity and mean absolute Laplacian (sharpness) in the brain, over all modalities.
 
     Args:
         image (`np.ndarray` of shape `(N, C, H, W)`): Slices.

@@ -1,9 +1,9 @@
 """How well several predicted masks of one image match several annotations of it, in numpy.
 
-All functions take `pred (n, ...)` and `gt (m, ...)`: n samples S and m annotations Y of one image or volume, boolean or 0/1. What is
-reported is the mean over images. Sources: CIMD (Rahman et al., CVPR 2023; its program has no code for these metrics), and where it is
-silent the public programs that agree with each other. Two empty masks have the IoU and Dice 1, an empty and a filled one 0.
-"""
+All functions take `pred (n, ...)` and `gt (m, ...)`: n samples S and m annotations Y of one image or volume, boolean
+or 0/1. What is reported is the mean over images. Sources: CIMD (Rahman et al., CVPR 2023; its program has no code for
+these metrics), and where it is silent the public programs that agree with each other. Two empty masks have the IoU and
+Dice 1, an empty and a filled one 0."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import math
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from ..checks import check_choice, check_integer
+
 
 # n samples, m annotations.
 
@@ -19,29 +21,33 @@ DIVERSITY_READINGS = ("pairs", "variances", "pairs_with_self")
 
 
 def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of every mask of `a (n, ...)` with every one of `b (m, ...)`: `(n, m)`, 1 for two empty masks."""
+    """Returns the intersection over union of every mask of `a (n, ...)` with every one of `b (m, ...)`: `(n, m)`, 1
+    for two empty masks."""
     _, areas, shared = _counts(a, b)
     union = areas[0][:, None] + areas[1][None] - shared
     return np.where(union > 0, shared / np.maximum(union, 1), 1.0)
 
 
 def pairwise_dice(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Dice of every mask of `a (n, ...)` with every one of `b (m, ...)`: `(n, m)`, 1 for two empty masks."""
+    """Returns the Dice of every mask of `a (n, ...)` with every one of `b (m, ...)`: `(n, m)`, 1 for two empty
+    masks."""
     _, areas, shared = _counts(a, b)
     total = areas[0][:, None] + areas[1][None]
     return np.where(total > 0, 2 * shared / np.maximum(total, 1), 1.0)
 
 
 def sample_diversity(masks: np.ndarray) -> float:
-    """E[1 - IoU] over all ordered pairs of masks `(n, ...)`, each with itself included: the last terms of [`generalized_energy_distance`]."""
+    """Returns E[1 - IoU] over all ordered pairs of masks `(n, ...)`, each with itself included, as in
+    [`generalized_energy_distance`]."""
     return float(1 - pairwise_iou(masks, masks).mean())
 
 
 def generalized_energy_distance(pred: np.ndarray, gt: np.ndarray) -> float:
-    """
-    Generalised energy distance (squared) 2 E[d(S, Y)] - E[d(S, S')] - E[d(Y, Y')] with d = 1 - IoU; 0 is best.
+    """Returns the generalised energy distance (squared) 2 E[d(S, Y)] - E[d(S, S')] - E[d(Y, Y')] with d = 1 - IoU; 0
+    is best.
 
-    The expectations are over all ordered pairs, each mask with itself included (V-statistic): so it depends on the number of samples,
+    The expectations are over all ordered pairs, each mask with itself included (V-statistic):
+        so it depends on the number of samples,
     which must be stated, and falls with it.
     """
     distance = 1 - pairwise_iou(pred, gt).mean()
@@ -49,10 +55,8 @@ def generalized_energy_distance(pred: np.ndarray, gt: np.ndarray) -> float:
 
 
 def hungarian_iou(pred: np.ndarray, gt: np.ndarray) -> float:
-    """
-    Hungarian-matched IoU (HM-IoU): both sets are repeated to the least common multiple of their sizes, and each sample is assigned to one
-    annotation so that the mean IoU is the largest. 1 is best.
-    """
+    """Returns the Hungarian-matched IoU (HM-IoU): both sets are repeated to the least common multiple of their sizes,
+    and each sample is assigned to one annotation so that the mean IoU is the largest. 1 is best."""
     overlap = pairwise_iou(pred, gt)
     size = math.lcm(*overlap.shape)
     overlap = overlap.repeat(size // overlap.shape[0], 0).repeat(size // overlap.shape[1], 1)
@@ -60,34 +64,35 @@ def hungarian_iou(pred: np.ndarray, gt: np.ndarray) -> float:
 
 
 def combined_sensitivity(pred: np.ndarray, gt: np.ndarray) -> float:
-    """Sensitivity TP / (TP + FN) of the union of the samples against the union of the annotations; 1 where all annotations are empty."""
+    """Returns the sensitivity TP / (TP + FN) of the union of the samples against the union of the annotations; 1 where
+    all annotations are empty."""
     pred, gt = _masks(pred).any(0), _masks(gt).any(0)
     return float((pred & gt).sum() / gt.sum()) if gt.any() else 1.0
 
 
 def maximum_dice_matching(pred: np.ndarray, gt: np.ndarray) -> float:
-    """Mean over the annotations of the Dice of the sample that fits best."""
+    """Returns the mean over the annotations of the Dice of the sample that fits best."""
     return float(pairwise_dice(pred, gt).max(0).mean())
 
 
 def diversity_agreement(pred: np.ndarray, gt: np.ndarray, reading: str = "pairs") -> float:
-    """
-    Diversity agreement 1 - (|max V(Y) - max V(S)| + |min V(Y) - min V(S)|) / 2, where V is the "variance" of two masks.
+    """Returns the diversity agreement 1 - (|max V(Y) - max V(S)| + |min V(Y) - min V(S)|) / 2, where V is the
+    "variance" of two masks.
 
-    The paper leaves open which variance. Close to 1 for small lesions in all readings, because the background dilutes it.
+    The paper leaves open which variance. Close to 1 for small lesions in all readings, because the background dilutes
+    it.
 
     Args:
         pred, gt: Samples and annotations.
         reading (`str`, defaults to `"pairs"`):
             `"pairs"`: V is the variance over pixels of the difference of two masks, over all pairs of different masks.
-            `"pairs_with_self"`: the same, each mask with itself included, so that the smallest V is 0.
-            `"variances"`: V is the absolute difference of the two masks' own variances, over all pairs of different masks.
+            `"pairs_with_self"`: the same, each mask with itself included, so that the smallest V is 0. `"variances"`:
+            V is the absolute difference of the two masks' own variances, over all pairs of different masks.
 
     Returns:
         `float`: In [0, 1], 1 is best. A set of one mask has the V 0.
     """
-    if reading not in DIVERSITY_READINGS:
-        raise ValueError(f"`reading` must be one of {', '.join(DIVERSITY_READINGS)}, got {reading!r}.")
+    check_choice("reading", reading, DIVERSITY_READINGS)
     extremes = []
     for masks in (pred, gt):
         pixels, (areas, _), shared = _counts(masks, masks)
@@ -107,11 +112,9 @@ def diversity_agreement(pred: np.ndarray, gt: np.ndarray, reading: str = "pairs"
 
 
 def collective_insight(pred: np.ndarray, gt: np.ndarray, reading: str = "pairs") -> float:
-    """
-    CIMD's Collective Insight 3 Sc Dmax Da / (Sc + Dmax + Da) of [`combined_sensitivity`], [`maximum_dice_matching`] and
-    [`diversity_agreement`] in one of its readings; 0 where all three are 0. In [0, 1], 1 is best. The paper calls it a harmonic mean, which
-    it is not: that would have products of pairs below.
-    """
+    """Returns CIMD's Collective Insight 3 Sc Dmax Da / (Sc + Dmax + Da) of [`combined_sensitivity`],
+    [`maximum_dice_matching`] and [`diversity_agreement`] in one of its readings; 0 where all three are 0. In [0, 1], 1
+    is best. The paper calls it a harmonic mean, which it is not: that would have products of pairs below."""
     parts = (
         combined_sensitivity(pred, gt),
         maximum_dice_matching(pred, gt),
@@ -122,16 +125,17 @@ def collective_insight(pred: np.ndarray, gt: np.ndarray, reading: str = "pairs")
 
 def score_ensemble(pred: np.ndarray, gt: np.ndarray) -> dict[str, float]:
     """
-    Every metric of one image.
+    Returns every metric of one image.
 
     Args:
         pred (`np.ndarray` of shape `(n, ...)`): Samples, boolean or 0/1.
         gt (`np.ndarray` of shape `(m, ...)`): Annotations.
 
     Returns:
-        `dict[str, float]`: `ged`, `hm_iou`, `combined_sensitivity`, `maximum_dice`, `diversity_agreement` and `collective_insight` (with
-        `_variances` and `_pairs_with_self` for the other readings), `sample_diversity`, `annotation_diversity`, and `dice_majority`, the Dice of
-        what more than half of the samples and more than half of the annotations mark.
+        `dict[str, float]`: `ged`, `hm_iou`, `combined_sensitivity`, `maximum_dice`, `diversity_agreement` and
+        `collective_insight` (with `_variances` and `_pairs_with_self` for the other readings), `sample_diversity`,
+        `annotation_diversity`, and `dice_majority`, the Dice of what more than half of the samples and more than half
+        of the annotations mark.
     """
     pred, gt = _masks(pred), _masks(gt)
     scores = {
@@ -151,20 +155,19 @@ def score_ensemble(pred: np.ndarray, gt: np.ndarray) -> dict[str, float]:
 
 
 class FrequencyCalibration:
-    """
-    Reliability of a frequency map: where the ensemble says 70 %, do 70 % of the raters mark the pixel? Collected image by image; memory
-    does not grow.
+    """Reliability of a frequency map: where the ensemble says 70 %, do 70 % of the raters mark the pixel? Collected
+    image by image; memory does not grow.
 
-    With few samples even an ensemble of further raters is no diagonal: their share is a noisy estimate of the frequency, so that high
-    shares are somewhat too high and low ones too low.
+    With few samples even an ensemble of further raters is no diagonal: their share is a noisy estimate of the
+    frequency, so that high shares are somewhat too high and low ones too low.
 
     Args:
-        bins (`int`, defaults to 10): Equal bins of the predicted frequency in [0, 1]; a value between two bins belongs to the upper one.
+        bins (`int`, defaults to 10):
+            Equal bins of the predicted frequency in [0, 1]; a value between two bins belongs to the upper one.
     """
 
     def __init__(self, bins: int = 10):
-        if bins < 1:
-            raise ValueError(f"`bins` must be at least 1, got {bins}.")
+        check_integer("bins", bins, 1)
         self.bins = bins
         self._sums = np.zeros((3, bins))  # pixels, predicted and observed frequencies
 
@@ -174,13 +177,14 @@ class FrequencyCalibration:
 
         Args:
             predicted, observed (`np.ndarray`, the same shape):
-                Share of the samples and of the annotations that mark each pixel, 0 to 1. Pixels may be chosen by `predicted`, but not by
-                `observed`: where an annotation marks, no ensemble is calibrated.
+                Share of the samples and of the annotations that mark each pixel, 0 to 1. Pixels may be chosen by
+                `predicted`, but not by `observed`: where an annotation marks, no ensemble is calibrated.
         """
         predicted, observed = (np.asarray(values, np.float64).ravel() for values in (predicted, observed))
         if predicted.shape != observed.shape:
             raise ValueError(
-                f"`predicted` and `observed` must have the same shape, got {predicted.size} and {observed.size} values."
+                "`predicted` and `observed` must have the same shape, got"
+                f" {predicted.size} and {observed.size} values."
             )
         for name, values in (("predicted", predicted), ("observed", observed)):
             if values.size and not (values.min() >= 0 and values.max() <= 1):
@@ -191,13 +195,14 @@ class FrequencyCalibration:
             row += np.bincount(index, weights, self.bins)
 
     def curve(self) -> dict[str, np.ndarray]:
-        """Of the bins that hold pixels: `pixels`, and the mean `predicted` and `observed` frequency in them."""
+        """Returns, of the bins that hold pixels, `pixels`, and the mean `predicted` and `observed` frequency in
+        them."""
         pixels, predicted, observed = self._sums[:, self._sums[0] > 0]
         return {"pixels": pixels.astype(np.int64), "predicted": predicted / pixels, "observed": observed / pixels}
 
     def expected_error(self) -> float:
-        """Expected calibration error: mean over the pixels of |predicted - observed| of their bins; `nan` without pixels. Over whole
-        images the background makes it small, whatever happens in the lesion."""
+        """Returns the expected calibration error: mean over the pixels of |predicted - observed| of their bins; `nan`
+        without pixels. Over whole images the background makes it small, whatever happens in the lesion."""
         pixels, predicted, observed = self._sums
         return float(np.abs(predicted - observed).sum() / pixels.sum()) if pixels.sum() else float("nan")
 

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from ..checks import check_integer
+
 
 def dice(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
     """
-    Dice coefficient 2 TP / (2 TP + FP + FN) of one mask.
+    Returns the Dice coefficient 2 TP / (2 TP + FP + FN) of one mask.
 
     Args:
-        pred, gt (`np.ndarray`, boolean or 0/1, the same shape):
-            Predicted and true mask of one slice or volume.
+        pred, gt (`np.ndarray`, boolean or 0/1, the same shape): Predicted and true mask of one slice or volume.
         empty (`float`, *optional*, defaults to 1.0):
             Value where both masks are empty. 1 as in AnoDDPM and AnoFPDM; `nan` as in ANDi and SADM, which leaves
             these masks out of a nan-mean. One empty mask beside a filled one is always 0.
@@ -26,44 +27,36 @@ def dice(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
 
 
 def iou(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
-    """
-    Intersection over union TP / (TP + FP + FN) of one mask; arguments as in [`dice`]. (Empty masks count 1 in
-    AnoFPDM's program and 0 in AnoDDPM's.)
-    """
+    """Returns the intersection over union TP / (TP + FP + FN) of one mask; arguments as in [`dice`]. (Empty masks
+    count 1 in AnoFPDM's program and 0 in AnoDDPM's.)"""
     tp, fp, fn, _ = confusion(pred, gt)
     return tp / (tp + fp + fn) if tp + fp + fn else empty
 
 
 def precision(pred: np.ndarray, gt: np.ndarray) -> float:
-    """
-    TP / (TP + FP) of one mask; `nan` where nothing is predicted. The programs of AnoDDPM and AnoFPDM call this value
-    recall.
-    """
+    """Returns TP / (TP + FP) of one mask; `nan` where nothing is predicted. The programs of AnoDDPM and AnoFPDM call
+    it recall."""
     tp, fp, _, _ = confusion(pred, gt)
     return tp / (tp + fp) if tp + fp else float("nan")
 
 
 def recall(pred: np.ndarray, gt: np.ndarray) -> float:
-    """
-    TP / (TP + FN) of one mask; `nan` where the ground truth is empty. The programs of AnoDDPM and AnoFPDM call this
-    value precision.
-    """
+    """Returns TP / (TP + FN) of one mask; `nan` where the truth is empty. The programs of AnoDDPM and AnoFPDM call it
+    precision."""
     tp, _, fn, _ = confusion(pred, gt)
     return tp / (tp + fn) if tp + fn else float("nan")
 
 
 def false_positive_rate(pred: np.ndarray, gt: np.ndarray) -> float:
-    """
-    FP / (FP + TN) of one mask; `nan` where the ground truth is full. It depends on how much background is included:
-    pass `pred[brain], gt[brain]` for the rate inside the brain. The program of AnoDDPM returns FN / (FN + TN) under
-    this name.
-    """
+    """Returns FP / (FP + TN) of one mask; `nan` where the ground truth is full. It depends on how much background is
+    included: pass `pred[brain], gt[brain]` for the rate inside the brain. The program of AnoDDPM returns FN / (FN +
+    TN) under this name."""
     _, fp, _, tn = confusion(pred, gt)
     return fp / (fp + tn) if fp + tn else float("nan")
 
 
 def confusion(pred: np.ndarray, gt: np.ndarray) -> tuple[int, int, int, int]:
-    """TP, FP, FN and TN of one mask, counts of pixels. Arguments as in [`dice`]."""
+    """Returns TP, FP, FN and TN of one mask, counts of pixels. Arguments as in [`dice`]."""
     pred, gt = _mask_pair(pred, gt)
     tp = int(np.count_nonzero(pred & gt))
     fp = int(np.count_nonzero(pred)) - tp
@@ -71,117 +64,55 @@ def confusion(pred: np.ndarray, gt: np.ndarray) -> tuple[int, int, int, int]:
     return tp, fp, fn, pred.size - tp - fp - fn
 
 
-def lesion_f1(pred: np.ndarray, gt: np.ndarray, *, min_overlap: float = 0.0) -> float:
-    """
-    F1 score of lesions instead of voxels. Components are connected with corners (8 neighbours in 2-D, 26 in 3-D). A
-    true lesion is found when more than `min_overlap` of its voxels are predicted; a predicted component is right when
-    more than `min_overlap` of its voxels are lesion. F1 is the harmonic mean of (found / lesions) and (right /
-    predicted components).
+def lesion_f1(pred: np.ndarray, gt: np.ndarray) -> float:
+    """Returns the F1 score of lesions instead of voxels, the harmonic mean of (found lesions / lesions) and (right
+    components / predicted components). Components are connected with corners (8 neighbours in 2-D, 26 in 3-D). A
+    lesion is found when one of its voxels is predicted; a predicted component is right when one of its voxels is
+    lesion.
 
     Args:
-        pred, gt (`np.ndarray`, boolean or 0/1, the same shape):
-            Masks of one volume `(N, H, W)` or one slice `(H, W)`.
-        min_overlap (`float`, *optional*, defaults to 0.0):
-            Fraction in [0, 1) of the component's voxels; 0 means that one voxel is enough.
+        pred, gt (`np.ndarray`, boolean or 0/1, the same shape): Masks of one volume `(N, H, W)` or one slice `(H, W)`.
 
     Returns:
         `float`: F1 in [0, 1]; 1 where both masks are empty, 0 where one of them is.
     """
-    if not 0 <= min_overlap < 1:
-        raise ValueError(f"`min_overlap` must be at least 0 and below 1, got {min_overlap}.")
     pred, gt = _mask_pair(pred, gt)
     rates = []
     for components, other in ((gt, pred), (pred, gt)):
         labels, number = ndimage.label(components, structure=np.ones((3,) * components.ndim))
         if number:
-            sizes = np.bincount(labels.ravel(), minlength=number + 1)[1:]
             overlaps = np.bincount(labels[other], minlength=number + 1)[1:]
-            rates.append(float(np.mean(overlaps > min_overlap * sizes)))
+            rates.append(float(np.mean(overlaps > 0)))
     if len(rates) < 2:
         return 0.0 if rates else 1.0
     return 2 * rates[0] * rates[1] / sum(rates) if sum(rates) else 0.0
 
 
-def psnr(image: np.ndarray, reconstruction: np.ndarray, *, data_range: float) -> float:
-    """
-    Peak signal-to-noise ratio 20 log10(`data_range` / RMSE) in decibel; infinite for equal images.
-
-    Args:
-        image, reconstruction (`np.ndarray`, the same shape):
-            Image and its reconstruction, in one unit.
-        data_range (`float`):
-            Width of the range of values: 2 for images in [-1, 1]. The program of AnoDDPM uses `image.max()` instead.
-    """
-    image, reconstruction = _image_pair(image, reconstruction, data_range)
-    mse = np.mean((image - reconstruction) ** 2)
-    return float(10 * np.log10(data_range**2 / mse)) if mse > 0 else float("inf")
-
-
-def ssim(image: np.ndarray, reconstruction: np.ndarray, *, data_range: float) -> float:
-    """
-    Structural similarity (Wang et al. 2004) with a uniform window of 7 pixels in every dimension, sample covariances
-    and K = (0.01, 0.03), averaged where the window lies inside the image: scikit-image's default.
-
-    Args:
-        image, reconstruction (`np.ndarray` of shape `(H, W)` or `(N, H, W)`, every side 7 or more):
-            Image and its reconstruction; a volume is compared in 3-D.
-        data_range (`float`):
-            Width of the range of values: 2 for images in [-1, 1].
-    """
-    image, reconstruction = _image_pair(image, reconstruction, data_range)
-    window = 7
-    if min(image.shape, default=0) < window:
-        raise ValueError(f"Every side of `image` must be {window} pixels or more, got shape {image.shape}.")
-
-    # Notation of the paper: mu local means, var and cov local (co)variances, c1 and c2 the stabilising constants.
-    mu_x, mu_y = ndimage.uniform_filter(image, window), ndimage.uniform_filter(reconstruction, window)
-    sample = window**image.ndim / (window**image.ndim - 1)
-    var_x = sample * (ndimage.uniform_filter(image**2, window) - mu_x**2)
-    var_y = sample * (ndimage.uniform_filter(reconstruction**2, window) - mu_y**2)
-    cov = sample * (ndimage.uniform_filter(image * reconstruction, window) - mu_x * mu_y)
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    similarity = (2 * mu_x * mu_y + c1) * (2 * cov + c2) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))
-    inside = slice(window // 2, -(window // 2))
-    return float(similarity[(inside,) * image.ndim].mean())
-
-
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """
-    Area under the ROC curve of slice or subject scores, ties counted one half (as scikit-learn's `roc_auc_score`).
+    """Returns the area under the ROC curve of slice or subject scores, ties counted one half (as scikit-learn's
+    `roc_auc_score`).
 
     Args:
-        scores (`np.ndarray`):
-            Finite scores of any unit, higher is more anomalous. Compared in float64.
-        labels (`np.ndarray`, boolean or 0/1, the same shape):
-            True for anomalous.
+        scores (`np.ndarray`): Finite scores of any unit, higher is more anomalous. Compared in float64.
+        labels (`np.ndarray`, boolean or 0/1, the same shape): True for anomalous.
 
     Returns:
         `float`: `nan` without positives or without negatives.
     """
-    curve = _curve_of_samples(scores, labels)
-    return _auroc(curve)
+    return _auroc(_curve_of_samples(scores, labels))
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """
-    Average precision, the step-wise area under the precision-recall curve with ties as one step (as scikit-learn's
-    `average_precision_score`), of slice or subject scores. Arguments as in [`auroc`]; `nan` without positives, 1
-    without negatives. Its value for chance is the share of positives, so it compares only at equal prevalence.
-    """
-    curve = _curve_of_samples(scores, labels)
-    return _average_precision(curve)
+    """Returns the average precision, the step-wise area under the precision-recall curve with ties as one step (as
+    scikit-learn's `average_precision_score`), of slice or subject scores. Arguments as in [`auroc`]; `nan` without
+    positives, 1 without negatives. Its value for chance is the share of positives, so it compares only at equal
+    prevalence."""
+    return _average_precision(_curve_of_samples(scores, labels))
 
 
-def bootstrap_interval(
-    values: np.ndarray,
-    groups: np.ndarray | None = None,
-    *,
-    level: float = 0.95,
-    num_samples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """
-    Percentile bootstrap interval of the mean of `values`, drawing whole subjects with replacement.
+def bootstrap_interval(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
+    """Returns the 95 % percentile bootstrap interval of the mean of `values`, from 2000 draws of whole subjects with
+    replacement.
 
     Args:
         values (`np.ndarray` of shape `(N,)`):
@@ -189,12 +120,6 @@ def bootstrap_interval(
         groups (`np.ndarray` of shape `(N,)`, *optional*):
             Subject of each value, so that slices or visits of one subject are drawn together. `None`: each value is a
             subject of its own.
-        level (`float`, *optional*, defaults to 0.95):
-            Coverage, between 0 and 1.
-        num_samples (`int`, *optional*, defaults to 2000):
-            Number of bootstrap samples.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the draws.
 
     Returns:
         `tuple[float, float]`: lower and upper end; `nan` twice without values.
@@ -205,17 +130,15 @@ def bootstrap_interval(
         raise ValueError(
             f"`values` and `groups` must be 1-D and equally long, got shapes {values.shape} and {groups.shape}."
         )
-    if not 0 < level < 1:
-        raise ValueError(f"`level` must be between 0 and 1, got {level}.")
     valid = ~np.isnan(values)
     if not valid.any():
         return float("nan"), float("nan")
     _, subjects = np.unique(groups[valid], return_inverse=True)
     counts = np.bincount(subjects)
     sums = np.bincount(subjects, weights=values[valid])
-    drawn = np.random.default_rng(seed).integers(0, counts.size, size=(num_samples, counts.size))
+    drawn = np.random.default_rng(0).integers(0, counts.size, size=(2000, counts.size))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -227,28 +150,14 @@ class PooledScores:
     that they become integer counts in 2**20 fixed bins: the upper 20 bits of the float32, in order, so a bin is never
     wider than 2**-11 (0.05 %) of its values, whatever their range, and nothing has to be known about it in advance.
     Scores of one bin then count as tied; [`error_bounds`] gives, from the counts, how far this can be from the exact
-    result.
-
-    The result does not depend on the order of `update` and `merge`, so processes can each fill one object and be
-    merged; objects can be pickled (`accelerate.utils.gather_object`).
+    result. The result does not depend on the order of the updates.
 
     Args:
-        max_exact (`int`, *optional*, defaults to 50 million):
-            Number of voxels up to which scores are kept.
-
-    Example:
-
-    ```py
-    >>> pooled = PooledScores()
-    >>> for volume in volumes:
-    ...     pooled.update(volume.anomaly_map, volume.mask)
-    >>> pooled.average_precision(), pooled.best_dice()
-    ```
+        max_exact (`int`, *optional*, defaults to 50 million): Number of voxels up to which scores are kept.
     """
 
     def __init__(self, max_exact: int = 50_000_000):
-        if max_exact < 0:
-            raise ValueError(f"`max_exact` must not be negative, got {max_exact}.")
+        check_integer("max_exact", max_exact, 0)
         self.max_exact = max_exact
         self.num_positives = 0
         self.num_negatives = 0
@@ -266,8 +175,7 @@ class PooledScores:
         Adds voxels.
 
         Args:
-            scores (`np.ndarray`):
-                Finite anomaly scores of any unit, used as float32.
+            scores (`np.ndarray`): Finite anomaly scores of any unit, used as float32.
             labels (`np.ndarray`, boolean or 0/1, the same shape):
                 True for anomalous voxels. Index both arrays with the brain mask to leave the background out.
         """
@@ -280,41 +188,28 @@ class PooledScores:
             for kept, new in zip(self._samples, samples, strict=True):
                 kept.append(new)
             if self.num_negatives + self.num_positives > self.max_exact:
-                self._to_counts()
+                self._counts = np.stack([sum(_count(array) for array in kept) for kept in self._samples])
+                for kept in self._samples:
+                    kept.clear()
         else:
             self._counts += np.stack([_count(sample) for sample in samples])
 
-    def merge(self, other: "PooledScores") -> None:
-        """Adds what `other` (of another process, with the same `max_exact`) has seen; `other` stays as it is."""
-        if other.max_exact != self.max_exact:
-            raise ValueError(f"`max_exact` must be equal to be merged, got {self.max_exact} and {other.max_exact}.")
-        self.num_negatives += other.num_negatives
-        self.num_positives += other.num_positives
-        if other._counts is None and self.num_negatives + self.num_positives <= self.max_exact:
-            for kept, new in zip(self._samples, other._samples, strict=True):
-                kept.extend(new)
-            return
-        if self._counts is None:
-            self._to_counts()
-        self._counts += other._histogram()
-
     def average_precision(self) -> float:
-        """Step-wise average precision; `nan` without positives, 1 without negatives."""
+        """Returns the step-wise average precision; `nan` without positives, 1 without negatives."""
         return _average_precision(self._curve())
 
     def auroc(self) -> float:
-        """Area under the ROC curve, ties one half; `nan` without positives or without negatives."""
+        """Returns the area under the ROC curve, ties one half; `nan` without positives or without negatives."""
         return _auroc(self._curve())
 
     def best_dice(self) -> tuple[float, float]:
-        """
-        The highest pooled Dice over all thresholds, and that threshold, for `map > threshold` in float32. An oracle
-        when the labels are those of the test set.
+        """Returns the highest pooled Dice over all thresholds, and that threshold, for `map > threshold` in float32.
+        An oracle when the labels are those of the test set.
 
         Returns:
             `tuple[float, float]`: Dice and threshold (the highest one with this Dice, halfway to the next lower
             score); `nan` twice without positives. Above `max_exact` voxels the thresholds are the edges of the bins
-            and the Dice is the exact one of the returned threshold.
+            and the Dice is the exact one of the threshold.
         """
         curve = self._curve()
         if not curve.num_positives:
@@ -331,27 +226,10 @@ class PooledScores:
             threshold = np.nextafter(score, np.float32(-np.inf))
         return float(values[best]), float(lower if threshold >= score else threshold)
 
-    def dice_at(self, threshold: float) -> float:
-        """
-        Pooled Dice of `scores > threshold`, compared in float32; `nan` without positives. Above `max_exact` voxels the
-        threshold is first rounded up to the edge of its bin (by less than 2**-11 of its value).
-        """
-        if np.isnan(threshold):
-            raise ValueError("`threshold` must be a number, got nan.")
-        if not self.num_positives:
-            return float("nan")
-        threshold = np.float32(threshold) + np.float32(0)
-        if self._counts is not None:
-            fp, tp = self._counts[:, _bins(np.atleast_1d(threshold))[0] + 1 :].sum(axis=1)
-        else:
-            fp, tp = (s[0].size - np.searchsorted(s[0], threshold, side="right") for s in self._sort())
-        return float(2 * tp / (tp + fp + self.num_positives))
-
     def error_bounds(self) -> dict[str, float]:
-        """
-        Largest possible distance of `average_precision`, `auroc` and `best_dice` from their exact values, whatever the
-        order of the scores inside the bins; 0 as long as [`is_exact`], `nan` where the metric is.
-        """
+        """Returns the largest possible distance of `average_precision`, `auroc` and `best_dice` from their exact
+        values, whatever the order of the scores inside the bins; 0 as long as [`is_exact`], `nan` where the metric
+        is."""
         c = self._curve()
         if self._counts is None or not c.num_positives:
             value = 0.0 if c.num_positives else float("nan")
@@ -385,16 +263,6 @@ class PooledScores:
                 kept[:] = [np.concatenate(kept)]
                 kept[0].sort()
         return self._samples
-
-    def _histogram(self) -> np.ndarray:
-        if self._counts is not None:
-            return self._counts
-        return np.stack([sum(_count(array) for array in kept) for kept in self._samples])
-
-    def _to_counts(self) -> None:
-        self._counts = self._histogram()
-        for kept in self._samples:
-            kept[:] = []
 
     def _curve(self) -> "_Curve":
         if self._counts is None:
@@ -514,14 +382,3 @@ def _score_pair(scores: np.ndarray, labels: np.ndarray, dtype: type) -> tuple[np
     if not np.isfinite(scores).all():
         raise ValueError("`scores` must be finite, got nan or infinite values.")
     return scores, labels
-
-
-def _image_pair(image: np.ndarray, reconstruction: np.ndarray, data_range: float) -> tuple[np.ndarray, np.ndarray]:
-    image, reconstruction = np.asarray(image, dtype=np.float64), np.asarray(reconstruction, dtype=np.float64)
-    if image.shape != reconstruction.shape:
-        raise ValueError(
-            f"`image` and `reconstruction` must have the same shape, got {image.shape} and {reconstruction.shape}."
-        )
-    if not data_range > 0:
-        raise ValueError(f"`data_range` must be positive, got {data_range}.")
-    return image, reconstruction

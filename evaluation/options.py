@@ -27,7 +27,8 @@ class EvalOptions:
     mixed_precision: str | None = None
     """bf16 or fp16 for the networks."""
     inference: dict[str, Any] = field(default_factory=dict)
-    """Inference values instead of the checkpoints', by their names in the pipeline: noise_level, mode, num_draws, ..."""
+    """Inference values instead of the checkpoints', by their names in the pipeline: noise_level, mode, num_draws,
+    ..."""
     median_size: int | None = None
     """Side of the median filter in pixels, 0 for none; as the checkpoint says by default."""
     median_dimensions: int | None = None
@@ -43,21 +44,24 @@ class EvalOptions:
     healthy_fpr: float = 0.05
     """Share of healthy validation voxels above the healthy-only threshold."""
     protocol: str = "pooled"
-    """Columns beside our own: none with `pooled`; `andi`: AP, Dice and Yen's threshold as ANDi's authors measure them, with a row of
-    the equalised FLAIR; `uad_imag`: AP, Dice at validation thresholds and false positive rates of the benchmark UAD-IMAG; `anofpdm`:
-    means over slices and image labels, of all slices and of the unhealthy ones, as AnoFPDM's authors measure them; `sadm`: means over
-    volumes, errors of the reconstruction and thirds of the lesion sizes, as the authors of cDDPM and SADM measure them; `ensemble`:
-    several masks against several annotations, which is how CIMD is evaluated whatever stands here."""
+    """Columns beside our own: none with `pooled`; `andi`: AP, Dice and Yen's threshold as ANDi's authors measure them,
+    with a row of the equalised FLAIR; `uad_imag`: AP, Dice at validation thresholds and false positive rates of the
+    benchmark UAD-IMAG; `anofpdm`: means over slices and image labels, of all slices and of the unhealthy ones, as
+    AnoFPDM's authors measure them; `sadm`: means over volumes, errors of the reconstruction and thirds of the lesion
+    sizes, as the authors of cDDPM and SADM measure them; `ensemble`: several masks against several annotations, which
+    is how CIMD is evaluated whatever stands here."""
     sweep: tuple[float, float, float] | None = None
-    """First, last and step of the thresholds that these protocols try: of maps scaled to [0, 1] for `andi` (0.01, 0.299, 0.001 by
-    default), of the maps themselves for `uad_imag` (100 of their scores by default) and `anofpdm` (0.01, 0.69, 0.01)."""
+    """First, last and step of the thresholds that these protocols try: of maps scaled to [0, 1] for `andi` (0.01,
+    0.299, 0.001 by default), of the maps themselves for `uad_imag` (100 of their scores by default) and `anofpdm`
+    (0.01, 0.69, 0.01)."""
     baselines: bool = True
     """Rows of the plain intensity and of trivial statistics, with the same post-processing."""
     training_population: str | None = None
     """Who the models were trained on, for the record; from the recipe in the checkpoint by default."""
     calibrate: str | None = None
-    """First choose the models' values on the labels of the validation split, without its masks, and store them in the checkpoint
-    folders: `labels` (AnoFPDM's own, by image-level accuracy), `healthy`, `yen` or `otsu` (a threshold, for any method)."""
+    """First choose the models' values on the labels of the validation split, without its masks, and store them in the
+    checkpoint folders: `labels` (AnoFPDM's own, by image-level accuracy), `healthy`, `yen` or `otsu` (a threshold, for
+    any method)."""
     calibration_slices: int | None = None
     """Validation slices that `calibrate labels` takes, evenly spread; all by default."""
     guidance_scales: list[float] = field(default_factory=list)

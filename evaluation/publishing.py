@@ -15,7 +15,7 @@ from .options import EvalOptions
 
 
 def check_hub(options: EvalOptions, is_main_process: bool) -> None:
-    """What a push at the end would fail at, found before the evaluation."""
+    """Raises before the evaluation what a push at its end would fail at."""
     remote = [model for model in options.model if not Path(model).is_dir()]
     if options.push_to_hub not in remote and not (len(options.model) == 1 and not remote):
         raise ValueError(

@@ -1,34 +1,72 @@
-"""The evaluation protocol of AnoFPDM, beside our own in `scoring.py`: slice by slice, in two settings. Mixed: all slices.
-Unhealthy: the slices with a lesion, whose masks are not emptied by a wrong image label.
+"""The evaluation protocol of AnoFPDM, beside our own in `pooled.py`: slice by slice, in two settings. Mixed: all
+slices. Unhealthy: the slices with a lesion, whose masks are not emptied by a wrong image label.
 
-Dice and IoU are means over slices, and 1 where mask and prediction are both empty, as nearly all healthy slices of a good method
-are; precision and recall are of all pixels together and have their usual names, which the original swaps. AUROC and AUPRC (average
-precision) are of all pixels whose mean over modalities is above -0.95, on [-1, 1]. Components of 40 pixels and fewer are
-removed, in each slice. The image label is the method's own, or whether the mask has a pixel before that.
+Dice and IoU are means over slices, and 1 where mask and prediction are both empty, as nearly all healthy slices of a
+good method are; precision and recall are of all pixels together and have their usual names, which the original swaps.
+AUROC and AUPRC (average precision) are of all pixels whose mean over modalities is above -0.95, on [-1, 1]. Components
+of 40 pixels and fewer are removed, in each slice. The image label is the method's own, or whether the mask has a pixel
+before that.
 
-The original scores random batches and averages their values; here every slice counts once. Method card, section 7. Maps are those
-of the cases, 0 outside the brain.
-"""
+The original scores random batches and averages their values; here every slice counts once. Maps are those of the
+cases, 0 outside the brain."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from ...pipelines.postprocessing import remove_small_components
-from ..calibration import threshold_for_fpr
+from ..cases import Case, Needs, Scores
 from ..metrics import PooledScores, dice, iou
-from ..scoring import Case
+from ..options import EvalOptions
+from ..scoring import healthy_scores, healthy_threshold, sweep_thresholds
 
-
-# First and last threshold and step of the grid that validation data with masks decide on.
-ANOFPDM_SWEEP = (0.01, 0.69, 0.01)
 
 FOREGROUND = -0.95  # of the mean over modalities, on [-1, 1]
 MIN_COMPONENT_SIZE = 41
 SETTINGS = ("mixed", "unhealthy")
+
+TASK = "anomaly-detection"
+TEXT = {
+    "unit_of_averaging": (
+        "; AnoFPDM columns: Dice and IoU as means over slices, 1 where mask and prediction are both empty, of all "
+        "slices (mixed) or those with lesion (unhealthy); precision and recall over their pixels together; AP and "
+        "AUROC over the pixels brighter than -0.95 on [-1, 1]; image labels: slices"
+    ),
+    "threshold_policy": (
+        "; AnoFPDM columns: own as above (unhealthy: whatever the method calls the slice), validation as the best "
+        "mean Dice of a grid on the validation split, healthy without masks; components of 40 pixels and fewer of a"
+        " slice are removed"
+    ),
+}
+COLUMNS = {
+    f"anofpdm_{name}": f"{title} (AnoFPDM)"
+    for name, title in {
+        "dice_mixed_own": "Dice, own masks, mixed",
+        "dice_unhealthy_own": "Dice, own masks, unhealthy",
+        "dice_mixed_validation": "Dice, validation, mixed",
+        "dice_unhealthy_validation": "Dice, validation, unhealthy",
+        "dice_mixed_healthy": "Dice, healthy only, mixed",
+        "dice_unhealthy_healthy": "Dice, healthy only, unhealthy",
+        "auprc_mixed": "AP, mixed",
+        "auprc_unhealthy": "AP, unhealthy",
+        "image_accuracy_own": "image accuracy, own",
+        "image_accuracy_validation": "image accuracy, validation",
+    }.items()
+}
+SWEEP = (0.01, 0.69, 0.01)  # the grid that validation data with masks decide on
+
+
+def foreground_of(image: np.ndarray, reconstruction: None, value_range: tuple[float, float]) -> np.ndarray:
+    """Returns where AUROC and AUPRC are measured, `(N, H, W)` bool, of slices `(N, C, H, W)` in `value_range`; the
+    reconstruction does not matter."""
+    low, high = value_range
+    return (image.mean(1) - low) / (high - low) * 2 - 1 > FOREGROUND
+
+
+# The setting "unhealthy" needs the masks as they are before a wrong image label empties them.
+NEEDS = Needs(settings={"gate_by_label": False}, details={"foreground": foreground_of})
 
 
 class SliceScores:
@@ -53,7 +91,7 @@ class SliceScores:
         self._counts += [(predicted & reference).sum(), predicted.sum(), reference.sum()]
 
     def metrics(self) -> dict[str, float | None]:
-        """`dice`, `iou`, `precision` and `recall`, `None` where undefined."""
+        """Returns `dice`, `iou`, `precision` and `recall`, `None` where undefined."""
         overlap, predicted, reference = self._counts.tolist()
         return {
             "dice": float(np.mean(self._dice)) if self._dice else None,
@@ -65,10 +103,11 @@ class SliceScores:
 
 def image_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
     """
-    Accuracy, precision and recall of image labels.
+    Returns accuracy, precision and recall of image labels.
 
     Args:
-        predicted, labels (`np.ndarray` of shape `(N,)`): 1 anomalous, 0 healthy; slices of unknown label (-1) do not count.
+        predicted, labels (`np.ndarray` of shape `(N,)`):
+            1 anomalous, 0 healthy; slices of unknown label (-1) do not count.
 
     Returns:
         `dict`: `accuracy`, `precision`, `recall`, `None` where undefined.
@@ -83,26 +122,16 @@ def image_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float 
     }
 
 
-def foreground_of(image: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
-    """`(N, H, W)` bool of slices `(N, C, H, W)` in `value_range`: what AUROC and AUPRC are measured in."""
-    low, high = value_range
-    return (image.mean(1) - low) / (high - low) * 2 - 1 > FOREGROUND
-
-
-def best_threshold(
-    validation: list[Path], thresholds: np.ndarray, min_component_size: int = MIN_COMPONENT_SIZE
-) -> tuple[float | None, float | None]:
-    """
-    The threshold of a grid with the highest mean Dice over the slices of the cases with masks, and that Dice; `None` without such
-    cases. Scores equal to a threshold are positive, as in the original.
-    """
+def best_threshold(validation: list[Path], thresholds: np.ndarray) -> tuple[float | None, float | None]:
+    """Returns the threshold of a grid with the highest mean Dice over the slices of the cases with masks, and that
+    Dice; `None` without such cases. Scores equal to a threshold are positive, as in the original."""
     totals, count = np.zeros(len(thresholds)), 0
     for case in map(Case.load, validation):
         if case.mask is None:
             continue
         count += len(case.mask)
         for number, threshold in enumerate(thresholds):
-            predicted = remove_small_components(case.maps >= np.float32(threshold), min_component_size, 2)
+            predicted = remove_small_components(case.maps >= np.float32(threshold), MIN_COMPONENT_SIZE, 2)
             totals[number] += sum(dice(*pair) for pair in zip(predicted, case.mask, strict=True))
     if not count:
         return None, None
@@ -110,64 +139,38 @@ def best_threshold(
     return float(thresholds[best]), float(totals[best] / count)
 
 
-def score_anofpdm(
-    test: list[Path],
-    validation: list[Path],
-    foreground: Callable[[str], np.ndarray],
-    thresholds: np.ndarray,
-    *,
-    healthy_fpr: float = 0.05,
-    min_component_size: int = MIN_COMPONENT_SIZE,
-) -> dict[str, float | None]:
-    """
-    Metrics of one method under AnoFPDM's protocol.
-
-    Args:
-        test, validation (`list[Path]`): Files that [`Case.save`] wrote; those without a mask count for the image labels only.
-        foreground (`Callable`): Name of a test subject to its foreground, `(N, H, W)` bool; see [`foreground_of`].
-        thresholds (`np.ndarray` of shape `(T,)`): Grid of the policy "validation", in the units of the maps.
-        healthy_fpr (`float`, *optional*, defaults to 0.05): Share of healthy validation voxels above the policy "healthy".
-        min_component_size (`int`, *optional*, defaults to 41): Smallest component of a mask, in pixels of a slice.
-
-    Returns:
-        `dict`: `anofpdm_{auprc,auroc}_{setting}`, `anofpdm_{dice,iou,precision,recall}_{setting}_{policy}`,
-        `anofpdm_image_{accuracy,precision,recall}_{policy}` and `anofpdm_threshold_{policy}`, `None` where undefined. Policies: `own`,
-        the method's own masks and labels; `validation`, the grid on validation masks; `healthy`, no masks.
-    """
+def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None, options: EvalOptions) -> Scores:
+    """Scores one method under AnoFPDM's protocol, without records: `anofpdm_{auprc,auroc}_{setting}`,
+    `anofpdm_{dice,iou,precision,recall}_{setting}_{policy}`, `anofpdm_image_{accuracy,precision,recall}_{policy}` and
+    `anofpdm_threshold_{policy}`. Policies: `own`, the method's own masks and labels; `validation`, the grid, in the
+    units of the maps, on validation masks; `healthy`, the share `healthy_fpr` of the options, no masks. Cases without
+    a mask count for the image labels only."""
+    validation = files.get("validation", [])
     chosen = {
-        "validation": best_threshold(validation, thresholds, min_component_size)[0],
-        "healthy": _healthy_threshold(validation, healthy_fpr),
+        "validation": best_threshold(validation, sweep_thresholds(SWEEP) if thresholds is None else thresholds)[0],
+        "healthy": healthy_threshold(healthy_scores(validation), options.healthy_fpr),
     }
     policies = ("own", *chosen)
     pooled = {setting: PooledScores() for setting in SETTINGS}
-    scores = {(setting, policy): SliceScores(min_component_size) for setting in SETTINGS for policy in policies}
+    scores = {(setting, policy): SliceScores() for setting in SETTINGS for policy in policies}
     image_labels: dict[str, list] = {policy: [] for policy in policies}
-    for case in map(Case.load, test):
+    for case in map(Case.load, files["test"]):
         rows = {"mixed": np.ones(len(case.maps), bool), "unhealthy": case.labels == 1}
         if case.mask is not None:
-            inside = foreground(case.subject)
             for setting, chosen_rows in rows.items():
-                visible = inside & chosen_rows[:, None, None]
+                visible = case.foreground & chosen_rows[:, None, None]
                 pooled[setting].update(case.maps[visible], case.mask[visible])
         for policy in policies:
-            if policy == "own":
-                if case.own_mask is None:
-                    continue
-                ungated, labels = case.own_mask, case.own_labels
-            else:
-                if chosen[policy] is None:
-                    continue
-                # The grid's scores count at the threshold itself; that of a false positive rate is to be exceeded.
-                compare = np.greater_equal if policy == "validation" else np.greater
-                ungated = compare(case.maps, np.float32(chosen[policy]))
-                labels = ungated.any((1, 2)).astype(int)
+            mask, labels = _own_or_above(case, policy, chosen)
+            if mask is None:
+                continue
             image_labels[policy].append((labels, case.labels))
             if case.mask is None:
                 continue
             # A slice that was called healthy has no mask; where the label is given, it is not asked.
-            gated = ungated & (labels == 1)[:, None, None]
+            gated = mask & (labels == 1)[:, None, None]
             scores["mixed", policy].update(gated, case.mask)
-            scores["unhealthy", policy].update(ungated[rows["unhealthy"]], case.mask[rows["unhealthy"]])
+            scores["unhealthy", policy].update(mask[rows["unhealthy"]], case.mask[rows["unhealthy"]])
 
     metrics = {}
     for setting in SETTINGS:
@@ -182,13 +185,16 @@ def score_anofpdm(
         predicted, labels = (np.concatenate(part) for part in zip(*pairs, strict=True)) if pairs else ([], [])
         for name, value in image_metrics(predicted, labels).items():
             metrics[f"anofpdm_image_{name}_{policy}"] = value
-    metrics |= {f"anofpdm_threshold_{policy}": value for policy, value in chosen.items()}
-    return metrics
+    return Scores(metrics | {f"anofpdm_threshold_{policy}": value for policy, value in chosen.items()}, [])
 
 
-def _healthy_threshold(validation: list[Path], fpr: float) -> float | None:
-    maps, brain = [], []
-    for case in map(Case.load, validation):
-        maps.append(case.maps[case.labels == 0])
-        brain.append(case.brain[case.labels == 0])
-    return threshold_for_fpr(maps, brain, fpr) if any(part.any() for part in brain) else None
+def _own_or_above(case: Case, policy: str, chosen: dict) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Mask `(N, H, W)` and image labels `(N,)` of a case under a policy, `None` twice where it has none."""
+    if policy == "own":
+        return case.own_mask, case.own_labels
+    if chosen[policy] is None:
+        return None, None
+    # The grid's scores count at the threshold itself; that of a false positive rate is to be exceeded.
+    compare = np.greater_equal if policy == "validation" else np.greater
+    mask = compare(case.maps, np.float32(chosen[policy]))
+    return mask, mask.any((1, 2)).astype(int)

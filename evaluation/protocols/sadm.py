@@ -1,14 +1,15 @@
-"""The evaluation protocol of cDDPM and SADM, beside our own in `scoring.py`: volume by volume, over all voxels, background included.
+"""The evaluation protocol of cDDPM and SADM, beside our own in `pooled.py`: volume by volume, over all voxels,
+background included.
 
-Values are means over the test volumes, those that are undefined (Dice of an empty mask that was rightly left empty, distances to nothing)
-left out. The threshold is chosen once, on the pooled voxels of the validation volumes with lesions: by the authors' search, which
-halves an interval ten times (`search`), and by trying every score (`exact`); or, without any lesion, as the score that 1, 5 or 10 % of the
-brain voxels of healthy validation slices exceed (`fpr1`, `fpr5`, `fpr10`).
+Values are means over the test volumes, those that are undefined (Dice of an empty mask that was rightly left empty,
+distances to nothing) left out. The threshold is chosen once, on the pooled voxels of the validation volumes with
+lesions: by the authors' search, which halves an interval ten times (`search`), and by trying every score (`exact`);
+or, without any lesion, as the score that 1, 5 or 10 % of the brain voxels of healthy validation slices exceed (`fpr1`,
+`fpr5`, `fpr10`).
 
-Counts have their usual names; the original's true positives are true negatives, its false positive rate is the false discovery rate, and
-its healthy thresholds are the smallest score. Means per slice, which it takes along the sagittal axis, are left out. Method
-card, sections 7 and 8.
-"""
+Counts have their usual names; the original's true positives are true negatives, its false positive rate is the false
+discovery rate, and its healthy thresholds are the smallest score. Means per slice, which it takes along the sagittal
+axis, are left out."""
 
 from __future__ import annotations
 
@@ -19,25 +20,71 @@ import numpy as np
 from scipy import ndimage
 
 from ...pipelines.postprocessing import remove_small_components
-from ..calibration import threshold_for_dice, threshold_for_fpr
+from ..cases import Case, Needs, Scores
 from ..metrics import auroc, average_precision, confusion, dice, false_positive_rate, precision, recall
-from ..scoring import Case
+from ..options import EvalOptions
+from ..scoring import healthy_scores, healthy_threshold
+from ..thresholds import threshold_for_dice
 
 
 HEALTHY_RATES = {"fpr1": 0.01, "fpr5": 0.05, "fpr10": 0.1}
 POLICIES = ("search", "exact", *HEALTHY_RATES)
 LESION_SIZES = ("small", "medium", "large")
 
+TASK = "anomaly-detection"
+TEXT = {
+    "unit_of_averaging": (
+        "; SADM columns: means over volumes, all their voxels with background, Dice of a mask that was rightly left"
+        " empty and distances to nothing left out; Hausdorff distance in voxels; FPR of healthy slices: their brain"
+        " voxels pooled"
+    ),
+    "threshold_policy": (
+        "; SADM columns: search as cDDPM's interval search and exact as the best of all scores, both for the pooled"
+        " Dice of the validation volumes with lesions; fpr1, fpr5, fpr10: 1, 5, 10 % of the brain voxels of healthy"
+        " validation slices; best Dice: oracle per volume"
+    ),
+}
+COLUMNS = {
+    f"sadm_{name}": f"{title} (SADM)"
+    for name, title in {
+        "dice_search": "Dice, search",
+        "dice_exact": "Dice, exact threshold",
+        "best_dice": "Dice, best per volume",
+        "auprc": "AP",
+        "auroc": "AUROC",
+        "hausdorff_search": "Hausdorff, search",
+        "dice_small": "Dice, small lesions",
+        "dice_medium": "Dice, medium lesions",
+        "dice_large": "Dice, large lesions",
+        "healthy_fpr_search": "FPR of healthy slices, search",
+        "dice_fpr5": "Dice at 5 % FPR",
+        "healthy_fpr_fpr5": "FPR of healthy slices, 5 % FPR",
+        "l1": "l1",
+        "l1_ratio": "l1 ratio",
+    }.items()
+}
+SWEEP = None
 
-def find_best_val(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], steps: int = 10) -> tuple[float, float]:
-    """
-    The threshold with the highest pooled Dice that cDDPM's search finds: of an interval, at first from 0 to the largest score, the Dice
-    at its quarters are compared, and the half with the higher one (the lower half if they are equal) is the next interval. It is not
-    always the best one; [`threshold_for_dice`] is.
+
+def reconstruction_error(
+    image: np.ndarray, reconstruction: np.ndarray | None, value_range: tuple[float, float]
+) -> np.ndarray | None:
+    """Returns the absolute difference of slices and reconstructions `(N, C, H, W)` in `value_range`: its mean over
+    modalities, on [0, 1], `(N, H, W)`; `None` for a method that reconstructs nothing."""
+    low, high = value_range
+    return None if reconstruction is None else np.abs(image - reconstruction).mean(1) / (high - low)
+
+
+NEEDS = Needs(details={"error": reconstruction_error})
+
+
+def find_best_val(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Finds the threshold with the highest pooled Dice as cDDPM's search does: of an interval, at first from 0 to the
+    largest score, the Dice at its quarters are compared, and the half with the higher one (the lower half if they are
+    equal) is the next interval. It is not always the best one; [`threshold_for_dice`] is.
 
     Args:
         maps, masks (sequences of `np.ndarray`): Scores >= 0 and lesion masks, bool, of some volumes.
-        steps (`int`, *optional*, defaults to 10): How often the interval is halved.
 
     Returns:
         `tuple[float, float]`: Dice and threshold, for `map > threshold`; `nan` twice without a lesion.
@@ -52,7 +99,7 @@ def find_best_val(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], steps
 
     low, high = 0.0, float(max(np.max(scores) for scores in maps))
     best, threshold = 0.0, 0.0
-    for _ in range(steps):
+    for _ in range(10):
         middle = (low + high) / 2
         points = (low + middle) / 2, (middle + high) / 2
         lower, upper = map(dice_at, points)
@@ -66,7 +113,8 @@ def find_best_val(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], steps
 
 
 def hausdorff_distance(predicted: np.ndarray, reference: np.ndarray) -> float:
-    """The largest distance in voxels from the surface of one mask to the surface of the other, as MONAI; `nan` if one is empty."""
+    """Returns the largest distance in voxels from the surface of one mask to that of the other, as MONAI; `nan` if one
+    is empty."""
     if not (predicted.any() and reference.any()):
         return float("nan")
     # Nothing lies outside the box that holds both masks.
@@ -77,8 +125,8 @@ def hausdorff_distance(predicted: np.ndarray, reference: np.ndarray) -> float:
 
 
 def volume_metrics(predicted: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Dice, precision, recall, specificity, accuracy, false positive rate and Hausdorff distance of one volume, `nan` where undefined,
-    from masks `(N, H, W)`."""
+    """Returns Dice, precision, recall, specificity, accuracy, false positive rate and Hausdorff distance of one
+    volume, `nan` where undefined, from masks `(N, H, W)`."""
     tp, fp, fn, tn = confusion(predicted, reference)
     rate = false_positive_rate(predicted, reference)
     return {
@@ -93,8 +141,8 @@ def volume_metrics(predicted: np.ndarray, reference: np.ndarray) -> dict[str, fl
 
 
 def reconstruction_metrics(error: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Mean absolute difference of slices and reconstructions `(N, H, W)`: of all voxels, of the lesion, of the others, and the ratio of
-    these two."""
+    """Returns the mean of the errors `(N, H, W)` of a reconstruction: of all voxels, of the lesion, of the others, and
+    the ratio of these two."""
     lesion = float(error[reference].mean()) if reference.any() else float("nan")
     healthy = float(error[~reference].mean())
     ratio = lesion / healthy if healthy > 0 else float("nan")
@@ -102,94 +150,83 @@ def reconstruction_metrics(error: np.ndarray, reference: np.ndarray) -> dict[str
 
 
 def choose_thresholds(validation: list[Path]) -> dict[str, float | None]:
-    """The threshold of every policy, `None` where the validation split does not allow it."""
-    maps, masks, healthy_maps, healthy_brain = [], [], [], []
+    """Returns the threshold of every policy, `None` where the validation split does not allow it."""
+    maps, masks = [], []
     for case in map(Case.load, validation):
         if case.mask is not None and case.mask.any():
             maps.append(case.maps)
             masks.append(case.mask)
-        healthy_maps.append(case.maps[case.labels == 0])
-        healthy_brain.append(case.brain[case.labels == 0])
     thresholds = dict.fromkeys(POLICIES)
     if maps:
         thresholds |= {"search": find_best_val(maps, masks)[1], "exact": threshold_for_dice(maps, masks)}
-    if any(brain.any() for brain in healthy_brain):
-        for name, fpr in HEALTHY_RATES.items():
-            thresholds[name] = threshold_for_fpr(healthy_maps, healthy_brain, fpr)
-    return thresholds
+    healthy = healthy_scores(validation)
+    return thresholds | {name: healthy_threshold(healthy, fpr) for name, fpr in HEALTHY_RATES.items()}
 
 
-def score_sadm(
-    test: list[Path], validation: list[Path], *, min_component_size: int = 0
-) -> tuple[dict[str, float | None], list[dict], list[dict]]:
-    """
-    Metrics of one method under the protocol of cDDPM and SADM.
-
-    Args:
-        test, validation (`list[Path]`):
-            Files that [`Case.save`] wrote. Test volumes without a mask count for the false positive rate of healthy slices only.
-        min_component_size (`int`):
-            Smallest 3-D component of a predicted mask, in voxels: 8 for cDDPM, 0 for SADM.
-
-    Returns:
-        `tuple[dict, list[dict], list[dict]]`: Metrics `sadm_...`, `None` where undefined; one record per case, with its values at the
-        threshold `search`, its confusion counts and its lesion's size; and the thirds of the volumes with lesions by lesion size, with
-        their Dice. `sadm_healthy_fpr_{policy}` is the share of the brain voxels of healthy test slices above the threshold.
-        `sadm_best_dice` has a threshold of its own for every volume, an oracle.
-    """
-    thresholds = choose_thresholds(validation)
-    chosen = {policy: value for policy, value in thresholds.items() if value is not None}
-    records, rows = [], []
-    healthy_voxels, above = 0, dict.fromkeys(POLICIES, 0)
-    for case in map(Case.load, test):
-        healthy = case.maps[case.labels == 0][case.brain[case.labels == 0]]
-        healthy_voxels += healthy.size
-        for policy, threshold in chosen.items():
-            above[policy] += np.count_nonzero(healthy > np.float32(threshold))
-        records.append({})
-        if case.mask is None:
-            continue
-        scores, labels = case.maps.ravel(), case.mask.ravel()
-        row = {
-            "auprc": average_precision(scores, labels) if labels.any() else float("nan"),
-            "auroc": auroc(scores, labels),
-            "best_dice": find_best_val([case.maps], [case.mask])[0],
-        }
-        if case.error is not None:
-            row |= reconstruction_metrics(case.error, case.mask)
-        for policy, threshold in chosen.items():
-            predicted = remove_small_components(case.maps > np.float32(threshold), min_component_size, 3)
-            row |= {f"{name}_{policy}": value for name, value in volume_metrics(predicted, case.mask).items()}
-            if policy == "search":
-                counts = dict(zip(("tp", "fp", "fn", "tn"), confusion(predicted, case.mask), strict=True))
-                records[-1] |= {f"sadm_{name}": value for name, value in counts.items()}
-        records[-1] |= {f"sadm_{name}": value for name, value in row.items() if np.isfinite(value)}
-        records[-1]["sadm_lesion_voxels"] = int(labels.sum())
-        rows.append(row)
-
-    names = dict.fromkeys(name for row in rows for name in row)
-    values = {name: np.array([row[name] for row in rows if np.isfinite(row.get(name, np.nan))]) for name in names}
-    metrics = {f"sadm_{name}": float(some.mean()) if some.size else None for name, some in values.items()}
-    for policy, threshold in thresholds.items():
+def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
+    """Scores one method under the protocol of cDDPM and SADM: metrics `sadm_...`; a record per case, with its values
+    at the threshold `search`, its confusion counts and its lesion's size; `lesion_sizes`, the thirds of the volumes
+    with lesions by lesion size, with their Dice. `sadm_healthy_fpr_{policy}` is the share of the brain voxels of
+    healthy test slices above the threshold, and `sadm_best_dice` has a threshold of its own for every volume, an
+    oracle. Used of the settings: `min_component_size`, the smallest 3-D component of a mask, in voxels: 8 for cDDPM, 0
+    for SADM. Test volumes without a mask count for the rate of healthy slices only."""
+    found = choose_thresholds(files.get("validation", []))
+    chosen = {policy: value for policy, value in found.items() if value is not None}
+    cases = [
+        _score_case(case, chosen, row["settings"]["min_component_size"]) for case in map(Case.load, files["test"])
+    ]
+    rows, records = [values for values, _ in cases if values], [record for _, record in cases]
+    names = dict.fromkeys(name for values in rows for name in values)
+    defined = {name: np.array([one[name] for one in rows if np.isfinite(one.get(name, np.nan))]) for name in names}
+    metrics = {f"sadm_{name}": float(some.mean()) if some.size else None for name, some in defined.items()}
+    healthy = healthy_scores(files["test"])
+    for policy, threshold in found.items():
         metrics[f"sadm_threshold_{policy}"] = threshold
-        some = values.get(f"dice_{policy}", np.empty(0))
+        some = defined.get(f"dice_{policy}", np.empty(0))
         metrics[f"sadm_dice_{policy}_std"] = float(some.std()) if some.size else None
-        defined = policy in chosen and healthy_voxels
-        metrics[f"sadm_healthy_fpr_{policy}"] = above[policy] / healthy_voxels if defined else None
+        is_measured = threshold is not None and healthy.size
+        metrics[f"sadm_healthy_fpr_{policy}"] = (
+            float((healthy > np.float32(threshold)).mean()) if is_measured else None
+        )
+    sizes = _lesion_sizes(records, chosen)
+    metrics |= {f"sadm_dice_{third['size']}": third.get("dice_search") for third in sizes}
+    return Scores(metrics, records, {"lesion_sizes": sizes})
 
+
+def _score_case(case: Case, chosen: dict[str, float], min_component_size: int) -> tuple[dict, dict]:
+    """Metrics of a case at the thresholds that were chosen, `nan` where undefined, and what the report records of it;
+    both empty without a mask."""
+    if case.mask is None:
+        return {}, {}
+    scores, labels = case.maps.ravel(), case.mask.ravel()
+    values = {
+        "auprc": average_precision(scores, labels) if labels.any() else float("nan"),
+        "auroc": auroc(scores, labels),
+        "best_dice": find_best_val([case.maps], [case.mask])[0],
+    }
+    if case.error is not None:
+        values |= reconstruction_metrics(case.error, case.mask)
+    record = {}
+    for policy, threshold in chosen.items():
+        predicted = remove_small_components(case.maps > np.float32(threshold), min_component_size, 3)
+        values |= {f"{name}_{policy}": value for name, value in volume_metrics(predicted, case.mask).items()}
+        if policy == "search":
+            counts = dict(zip(("tp", "fp", "fn", "tn"), confusion(predicted, case.mask), strict=True))
+            record = {f"sadm_{name}": value for name, value in counts.items()}
+    record |= {f"sadm_{name}": value for name, value in values.items() if np.isfinite(value)}
+    return values, record | {"sadm_lesion_voxels": int(labels.sum())}
+
+
+def _lesion_sizes(records: list[dict], chosen: dict[str, float]) -> list[dict]:
+    """The thirds of the volumes with lesions by lesion size: number, smallest and largest in voxels, mean Dice under
+    each policy."""
     with_lesion = [record for record in records if record.get("sadm_lesion_voxels")]
     with_lesion.sort(key=lambda record: record["sadm_lesion_voxels"])
     sizes = []
     for name, third in zip(LESION_SIZES, np.array_split(np.arange(len(with_lesion)), len(LESION_SIZES)), strict=True):
         own = [with_lesion[number] for number in third]
-        sizes.append(
-            {
-                "size": name,
-                "volumes": len(own),
-                "voxels": [own[0]["sadm_lesion_voxels"], own[-1]["sadm_lesion_voxels"]] if own else None,
-            }
-        )
+        voxels = [own[0]["sadm_lesion_voxels"], own[-1]["sadm_lesion_voxels"]] if own else None
+        sizes.append({"size": name, "volumes": len(own), "voxels": voxels})
         for policy in chosen if own else ():
             sizes[-1][f"dice_{policy}"] = float(np.mean([record[f"sadm_dice_{policy}"] for record in own]))
-        metrics[f"sadm_dice_{name}"] = sizes[-1].get("dice_search")
-    return metrics, records, sizes
+    return sizes

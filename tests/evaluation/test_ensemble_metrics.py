@@ -163,5 +163,5 @@ def test_wrong_frequencies():
         calibration.update(np.array([1.5]), np.array([0.5]))
     with pytest.raises(ValueError, match="the same shape, got 2 and 1"):
         calibration.update(np.zeros(2), np.zeros(1))
-    with pytest.raises(ValueError, match="`bins` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`bins` must be an integer of at least 1, got 0"):
         FrequencyCalibration(0)

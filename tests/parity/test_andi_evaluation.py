@@ -15,17 +15,14 @@ from anodiff.data.prepared import load_prepared
 from anodiff.data.readers.subjects import Subject
 from anodiff.data.rules import SliceRule
 from anodiff.evaluation.baselines import equalise, equalised_map
-from anodiff.evaluation.calibration import yen_threshold
-from anodiff.evaluation.metrics import PooledScores, average_precision, dice
-from anodiff.evaluation.protocols.andi import (
-    dice_curve,
-    evaluate_threshold,
-    scale_to_range,
-    score_andi,
-    score_uad_imag,
-    threshold_below_fpr,
-)
-from anodiff.evaluation.scoring import Case
+from anodiff.evaluation.cases import Case
+from anodiff.evaluation.metrics import average_precision, dice
+from anodiff.evaluation.options import EvalOptions
+from anodiff.evaluation.protocols import andi, uad_imag
+from anodiff.evaluation.protocols.andi import EQUALISED, scale_to_range
+from anodiff.evaluation.protocols.uad_imag import evaluate_threshold, threshold_below_fpr
+from anodiff.evaluation.scoring import dice_curve
+from anodiff.evaluation.thresholds import yen_threshold
 from anodiff.pipelines.postprocessing import PostProcessing, median_filter
 from anodiff.volumes.processor import VolumeProcessor
 
@@ -70,7 +67,9 @@ def test_andi_protocol(tmp_path, name, branch):
     labels = golden["eval_labels"] if name == "dae" else read("andi/eval_andi_a.npz")["labels"]
     raw = golden["hist_equalised_flair"] if equalised else golden["eval_map_raw" if name == "dae" else "map_raw"]
     files = save_cases(tmp_path, raw, labels, median_size=int(golden["kernel_size"]) if branch else 0)
-    metrics, sweep, records = score_andi(files, golden["thresholds"], scale=not equalised)
+    row = {"name": EQUALISED if equalised else name}
+    metrics, records, more = andi.score(row, {"test": files}, golden["thresholds"], EvalOptions())
+    sweep = more["sweep"]
 
     check_mean_dice(sweep["dice"], golden["dice" + branch], labels)
     assert metrics["andi_dice_oracle"] == max(sweep["dice"])
@@ -113,9 +112,8 @@ def test_postprocessing():
     np.testing.assert_array_equal(dilated, golden["dilated"][0])
     np.testing.assert_allclose(dice(binary, label), golden["dice_binary"][0], **METRICS)
     np.testing.assert_allclose(dice(dilated, label), golden["dice_dilated"][0], **METRICS)
-    pooled = PooledScores()  # stitched: all volumes as one
-    pooled.update(scaled, label)
-    np.testing.assert_allclose(pooled.dice_at(threshold), golden["dice_stitched"], **METRICS)
+    # Stitched: all volumes as one, and there is one.
+    np.testing.assert_allclose(dice(binary, label), golden["dice_stitched"], **METRICS)
 
 
 @pytest.mark.parametrize("branch", ["", "_mf"])
@@ -139,7 +137,8 @@ def test_uad_imag_protocol(tmp_path, branch):
     if branch:
         filtered = np.stack([Case.load(path).maps for path in files])
         np.testing.assert_allclose(filtered, slices_first(golden["maps_mf"]), rtol=1e-6)
-    metrics, sweep = score_uad_imag(files, [], grid)
+    metrics, _, more = uad_imag.score({}, {"test": files}, grid, EvalOptions())
+    sweep = more["sweep"]
     name = "dice_mf_grid" if branch else "dice_grid"
     check_mean_dice(sweep["dice"], golden[name], labels)
     assert metrics["uad_imag_dice_oracle"] == max(sweep["dice"])
@@ -167,17 +166,19 @@ def test_uad_imag_thresholds_come_from_validation(tmp_path):
     labels = golden["labels"][:1].copy()
     labels[..., :4] = False
     validation = save_cases(tmp_path / "validation", golden["maps"][:1], labels)
-    metrics, _ = score_uad_imag(test, validation, golden["grid"], healthy_fpr=0.05)
+    files, options = {"test": test, "validation": validation}, EvalOptions(healthy_fpr=0.05)
+    metrics = uad_imag.score({}, files, golden["grid"], options).metrics
     curve = dice_curve(golden["maps"][0], labels[0], golden["grid"])
     assert metrics["uad_imag_threshold_validation"] == golden["grid"][curve.argmax()]
     healthy = golden["maps"][0][..., ~labels[0].any((0, 1))]
     assert metrics["uad_imag_threshold_healthy"] == threshold_below_fpr(healthy, 0.05)
     assert metrics["uad_imag_dice_healthy"] == evaluate_threshold(test, metrics["uad_imag_threshold_healthy"])[0]
     # Without a grid, thresholds are scores: doubled maps give doubled thresholds and the same Dice.
-    own, _ = score_uad_imag(test, validation)
+    own = uad_imag.score({}, files, None, options).metrics
     doubled_test = save_cases(tmp_path / "test2", 2 * golden["maps"][1:], golden["labels"][1:])
     doubled_validation = save_cases(tmp_path / "validation2", 2 * golden["maps"][:1], labels)
-    doubled, _ = score_uad_imag(doubled_test, doubled_validation)
+    files = {"test": doubled_test, "validation": doubled_validation}
+    doubled = uad_imag.score({}, files, None, options).metrics
     assert doubled["uad_imag_dice_oracle"] == own["uad_imag_dice_oracle"] >= metrics["uad_imag_dice_oracle"] - 0.02
     assert doubled["uad_imag_threshold_oracle"] == pytest.approx(2 * own["uad_imag_threshold_oracle"], rel=1e-6)
 

@@ -1,6 +1,8 @@
 """Metrics of AnoDDPM's program against recorded arrays. Its `precision` is the recall, its `recall` the precision and
 its `FPR` the false omission rate FN / (FN + TN); the arrays carry its names, and the right values are checked beside
-them."""
+them.
+
+Left out: `orig_psnr` and `orig_ssim`, which no table of ours has."""
 
 import numpy as np
 import pytest
@@ -13,9 +15,7 @@ from anodiff.evaluation.metrics import (
     false_positive_rate,
     iou,
     precision,
-    psnr,
     recall,
-    ssim,
 )
 
 from .recordings import read, recordings
@@ -63,15 +63,6 @@ def test_auroc_per_image_and_pooled(golden):
     for image, mask in zip(scores, gt, strict=True):
         pooled.update(image, mask)
     np.testing.assert_allclose(pooled.auroc(), golden["orig_auc_pooled"], **TOLERANCE)
-    np.testing.assert_allclose(pooled.dice_at(golden["threshold"]), dice(scores > golden["threshold"], gt), rtol=1e-12)
-
-
-def test_image_quality(golden):
-    real, recon = golden["real"][:, 0], golden["recon"][:, 0]
-    peaks = real.max(axis=(1, 2))
-    values = [psnr(x, y, data_range=peak) for x, y, peak in zip(real, recon, peaks, strict=True)]
-    np.testing.assert_allclose(values, golden["orig_psnr"], **TOLERANCE)
-    np.testing.assert_allclose(per_image(ssim, real, recon, data_range=2.0), golden["orig_ssim"], **TOLERANCE)
 
 
 def test_row_of_the_table(golden):

@@ -17,17 +17,12 @@ from anodiff.data.prepare import prepare, read_recipe
 from anodiff.data.prepared import load_prepared
 from anodiff.data.readers.subjects import Subject
 from anodiff.data.rules import SliceRule, SplitRule
+from anodiff.evaluation.cases import Case
 from anodiff.evaluation.metrics import dice, iou
-from anodiff.evaluation.protocols.andi import sweep_thresholds
-from anodiff.evaluation.protocols.anofpdm import (
-    ANOFPDM_SWEEP,
-    SliceScores,
-    best_threshold,
-    foreground_of,
-    image_metrics,
-    score_anofpdm,
-)
-from anodiff.evaluation.scoring import Case, score_cases
+from anodiff.evaluation.options import EvalOptions
+from anodiff.evaluation.protocols import anofpdm, pooled
+from anodiff.evaluation.protocols.anofpdm import SliceScores, best_threshold, foreground_of, image_metrics
+from anodiff.evaluation.scoring import sweep_thresholds
 from anodiff.pipelines.postprocessing import median_filter, remove_small_components
 from anodiff.volumes.processor import VolumeProcessor
 
@@ -66,16 +61,15 @@ def test_metrics(tmp_path):
     np.testing.assert_array_equal(median_filter(golden["amap"][:, 0], 5, 2, border="mirror"), maps)
     # Labels that let every mask pass: the recording scores one mask in both settings.
     own = {"own_mask": prediction, "own_labels": np.ones(len(maps), int)}
-    files = save_case(tmp_path, maps, golden["gt"][:, 0], golden["lab"], **own)
-
-    def foreground(name):
-        return foreground_of(golden["source"], (-1.0, 1.0))
-
-    metrics = score_anofpdm(files, [], foreground, np.array([0.5]))
+    foreground = foreground_of(golden["source"], None, (-1.0, 1.0))
+    files = save_case(tmp_path, maps, golden["gt"][:, 0], golden["lab"], foreground=foreground, **own)
+    metrics = anofpdm.score({}, {"test": files}, np.array([0.5]), EvalOptions()).metrics
     check_values(metrics, golden, "mixed__", "mixed")
     check_values(metrics, golden, "unhealthy__", "unhealthy")
-    unfiltered = score_anofpdm(files, [], foreground, np.array([0.5]), min_component_size=0)
-    check_values(unfiltered, golden, "nocc__", "mixed")
+    unfiltered = SliceScores(0)
+    unfiltered.update(prediction, golden["gt"][:, 0].astype(bool))
+    own_metrics = {f"anofpdm_{name}_mixed_own": value for name, value in unfiltered.metrics().items()}
+    check_values(metrics | own_metrics, golden, "nocc__", "mixed")
     for name in ("dice", "iou"):
         expected = golden[f"running_{name}_ano"]
         assert metrics[f"anofpdm_{name}_unhealthy_own"] == pytest.approx(expected, abs=1e-6)
@@ -127,21 +121,21 @@ def test_image_labels():
 def test_whole_chain(tmp_path):
     golden = read("anofpdm/fpdm_end_to_end.npz")
     own = {"own_mask": golden["mask_all"][:, 0].astype(bool), "own_labels": golden["pred_lab"]}
+    own["foreground"] = foreground_of(golden["x0"], None, (-1.0, 1.0))
     files = save_case(tmp_path, golden["amap"][:, 0], golden["gt"][:, 0], golden["lab"], **own)
-    metrics = score_anofpdm(
-        files, [], lambda name: foreground_of(golden["x0"], (-1.0, 1.0)), sweep_thresholds(ANOFPDM_SWEEP)
-    )
+    metrics = anofpdm.score({}, {"test": files}, None, EvalOptions()).metrics
     check_values(metrics, golden, "mixed_", "mixed")
     check_values(metrics, golden, "unhealthy_", "unhealthy")
     accuracy = (golden["pred_lab"] == golden["lab"]).mean()
     assert metrics["anofpdm_image_accuracy_own"] == pytest.approx(accuracy)
 
     # Our own columns take the same masks, of the slices that the method calls anomalous.
-    ours, records = score_cases(files, [], min_component_size=0)
+    row = {"settings": {"min_component_size": 0}}
+    ours, records, _ = pooled.score(row, {"test": files}, None, EvalOptions())
     gated, reference = golden["mask"][:, 0].astype(bool), golden["gt"][:, 0].astype(bool)
     assert ours["dice_own"] == pytest.approx(dice(gated, reference)) == pytest.approx(records[0]["dice_own"])
-    without, _ = score_cases(save_case(tmp_path, golden["amap"][:, 0], reference, golden["lab"], "plain"), [])
-    assert "dice_own" not in without
+    plain = save_case(tmp_path, golden["amap"][:, 0], reference, golden["lab"], "plain")
+    assert "dice_own" not in pooled.score(row, {"test": plain}, None, EvalOptions()).metrics
 
 
 def test_threshold_of_a_grid_of_validation_masks(tmp_path):
@@ -163,7 +157,7 @@ def test_threshold_of_a_grid_of_validation_masks(tmp_path):
         filtered = median_filter(maps.numpy(), 5, 2, border="mirror")
         masks = masks[:, 0].numpy().astype(bool)
         files += save_case(tmp_path, filtered, masks, masks.any((1, 2)).astype(int), f"v{number}")
-    threshold, value = best_threshold(files, sweep_thresholds(ANOFPDM_SWEEP))
+    threshold, value = best_threshold(files, sweep_thresholds(anofpdm.SWEEP))
     assert threshold == pytest.approx(float(golden["val_thr_opt"]), abs=1e-9)
     assert value == pytest.approx(float(golden["val_dice_max"]), abs=1e-5)
 

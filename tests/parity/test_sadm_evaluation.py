@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from anodiff.evaluation.calibration import threshold_for_dice, threshold_for_fpr
+from anodiff.evaluation.cases import Case
 from anodiff.evaluation.metrics import auroc, average_precision, dice
-from anodiff.evaluation.protocols.sadm import find_best_val, reconstruction_metrics, score_sadm, volume_metrics
-from anodiff.evaluation.scoring import Case
+from anodiff.evaluation.options import EvalOptions
+from anodiff.evaluation.protocols import sadm
+from anodiff.evaluation.protocols.sadm import find_best_val, reconstruction_metrics, volume_metrics
+from anodiff.evaluation.thresholds import threshold_for_dice, threshold_for_fpr
 from anodiff.pipelines.postprocessing import PostProcessing, erode_brain, median_filter, remove_small_components
 from anodiff.pipelines.ssim import ssim_map
 
@@ -127,7 +129,8 @@ def test_metrics(pattern, tmp_path):
                 )
                 case.save(tmp_path)
                 files.setdefault(split, []).append(tmp_path / f"{name}.npz")
-        metrics, records, _ = score_sadm(files["test"], files["val"], min_component_size=min_component_size)
+        row = {"settings": {"min_component_size": min_component_size}}
+        metrics, records, _ = sadm.score(row, {**files, "validation": files["val"]}, None, EvalOptions())
         assert metrics["sadm_threshold_search"] == pytest.approx(float(golden["threshold_total"]), rel=1e-6)
         for ours, theirs in (
             ("dice_search", "DiceScore"),

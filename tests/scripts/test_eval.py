@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from anodiff.data.prepared import load_prepared
+from anodiff.evaluation.cases import Case
 from anodiff.evaluation.metrics import average_precision
-from anodiff.evaluation.scoring import Case
 from anodiff.hub.model_card import PROTOCOL_FIELDS
 
 
@@ -162,14 +162,14 @@ def test_protocols_of_others(workplace):
     """The baselines under ANDi's and UAD-IMAG's protocols, against their maps."""
     from scipy import ndimage
 
-    from anodiff.evaluation.calibration import yen_threshold
+    from anodiff.evaluation.thresholds import yen_threshold
 
     common = ["--data", "prepared", "--keep_maps", "--median_size", 0]
     workplace.run("eval", *common, "--protocol", "andi", "--output_dir", "eval_andi")
     folder = workplace.folder / "eval_andi"
     report = json.loads((folder / "report.json").read_text())
     rows = {row["name"]: row for row in report["results"]}
-    cases = [Case.load(folder / "maps" / "intensity-0" / "test" / f"test_{number}.npz") for number in range(3)]
+    cases = [Case.load(folder / "maps" / "intensity-of-flair" / "test" / f"test_{number}.npz") for number in range(3)]
     low, high = min(case.maps.min() for case in cases), max(case.maps.max() for case in cases)
     maps, masks = [(case.maps - low) / (high - low) for case in cases], [case.mask for case in cases]
     assert not masks[0].any() and masks[1].any() and masks[2].any()
@@ -198,7 +198,7 @@ def test_protocols_of_others(workplace):
     assert "FPR, validation (UAD-IMAG)" in (workplace.folder / "eval_uad_imag" / "report.md").read_text()
     for options, message in (
         (["--protocol", "best"], "`protocol` must be one of pooled, andi, uad_imag, anofpdm"),
-        (["--sweep", "[0.1, 0.2, 0.01]"], "`sweep` needs `protocol` andi, uad_imag or anofpdm"),
+        (["--sweep", "[0.1, 0.2, 0.01]"], "`sweep` needs one of the protocols andi, uad_imag, anofpdm"),
     ):
         wrong = workplace.run("eval", "--data", "prepared", "--output_dir", "x", *options, check=False)
         assert wrong.returncode != 0 and message in wrong.stderr

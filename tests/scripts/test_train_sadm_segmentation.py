@@ -21,7 +21,8 @@ from anodiff import (
 from anodiff.convert import main as convert
 from anodiff.data.prepared import load_prepared
 from anodiff.eval import main as evaluate
-from anodiff.evaluation.calibration import _map_threshold, otsu_threshold
+from anodiff.evaluation.calibration import calibrate
+from anodiff.evaluation.thresholds import otsu_threshold
 from anodiff.train import main as train
 
 from .conftest import TINY
@@ -113,8 +114,7 @@ def check_cases(pipe, split, folder):
         results = pipe.compute_maps(images, item["slice"].tolist(), seed=0, batch_size=5, **pipe.default_settings())
         assert results.added.any()
         expected = pipe.postprocessing.filter(results.maps.numpy(), brain, results.added.numpy())
-        arguments = {"seed": 0, "batch_size": 64}
-        chosen = _map_threshold(pipe, [item], "otsu", 0.05, arguments)
+        chosen = calibrate(pipe, [item], "otsu", batch_size=64)["values"]["threshold"]
         assert chosen == pytest.approx(otsu_threshold(expected[brain]), rel=1e-4)
         with np.load(folder / "maps" / "00" / "test" / f"{subject}.npz") as case:
             np.testing.assert_allclose(case["maps"], expected, rtol=0, atol=1e-5)

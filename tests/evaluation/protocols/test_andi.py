@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from anodiff.evaluation.protocols.andi import score_andi, score_uad_imag
-from anodiff.evaluation.scoring import Case
+from anodiff.evaluation.cases import Case
+from anodiff.evaluation.options import EvalOptions
+from anodiff.evaluation.protocols import andi, uad_imag
 
 
 THRESHOLDS = np.linspace(0.05, 0.95, 19)
@@ -25,22 +26,22 @@ def save(folder, name, *, lesion, false_positives=0.0, seed=0):
     return folder / f"{name}.npz"
 
 
-@pytest.mark.parametrize(
-    ("score", "prefix"),
-    [
-        (lambda files: score_andi(files, THRESHOLDS)[:2], "andi"),
-        (lambda files: score_uad_imag(files, files, THRESHOLDS), "uad_imag"),
-    ],
-    ids=["andi", "uad_imag"],
-)
-def test_dice_is_averaged_over_the_same_volumes_at_every_threshold(tmp_path, score, prefix):
+def score(protocol, files):
+    metrics, records, more = protocol.score(
+        {"name": "any"}, {"test": files, "validation": files}, THRESHOLDS, EvalOptions()
+    )
+    return metrics, more["sweep"], records
+
+
+@pytest.mark.parametrize(("protocol", "prefix"), [(andi, "andi"), (uad_imag, "uad_imag")])
+def test_dice_is_averaged_over_the_same_volumes_at_every_threshold(tmp_path, protocol, prefix):
     """Volumes without a lesion, with scores up to 0.85, have a Dice of 0 below that and none above: were they part of the mean, the
     best threshold would be where they are not."""
     # The same range of scores with and without them, so that ANDi's scaling is the same.
     lesions = [save(tmp_path, f"l{seed}", lesion=True, false_positives=1.0, seed=seed) for seed in range(3)]
     healthy = [save(tmp_path, f"h{seed}", lesion=False, false_positives=0.85, seed=10 + seed) for seed in range(2)]
-    alone, sweep = score(lesions)
-    together, sweep_together = score(lesions + healthy)
+    alone, sweep, _ = score(protocol, lesions)
+    together, sweep_together, _ = score(protocol, lesions + healthy)
     assert alone[f"{prefix}_threshold_oracle"] < 0.85
     for name in ("dice_oracle", "threshold_oracle"):
         assert together[f"{prefix}_{name}"] == alone[f"{prefix}_{name}"]
@@ -51,6 +52,6 @@ def test_dice_is_averaged_over_the_same_volumes_at_every_threshold(tmp_path, sco
 
 def test_without_any_lesion_there_is_no_dice(tmp_path):
     files = [save(tmp_path, "h", lesion=False)]
-    metrics, sweep, records = score_andi(files, THRESHOLDS)
+    metrics, sweep, records = score(andi, files)
     assert metrics == dict.fromkeys(metrics) and sweep["dice"] == [None] * len(THRESHOLDS)
     assert records[0].keys() == {"andi_threshold_yen"}

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from skimage.metrics import hausdorff_distance as hausdorff_of_scikit_image
 
-from anodiff.evaluation.protocols.sadm import choose_thresholds, find_best_val, hausdorff_distance, score_sadm
-from anodiff.evaluation.scoring import Case
+from anodiff.evaluation.cases import Case
+from anodiff.evaluation.options import EvalOptions
+from anodiff.evaluation.protocols.sadm import choose_thresholds, find_best_val, hausdorff_distance, score
 
 
 SHAPE = (4, 12, 12)
@@ -34,6 +35,12 @@ def save(folder, name, lesion_voxels, *, masked=True, error=False, seed=0):
     return folder / f"{name}.npz"
 
 
+def score_cases(test, validation, min_component_size=0):
+    row, files = {"settings": {"min_component_size": min_component_size}}, {"test": test, "validation": validation}
+    metrics, records, more = score(row, files, None, EvalOptions())
+    return metrics, records, more["lesion_sizes"]
+
+
 def test_thresholds_rates_and_sizes(tmp_path):
     validation = [save(tmp_path, "v0", 30), save(tmp_path, "v1", 0, seed=1), save(tmp_path, "v2", 0, masked=False)]
     thresholds = choose_thresholds(validation)
@@ -44,7 +51,7 @@ def test_thresholds_rates_and_sizes(tmp_path):
         for number, count in enumerate((50, 0, 9, 20, 40))
     ]
     test.append(save(tmp_path, "unknown", 0, masked=False))
-    metrics, records, sizes = score_sadm(test, validation)
+    metrics, records, sizes = score_cases(test, validation)
     assert metrics["sadm_dice_search"] == metrics["sadm_auroc"] == metrics["sadm_best_dice"] == 1
     assert metrics["sadm_hausdorff_search"] == 0 and metrics["sadm_specificity_search"] == 1
     for name, share in (("fpr1", 0.01), ("fpr5", 0.05), ("fpr10", 0.1)):
@@ -57,7 +64,7 @@ def test_thresholds_rates_and_sizes(tmp_path):
     assert [(size["volumes"], size["voxels"]) for size in sizes] == [(2, [9, 20]), (1, [40, 40]), (1, [50, 50])]
     assert sizes[0]["dice_fpr10"] < sizes[2]["dice_fpr10"] < 1 and metrics["sadm_dice_small"] == 1
 
-    without, _, sizes = score_sadm(test, [])
+    without, _, sizes = score_cases(test, [])
     assert without["sadm_threshold_search"] is None and without["sadm_healthy_fpr_fpr1"] is None
     assert without["sadm_dice_small"] is None and "sadm_dice_search" not in without
     assert without["sadm_auroc"] == 1 and sizes[0]["volumes"] == 2
@@ -66,7 +73,7 @@ def test_thresholds_rates_and_sizes(tmp_path):
 def test_small_components_are_removed(tmp_path):
     validation, test = [save(tmp_path, "v", 30)], [save(tmp_path, "t", 9)]
     for smallest, expected in ((9, 1.0), (10, 0.0)):
-        metrics, _, _ = score_sadm(test, validation, min_component_size=smallest)
+        metrics, _, _ = score_cases(test, validation, smallest)
         assert metrics["sadm_dice_search"] == expected
 
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from skimage.filters import threshold_yen
+from skimage.filters import threshold_otsu, threshold_yen
 
-from anodiff.evaluation.calibration import threshold_for_dice, threshold_for_fpr, yen_threshold
 from anodiff.evaluation.metrics import dice, false_positive_rate
+from anodiff.evaluation.thresholds import otsu_threshold, threshold_for_dice, threshold_for_fpr, yen_threshold
 
 
 def volumes(seed=0):
@@ -88,3 +88,12 @@ def test_yen_threshold_ignores_scaling_and_empties_constant_maps():
         yen_threshold(np.empty(0))
     with pytest.raises(ValueError, match="finite"):
         yen_threshold(np.array([0.0, np.inf]))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_otsu_is_that_of_scikit_image(seed):
+    random = np.random.default_rng(seed)
+    values = np.concatenate([random.gamma(2.0, size=4000), random.normal(9, 1, 500)])
+    assert otsu_threshold(values) == pytest.approx(threshold_otsu(values), rel=1e-6)
+    assert otsu_threshold(3 * values) == pytest.approx(3 * otsu_threshold(values))
+    assert otsu_threshold(np.full(10, 0.3)) == 0.3

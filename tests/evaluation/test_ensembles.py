@@ -14,9 +14,11 @@ from anodiff.data.phantoms.nodules import RATER_SETS
 from anodiff.data.phantoms.sets import prepare_phantom
 from anodiff.data.prepared import load_prepared
 from anodiff.eval import main
+from anodiff.evaluation.candidates import choose_protocol
 from anodiff.evaluation.ensemble_metrics import score_ensemble
 from anodiff.evaluation.options import EvalOptions
-from anodiff.evaluation.run_ensemble import evaluate_ensembles, is_of_ensembles
+from anodiff.evaluation.protocols import ensemble, pooled
+from anodiff.evaluation.run import evaluate
 from anodiff.hub.model_card import PROTOCOL_FIELDS, add_evaluation, make_card
 
 
@@ -115,11 +117,11 @@ def test_baselines(place, report):
     rate = training[:]["mask"].mean((0, 1))
     drawn = []
     for subject in test.subjects:
-        with np.load(place / "eval/maps/mean-annotation-rate" / f"{subject}.npz") as arrays:
+        with np.load(place / "eval/maps/mean-annotation-rate/test" / f"{subject}.npz") as arrays:
             masks = arrays["masks"]
         # Level sets, whose mean is the rate as nearly as three masks can say it.
         assert np.abs(masks[0].mean(0) - rate).max() <= 0.5 / 3 + 1e-9
-        with np.load(place / "eval/maps/random-training-annotation" / f"{subject}.npz") as arrays:
+        with np.load(place / "eval/maps/random-training-annotation/test" / f"{subject}.npz") as arrays:
             drawn.append(arrays["masks"][0])
     annotations = {mask.tobytes() for masks in training[:]["mask"] > 0 for mask in masks}
     drawn = np.concatenate(drawn)
@@ -142,13 +144,13 @@ def test_other_settings_and_baselines_alone(place):
     options = EvalOptions(
         model=[str(place / "model")], output_dir=str(place / "few"), inference=inference, baselines=False, **common
     )
-    report = evaluate_ensembles(options)
+    report = evaluate(options)
     assert [row["settings"]["num_ensemble"] for row in report["results"]] == [2]
     assert report["results"][0]["settings"]["num_inference_steps"] == 2
     assert not (place / "few" / "maps").exists()
     with pytest.raises(FileExistsError, match="already holds a report"):
-        evaluate_ensembles(options)
-    assert not is_of_ensembles(EvalOptions(**common))
+        evaluate(options)
+    assert choose_protocol(EvalOptions(**common)) is pooled
     assert main(["--protocol", "ensemble", "--data", str(place / "data"), "--output_dir", str(place / "alone")]) == 0
     report = json.loads((place / "alone" / "report.json").read_text())
     assert [row["metrics"]["num_samples"] for row in report["results"]] == [16, 16]
@@ -156,18 +158,32 @@ def test_other_settings_and_baselines_alone(place):
 
 
 def test_refusals(place, tmp_path):
-    model, other = str(place / "model"), tmp_path / "other"
-    other.mkdir()
-    index = json.loads((place / "model" / "model_index.json").read_text()) | {"_class_name": "ANDiPipeline"}
-    (other / "model_index.json").write_text(json.dumps(index))
-    assert is_of_ensembles(EvalOptions(model=[model])) and not is_of_ensembles(EvalOptions(model=[str(other)]))
+    model, other, foreign = str(place / "model"), tmp_path / "other", tmp_path / "foreign"
+    index = json.loads((place / "model" / "model_index.json").read_text())
+    for folder, name in ((other, "ANDiPipeline"), (foreign, "StableDiffusionPipeline")):
+        folder.mkdir()
+        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
+    assert choose_protocol(EvalOptions(model=[model])) is ensemble
+    assert choose_protocol(EvalOptions(model=[str(other)])) is pooled
     for options, message in (
-        ({"model": [model, str(other)]}, r"among themselves, got .*other \(ANDiPipeline\)"),
-        ({"model": [str(other)], "protocol": "ensemble"}, r"got .*other \(ANDiPipeline\)"),
-        ({"model": [model], "protocol": "andi"}, "`protocol` andi is one of anomaly maps"),
+        ({"model": [model, str(other)]}, r"different tasks are evaluated apart, got .*other \(anomaly-detection\)"),
+        (
+            {"model": [str(other)], "protocol": "ensemble"},
+            "`protocol` must be one of pooled, .* for models of the task",
+        ),
+        (
+            {"model": [model], "protocol": "andi"},
+            "`protocol` must be one of ensemble for models of the task segmentation",
+        ),
+        ({"protocol": "best"}, "`protocol` must be one of pooled, andi, .*, ensemble, got 'best'"),
+        ({"sweep": (0.1, 0.2, 0.01)}, "`sweep` needs one of the protocols andi, uad_imag, anofpdm"),
+        (
+            {"model": [str(foreign)]},
+            r"`model` must name pipelines of anodiff, got .*foreign \(StableDiffusionPipeline\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            is_of_ensembles(EvalOptions(**options))
+            choose_protocol(EvalOptions(**options))
     common = {"model": [model], "data": str(place / "data"), "output_dir": str(tmp_path / "out")}
     for options, message in (
         ({"calibrate": "yen", "erosion": 1}, "have no `calibrate`, `erosion`: leave it out"),
@@ -175,4 +191,4 @@ def test_refusals(place, tmp_path):
         ({"inference": {"noise_level": 3}}, "`inference` has no key noise_level; CIMDPipeline takes num_ensemble"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate_ensembles(EvalOptions(**common | options))
+            evaluate(EvalOptions(**common | options))

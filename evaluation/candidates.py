@@ -1,0 +1,172 @@
+"""The models of an evaluation: which protocol scores them, loaded with its values, named in its table, and with
+calibrated values stored in their folders."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import huggingface_hub
+import torch
+import yaml
+
+import anodiff
+
+from ..checks import check_choice, check_keys
+from ..data.card import describe_population
+from ..data.prepared import PreparedSplit
+from ..hub.model_index import read_model_index
+from ..pipelines.base import AnomalyPipeline
+from ..pipelines.postprocessing import PostProcessing
+from .calibration import CALIBRATION_POLICIES, LabelledSlices, calibrate
+from .options import EvalOptions
+from .protocols import PROTOCOLS
+from .scoring import sweep_thresholds
+
+
+def choose_protocol(options: EvalOptions) -> ModuleType:
+    """Returns the protocol that the options name, of [`PROTOCOLS`]; for models that the default does not score the
+    first one that does.
+
+    Raises:
+        ValueError: There is no such protocol, it does not score these models, they are of several tasks, or it has no
+        use for `sweep`.
+    """
+    check_choice("protocol", options.protocol, PROTOCOLS)
+    protocol = PROTOCOLS[options.protocol]
+    classes = {model: read_model_index(model).get("_class_name") for model in options.model}
+    foreign = [f"{model} ({name})" for model, name in classes.items() if name not in anodiff.__all__]
+    if foreign:
+        raise ValueError(f"`model` must name pipelines of anodiff, got {', '.join(foreign)}.")
+    tasks = {model: getattr(anodiff, name).task for model, name in classes.items()}
+    if len(set(tasks.values())) > 1:
+        named = ", ".join(f"{model} ({task})" for model, task in tasks.items())
+        raise ValueError(f"Models of different tasks are evaluated apart, got {named}.")
+    task = next(iter(tasks.values()), protocol.TASK)
+    if options.protocol == EvalOptions.protocol:
+        protocol = next(module for module in PROTOCOLS.values() if module.TASK == task)
+    elif protocol.TASK != task:
+        fitting = ", ".join(name for name, module in PROTOCOLS.items() if module.TASK == task)
+        raise ValueError(f"`protocol` must be one of {fitting} for models of the task {task}, got {options.protocol}.")
+    if options.sweep is not None:
+        sweep_thresholds(options.sweep)
+        if protocol.SWEEP is None:
+            able = ", ".join(name for name, module in PROTOCOLS.items() if module.SWEEP is not None)
+            raise ValueError(f"`sweep` needs one of the protocols {able}; the others have no grid of thresholds.")
+    return protocol
+
+
+def load_pipeline(model: str, options: EvalOptions, device: torch.device) -> AnomalyPipeline:
+    """Loads a checkpoint with the values that the options put into the place of its own."""
+    pipeline = AnomalyPipeline.from_pretrained(model).to(device)
+    check_keys("inference", options.inference, pipeline.default_settings(), type(pipeline).__name__)
+    if options.filter_order is not None and "filter_order" not in pipeline.config:
+        raise ValueError(f"`filter_order` is no option of {type(pipeline).__name__}: leave it out.")
+    # Built anew, so that its constructor checks the values.
+    own = {
+        key: value
+        for key, value in pipeline.config.items()
+        if key not in pipeline.components and not key.startswith("_")
+    }
+    settings = own | postprocessing_changes(options) | options.inference
+    pipeline = type(pipeline)(**pipeline.components, **settings)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.enable_fast_inference(autocast=options.mixed_precision)
+    return pipeline
+
+
+def postprocessing_changes(options: EvalOptions) -> dict:
+    """Returns the values of [`PostProcessing`] that the options give."""
+    values = {field.name: getattr(options, field.name) for field in fields(PostProcessing)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check_stored(options: EvalOptions) -> None:
+    """Raises a `ValueError` for values that could not be found or stored in the checkpoints, before anything is
+    evaluated."""
+    if options.calibrate is None and (options.guidance_scales or options.calibration_slices):
+        raise ValueError("`guidance_scales` and `calibration_slices` belong to `calibrate labels`.")
+    if options.calibrate is not None:
+        check_choice("calibrate", options.calibrate, CALIBRATION_POLICIES)
+        if options.calibration_slices and options.calibrate != "labels":
+            raise ValueError(f"`calibration_slices` belongs to `calibrate labels`, got it with {options.calibrate}.")
+        if options.validation_split == "none":
+            raise ValueError("`calibrate` needs a validation split, got `validation_split` none.")
+        if options.set_threshold:
+            raise ValueError("Give either `calibrate` or `set_threshold`: both store a threshold in the checkpoint.")
+    check_choice("set_threshold", options.set_threshold, ("validation", "healthy", None))
+    option = "calibrate" if options.calibrate else "set_threshold" if options.set_threshold else None
+    # What is stored in a checkpoint must have been found with its own settings.
+    if option and (options.inference or postprocessing_changes(options)):
+        raise ValueError(f"`{option}` needs the checkpoint's own settings: leave `inference` and post-processing out.")
+    remote = [model for model in options.model if not Path(model).is_dir()]
+    if option and remote:
+        raise ValueError(f"`{option}` needs checkpoint folders, got {', '.join(remote)}.")
+
+
+def calibrate_checkpoint(
+    model: str, slices: LabelledSlices, split: PreparedSplit, options: EvalOptions, device: torch.device
+) -> dict:
+    """Calibrates a checkpoint folder on slices of a split and stores the values in it; returns the record of
+    [`calibrate`]."""
+    pipeline = load_pipeline(model, options, device)
+    pipeline.processor.check_equal(split.processor_settings, f"{model} was trained with")
+    record = calibrate(
+        pipeline,
+        slices,
+        options.calibrate,
+        guidance_scales=options.guidance_scales,
+        healthy_fpr=options.healthy_fpr,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    _store_values(Path(model), record["values"])
+    return record
+
+
+def set_threshold(folder: Path, threshold: float | None) -> None:
+    """Stores a threshold in a checkpoint folder."""
+    if threshold is None:
+        raise ValueError("`set_threshold`: the validation split does not allow this policy, no threshold was stored.")
+    _store_values(folder, {"threshold": threshold})
+
+
+def _store_values(folder: Path, values: dict) -> None:
+    """Puts values of the pipeline's configuration into a checkpoint folder and the table of its card."""
+    index = folder / "model_index.json"
+    index.write_text(
+        json.dumps(json.loads(index.read_text(encoding="utf-8")) | values, indent=2) + "\n", encoding="utf-8"
+    )
+    card = folder / "README.md"
+    if card.exists():
+        text = card.read_text(encoding="utf-8")
+        for name, value in values.items():
+            text = re.sub(rf"^\| `{name}` \|.*\|$", f"| `{name}` | {value} |", text, flags=re.M)
+        card.write_text(text, encoding="utf-8")
+
+
+def describe_model(model: str, pipeline: AnomalyPipeline, options: EvalOptions) -> dict:
+    """Returns what a row of the report says of its model: method and folder as tables call it, which commit of a
+    repository, and who it was trained on, from the recipe of the training data, which travels with the weights."""
+    method, path, commit = type(pipeline).__name__.removesuffix("Pipeline"), Path(model), None
+    recipe = path / "recipe.yaml"
+    if not path.is_dir():
+        cached = huggingface_hub.try_to_load_from_cache(model, "model_index.json")
+        commit = Path(cached).parent.name if isinstance(cached, str) else None
+        try:
+            recipe = Path(huggingface_hub.hf_hub_download(model, "recipe.yaml"))
+        except huggingface_hub.errors.EntryNotFoundError:
+            pass
+    population = "not recorded in the checkpoint; state it with --training_population"
+    if recipe.is_file():
+        population = describe_population(yaml.safe_load(recipe.read_text(encoding="utf-8")))
+    return {
+        "name": f"{method} ({path.parent.name if path.name == 'pipeline' else path.name})",
+        "kind": "pipeline",
+        "model": model,
+        "commit": commit,
+        "training_population": options.training_population or population,
+    }

@@ -1,0 +1,125 @@
+"""An evaluation of anomaly maps: which splits and subjects, what a case is made of, baselines, and what the report
+says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from ..data.prepared import PreparedSplit
+from ..pipelines.base import AnomalyPipeline, SliceResults
+from ..pipelines.postprocessing import PostProcessing
+from .baselines import intensity_map, slice_statistics
+from .candidates import check_stored, postprocessing_changes
+from .cases import Case, make_case
+from .options import EvalOptions
+from .pictures import draw_cases
+from .protocols import pooled
+
+
+# Its columns stand in every report.
+OWN_PROTOCOL = pooled
+# What a report says of itself before everything else.
+HEAD = {}
+
+
+def check_options(options: EvalOptions) -> None:
+    """Raises a `ValueError` for options that contradict each other."""
+    check_stored(options)
+
+
+def name_splits(options: EvalOptions) -> dict[str, str]:
+    """Returns the names of the splits that cases are made of, by their part in the evaluation."""
+    validation = {} if options.validation_split == "none" else {"validation": options.validation_split}
+    return {"test": options.split, **validation}
+
+
+def choose_subjects(split: PreparedSplit) -> list[str]:
+    """Returns the subjects that take part: all."""
+    return split.subjects
+
+
+def describe_settings(pipeline: AnomalyPipeline) -> dict:
+    """Returns the settings that a row of the report names."""
+    return {**asdict(pipeline.postprocessing), **pipeline.default_settings()}
+
+
+def make_case_of(
+    item: dict, results: SliceResults, rows: slice, pipeline: AnomalyPipeline, protocol: ModuleType
+) -> Case:
+    """Returns the case of the subject `item`, whose slices are some `rows` of the results."""
+    optional = {}
+    if results.masks is not None:
+        optional["own_mask"] = results.masks[rows].cpu().numpy()
+        labels = results.details.get("label", results.masks.flatten(1).any(1))[rows]
+        optional["own_labels"] = (labels == 1).cpu().numpy().astype(np.int64)
+    reconstruction = None if results.reconstruction is None else results.reconstruction[rows].cpu().numpy()
+    value_range = pipeline.processor.config.value_range
+    for name, make in protocol.NEEDS.details.items():
+        optional[name] = make(item["image"], reconstruction, value_range)
+    return make_case(item, results.maps[rows].numpy(), pipeline.postprocessing, **optional)
+
+
+def make_baselines(
+    splits: dict[str, PreparedSplit], rows: list[dict], protocol: ModuleType, options: EvalOptions
+) -> Iterator[tuple[dict, Callable[[dict], Case]]]:
+    """Yields the rows of the plain intensity of each modality and of the protocol's own baselines, each with the
+    function that makes the case of a subject. The post-processing is that of the first model."""
+    settings = rows[0]["settings"] if rows else asdict(PostProcessing(**postprocessing_changes(options)))
+    postprocessing = PostProcessing(**{field.name: settings[field.name] for field in fields(PostProcessing)})
+    processor = splits["test"].processor_settings
+    value_range = processor["value_range"]
+    makers = {
+        f"intensity of {modality}{' over its median' * over_median}": partial(
+            intensity_map, channel=channel, value_range=value_range, over_median=over_median
+        )
+        for channel, modality in enumerate(processor["modalities"])
+        for over_median in (False, True)
+    }
+    makers |= protocol.NEEDS.baselines(processor)
+
+    def make_baseline(make: Callable, item: dict) -> Case:
+        maps = postprocessing.filter(make(item["image"], item["brain"]), item["brain"])
+        details = {key: of(item["image"], None, value_range) for key, of in protocol.NEEDS.details.items()}
+        return make_case(item, maps, postprocessing, **details)
+
+    for name, make in makers.items():
+        yield {"name": name, "kind": "baseline", "settings": asdict(postprocessing)}, partial(make_baseline, make)
+
+
+def make_statistics(splits: dict[str, PreparedSplit]) -> list[dict]:
+    """Returns the scored rows of statistics of slices that know nothing of anatomy."""
+    values: dict[str, dict[str, list]] = {}
+    for split_name, split in splits.items():
+        for subject in split.subjects:
+            item = split.read_subject(subject)
+            for name, statistic in slice_statistics(item["image"], item["brain"]).items():
+                values.setdefault(name, {}).setdefault(split_name, []).append((statistic, item["label"]))
+    rows = []
+    for name, by_split in values.items():
+        parts = {
+            key: tuple(np.concatenate(part) for part in zip(*pairs, strict=True)) for key, pairs in by_split.items()
+        }
+        metrics = pooled.score_statistic(parts["test"], parts.get("validation"))
+        rows.append({"name": name, "kind": "statistic", "settings": {}, "metrics": metrics, "subjects": []})
+    return rows
+
+
+def describe_samples(split: PreparedSplit, rows: list[dict]) -> tuple[str, str]:
+    """Returns what counts as anomalous, and how many of what were scored."""
+    annotations = max(split.subject_info[subject]["annotations"] for subject in split.subjects)
+    voxel = "mask > 0" if annotations == 1 else f"at least half of {annotations} annotations"
+    labels = f"voxel: {voxel}; a slice is anomalous with one annotated pixel, a subject with one such slice"
+    anomalous = int((split.labels == 1).sum())
+    samples = f"{len(split.subjects)} subjects, {len(split)} slices, {anomalous} of them anomalous"
+    return labels if annotations else "given per subject, no masks", samples
+
+
+def draw(report: dict, rows: list[tuple[dict, Path]], split: PreparedSplit, output_dir: Path) -> None:
+    """Draws `cases.png` of rows, each with the folder of its cases."""
+    draw_cases(report, rows, split, output_dir / "cases.png")

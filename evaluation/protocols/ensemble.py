@@ -1,0 +1,79 @@
+"""The protocol of ensembles of segmentations: several masks of an image against several annotations of it. An image is
+a slice with annotations; every metric is the mean over images, with an interval over groups of subjects where tables
+of papers show it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ..cases import EnsembleCase, Needs, Scores
+from ..ensemble_metrics import FrequencyCalibration, score_ensemble
+from ..metrics import bootstrap_interval
+from ..options import EvalOptions
+
+
+TASK = "segmentation"
+TEXT = {
+    "unit_of_averaging": (
+        "mean over images (slices with annotations); intervals: 95 %, bootstrap over groups of subjects (patients);"
+        " calibration: pixels of all images together, `marked`: those that a sample marks"
+    ),
+    "threshold_policy": (
+        "samples are masks at the checkpoint's own threshold; nothing is tuned on these data. mean annotation rate:"
+        " level sets of the training set's rate, without the image; random training annotation: one per sample"
+    ),
+}
+COLUMNS = {
+    "num_samples": "samples",
+    "ged": "GED",
+    "hm_iou": "HM-IoU",
+    "collective_insight": "CI",
+    "combined_sensitivity": "Sc",
+    "maximum_dice": "Dmax",
+    "diversity_agreement": "Da",
+    "collective_insight_variances": "CI (Da: variances)",
+    "collective_insight_pairs_with_self": "CI (Da: pairs with self)",
+    "sample_diversity": "diversity of samples",
+    "annotation_diversity": "diversity of raters",
+    "dice_majority": "Dice of majorities",
+    "expected_calibration_error": "ECE",
+    "expected_calibration_error_marked": "ECE (marked)",
+}
+SWEEP = None
+NEEDS = Needs()
+
+# Those that a table of a paper shows get an interval.
+INTERVALS = ("ged", "hm_iou", "collective_insight")
+
+
+def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
+    """Scores one method against the annotations, with a record per image, and `reliability`: the curves of all pixels
+    and of those that a sample marks."""
+    calibrations = {"all": FrequencyCalibration(), "marked": FrequencyCalibration()}
+    records = []
+    for case in map(EnsembleCase.load, files["test"]):
+        for number, pred, gt in zip(case.slices.tolist(), case.masks, case.annotations, strict=True):
+            records.append({"subject": case.subject, "slice": number, "group": case.group, **score_ensemble(pred, gt)})
+            predicted, observed = pred.mean(0), gt.mean(0)
+            # Not where an annotation marks: pixels that are chosen by the outcome are never calibrated.
+            marked = predicted > 0
+            calibrations["all"].update(predicted, observed)
+            calibrations["marked"].update(predicted[marked], observed[marked])
+    metrics: dict[str, float | None] = {"num_samples": case.masks.shape[1]}
+    groups = np.unique([record["group"] for record in records], return_inverse=True)[1]
+    for name in records[0]:
+        if name not in ("subject", "slice", "group"):
+            values = np.array([record[name] for record in records])
+            metrics[name] = float(values.mean())
+            if name in INTERVALS:
+                metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(values, groups)
+    for region, ending in (("all", ""), ("marked", "_marked")):
+        error = calibrations[region].expected_error()
+        metrics[f"expected_calibration_error{ending}"] = None if np.isnan(error) else error
+    curves = {region: calibration.curve() for region, calibration in calibrations.items()}
+    reliability = {
+        region: {name: values.tolist() for name, values in curve.items()} for region, curve in curves.items()
+    }
+    return Scores(metrics, records, {"reliability": reliability})

@@ -1,0 +1,140 @@
+"""Our own protocol: voxels of the brain, pooled over the test split, under every threshold policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ...pipelines.postprocessing import remove_small_components
+from ..cases import Case, Needs, Scores
+from ..metrics import PooledScores, auroc, average_precision, bootstrap_interval, dice, lesion_f1
+from ..options import EvalOptions
+from ..scoring import healthy_scores, healthy_threshold
+from ..thresholds import threshold_for_dice, yen_threshold
+
+
+TASK = "anomaly-detection"
+TEXT = {
+    "unit_of_averaging": (
+        "pooled brain voxels; volume_dice and lesion_f1: mean over subjects with lesion; slices and subjects for AUROC"
+    ),
+    "threshold_policy": (
+        "oracle: best pooled Dice on the test split; validation: best pooled Dice on the validation split; healthy:"
+        " {healthy_fpr:g} of the voxels of healthy validation slices; yen: label-free, per subject; all chosen "
+        "before small components are removed; own: the method's own masks of the slices that it calls anomalous"
+    ),
+}
+COLUMNS = {
+    "voxel_average_precision": "AP (voxels)",
+    "voxel_auroc": "AUROC (voxels)",
+    "dice_oracle": "Dice, oracle",
+    "dice_validation": "Dice, validation",
+    "dice_healthy": "Dice, healthy only",
+    "dice_yen": "Dice, label-free",
+    "volume_dice_validation": "Dice per volume, validation",
+    "slice_auroc": "AUROC (slices)",
+    "subject_auroc": "AUROC (subjects)",
+    "dice_own": "Dice, own masks",
+}
+SWEEP = None
+NEEDS = Needs()
+
+
+def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
+    """Scores one method under every threshold policy, with one record per subject. The policy "own" is there for
+    methods that make masks themselves. Used of the settings: `min_component_size`, the smallest 3-D component of a
+    predicted mask, in voxels; of the options: `healthy_fpr`. Where there are too many voxels to be exact,
+    `error_bounds` are those of [`PooledScores`]."""
+    test, validation = files["test"], files.get("validation", [])
+    pooled = PooledScores()
+    slice_scores, slice_labels, records = [], [], []
+    has_own = False
+    for case in map(Case.load, test):
+        if case.mask is not None:
+            pooled.update(case.maps[case.brain], case.mask[case.brain])
+        has_own |= case.own_mask is not None
+        slice_scores.append(case.slice_scores)
+        slice_labels.append(case.labels)
+        records.append({"subject": case.subject, "label": case.label, "score": case.volume_score})
+
+    found = _thresholds(pooled, validation, options.healthy_fpr)
+    metrics = {
+        "voxel_average_precision": pooled.average_precision() if pooled.num_positives else None,
+        "voxel_auroc": pooled.auroc() if pooled.num_positives and pooled.num_negatives else None,
+    }
+    policies = (*found, "yen", *(["own"] if has_own else []))
+    totals = _score_masks(test, records, found, policies, row["settings"]["min_component_size"])
+    for policy, (overlap, size) in totals.items():
+        metrics[f"dice_{policy}"] = float(2 * overlap / size) if size else None
+    for name in ("volume_dice", "lesion_f1"):
+        for policy in policies:
+            key = f"{name}_{policy}".removeprefix("volume_")
+            values = np.array([record[key] for record in records if key in record])
+            metrics[f"{name}_{policy}"] = float(values.mean()) if values.size else None
+            if policy == "validation" and name == "volume_dice" and values.size > 1:
+                low, high = bootstrap_interval(values)
+                metrics |= {"volume_dice_validation_low": low, "volume_dice_validation_high": high}
+    metrics |= {f"threshold_{policy}": value for policy, value in found.items()}
+    scores, labels = np.concatenate(slice_scores), np.concatenate(slice_labels)
+    metrics["slice_auroc"] = _if_two_classes(auroc, scores, labels)
+    metrics["slice_average_precision"] = _if_two_classes(average_precision, scores, labels)
+    subjects = (np.array([record[name] for record in records]) for name in ("score", "label"))
+    metrics["subject_auroc"] = _if_two_classes(auroc, *subjects)
+    bounded = not pooled.is_exact and pooled.num_positives and pooled.num_negatives
+    return Scores(metrics, records, {"error_bounds": pooled.error_bounds()} if bounded else {})
+
+
+def score_statistic(test: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray] | None) -> dict:
+    """Returns the AUROC over slices of a statistic, `scores (N,)` and `labels (N,)`, in the direction that is better
+    on the validation split (without one, high values are anomalous). Slices of unknown label (-1) do not count."""
+    direction = None if validation is None else _if_two_classes(auroc, *validation)
+    sign = -1.0 if direction is not None and direction < 0.5 else 1.0
+    return {"slice_auroc": _if_two_classes(auroc, sign * test[0], test[1]), "direction": sign}
+
+
+def _score_masks(
+    test: list[Path], records: list[dict], found: dict[str, float | None], policies: tuple[str, ...], smallest: int
+) -> dict[str, np.ndarray]:
+    """Adds the scores of the masks under each policy to the records of the subjects with lesion; returns the voxels
+    that prediction and reference share, and the sum of both, over all subjects, 0 without lesion or threshold."""
+    totals = {policy: np.zeros(2) for policy in policies}
+    defined = [policy for policy in policies if found.get(policy, 0.0) is not None]
+    lesions = 0
+    for case, record in zip(map(Case.load, test), records, strict=True):
+        if case.mask is None:
+            continue
+        reference = case.mask & case.brain
+        lesions += np.count_nonzero(reference)
+        for policy in defined:
+            if policy == "own":
+                predicted = case.own_mask & (case.own_labels == 1)[:, None, None]
+            else:
+                predicted = case.maps > (yen_threshold(case.maps[case.brain]) if policy == "yen" else found[policy])
+            predicted = remove_small_components(predicted & case.brain, smallest, 3)
+            totals[policy] += [(predicted & reference).sum(), predicted.sum() + reference.sum()]
+            if reference.any():
+                record[f"dice_{policy}"] = dice(predicted, reference)
+                record[f"lesion_f1_{policy}"] = lesion_f1(predicted, reference)
+    return {policy: total * bool(lesions) for policy, total in totals.items()}
+
+
+def _thresholds(pooled: PooledScores, validation: list[Path], healthy_fpr: float) -> dict[str, float | None]:
+    """Threshold of each policy that needs data; `None` where the data do not allow it."""
+    maps, masks = [], []
+    for case in map(Case.load, validation):
+        if case.mask is not None:
+            maps.append(case.maps[case.brain])
+            masks.append(case.mask[case.brain])
+    return {
+        "oracle": pooled.best_dice()[1] if pooled.num_positives else None,
+        "validation": threshold_for_dice(maps, masks) if any(mask.any() for mask in masks) else None,
+        "healthy": healthy_threshold(healthy_scores(validation), healthy_fpr),
+    }
+
+
+def _if_two_classes(metric: Callable, scores: np.ndarray, labels: np.ndarray) -> float | None:
+    known = labels >= 0
+    scores, labels = scores[known], labels[known]
+    return float(metric(scores, labels == 1)) if len(np.unique(labels)) == 2 else None
