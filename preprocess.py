@@ -1,9 +1,9 @@
-"""Turns a raw data set into a prepared one: the slices that networks see, with a card, in a folder that `load_dataset` reads.
+"""Turns a raw data set into a prepared one: the slices that networks see, with a card, in a folder for `load_dataset`.
 
 python preprocess.py --phantom phantom-mini --out prepared/phantom-mini
 python preprocess.py --recipe tcga_lgg_flair --root raw/tcga_lgg_flair --out prepared/tcga-lgg
 python preprocess.py --recipe my_recipe.yaml --root raw/mine --out prepared/mine --num_proc 8 --push_to_hub owner/mine
-python preprocess.py --recipe shifts_andi --root raw/shifts --template T1_brain.nii --reference raw/BraTS2021_00000 --out prepared/shifts
+python preprocess.py --recipe shifts_andi --root raw/shifts --template T1_brain.nii --reference raw/BraTS --out prepared/shifts
 python preprocess.py --check prepared/mine prepared/other
 
 An interrupted run goes on where it was if the same command is given again.
@@ -19,7 +19,8 @@ from anodiff.configs import parse_options
 
 
 _WHY_PRIVATE = (
-    "\nAs a private repository only: the licence of the images forbids to offer them for download. Keep it private, and share the"
+    "\nAs a private repository only: the licence of the images forbids to offer them for download. Keep it private,"
+    " and share the"
     " recipe instead."
 )
 
@@ -39,7 +40,7 @@ class PreprocessOptions:
     template: str | None = None
     """Volume that subjects are registered to, if the recipe's `correction` does."""
     reference: str | None = None
-    """Scan whose histograms subjects are matched to, if the recipe's `correction` does: a file, or a folder with one per modality."""
+    """Scan whose histograms subjects are matched to, if `correction` does: a file, or a folder with one per modality."""
     phantom: str | None = None
     """Make this phantom (phantom-mini, phantom-std, phantom-raters) instead of reading a raw data set."""
     phantom_anatomy: Literal["mni152", "geometric"] = "mni152"
@@ -47,14 +48,14 @@ class PreprocessOptions:
     push_to_hub: str | None = None
     """Hub id of a data set that the result is pushed to."""
     hub_private: bool = True
-    """Visibility of a new repository: private unless you say otherwise, because images of people are not yours to give."""
+    """Visibility of a new repository: private unless you say otherwise, as images of people are not yours to give."""
     check: bool = False
-    """Find subjects and nearly equal slices that are in two splits of the prepared data sets that follow; exit status 1 if there are any."""
+    """Find subjects and nearly equal slices in two splits of the prepared data sets that follow; status 1 if any."""
     prepared: list[str] = field(default_factory=list)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepares one data set, or checks some. Returns 0, or 1 if something was left out or found, or nothing could be done."""
+    """Prepares one data set, or checks some. Returns 0, or 1 if something was left out, found or went wrong."""
     # `--check A B`: the folders are no value of the switch.
     argv = ["--check=true" if word == "--check" else word for word in (sys.argv[1:] if argv is None else argv)]
     options = parse_options(PreprocessOptions, argv, prog="preprocess.py", description=__doc__, positional="prepared")
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.phantom is None and (options.recipe is None or options.root is None):
             raise ValueError("Give `--recipe` and `--root` of a raw data set, or `--phantom`.")
 
-        from anodiff.data.prepare import prepare_phantom, prepare_recipe, read_recipe
+        from anodiff.data.phantoms.sets import prepare_phantom
+        from anodiff.data.prepare import prepare_recipe, read_recipe
 
         recipe = None if options.recipe is None else read_recipe(options.recipe)
         if options.push_to_hub and not options.hub_private and recipe is not None and "license" not in recipe:
@@ -78,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
         forbidden = recipe is not None and recipe.get("rehosting") == "forbidden"
         if options.push_to_hub and not options.hub_private and forbidden:
             raise ValueError(
-                "`--hub_private false` is refused: by `rehosting: forbidden` of the recipe, the licence forbids to offer the images for"
+                "`--hub_private false` is refused: by `rehosting: forbidden` of the recipe, the licence forbids to"
+                " offer the images for"
                 " download."
             )
         if options.push_to_hub:

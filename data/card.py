@@ -1,16 +1,16 @@
-"""The card of a prepared data set."""
+"""Says in words what a prepared data set holds: its card, and whom a model that learns from it sees."""
 
 from __future__ import annotations
 
 import yaml
 
 from ..volumes.processor import VolumeProcessor
-from .readers.listing import SPLITS
+from .layout import SHARDS, SPLITS
 
 
 _REHOSTING = {
-    "forbidden": "- The licence forbids to offer the images for download: keep every copy of this repository private\n",
-    "allowed": "- The licence allows to offer the images for download\n",
+    "forbidden": "- The licence forbids to offer the images for download: keep every copy of this repository private",
+    "allowed": "- The licence allows to offer the images for download",
 }
 
 
@@ -23,15 +23,16 @@ def make_card(
     correction: dict | None = None,
 ) -> str:
     """
-    A card whose header makes `load_dataset` find the shards of every split, and nothing else.
+    Returns the card of a prepared data set in Markdown. Its header makes `load_dataset` find the shards of every
+    split, and nothing else.
 
     Args:
         name (`str`): Of the data set.
-        processor ([`VolumeProcessor`]): Whose slices they are.
+        processor ([`VolumeProcessor`]): Made the slices.
         recipe (`dict`): `source`, `license` and `rehosting` are stated, the rest is quoted.
         rows (`list[dict]`): Of `subjects.parquet`.
-        failures (`dict[str, str]`): Subjects that were left out.
-        correction (`dict`, *optional*): As [`~data.correction.Correction.describe`].
+        failures (`dict[str, str]`): Subjects that were left out, with the reason.
+        correction (`dict`, *optional*): As from [`~data.correction.Correction.describe`].
     """
     lines, files = [], []
     for split in SPLITS:
@@ -43,13 +44,15 @@ def make_card(
                 sum(row["anomalous_rows"] for row in of_split),
             )
             lines.append(f"| {split} | " + " | ".join(map(str, counts)) + " |")
-            files.append({"split": split, "path": f"data/{split}-*.parquet"})
+            files.append({"split": split, "path": SHARDS.format(split=split)})
     header = {
         "license": recipe.get("license", "unknown"),
         "tags": ["anomaly-detection", "medical-imaging", "anodiff"],
         "configs": [{"config_name": "default", "data_files": files}],
     }
     left_out = f"\nLeft out, because they could not be read: {', '.join(sorted(failures))}.\n" if failures else ""
+    rehosting = f"{_REHOSTING[recipe['rehosting']]}\n" if "rehosting" in recipe else ""
+    exceeds = "" if processor.config.clip else ", may exceed it"
     corrected = ""
     if correction is not None:
         done = ", ".join(f"{key}: {value}" for key, value in correction.items())
@@ -63,7 +66,7 @@ Slices for anomaly detection with diffusion models, prepared by `anodiff` with `
 
 - Source: {recipe.get("source", "not stated")}
 - Licence of the images: {recipe.get("license", "unknown")}
-{_REHOSTING.get(recipe.get("rehosting"), "")}- Modalities, in channel order: {", ".join(processor.config.modalities)}
+{rehosting}- Modalities, in channel order: {", ".join(processor.config.modalities)}
 {corrected}- Groups (patients): {len({row["group"] for row in rows})}, none of them in two splits
 
 | split | subjects | slices | anomalous slices |
@@ -72,14 +75,14 @@ Slices for anomaly detection with diffusion models, prepared by `anodiff` with `
 {left_out}
 | column | content |
 | --- | --- |
-| `image` | (C, H, W), in the range {list(processor.config.value_range)}{"" if processor.config.clip else ", may exceed it"} |
+| `image` | (C, H, W), in the range {list(processor.config.value_range)}{exceeds} |
 | `mask` | (A, H, W), one lesion mask per annotator, 0 or 1; the first `annotations` of `subjects.parquet`, then zeros |
 | `brain` | (H, W), 0 or 1 |
 | `label` | 1 anomalous, 0 healthy, -1 unknown |
 | `subject` | name; the rows of a subject are together and in slice order |
 | `slice` | index of the slice in the volume, on the network's grid |
 
-`subjects.parquet` holds groups, grids and source files, `processor/` the settings that checkpoints need to see the same slices.
+`subjects.parquet` holds groups, grids and source files, `processor/` the settings of the processor that made the slices.
 
 ```python
 from anodiff.data.prepared import load_prepared
@@ -91,3 +94,14 @@ The recipe:
 ```yaml
 {yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```
 """
+
+
+def describe_population(recipe: dict) -> str:
+    """Returns whom a model that was trained on data of `recipe` has seen, in words for a card or a report."""
+    rule = {
+        "healthy_by_mask": "lesion-free slices of the training subjects, who may be ill",
+        "healthy_by_label": "healthy training subjects",
+        "all": "all slices of the training subjects",
+        "not_anomalous": "slices of the training subjects that are not known to be anomalous",
+    }[recipe.get("trained_on") or recipe.get("slices", {}).get("train", "all")]
+    return f"{rule} ({recipe['source']})" if "source" in recipe else rule

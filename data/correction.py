@@ -1,5 +1,5 @@
-"""Registers and corrects a subject before the processor sees it: skull stripping, a template's space, the brain's box, bias field,
-histograms. Needs SimpleITK (the extra `preprocess`)."""
+"""Registers and corrects a subject before the processor sees it: skull stripping, a template's space, the brain's box,
+bias field, histograms. Needs SimpleITK (the extra `preprocess`)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import nibabel as nib
 import numpy as np
 
+from ..checks import check_choice, check_integer
 from ..volumes.scans import find_scans
 from ..volumes.volume import InputVolume, read_volume
 from .readers.subjects import Subject
@@ -42,24 +43,30 @@ _N4_LEVELS, _N4_TOLERANCE, _N4_SHRINK = 4, 5e-4, 4  # as the authors of cDDPM ca
 @dataclass(frozen=True)
 class Correction:
     """
-    What is done to a subject's volume, in this order: skull stripping, registration and resampling (one interpolation), cut, bias field,
-    histograms. The grid that comes out is the subject's grid from then on, with its right affine; masks are brought there by nearest
-    neighbours, images linearly. Modalities may come on different grids, but must lie on each other in the world.
+    Corrects a subject's volume, in this order: skull stripping, registration and resampling (one interpolation), cut,
+    bias field, histograms. The grid that comes out is the subject's grid from then on, with its right affine; masks
+    are brought there by nearest neighbours, images linearly. Modalities may come on different grids, but must lie on
+    each other in the world.
 
     Args:
         skull_strip (`str`, *optional*):
-            `"hd-bet"` or `"synthstrip"`: program that makes the brain mask of the modality `by`; outside it everything is 0 then.
-        register (`str`, *optional*): `"rigid"` or `"affine"`: the modality `by` to the template, by mutual information.
+            `"hd-bet"` or `"synthstrip"`: program that makes the brain mask of the modality `by`; outside it everything
+            is 0 then.
+        register (`str`, *optional*):
+            `"rigid"` or `"affine"`: the modality `by` to the template, by mutual information.
         by (`str`, *optional*): Modality that brain and registration are found in; the first by default.
         spacing (`tuple[float, float, float]`, *optional*):
-            Voxel size of the new grid in mm along its axes; the template's, or without one the subject's, by default. To reduce a
-            volume without aliasing use `spacing` of the processor.
+            Voxel size of the new grid in mm along its axes; the template's, or without one the subject's, by default.
+            To reduce a volume without aliasing use `spacing` of the processor.
         cut (`bool`, defaults to `False`): Cut the grid to the box of the brain.
-        n4 (`int`, defaults to 0): N4 bias field correction in the brain: iterations at each of four levels. cDDPM and SADM 200.
+        n4 (`int`, defaults to 0):
+            N4 bias field correction in the brain: iterations at each of four levels. cDDPM and SADM 200.
         match_histogram (`bool`, defaults to `False`):
-            Match every modality to that of the reference scan, as ANDi: SimpleITK, 256 levels, one point, above the mean.
+            Match every modality to that of the reference scan, as ANDi: SimpleITK, 256 levels, one point, above the
+            mean.
         template (`Path`, *optional*): Of `register`; should be stripped if subjects are.
-        reference (`Path`, *optional*): Of `match_histogram`: a file, or a folder with one per modality, called after it.
+        reference (`Path`, *optional*):
+            Of `match_histogram`: a file, or a folder with one per modality, called after it.
         modalities (`tuple[str, ...]`): Names of the channels, in order.
     """
 
@@ -75,26 +82,26 @@ class Correction:
     modalities: tuple[str, ...] = ("image",)
 
     def __post_init__(self):
-        for name, allowed in (("skull_strip", tuple(STRIPPERS)), ("register", TRANSFORMS), ("by", self.modalities)):
-            if getattr(self, name) not in (None, *allowed):
-                raise ValueError(
-                    f"`correction.{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}."
-                )
+        check_choice("correction.skull_strip", self.skull_strip, (None, *STRIPPERS))
+        check_choice("correction.register", self.register, (None, *TRANSFORMS))
+        check_choice("correction.by", self.by, (None, *self.modalities))
+        check_integer("correction.n4", self.n4, 0)
         if self.spacing is not None and (
             len(self.spacing) != 3 or not all(isinstance(mm, (int, float)) and mm > 0 for mm in self.spacing)
         ):
             raise ValueError(f"`correction.spacing` must be three numbers > 0 in mm, got {self.spacing!r}.")
-        if not isinstance(self.n4, int) or self.n4 < 0:
-            raise ValueError(f"`correction.n4` must be an integer >= 0, got {self.n4!r}.")
 
     @classmethod
     def rules(cls) -> list[str]:
-        """Names of what a recipe may set. The files are no part of it: they are elsewhere on every machine."""
+        """Returns the names of what a recipe may set; files are not among them, because their paths differ between
+        machines."""
         names = [field.name for field in dataclasses.fields(cls)]
         return [name for name in names if name not in ("template", "reference", "modalities")]
 
     def check(self) -> None:
         """
+        Checks that programs and files for the correction are there.
+
         Raises:
             ImportError: SimpleITK or the program of `skull_strip` is missing.
             ValueError: A file is not given, or is given and not used.
@@ -111,12 +118,13 @@ class Correction:
         if self.skull_strip is not None and shutil.which(STRIPPERS[self.skull_strip]) is None:
             others = [name for name in STRIPPERS if shutil.which(STRIPPERS[name])]
             raise ImportError(
-                f"`correction.skull_strip: {self.skull_strip}` needs the program `{STRIPPERS[self.skull_strip]}`, which is not"
+                f"`correction.skull_strip: {self.skull_strip}` needs the program `{STRIPPERS[self.skull_strip]}`,"
+                " which is not"
                 f" installed ({_INSTALL[self.skull_strip]}). Installed are {', '.join(others) or 'none'}."
             )
 
     def describe(self) -> dict:
-        """The rules that are set, and the files by name and SHA-256, in plain values."""
+        """Returns the rules that are set, and the files by name and SHA-256, in plain values."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         described = {}
         for name in self.rules():
@@ -131,20 +139,23 @@ class Correction:
 
     def apply(self, subject: Subject, picture: Path) -> tuple[Subject, dict]:
         """
+        Corrects one subject.
+
         Args:
-            subject ([`Subject`]): Whose files are read.
+            subject ([`Subject`]): Its files are read.
             picture (`Path`): PNG file to write: three planes with the contours of brain and masks.
 
         Returns:
-            `tuple[Subject, dict]`: The subject with corrected volumes ([`InputVolume`]) in place of its files, and its row of
-            `corrections.csv`.
+            `tuple[Subject, dict]`: The subject with corrected volumes ([`InputVolume`]) in place of its files, and its
+            row of `corrections.csv`.
 
         Raises:
             ValueError: The files do not fit together, or ITK or the program gives up on them.
             OSError: A file cannot be read.
         """
         sitk = _import_sitk()
-        # The order of sums, and with it the last bits, would depend on threads: `num_proc` shares out subjects instead.
+        # The order of sums, and with it the last bits, would depend on threads: `num_proc` shares out subjects
+        # instead.
         threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
         try:
@@ -157,98 +168,107 @@ class Correction:
 
     def _apply(self, sitk, subject: Subject, picture: Path) -> tuple[Subject, dict]:
         # 1. Everything into ITK's images, each on its own grid.
-        images = {name: _image(sitk, *volume) for name, volume in self._read(subject).items()}
-        masks = [_image(sitk, *_read_one(mask)) for mask in subject.masks]
+        images, masks, given = self._read_images(sitk, subject)
         by = images[self.by or self.modalities[0]]
-        given = None if subject.brain is None else _image(sitk, *_read_one(subject.brain))
-        for path, mask in zip((*subject.masks, subject.brain), (*masks, given), strict=True):
-            # A mask with a wrong affine would be moved away from its lesion without a word.
-            if mask is not None and not any(_on_one_grid(mask, image) for image in images.values()):
-                raise ValueError(
-                    f"The mask {path} must lie on the grid of one of {', '.join(images)}: shape and affine."
-                )
         row = {"input_shape": list(by.GetSize()), "input_spacing": _rounded(by.GetSpacing())}
         lesion_before = [_millilitres(sitk, mask, subject.mask_above) for mask in masks]
 
         # 2. The brain, and where it is in the template.
         if self.skull_strip is not None:
             given = self._strip(sitk, by)
-        brain = _positive(
-            sitk, by if given is None else sitk.Resample(given, by, sitk.Transform(), sitk.sitkNearestNeighbor)
-        )
+        brain = by
+        if given is not None:
+            brain = sitk.Resample(given, by, sitk.Transform(), sitk.sitkNearestNeighbor)
+        brain = sitk.Cast(brain > 0, sitk.sitkUInt8)
         row |= {"skull_strip": self.skull_strip or "", "register": self.register or ""}
         row |= dict.fromkeys(("metric", "rotation_degrees", "volume_ratio", "shift_mm", "matrix"), "")
-        grid, transform = by, sitk.Transform()
+        grid, transform, template = by, sitk.Transform(), None
         if self.register is not None:
-            grid = _image(sitk, *_read_one(Path(self.template)))
+            grid = template = _image(sitk, *_read_one(Path(self.template)))
             moving = by if given is None else sitk.Mask(by, brain)
-            transform, metric = _register(sitk, grid, moving, self.register)
-            row |= {"metric": round(metric, 4), **_describe_transform(transform, grid)}
-        template = grid if self.register is not None else None
+            transform, metric = _register(sitk, template, moving, self.register)
+            row |= {"metric": round(metric, 4), **_describe_transform(transform, template)}
 
         # 3. One grid for all.
-        if self.spacing is not None:
-            grid = _respaced(sitk, grid, self.spacing)
-        brain = sitk.Resample(brain, grid, transform, sitk.sitkNearestNeighbor)
-        if not sitk.GetArrayViewFromImage(brain).any():
-            raise ValueError(f"Subject {subject.name}: nothing of the brain is left on the new grid.")
-        if self.cut:
-            low, size = _box(sitk, brain)
-            grid = sitk.RegionOfInterest(grid, size, low)
-            brain = sitk.RegionOfInterest(brain, size, low)
+        grid, brain = self._new_grid(sitk, subject.name, grid, brain, transform)
         images = {name: sitk.Resample(image, grid, transform, sitk.sitkLinear) for name, image in images.items()}
         masks = [sitk.Resample(mask, grid, transform, sitk.sitkNearestNeighbor) for mask in masks]
         lesion_after = [_millilitres(sitk, mask, subject.mask_above) for mask in masks]
         for path, before, after in zip(subject.masks, lesion_before, lesion_after, strict=True):
             if before > 0 and after == 0:
                 raise ValueError(
-                    f"Nothing of the {before} ml that {path} marks is left on the new grid: look at the registration, the box"
+                    f"Nothing of the {before} ml that {path} marks is left on the new grid: look at the registration,"
+                    " the box"
                     " (`cut`) and the voxel size."
                 )
         if self.skull_strip is not None:
             images = {name: sitk.Mask(image, brain) for name, image in images.items()}
 
         # 4. Intensities.
-        row |= {"n4_field": "", "matched_to": ""}
+        images, described = self._correct_intensities(sitk, images, brain)
+        row |= described
+
+        # 5. Back, and what was done.
+        row |= {"output_shape": list(grid.GetSize()), "output_spacing": _rounded(grid.GetSpacing())}
+        row |= {"brain_ml": _millilitres(sitk, brain, 0), "lesion_ml": lesion_before, "lesion_ml_after": lesion_after}
+        affine, inside = _affine(grid), _array(sitk, brain) > 0
+        row["overlap_with_template"], beneath = "", None
+        if template is not None:
+            beneath = _array(sitk, sitk.Resample(template, grid, sitk.Transform(), sitk.sitkLinear))
+            common = (inside & (beneath > 0)).sum()
+            row["overlap_with_template"] = round(2 * common / (inside.sum() + (beneath > 0).sum()), 4)
+        arrays = {name: _array(sitk, image) for name, image in images.items()}
+        marks = [_array(sitk, mask) for mask in masks]
+        marked = np.any([mark > subject.mask_above for mark in marks], axis=0)
+        _draw(picture, subject.name, affine, arrays[self.by or self.modalities[0]], beneath, inside, marked)
+        volume = InputVolume(arrays, affine, None, False, 3, subject.name)
+        found = tuple(_volume(mark, affine, str(path)) for mark, path in zip(marks, subject.masks, strict=True))
+        kept = None if given is None else _volume(inside.astype(np.float32), affine, f"brain of {subject.name}")
+        return dataclasses.replace(subject, volume=volume, masks=found, brain=kept), row
+
+    def _read_images(self, sitk, subject: Subject) -> tuple[dict, list, sitk.Image | None]:
+        """Reads the modalities, the masks and the brain mask if there is one."""
+        images = {name: _image(sitk, *volume) for name, volume in self._read(subject).items()}
+        masks = [_image(sitk, *_read_one(mask)) for mask in subject.masks]
+        brain = None if subject.brain is None else _image(sitk, *_read_one(subject.brain))
+        for path, mask in zip((*subject.masks, subject.brain), (*masks, brain), strict=True):
+            # A mask with a wrong affine would be moved away from its lesion without a word.
+            if mask is not None and not any(_on_one_grid(mask, image) for image in images.values()):
+                raise ValueError(
+                    f"The mask {path} must lie on the grid of one of {', '.join(images)}: shape and affine."
+                )
+        return images, masks, brain
+
+    def _new_grid(self, sitk, name: str, grid: sitk.Image, brain: sitk.Image, transform) -> tuple:
+        """Returns the grid that everything is brought to, with the brain on it."""
+        if self.spacing is not None:
+            grid = _respaced(sitk, grid, self.spacing)
+        brain = sitk.Resample(brain, grid, transform, sitk.sitkNearestNeighbor)
+        if not sitk.GetArrayViewFromImage(brain).any():
+            raise ValueError(f"Subject {name}: nothing of the brain is left on the new grid.")
+        if self.cut:
+            low, size = _box(sitk, brain)
+            grid = sitk.RegionOfInterest(grid, size, low)
+            brain = sitk.RegionOfInterest(brain, size, low)
+        return grid, brain
+
+    def _correct_intensities(self, sitk, images: dict, brain: sitk.Image) -> tuple[dict, dict]:
+        """Returns the images with bias field and histograms corrected, and what `corrections.csv` says of that."""
+        row = {"n4_field": "", "matched_to": ""}
         if self.n4:
-            fields = []
-            for name, image in images.items():
-                images[name], field = _correct_bias(sitk, image, brain, self.n4)
-                fields.append(field)
-            row["n4_field"] = fields
+            corrected = {name: _correct_bias(sitk, image, brain, self.n4) for name, image in images.items()}
+            images = {name: image for name, (image, _) in corrected.items()}
+            row["n4_field"] = [field for _, field in corrected.values()]
         if self.match_histogram:
             references = self._reference_files()
             images = {
                 name: _match(sitk, image, _image(sitk, *_read_one(references[name]))) for name, image in images.items()
             }
             row["matched_to"] = [file.name for file in references.values()]
-
-        # 5. Back, and what was done.
-        affine = _affine(grid)
-        arrays = {name: _array(sitk, image) for name, image in images.items()}
-        found = [
-            _volume(_array(sitk, mask), affine, str(path)) for mask, path in zip(masks, subject.masks, strict=True)
-        ]
-        inside = _array(sitk, brain) > 0
-        row |= {"output_shape": list(grid.GetSize()), "output_spacing": _rounded(grid.GetSpacing())}
-        row["brain_ml"] = _millilitres(sitk, brain, 0)
-        row["lesion_ml"] = lesion_before
-        row["lesion_ml_after"] = lesion_after
-        row["overlap_with_template"] = ""
-        beneath = None
-        if template is not None:
-            beneath = _array(sitk, sitk.Resample(template, grid, sitk.Transform(), sitk.sitkLinear))
-            row["overlap_with_template"] = round(
-                2 * (inside & (beneath > 0)).sum() / (inside.sum() + (beneath > 0).sum()), 4
-            )
-        marked = np.any([next(iter(mask.arrays.values())) > subject.mask_above for mask in found], axis=0)
-        _draw(picture, subject.name, affine, arrays[self.by or self.modalities[0]], beneath, inside, marked)
-        volume = InputVolume(arrays, affine, None, False, 3, subject.name)
-        kept = None if given is None else _volume(inside.astype(np.float32), affine, f"brain of {subject.name}")
-        return dataclasses.replace(subject, volume=volume, masks=tuple(found), brain=kept), row
+        return images, row
 
     def _read(self, subject: Subject) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Modality to array and affine."""
+        """Reads array and affine of every modality."""
         if isinstance(subject.volume, dict):
             volumes = {name: _read_one(file) for name, file in subject.volume.items()}
         else:
@@ -259,7 +279,8 @@ class Correction:
             volumes = {name: (array, volume.affine) for name, array in zip(names, volume.arrays.values(), strict=True)}
         if set(volumes) != set(self.modalities):
             raise ValueError(
-                f"Subject {subject.name} must have the modalities {', '.join(self.modalities)}, it has {', '.join(volumes)}."
+                f"Subject {subject.name} must have the modalities {', '.join(self.modalities)}, it has"
+                f" {', '.join(volumes)}."
             )
         if self.register is None and self.spacing is None:
             read_volume(
@@ -284,7 +305,7 @@ class Correction:
         return {self.modalities[0]: Path(volume)}
 
     def _strip(self, sitk, image: sitk.Image) -> sitk.Image:
-        """The brain mask that the program makes."""
+        """Returns the brain mask that the program makes."""
         import torch
 
         gpu = torch.cuda.is_available()
@@ -306,7 +327,8 @@ class Correction:
             array, affine = _read_one(mask)
             if array.shape != image.GetSize() or not array.any():
                 raise ValueError(
-                    f"`{command[0]}` made a brain mask of shape {array.shape} with {int((array > 0).sum())} voxels for a volume of"
+                    f"`{command[0]}` made a brain mask of shape {array.shape} with {int((array > 0).sum())} voxels"
+                    " for a volume of"
                     f" shape {image.GetSize()}."
                 )
         return _image(sitk, (array > 0).astype(np.float32), _affine(image))
@@ -367,10 +389,6 @@ def _volume(array: np.ndarray, affine: np.ndarray, name: str) -> InputVolume:
     return InputVolume({"": array}, affine, None, False, 3, name)
 
 
-def _positive(sitk, image: sitk.Image) -> sitk.Image:
-    return sitk.Cast(image > 0, sitk.sitkUInt8)
-
-
 def _millilitres(sitk, image: sitk.Image, above: float) -> float:
     count = int((sitk.GetArrayViewFromImage(image) > above).sum())
     return round(count * float(np.prod(image.GetSpacing())) / 1000, 3)
@@ -381,7 +399,7 @@ def _rounded(values) -> list[float]:
 
 
 def _respaced(sitk, grid: sitk.Image, spacing) -> sitk.Image:
-    """A grid over the same field of view, about the same centre."""
+    """Returns a grid over the same field of view, about the same centre."""
     size, old = np.array(grid.GetSize()), np.array(grid.GetSpacing())
     count = np.maximum(np.rint(size * old / spacing), 1).astype(int)
     first = (size - 1) / 2 - (count - 1) / 2 * spacing / old  # in voxels of the old grid
@@ -399,10 +417,11 @@ def _box(sitk, mask: sitk.Image) -> tuple[list[int], list[int]]:
 
 
 def _register(sitk, fixed: sitk.Image, moving: sitk.Image, kind: str) -> tuple[sitk.Transform, float]:
-    """The transform that leads points of `fixed` to those of `moving`, and the (negative) mutual information.
+    """Finds the transform that leads points of `fixed` to those of `moving`; returns it and the (negative) mutual
+    information.
 
-    Centres of mass, then rigid, then affine, each at a quarter and at half of the template's resolution. With one thread and the fixed
-    seed it gives the same bits every time.
+    Centres of mass, then rigid, then affine, each at a quarter and at half of the template's resolution. With one
+    thread and the fixed seed it gives the same bits every time.
     """
     transform = sitk.CenteredTransformInitializer(
         fixed, moving, sitk.Euler3DTransform(), sitk.CenteredTransformInitializerFilter.MOMENTS
@@ -434,7 +453,8 @@ def _register(sitk, fixed: sitk.Image, moving: sitk.Image, kind: str) -> tuple[s
 
 
 def _describe_transform(transform, grid: sitk.Image) -> dict:
-    """Template world to subject world (RAS+, mm), and what it does, in numbers that a person can check."""
+    """Returns the matrix from template world to subject world (RAS+, mm), and what it does in numbers that a person
+    can check."""
     matrix = np.eye(4)
     matrix[:3, :3] = np.reshape(transform.GetMatrix(), (3, 3))
     matrix[:3, 3] = transform.TransformPoint((0.0, 0.0, 0.0))
@@ -451,7 +471,7 @@ def _describe_transform(transform, grid: sitk.Image) -> dict:
 
 
 def _correct_bias(sitk, image: sitk.Image, brain: sitk.Image, iterations: int) -> tuple[sitk.Image, list[float]]:
-    """The corrected image, and the least and greatest value of the field that was taken out of the brain."""
+    """Returns the corrected image, and the least and greatest value of the field that was taken out of the brain."""
     shrink = [max(1, min(_N4_SHRINK, size // 8)) for size in image.GetSize()]
     method = sitk.N4BiasFieldCorrectionImageFilter()
     method.SetMaximumNumberOfIterations([iterations] * _N4_LEVELS)
@@ -464,7 +484,7 @@ def _correct_bias(sitk, image: sitk.Image, brain: sitk.Image, iterations: int) -
 
 
 def _match(sitk, image: sitk.Image, reference: sitk.Image) -> sitk.Image:
-    """ANDi's call; the background stays 0."""
+    """Matches histograms by ANDi's call; the background stays 0."""
     matched = sitk.HistogramMatching(image, reference, 256, 1, True)
     return sitk.Mask(matched, image != 0)
 
@@ -478,8 +498,8 @@ def _draw(
     brain: np.ndarray,
     mask: np.ndarray,
 ) -> None:
-    """Axial, coronal and sagittal plane through the middle of the lesion (without one, of the brain), in radiological convention; the
-    template beneath, with the same contours."""
+    """Draws the axial, coronal and sagittal plane through the middle of the lesion (without one, of the brain), in
+    radiological convention; the template beneath, with the same contours."""
     from matplotlib.figure import Figure
 
     def canonical(array):

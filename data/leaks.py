@@ -1,4 +1,5 @@
-"""Finds what stands on both sides of a split: groups (patients) with one name, and slices that are nearly the same picture."""
+"""Finds what stands on both sides of a split: groups (patients) with one name, and slices that are nearly the same
+picture."""
 
 from __future__ import annotations
 
@@ -23,11 +24,14 @@ _BLOCK = 2048
 
 @dataclass(frozen=True)
 class Leak:
-    """One finding.
+    """Describes one finding.
 
     Args:
-        kind (`str`): `"group"`: subjects of one group (or one name) in two splits. `"slices"`: pictures that are nearly the same.
-        set_a, split_a, subject_a, set_b, split_b, subject_b (`str`): Where; `subject_a` holds the group's name for `"group"`.
+        kind (`str`):
+            `"group"`: subjects of one group (or one name) in two splits. `"slices"`: pictures that are nearly the
+            same.
+        set_a, split_a, subject_a, set_b, split_b, subject_b (`str`):
+            Where; `subject_a` holds the group's name for `"group"`.
         slices (`int`): Slices of `subject_a` that have a twin in `subject_b`; 0 for a group.
         slice_a, slice_b (`int`): The most similar pair, on the networks' grids; -1 for a group.
         distance (`int`): Bits of 64 in which its hashes differ; -1 for a group.
@@ -52,8 +56,10 @@ class Leak:
         if self.kind == "group":
             return f"group {self.subject_a} is in {where_a} and in {where_b}"
         return (
-            f"{self.slices} slice{'s' if self.slices > 1 else ''} of {self.subject_a} in {where_a} nearly equal slices of"
-            f" {self.subject_b} in {where_b}: slices {self.slice_a} and {self.slice_b} differ in {self.distance} of 64 bits and"
+            f"{self.slices} slice{'s' if self.slices > 1 else ''} of {self.subject_a} in {where_a} nearly equal"
+            " slices of"
+            f" {self.subject_b} in {where_b}: slices {self.slice_a} and {self.slice_b} differ in {self.distance} of"
+            " 64 bits and"
             f" correlate by {self.correlation:.4f}"
         )
 
@@ -62,13 +68,14 @@ def find_leaks(
     paths: Sequence[str | Path], *, max_distance: int = 10, min_correlation: float = 0.97, min_brain: float = 0.02
 ) -> list[Leak]:
     """
-    Compares the splits of prepared data sets with each other: what has different names (train and test) must share nothing, be it in
-    one data set or in several. What is alike within train, or within test, is no leak.
+    Compares the splits of prepared data sets with each other: what has different names (train and test) must share
+    nothing, be it in one data set or in several. What is alike within train, or within test, is no leak.
 
-    A slice is cut to the box of its brain and brought to 32 x 32 pixels (the mean of its modalities), so that it is found again after a
-    shift, a margin or a change of size. Pairs whose 64-bit perceptual hashes (signs of the lowest 8 x 8 cosine frequencies about their
-    median) differ in few bits are confirmed by the correlation of their pixels: registered brains of different people have similar
-    hashes. A mirrored slice, or one turned by 90 degrees, is not found.
+    A slice is cut to the box of its brain and brought to 32 x 32 pixels (the mean of its modalities), so that it is
+    found again after a shift, a margin or a change of size. Pairs whose 64-bit perceptual hashes (signs of the lowest
+    8 x 8 cosine frequencies about their median) differ in few bits are confirmed by the correlation of their pixels:
+    registered brains of different people have similar hashes. A mirrored slice, or one turned by 90 degrees, is not
+    found.
 
     Args:
         paths (`list[str]`): Prepared data sets: folders, ids on the Hub, names of phantoms.
@@ -111,14 +118,14 @@ def write_leaks(leaks: Sequence[Leak], path: str | Path) -> None:
 
 
 def hash_pictures(thumbnails: np.ndarray) -> np.ndarray:
-    """Perceptual hashes of pictures `(N, 32, 32)`: `(N, 64)` bool."""
+    """Returns perceptual hashes `(N, 64)` bool of pictures `(N, 32, 32)`."""
     low = scipy.fft.dctn(thumbnails, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(thumbnails), 64)
     # The first is the mean grey value, which says nothing of the picture.
     return low > np.median(low[:, 1:], axis=1, keepdims=True)
 
 
 class _Signatures:
-    """Hashes and thumbnails of the slices of a split that have enough brain."""
+    """Holds hashes and thumbnails of the slices of a split that have enough brain."""
 
     def __init__(self, split: PreparedSplit, min_brain: float):
         thumbnails, kept = [np.zeros((0, _THUMBNAIL, _THUMBNAIL), np.float32)], []

@@ -1,25 +1,8 @@
-"""Prepared data sets: the slices that networks see, made once, in a folder that `datasets.load_dataset` reads too.
-
-```
-OUT/data/train-00000-of-00002.parquet ...      one row per slice, a subject's rows together and in slice order
-OUT/subjects.parquet                           one row per subject: where it came from, its grid, its number of rows
-OUT/processor/processor_config.json            the processor that made the slices
-OUT/recipe.yaml                                the recipe
-OUT/README.md                                  data set card
-```
-
-Columns: `image (C, H, W)` float32 or float16 in the processor's value range, `mask (A, H, W)` uint8 (0 or 1), `brain (H, W)` uint8 (0 or
-1), `label` int8 (1 anomalous, 0 healthy, -1 unknown), `subject`, `slice` (index in the volume on the network's grid).
-
-A, the number of annotations, is one number per data set, at least 1: the largest of its subjects. `annotations` in
-`subjects.parquet` says how many a subject has; the rest of its masks is zeros. A column of varying first dimension would say so by itself, at the price of a Python loop
-over rows in every reader: 0.039 instead of 0.024 ms a row, for rows of 64 x 64 pixels in a piece in `datasets`' numpy format.
-"""
+"""Reads prepared data sets; `layout.py` says what is in them."""
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,51 +15,51 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from .prepare import PHANTOMS, phantom_recipe, prepare_phantom
-from .readers.subjects import SPLITS
-from .shards import code_digest
+from .layout import COLUMNS, PROCESSOR, RECIPE, SHARDS, SPLITS, SUBJECTS
+from .phantoms.sets import PHANTOMS, cached_phantom
 
 
 # N slices, C modalities, A annotations, H x W pixels.
 
-COLUMNS = ("image", "mask", "brain", "label", "subject", "slice")
-
-# Whose slices a method learns from: everybody's, those not known to be anomalous, those of subjects with at least one annotation.
+# Whose slices a method learns from: everybody's, those not known to be anomalous, those of subjects with at least one
+# annotation.
 POPULATIONS = ("all", "healthy", "annotated")
 
-_SIDE_FILES = ("subjects.parquet", "processor/processor_config.json", "recipe.yaml")
+_SETTINGS = f"{PROCESSOR}/processor_config.json"
+_SIDE_FILES = (SUBJECTS, _SETTINGS, RECIPE)
 
 
 class _DescribedSplit:
-    """What the files beside the rows say of a split."""
+    """Holds what the files beside the rows say of a split."""
 
     def __init__(self, folder: Path, split: str):
-        settings = json.loads((folder / "processor" / "processor_config.json").read_text())
+        settings = json.loads((folder / _SETTINGS).read_text())
         self.processor_settings = {key: value for key, value in settings.items() if not key.startswith("_")}
         self.modalities = tuple(self.processor_settings["modalities"])
-        self.recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-        info = pq.read_table(folder / "subjects.parquet").to_pylist()
+        self.recipe = yaml.safe_load((folder / RECIPE).read_text())
+        info = pq.read_table(folder / SUBJECTS).to_pylist()
         self.subject_info = {row["subject"]: row for row in info if row["split"] == split}
 
 
 class PreparedSplit(_DescribedSplit):
     """
-    One split of a prepared data set; made by [`load_prepared`].
+    Reads one split of a prepared data set; made by [`load_prepared`].
 
-    Rows are slices. `split[5]` gives the arrays of one row; `split[[3, 1, 2]]` and `split[10:20]` give stacked arrays, copied
-    straight from the memory-mapped file: 0.02 ms for a slice of 64 x 64, without Python objects on the way. As a map-style data set
-    of torch it gives a batch per read, so that the loader needs no collation:
+    Rows are slices. `split[5]` gives the arrays of one row; `split[[3, 1, 2]]` and `split[10:20]` give stacked arrays,
+    copied straight from the memory-mapped file: 0.02 ms for a slice of 64 x 64, without Python objects on the way. As
+    a map-style data set of torch it gives a batch per read, so that the loader needs no collation:
     `DataLoader(split, batch_size=32, collate_fn=lambda batch: batch)`.
 
-    Arrays of a batch: `image (N, C, H, W)` float32 in the processor's value range, `mask (N, A, H, W)` uint8, `brain (N, H, W)` bool,
-    `label (N,)` int64, `subject (N,)` str, `slice (N,)` int64.
+    Arrays of a batch: `image (N, C, H, W)` float32 in the processor's value range, `mask (N, A, H, W)` uint8,
+    `brain (N, H, W)` bool, `label (N,)` int64, `subject (N,)` str, `slice (N,)` int64.
 
     Attributes:
         subjects (`list[str]`): Names of the subjects with at least one row, in the order of the rows.
         labels, slices, annotations (`np.ndarray` of shape `(len(split),)`):
             int64, of every row. `annotations` is how many of its masks are there; the rest is zeros.
         subject_info (`dict[str, dict]`):
-            Row of `subjects.parquet` of every subject of the split: `group`, `label`, `annotations`, `rows`, grid and source files.
+            Row of `subjects.parquet` of every subject of the split: `group`, `label`, `annotations`, `rows`, grid and
+            source files.
         processor_settings (`dict`): As `VolumeProcessor.settings()`.
         modalities (`tuple[str, ...]`): In channel order.
         recipe (`dict`): What the set was made by.
@@ -114,17 +97,25 @@ class PreparedSplit(_DescribedSplit):
         return self.read_rows(indices)
 
     def rows_of(self, population: str) -> np.ndarray:
-        """Numbers of the slices of one of `POPULATIONS`, int64, rising."""
+        """Returns the numbers of the rows of one of `POPULATIONS`, int64, rising."""
         belongs = {"all": np.ones(len(self), bool), "healthy": self.labels != 1, "annotated": self.annotations > 0}
         return np.flatnonzero(belongs[population])
 
     def count_rows(self, population: str = "all") -> int:
-        """Number of slices of one of `POPULATIONS`."""
+        """Returns the number of slices of one of `POPULATIONS`."""
         return len(self.rows_of(population))
 
     def read_rows(self, indices: Sequence[int], columns: Sequence[str] = COLUMNS) -> dict:
-        """Some columns of some rows, stacked; what is not asked for is not read. There is one more column to ask for than files
-        have: `annotations`, how many of a row's masks are there."""
+        """
+        Reads some columns of some rows, stacked; other columns are not read.
+
+        Args:
+            indices (`Sequence[int]`): Numbers of the rows; -1 is the last.
+            columns (`Sequence[str]`): Of `COLUMNS`, and `"annotations"`: how many of a row's masks are there.
+
+        Raises:
+            IndexError: There is no such row.
+        """
         rows = np.asarray(indices, dtype=np.int64)
         if rows.size and (rows.min() < -len(self) or rows.max() >= len(self)):
             raise IndexError(f"An index is outside the {len(self)} rows: {rows.min()} to {rows.max()}.")
@@ -147,7 +138,7 @@ class PreparedSplit(_DescribedSplit):
         return batch
 
     def subject_rows(self, subject: str) -> range:
-        """The rows of a subject, in slice order."""
+        """Returns the numbers of a subject's rows, in slice order."""
         if subject not in self._rows:
             names = ", ".join(self.subjects[:10])
             raise ValueError(
@@ -156,13 +147,15 @@ class PreparedSplit(_DescribedSplit):
         return self._rows[subject]
 
     def read_subject(self, subject: str) -> dict:
-        """All rows of a subject, stacked; `mask` is `(N, A, H, W)` with the annotations that the subject has, perhaps none."""
+        """Reads all rows of a subject, stacked; `mask` is `(N, A, H, W)` with the annotations that the subject has,
+        perhaps none."""
         batch = self.__getitems__(self.subject_rows(subject))
         batch["mask"] = batch["mask"][:, : self.subject_info[subject]["annotations"]]
         return {name: column for name, column in batch.items() if name != "subject"}
 
     def _map_columns(self) -> None:
-        # Arrow stores a chunk's pixels in one piece: a numpy view of it costs nothing and stays on disk until it is read.
+        # Arrow stores a chunk's pixels in one piece: a numpy view of it costs nothing and stays on disk until it is
+        # read.
         self._views = {
             name: [_pixels(chunk) for chunk in self.dataset.data.column(name).chunks] for name in COLUMNS[:3]
         }
@@ -180,7 +173,8 @@ class PreparedSplit(_DescribedSplit):
 
 class StreamedSplit(_DescribedSplit):
     """
-    One split of a prepared data set that is read from start to end and never stored; made by [`load_prepared`] with `streaming`.
+    Reads one split of a prepared data set from start to end and stores nothing; made by [`load_prepared`] with
+    `streaming`.
 
     Iterating gives the rows in their order, as dicts of arrays of one row. The length comes from `subjects.parquet`.
 
@@ -202,7 +196,7 @@ class StreamedSplit(_DescribedSplit):
         return iter(_open(self._shards, self._split, streaming=True).with_format("numpy"))
 
     def count_rows(self, population: str = "all") -> int:
-        """Number of slices of one of `POPULATIONS`."""
+        """Returns the number of slices of one of `POPULATIONS`."""
         subjects = self.subject_info.values()
         return {
             "all": len(self),
@@ -214,27 +208,29 @@ class StreamedSplit(_DescribedSplit):
         self, seed: Sequence[int], buffer_size: int, columns: Sequence[str] = ("image",), population: str = "all"
     ) -> Iterator[dict[str, np.ndarray]]:
         """
-        One pass over the slices in an order that `seed` decides.
+        Reads all slices once, in an order that `seed` decides.
 
         Args:
             seed (`Sequence[int]`): As of `numpy.random.default_rng`.
             buffer_size (`int`):
-                Slices in memory to shuffle among. They are read in groups of 128 neighbours, whose order is shuffled too.
+                Slices in memory to shuffle among. They are read in groups of 128 neighbours, whose order is shuffled
+                too.
             columns (`Sequence[str]`):
-                `"image"`, `"mask"`, `"brain"`, `"label"`, `"annotations"` (how many of the masks are there); others are not read.
+                `"image"`, `"mask"`, `"brain"`, `"label"`, `"annotations"` (how many of the masks are there); others
+                are not read.
             population (`str`): One of `POPULATIONS`; other slices are left out.
 
         Returns:
             `Iterator[dict[str, np.ndarray]]`:
-                The columns of one slice, read-only, of the stored type. A slice that is passed over costs its way through the network
-                and no more.
+                The columns of one slice, read-only, of the stored type. A slice that is left out is transferred too,
+                and costs nothing else.
 
         Raises:
             ConnectionError: The rows could not be read any further.
             ValueError: There are fewer rows than `subjects.parquet` says.
         """
-        # One group after the other: reading several in turn is a thread for each, and 5 seconds of sleep in `datasets` when a pass
-        # ends.
+        # One group after the other: reading several in turn is a thread for each, and 5 seconds of sleep in `datasets`
+        # when a pass ends.
         count = 0
         try:
             # The number of annotations is a subject's, and not in the file.
@@ -268,30 +264,34 @@ class StreamedSplit(_DescribedSplit):
             raise ConnectionError(f"A stream broke off: {type(error).__name__}: {error}") from error
         if count < len(self):
             raise ValueError(
-                f"{self._shards[0]} and the files beside it hold {count} rows where subjects.parquet says {len(self)}: prepare them again."
+                f"{self._shards[0]} and the files beside it hold {count} rows where subjects.parquet says"
+                f" {len(self)}: prepare them again."
             )
 
 
 def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> PreparedSplit | StreamedSplit:
     """
-    Opens one split of a prepared data set. `datasets` keeps an Arrow copy in its own cache, which is mapped into memory.
+    Opens one split of a prepared data set. `datasets` keeps an Arrow copy in its own cache, which is mapped into
+    memory.
 
     Args:
         path (`str` or `Path`):
-            Folder, or id of a data set on the Hub. The name of a phantom (`"phantom-mini"`) makes it on first use, in the same cache.
+            Folder, or id of a data set on the Hub. The name of a phantom (`"phantom-mini"`) makes it on first use, in
+            the same cache.
         split (`str`): `"train"`, `"validation"` or `"test"`.
-        streaming (`bool`): Return a [`StreamedSplit`] instead, which reads the rows as it goes. Only the other files are downloaded.
+        streaming (`bool`):
+            Return a [`StreamedSplit`] instead, which reads the rows as it goes. Only the other files are downloaded.
 
     Raises:
         FileNotFoundError: There is no such folder or Hub data set.
         ConnectionError: With `streaming`, the Hub cannot be reached.
         ValueError: It is no prepared data set, is incomplete, or has no such split.
     """
-    folder, remote = _find(path, [] if streaming else [f"data/{split}-*.parquet"])
+    names = SHARDS.format(split=split)
+    folder, remote = _find(path, [] if streaming else [names])
     available = _splits_in(folder)
     if split not in available:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(available)}.")
-    names = f"data/{split}-*-of-*.parquet"
     if not streaming:
         shards = _complete(path, split, map(str, folder.glob(names)))
         return PreparedSplit(_open(shards, split), folder, split)
@@ -308,14 +308,16 @@ def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> P
 
 
 def list_splits(path: str | Path) -> list[str]:
-    """Names of the splits of a prepared data set, in the order of train, validation, test; errors as of [`load_prepared`]."""
+    """Returns the names of the splits of a prepared data set, in the order of `SPLITS`; errors as of
+    [`load_prepared`]."""
     return _splits_in(_find(path, [])[0])
 
 
 def _find(path: str | Path, shards: list[str]) -> tuple[Path, bool]:
-    """The folder that holds the files beside the rows, and on the Hub those that match `shards`; whether it is the Hub's cache."""
+    """Returns the folder that holds the files beside the rows, and whether it is the Hub's cache, which gets the files
+    that match `shards` too."""
     if path in PHANTOMS and not Path(path).is_dir():
-        path = _cached_phantom(path)
+        path = cached_phantom(path)
     folder = Path(path)
     remote = not folder.is_dir()
     if remote:
@@ -330,12 +332,12 @@ def _find(path: str | Path, shards: list[str]) -> tuple[Path, bool]:
 
 
 def _splits_in(folder: Path) -> list[str]:
-    names = set(pq.read_table(folder / "subjects.parquet")["split"].to_pylist())
+    names = set(pq.read_table(folder / SUBJECTS)["split"].to_pylist())
     return [name for name in SPLITS if name in names]
 
 
 def _complete(path: str | Path, split: str, shards: Iterable[str]) -> list[str]:
-    """The shards in their order, all of them."""
+    """Returns the shards in their order; raises if one is missing."""
     shards = sorted(shards)
     count = int(re.search(r"-of-(\d+)\.parquet$", shards[0])[1]) if shards else 1
     if len(shards) != count:
@@ -346,7 +348,7 @@ def _complete(path: str | Path, split: str, shards: Iterable[str]) -> list[str]:
 def _open(
     shards: list[str], split: str, columns: list[str] | None = None, *, streaming: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The rows of the shards, with all columns or those that are named."""
+    """Opens the rows of the shards, with all columns or those that are named."""
     dataset = datasets.load_dataset(
         "parquet",
         # Brackets in a folder's name are no pattern.
@@ -360,13 +362,14 @@ def _open(
     absent = [name for name in columns or COLUMNS if name not in dataset.features]
     if absent:
         raise ValueError(
-            f"{shards[0]} is of no prepared data set: column {', '.join(absent)} is missing, it has {', '.join(dataset.features)}."
+            f"{shards[0]} is of no prepared data set: column {', '.join(absent)} is missing, it has"
+            f" {', '.join(dataset.features)}."
         )
     return dataset
 
 
 def _download(repo_id: str, shards: list[str]) -> Path:
-    """Folder of the Hub's cache with the side files and those that match `shards`."""
+    """Downloads the side files and those that match `shards`; returns their folder in the Hub's cache."""
     try:
         return Path(
             huggingface_hub.snapshot_download(repo_id, repo_type="dataset", allow_patterns=[*_SIDE_FILES, *shards])
@@ -377,28 +380,14 @@ def _download(repo_id: str, shards: list[str]) -> Path:
         huggingface_hub.errors.LocalEntryNotFoundError,  # no connection, and not in the cache
     ) as error:
         raise FileNotFoundError(
-            f"There is neither a folder {repo_id}, nor a phantom of this name ({', '.join(PHANTOMS)}), nor can it be read from"
+            f"There is neither a folder {repo_id}, nor a phantom of this name ({', '.join(PHANTOMS)}), nor can it be"
+            " read from"
             f" the Hub ({type(error).__name__})."
         ) from error
 
 
-def _cached_phantom(name: str) -> Path:
-    recipe = phantom_recipe(name)
-    # Named after the recipe and the code that makes it: what is there never goes stale.
-    made_by = hashlib.sha256((json.dumps(recipe) + code_digest()).encode())
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "anodiff" / f"{name}-{made_by.hexdigest()[:16]}"
-    if not folder.is_dir():
-        try:
-            prepare_phantom(name, folder, recipe=recipe)
-        except OSError:
-            # Another process may have been faster.
-            if not folder.is_dir():
-                raise
-    return folder
-
-
 def _pixels(chunk: pa.ExtensionArray) -> np.ndarray:
-    """A view `(rows, ...)` of a chunk of an `Array2D` or `Array3D` column."""
+    """Returns a view `(rows, ...)` of a chunk of an `Array2D` or `Array3D` column."""
     values = chunk.storage
     while pa.types.is_list(values.type):
         values = values.flatten()

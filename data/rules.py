@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .readers.subjects import SPLITS, Subject
+from ..checks import check_choice, check_integer, check_number
+from .layout import SPLITS
+from .readers.subjects import Subject
 
 
 TRAIN_RULES = ("all", "healthy_by_mask", "healthy_by_label")
@@ -19,22 +21,25 @@ SPLIT_ORDERS = ("hash", "shuffle")
 
 @dataclass(frozen=True)
 class SliceRule:
-    """Which slices of a volume are kept, and what counts as lesion in them. A slice without any brain is never kept.
+    """Says which slices of a volume are kept, and what counts as lesion in them. A slice without any brain is never
+    kept.
 
     Args:
         min_brain (`float`, defaults to 0.0): Smallest fraction of the slice's pixels that must be brain, 0 to 1.
         first, last (`int`, *optional*): First and last slice, counted on the network's grid from 0, both included.
         step (`int`, defaults to 1): Take every `step`-th slice from `first` on.
         min_sum (`float`, defaults to 0.0):
-            Take the slices from the first to the last whose intensities sum to more than this: mean over modalities, each in units
-            of the processor's `quantile` of its voxels > 0, summed over the slice's pixels on the input's grid. 0 for no limits;
-            AnoFPDM 0.5.
+            Take the slices from the first to the last whose intensities sum to more than this: mean over modalities,
+            each in units of the processor's `quantile` of its voxels > 0, summed over the slice's pixels on the
+            input's grid. 0 for no limits; AnoFPDM 0.5.
         masks (`str`, defaults to `"nearest"`):
-            How a mask comes to the network's grid: `"nearest"` voxel, or `"linear"` interpolation above 1/2, as the images are
-            interpolated (AnoFPDM; a lesion smaller than about a network pixel may vanish, and its slice is healthy then).
+            How a mask comes to the network's grid: `"nearest"` voxel, or `"linear"` interpolation above 1/2, as the
+            images are interpolated (AnoFPDM; a lesion smaller than about a network pixel may vanish, and its slice is
+            healthy then).
         train (`str`, defaults to `"all"`):
-            What is kept of the training split. `"healthy_by_mask"`: slices that no lesion touches, at the mask's own resolution
-            (a lesion smaller than a network pixel counts). `"healthy_by_label"`: slices of subjects with label 0. `"all"`.
+            What is kept of the training split. `"healthy_by_mask"`: slices that no lesion touches, at the mask's own
+            resolution (a lesion smaller than a network pixel counts). `"healthy_by_label"`: slices of subjects with
+            label 0. `"all"`.
     """
 
     min_brain: float = 0.0
@@ -46,38 +51,31 @@ class SliceRule:
     train: str = "all"
 
     def __post_init__(self):
-        for name, allowed in (("train", TRAIN_RULES), ("masks", MASK_RULES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`slices.{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        for name in ("first", "last", "step"):
-            value = getattr(self, name)
-            if not isinstance(value, int) and not (value is None and name != "step"):
-                raise ValueError(f"`slices.{name}` must be an integer, got {value!r}.")
-        for name in ("min_brain", "min_sum"):
-            if not isinstance(getattr(self, name), (int, float)):
-                raise ValueError(f"`slices.{name}` must be a number, got {getattr(self, name)!r}.")
-        if self.min_sum < 0:
-            raise ValueError(f"`slices.min_sum` must not be negative, got {self.min_sum}.")
-        if not 0 <= self.min_brain <= 1:
-            raise ValueError(f"`slices.min_brain` must be between 0 and 1, got {self.min_brain}.")
-        if self.step < 1:
-            raise ValueError(f"`slices.step` must be at least 1, got {self.step}.")
-        if (self.first or 0) < 0 or (self.last is not None and self.last < (self.first or 0)):
-            raise ValueError(f"`slices` must have 0 <= first <= last, got first {self.first}, last {self.last}.")
+        check_choice("slices.train", self.train, TRAIN_RULES)
+        check_choice("slices.masks", self.masks, MASK_RULES)
+        check_number("slices.min_brain", self.min_brain, least=0, most=1)
+        check_number("slices.min_sum", self.min_sum, least=0)
+        check_integer("slices.step", self.step, 1)
+        if self.first is not None:
+            check_integer("slices.first", self.first, 0)
+        if self.last is not None:
+            check_integer("slices.last", self.last, self.first or 0)
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How subjects are divided: as the data set says, or by fractions of the groups.
+    """Says how subjects are divided: as the data set says, or by fractions of the groups.
 
     Args:
         fractions (`dict[str, float]`, *optional*):
-            Split to its share of the groups; they sum to 1. Neither the file system nor the order of the subjects matters.
+            Split to its share of the groups; they sum to 1. Neither the file system nor the order of the subjects
+            matters.
         seed (`int`, defaults to 0): Of the fractions.
         order (`str`, defaults to `"hash"`):
-            Order that the groups are dealt in: `"hash"`, that of their hashes with the seed, which adding a group does not change;
-            `"shuffle"`, AnoFPDM's: the sorted names shuffled by Python's `random`, each share rounded down and the last split
-            taking the rest.
+            Order that the groups are dealt in: `"hash"`, that of their hashes with the seed, which adding a group does
+            not change;
+            `"shuffle"`, AnoFPDM's: the sorted names shuffled by Python's `random`, each share rounded down and the
+            last split taking the rest.
     """
 
     fractions: dict[str, float] | None = None
@@ -85,8 +83,7 @@ class SplitRule:
     order: str = "hash"
 
     def __post_init__(self):
-        if self.order not in SPLIT_ORDERS:
-            raise ValueError(f"`split.order` must be one of {', '.join(SPLIT_ORDERS)}, got {self.order!r}.")
+        check_choice("split.order", self.order, SPLIT_ORDERS)
         if self.fractions is None:
             return
         if not isinstance(self.fractions, dict):
@@ -100,7 +97,7 @@ class SplitRule:
             raise ValueError(f"`split.fractions` must be numbers >= 0 that sum to 1, got {self.fractions}.")
 
     def assign(self, subjects: Sequence[Subject]) -> dict[str, str]:
-        """Subject name to split; a group is in one split only.
+        """Returns the split of every subject, by its name; a group is in one split only.
 
         Raises:
             ValueError: A group is divided, a subject has no split, or a split would get no group.
@@ -110,11 +107,13 @@ class SplitRule:
             for subject in subjects:
                 if subject.split is None:
                     raise ValueError(
-                        f"Subject {subject.name} has no split: give `split.fractions`, or let the reader find the splits."
+                        f"Subject {subject.name} has no split: give `split.fractions`, or let the reader find the"
+                        " splits."
                     )
                 if split_of_group.setdefault(subject.group, subject.split) != subject.split:
                     raise ValueError(
-                        f"Group {subject.group} is in two splits, {split_of_group[subject.group]} and {subject.split} (subject"
+                        f"Group {subject.group} is in two splits, {split_of_group[subject.group]} and {subject.split}"
+                        " (subject"
                         f" {subject.name}): what is learnt from it would be tested on it."
                     )
             return {subject.name: subject.split for subject in subjects}

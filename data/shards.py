@@ -1,7 +1,8 @@
-"""Writes the rows of prepared data sets: a piece per finished subject, by several processes, then Parquet shards of all pieces.
+"""Writes the rows of prepared data sets: a piece per finished subject, by several processes, then Parquet shards of
+all pieces.
 
-A piece is an Arrow file with the rows of one subject; its row of `subjects.parquet` travels in the header. Its name is made of all
-that it depends on, so a second run finds what a first one finished, and nothing that has changed since.
+A piece is an Arrow file with the rows of one subject; its row of `subjects.parquet` travels in the header. Its name is
+made of all that it depends on, so a second run finds what a first one finished, and nothing that has changed since.
 """
 
 from __future__ import annotations
@@ -26,26 +27,13 @@ from datasets.features.features import numpy_to_pyarrow_listarray
 from .readers.subjects import Subject
 
 
-SUBJECTS_SCHEMA = pa.schema(
-    {
-        "subject": pa.string(),
-        "split": pa.string(),
-        "group": pa.string(),
-        "label": pa.int8(),
-        "age": pa.float64(),
-        "site": pa.string(),
-        "annotations": pa.int32(),
-        "rows": pa.int32(),
-        "anomalous_rows": pa.int32(),
-        "shape": pa.list_(pa.int32()),
-        "spacing": pa.list_(pa.float64()),
-        "affine": pa.list_(pa.float64()),
-        "network_shape": pa.list_(pa.int32()),
-        "network_affine": pa.list_(pa.float64()),
-        "volume_files": pa.list_(pa.string()),
-        "mask_files": pa.list_(pa.string()),
-        "brain_file": pa.string(),
-    }
+# The modules that produce prepared data, phantoms included, from the package's root. A test finds one that is missing.
+PRODUCERS = (
+    *("volumes/geometry.py", "volumes/processor.py", "volumes/scans.py", "volumes/volume.py"),
+    *("data/correction.py", "data/layout.py", "data/prepare.py", "data/raters.py", "data/rules.py", "data/shards.py"),
+    *("data/slicing.py", "data/smooth_fields.py"),
+    *("data/readers/arrays.py", "data/readers/files.py", "data/readers/listing.py", "data/readers/subjects.py"),
+    *("data/phantoms/brains.py", "data/phantoms/nodules.py", "data/phantoms/sets.py"),
 )
 
 _ROW_GROUP = 128  # rows that streaming reads at a time
@@ -60,7 +48,7 @@ def open_partial(folder: Path) -> None:
     Makes the folder of the pieces, or takes up the one that an interrupted run left.
 
     Raises:
-        FileExistsError: There is such a folder, and it is of something else.
+        FileExistsError: The folder exists, and no interrupted run made it.
     """
     if folder.exists() and not (folder / _MARKER).is_file():
         raise FileExistsError(f"{folder} exists, and is no interrupted run: its place is needed, move it away.")
@@ -69,28 +57,24 @@ def open_partial(folder: Path) -> None:
 
 
 def code_digest() -> str:
-    """Of the modules that make data: what other code made is made again."""
-    digest = hashlib.sha256()
-    data = Path(__file__).parent
-    for folder in (data, data.parent / "volumes"):
-        for module in sorted(folder.rglob("*.py")):
-            digest.update(module.read_bytes())
+    """Returns the SHA-256 of the modules that produce prepared data; it is part of every cache key."""
+    digest, root = hashlib.sha256(), Path(__file__).parent.parent
+    for module in PRODUCERS:
+        digest.update((root / module).read_bytes())
     return digest.hexdigest()
 
 
-def file_state(file: Path) -> list:
-    """Size and time of a file, by which a change shows; nothing of a file that is not there."""
-    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
-
-
-def piece_name(settings: str, subject: Subject, training: bool) -> str:
-    """Name of a subject's piece: of the settings, what the reader says of the subject, and the state of its files."""
-    states = [file_state(file) for file in subject.files]
-    return hashlib.sha256(json.dumps([settings, repr(subject), training, states]).encode()).hexdigest()[:32]
+def piece_name(settings: list, subject: Subject, training: bool) -> str:
+    """Returns the name of a subject's piece: a hash of the settings, of what the reader says of the subject, and of
+    the size and time of its files."""
+    states = [[file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else [] for file in subject.files]
+    return hashlib.sha256(
+        json.dumps([settings, repr(subject), training, states], sort_keys=True).encode()
+    ).hexdigest()[:32]
 
 
 def source_files(subject: Subject, root: Path) -> dict:
-    """The columns of `subjects.parquet` that name files."""
+    """Returns the columns of `subjects.parquet` that name files, relative to `root`."""
     volumes, masks = subject.volume_files, subject.mask_files
     names = [Path(os.path.relpath(file, root)).as_posix() for file in subject.files]
     return {
@@ -101,7 +85,8 @@ def source_files(subject: Subject, root: Path) -> dict:
 
 
 def make_table(arrays: dict, subject: str, dtype: str) -> pa.Table:
-    """The rows of a subject: arrays `image (N, C, H, W)`, `mask (N, A, H, W)`, `brain (N, H, W)`, `label (N,)`, `slice (N,)`."""
+    """Returns the rows of a subject as a table of arrays `image (N, C, H, W)`, which becomes `dtype`,
+    `mask (N, A, H, W)`, `brain (N, H, W)`, `label (N,)` and `slice (N,)`."""
     image, mask, brain = arrays["image"].astype(dtype), arrays["mask"], arrays["brain"]
     features = datasets.Features(
         {
@@ -136,11 +121,13 @@ def write_piece(path: Path, table: pa.Table, row: dict) -> None:
 
 
 def read_piece_row(path: Path) -> dict:
+    """Reads the row of `subjects.parquet` that a piece carries."""
     with pa.memory_map(str(path)) as file:
         return json.loads(pa.ipc.open_file(file).schema.metadata[_HEADER])
 
 
 def read_piece(path: Path) -> pa.Table:
+    """Reads the rows of a piece."""
     with pa.OSFile(str(path)) as file:
         table = pa.ipc.open_file(file).read_all()
     metadata = {key: value for key, value in table.schema.metadata.items() if key != _HEADER}
@@ -148,7 +135,8 @@ def read_piece(path: Path) -> pa.Table:
 
 
 def write_shards(tables: Iterable[pa.Table], folder: Path, split: str, shard_rows: int) -> None:
-    """Writes `split-00000-of-0000N.parquet`; N is known at the end only, so the files are renamed then."""
+    """Writes `split-00000-of-0000N.parquet` files of `shard_rows` rows. N is known at the end only, so the files are
+    renamed then."""
     pending: list[pa.Table] = []
     shards: list[Path] = []
     rows = 0
@@ -171,12 +159,12 @@ def write_shards(tables: Iterable[pa.Table], folder: Path, split: str, shard_row
 
 def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int) -> Iterator:
     """
-    Yields `function(*task)` of every task in order: one after the other here, or by `num_proc` processes that take the next task when
-    they are free.
+    Yields `function(*task)` of every task in order: one after the other here, or by `num_proc` processes that take the
+    next task when they are free.
 
-    `datasets.map` is for rows of one table: it divides the subjects before it starts, however long each takes, forks a process in which
-    torch and BLAS may run threads, and gathers the rows of several subjects in the memory of every worker, in its own cache, so that
-    a run that is interrupted begins anew.
+    `datasets.map` is for rows of one table: it divides the subjects before it starts, however long each takes, forks a
+    process in which torch and BLAS may run threads, and gathers the rows of several subjects in the memory of every
+    worker, in its own cache, so that a run that is interrupted begins anew.
 
     Raises:
         ChildProcessError: A worker process died.
@@ -185,7 +173,8 @@ def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int) -> Iter
         for task in tasks:
             yield function(*task)
         return
-    # One thread each: matrix products give the same bits by one thread and by several (OpenBLAS, which comes with numpy).
+    # One thread each: matrix products give the same bits by one thread and by several (OpenBLAS, which comes with
+    # numpy).
     outside = {name: os.environ.get(name) for name in _THREADS}
     pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _start_worker)
     try:
@@ -200,7 +189,8 @@ def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int) -> Iter
             yield future.result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "A worker process was stopped from outside, perhaps for want of memory: every worker holds one subject. What is done is"
+            "A worker process was stopped from outside, perhaps for want of memory: every worker holds one subject."
+            " What is done is"
             " kept; run the same command again, with a smaller `num_proc`."
         ) from error
     finally:

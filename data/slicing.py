@@ -1,4 +1,4 @@
-"""From one subject to the rows that a prepared data set keeps of it."""
+"""Makes the rows that a prepared data set keeps of one subject."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from ..volumes.geometry import Geometry, plane_orientation
 from ..volumes.processor import ProcessedVolume, VolumeProcessor
 from ..volumes.volume import read_volume
-from .phantoms.nodules import RaterRule
+from .raters import RaterRule
 from .readers.subjects import Subject
 from .rules import SliceRule
 
@@ -26,7 +26,21 @@ def slices_of(
     training: bool,
     annotations: int,
 ) -> tuple[dict, dict]:
-    """The kept slices of a subject, and what `subjects.parquet` says of it."""
+    """
+    Makes the kept slices of a subject.
+
+    Args:
+        subject ([`Subject`]): Its files are read.
+        processor ([`VolumeProcessor`]): Makes the slices.
+        rule ([`SliceRule`]): Which slices are kept.
+        raters ([`RaterRule`], *optional*): Makes the annotations of the subject's mask.
+        training (`bool`): Whether the subject is in the training split.
+        annotations (`int`): A, masks per slice; those that the subject lacks are zeros.
+
+    Returns:
+        `tuple[dict, dict]`: Arrays `image (N, C, H, W)`, `mask (N, A, H, W)`, `brain (N, H, W)`, `label (N,)`,
+        `slice (N,)`, and the columns of `subjects.parquet`.
+    """
     processed = processor.preprocess(subject.volume, subject.brain)
     geometry = processed.geometry
     images, brain = processed.slices.numpy(), processed.brain.numpy()
@@ -35,34 +49,26 @@ def slices_of(
         spacing = np.linalg.norm(geometry.input_affine[:3, :3], axis=0)
         marked = list(raters.annotate(marked[0], spacing, subject.name))
     masks = np.zeros((len(images), annotations, *brain.shape[1:]), dtype=np.uint8)
-    touched = np.zeros(len(images), dtype=bool)
-    label = subject.label
     for index, array in enumerate(marked):
-        array = array.astype(np.float32)
         if rule.masks == "linear":
             masks[:, index] = geometry.to_network(array) > 0.5
         else:
             masks[:, index] = processor.preprocess_mask(array, geometry)
-        touched |= _touched(array, geometry)
-    slice_labels = masks.any((1, 2, 3)).astype(np.int8) if subject.masks else np.full(len(images), -1, dtype=np.int8)
-    # Raters that are made may drop a lesion, which is there nevertheless.
-    for array in given if raters is not None else ():
-        touched |= _touched(array.astype(np.float32), geometry)
-        slice_labels |= processor.preprocess_mask(array.astype(np.float32), geometry).any((1, 2))
-    if subject.label is None and given:
-        label = int(any(array.any() for array in given))
-    if not subject.masks and label is not None:
-        slice_labels[:] = label
 
-    share = brain.mean((1, 2))
-    last = len(images) - 1 if rule.last is None else rule.last
-    kept = np.arange(rule.first or 0, min(last + 1, len(images)), rule.step)
-    kept = kept[(share[kept] > 0) & (share[kept] >= rule.min_brain)]
-    if rule.min_sum:
-        bright = np.flatnonzero(_intensity_sums(processed, processor) > rule.min_sum)
-        kept = kept[(kept >= bright.min(initial=len(images))) & (kept <= bright.max(initial=-1))]
+    # Raters that are made may drop a lesion, which is there nevertheless.
+    dropped = [] if raters is None else given
+    label, slice_labels = subject.label, masks.any((1, 2, 3)).astype(np.int8)
+    for array in dropped:
+        slice_labels |= processor.preprocess_mask(array, geometry).any((1, 2))
+    if given and label is None:
+        label = int(any(array.any() for array in given))
+    if not given:
+        slice_labels[:] = -1 if label is None else label
+
+    kept = _kept_slices(rule, processed, processor)
     if training and rule.train == "healthy_by_mask":
-        kept = kept[~touched[kept]]
+        for array in (*marked, *dropped):
+            kept = kept[~_touched(array, geometry)[kept]]
     if training and rule.train == "healthy_by_label" and label != 0:
         kept = kept[:0]
 
@@ -89,8 +95,21 @@ def slices_of(
     }
 
 
+def _kept_slices(rule: SliceRule, processed: ProcessedVolume, processor: VolumeProcessor) -> np.ndarray:
+    """Returns the numbers of the slices that a rule keeps, whatever is marked in them."""
+    share = processed.brain.numpy().mean((1, 2))
+    count = len(share)
+    last = count - 1 if rule.last is None else rule.last
+    kept = np.arange(rule.first or 0, min(last + 1, count), rule.step)
+    kept = kept[(share[kept] > 0) & (share[kept] >= rule.min_brain)]
+    if rule.min_sum:
+        bright = np.flatnonzero(_intensity_sums(processed, processor) > rule.min_sum)
+        kept = kept[(kept >= bright.min(initial=count)) & (kept <= bright.max(initial=-1))]
+    return kept
+
+
 def _read_marked(path: Path, subject: Subject, processed: ProcessedVolume) -> np.ndarray:
-    """What an annotation marks on the grid of the input, `(X, Y, Z)` bool."""
+    """Reads what an annotation marks on the grid of the input, `(X, Y, Z)` bool."""
     mask, geometry = read_volume(path), processed.geometry
     if len(mask.arrays) != 1:
         raise ValueError(f"The mask {mask.name} must have one channel, got {len(mask.arrays)}.")
@@ -105,14 +124,15 @@ def _read_marked(path: Path, subject: Subject, processed: ProcessedVolume) -> np
     exact = subject.mask_max is not None and Path(mask.name).suffix.lower() not in (".jpg", ".jpeg")
     if (subject.mask_above >= 1 and highest == 1) or (exact and 0 < highest <= subject.mask_above):
         raise ValueError(
-            f"The mask {mask.name} holds values up to {highest:g}, and those above {subject.mask_above:g} are marked: set `label_max`"
+            f"The mask {mask.name} holds values up to {highest:g}, and those above {subject.mask_above:g} are marked:"
+            " set `label_max`"
             " to the value of a marked voxel (or a smaller `mask_above`)."
         )
     return array > subject.mask_above
 
 
 def _intensity_sums(processed: ProcessedVolume, processor: VolumeProcessor) -> np.ndarray:
-    """`(N,)`: for every slice the sum that `SliceRule.min_sum` is compared with."""
+    """Returns the sum `(N,)` of every slice that `SliceRule.min_sum` is compared with."""
     geometry = processed.geometry
     mean = np.zeros(geometry.input_shape)
     for name, array in processed.source.arrays.items():
@@ -129,5 +149,6 @@ def _intensity_sums(processed: ProcessedVolume, processor: VolumeProcessor) -> n
 
 
 def _touched(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """`(N,)` bool: slices that see any voxel of a mask. Every voxel counts, as the widened kernel leaves none out."""
+    """Returns `(N,)` bool: which slices see any voxel of a mask. Every voxel counts, as the widened kernel leaves none
+    out."""
     return dataclasses.replace(geometry, antialias=True, bspline=False).to_network(mask).any((1, 2))

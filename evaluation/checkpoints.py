@@ -11,7 +11,7 @@ import huggingface_hub
 import torch
 import yaml
 
-from ..data.prepare import describe_population
+from ..data.card import describe_population
 from ..data.prepared import PreparedSplit
 from ..pipelines.base import AnomalyPipeline
 from ..pipelines.postprocessing import PostProcessing

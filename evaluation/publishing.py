@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from ..data.prepare import is_phantom
+from ..data.phantoms.sets import is_phantom
 from ..hub.model_card import add_evaluation, make_card
 from ..hub.publishing import PublishingError, complete_folder, open_repository, push_folder, read_card, write_card
 from ..pipelines.base import AnomalyPipeline

@@ -83,10 +83,9 @@ class CDDPMPipeline(AnomalyPipeline):
         self.check_configuration()
         check_encoder(unet, encoder)
 
-    @property
-    def whole_volumes(self) -> bool:
-        """Says whether a map depends on other slices: similarity is computed across them."""
-        return self.config.map_type == "ssim"
+    def looks_across_slices(self, **settings) -> bool:
+        """Tells whether a map depends on other slices of its volume: similarity is computed across them."""
+        return settings["map_type"] == "ssim"
 
     @torch.no_grad()
     def __call__(

@@ -65,14 +65,15 @@ def cosine_betas(steps: int) -> torch.Tensor:
 
 
 def posterior_tables(
-    betas: torch.Tensor, variance: torch.Tensor, alphas: torch.Tensor | None = None
+    betas: torch.Tensor, alphas_cumprod: torch.Tensor, variance: torch.Tensor, alphas: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """
     Computes the posterior q(x_{t-1} | x_t, x_0) of DDPM eq. 7, whose mean is original_weight x_0 + sample_weight x_t.
 
     Args:
         betas (`torch.Tensor` of shape `(T,)`): float64.
-        variance (`torch.Tensor` of shape `(T,)`): 1 - abar_t, float64.
+        alphas_cumprod, variance (`torch.Tensor` of shape `(T,)`): abar_t and 1 - abar_t, float64. Neither has the digits of the other
+            where it is close to 1.
         alphas (`torch.Tensor` of shape `(T,)`, *optional*): 1 - beta_t, where the original rounds it.
 
     Returns:
@@ -80,10 +81,11 @@ def posterior_tables(
         t = 0 is 0; its logarithm is taken to be that of t = 1, since likelihoods need one.
     """
     alphas = 1.0 - betas if alphas is None else alphas
+    previous_level = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     previous = torch.cat([torch.zeros(1, dtype=torch.float64), variance[:-1]])
     posterior = betas * previous / variance
     return {
-        "original_weight": betas * (1.0 - previous).sqrt() / variance,
+        "original_weight": betas * previous_level.sqrt() / variance,
         "sample_weight": previous * alphas.sqrt() / variance,
         "posterior_variance": posterior,
         "posterior_log_variance": torch.cat([posterior[1:2], posterior[1:]]).log(),
@@ -119,7 +121,7 @@ class DiffusionProcess:
         """
         self.betas, self.alphas_cumprod = betas, alphas_cumprod
         variance = 1.0 - alphas_cumprod if variance is None else variance
-        posterior = posterior_tables(betas, variance, alphas)
+        posterior = posterior_tables(betas, alphas_cumprod, variance, alphas)
         self.original_weight, self.sample_weight = posterior["original_weight"], posterior["sample_weight"]
         self.posterior_variance = posterior["posterior_variance"]
         self.posterior_log_variance = posterior["posterior_log_variance"]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from ..data.prepare import is_phantom
+from ..data.card import describe_population
+from ..data.phantoms.sets import is_phantom
 from ..hub.model_card import make_card
 from ..hub.publishing import PublishingError, complete_folder, open_repository
 from ..pipelines.base import device_name
@@ -62,6 +63,7 @@ def export(run: Run) -> Path:
             repo_id=options.train.push_to_hub,
             config=config,
             recipe=recipe,
+            population=describe_population(recipe) if recipe else None,
             data_summary={
                 name: {"subjects": len(split.subjects), "slices": split.count_rows(objective.trains_on)}
                 for name, split in splits.items()

@@ -12,7 +12,7 @@ import torch
 import torch.utils.data
 from accelerate import Accelerator
 
-from ..data.prepare import PHANTOMS
+from ..data.phantoms.sets import PHANTOMS
 from ..data.prepared import PreparedSplit, StreamedSplit, load_prepared
 from .objective import Objective
 from .options import DataOptions, TrainOptions

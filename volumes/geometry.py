@@ -1,9 +1,9 @@
 """The grid of a network's slices and its relation to the grid of the input.
 
-A volume is reoriented so that its slices lie along the last axis and every slice is shown in radiological convention; what is
-left between the two grids is one offset and one scale per axis. So a volume travels in both directions by three
-one-dimensional interpolations, whatever its orientation, spacing or obliquity: rotations stay in the affine, voxels are
-never mixed across axes.
+A volume is reoriented so that its slices lie along the last axis and every slice is shown in radiological convention;
+what is left between the two grids is one offset and one scale per axis. So a volume travels in both directions by
+three one-dimensional interpolations, whatever its orientation, spacing or obliquity: rotations stay in the affine,
+voxels are never mixed across axes.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ PLANES = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the network's slices lie in the input volume.
+    """Says how the network's slices lie in the input volume, and brings arrays from one grid to the other.
 
     Args:
         input_shape (`tuple[int, int, int]`): Voxels of the input, `(X, Y, Z)`.
         input_affine (`np.ndarray` of shape `(4, 4)`): Input voxel indices to world millimetres (RAS+).
         plane (`str`): Slice plane, a key of `PLANES`.
-        start (`tuple[float, float, float]`): Where the centre of network voxel 0 lies, in voxels of the reoriented input,
-            in the order (W, H, slice).
-        step (`tuple[float, float, float]`): Distance of neighbouring network voxels, in voxels of the reoriented input.
+        start (`tuple[float, float, float]`):
+            Where the centre of network voxel 0 lies, in voxels of the reoriented input, in the order (W, H, slice).
+        step (`tuple[float, float, float]`):
+            Distance of neighbouring network voxels, in voxels of the reoriented input.
         network_shape (`tuple[int, int, int]`): Voxels of the network's grid, `(W, H, N)`.
-        antialias (`bool`): Widen the interpolation kernel where the network's grid is the coarser one. On the way back it is
-            always widened where the input's grid is coarser.
-        bspline (`bool`): Bring images to the network's grid by cubic B-splines, without `antialias`, instead of linearly.
+        antialias (`bool`):
+            Widen the interpolation kernel where the network's grid is the coarser one. On the way back it is always
+            widened where the input's grid is coarser.
+        bspline (`bool`):
+            Bring images to the network's grid by cubic B-splines, without `antialias`, instead of linearly.
     """
 
     input_shape: tuple[int, int, int]
@@ -47,7 +50,7 @@ class Geometry:
 
     @property
     def network_affine(self) -> np.ndarray:
-        """`(4, 4)`, network voxel indices (w, h, slice) to world millimetres (RAS+)."""
+        """Returns the matrix `(4, 4)` from network voxel indices (w, h, slice) to world millimetres (RAS+)."""
         oriented = self.input_affine @ nib.orientations.inv_ornt_aff(
             plane_orientation(self.input_affine, self.plane), self.input_shape
         )
@@ -83,8 +86,8 @@ class Geometry:
         return np.ascontiguousarray(nib.orientations.apply_orientation(oriented, back))
 
     def slices_to_input(self, values: np.ndarray) -> np.ndarray:
-        """Reorders one value per network slice, `(N, ...)`, to the input's own slices along the slice axis: the nearest network
-        slice, 0 beyond the slices."""
+        """Brings one value per network slice, `(N, ...)`, to the input's own slices along the slice axis: each takes
+        that of the nearest network slice, and 0 beyond them."""
         orientation = plane_orientation(self.input_affine, self.plane)
         axis = int(np.argsort(orientation[:, 0])[2])
         index = np.arange(self.input_shape[axis])
@@ -98,7 +101,8 @@ class Geometry:
 
 
 def plane_orientation(affine: np.ndarray, plane: str) -> np.ndarray:
-    """nibabel orientation `(3, 2)` that turns voxel axes into the axes (W, H, slice) of a plane of `PLANES`."""
+    """Returns the nibabel orientation `(3, 2)` that turns voxel axes into the axes (W, H, slice) of a plane of
+    `PLANES`."""
     orientations = nib.orientations
     return orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(PLANES[plane]))
 
@@ -114,8 +118,8 @@ def _resample(array, shape, start, step, nearest, antialias):
 
 
 def _resample_bspline(array, shape, start, step):
-    # The field of view in whole voxels first, 0 outside of the input: splines see beyond their neighbours, and are to see nothing
-    # else. They go on at its border as if mirrored in the centre of the outermost voxel, as those of ITK.
+    # The field of view in whole voxels first, 0 outside of the input: splines see beyond their neighbours, and are to
+    # see nothing else. They go on at its border as if mirrored in the centre of the outermost voxel, as those of ITK.
     low = np.floor(np.subtract(start, np.divide(step, 2)) + 0.5 + 1e-6).astype(int)
     high = np.ceil(np.add(start, np.multiply(step, np.subtract(shape, 0.5))) + 0.5 - 1e-6).astype(int)
     window = np.zeros(high - low)
@@ -129,8 +133,10 @@ def _resample_bspline(array, shape, start, step):
 
 
 def _nearest(coordinates):
-    # Halves go up, as in torch's `interpolate(mode="nearest-exact")`; to even would take a voxel twice and skip the next.
-    return np.floor(coordinates + 0.5).astype(int)
+    # Halves go up: to even would take a voxel twice and skip the next. 1e-6 is for rounding errors, as the half 29.5
+    # may come as 29.49999999999999. So every index is the one of exact fractions; torch's
+    # `interpolate(mode="nearest-exact")` has the same but for halves that its float32 coordinates turn down.
+    return np.floor(coordinates + 0.5 + 1e-6).astype(int)
 
 
 def _gather(array, axis, size, start, step):
@@ -141,8 +147,9 @@ def _gather(array, axis, size, start, step):
 
 
 def _linear_weights(source: int, target: int, start: float, step: float, antialias: bool) -> np.ndarray:
-    # Row k interpolates at source coordinate start + k * step. Weights are renormalised at the border of the source and
-    # zero beyond it, which makes a plain resize equal to torch's `interpolate(mode="bilinear", align_corners=False)`.
+    # Row k interpolates at source coordinate start + k * step. Weights are renormalised at the border of the source
+    # and zero beyond it, which makes a plain resize equal to torch's
+    # `interpolate(mode="bilinear", align_corners=False)`.
     centre = start + step * np.arange(target)
     radius = max(1.0, step) if antialias else 1.0
     weights = np.clip(1.0 - np.abs(np.arange(source)[None] - centre[:, None]) / radius, 0.0, None)

@@ -12,6 +12,7 @@ import scipy.ndimage
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 
+from ..checks import check_choices, check_integer, check_keys, check_number
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
 from .geometry import PLANES, Geometry, plane_orientation
 from .volume import InputVolume, read_volume
@@ -22,15 +23,19 @@ BRAIN_RULES = ("nonzero", "given", "none")
 RESIZE_RULES = ("fit", "stretch", "torchio")
 
 _FLOW_STEP = 0.125  # of CurvatureFlow
-_NO_BRAIN_LEFT = "{name}: no voxel of the brain is left in the slices. Check the brain mask, and `crop`, `spacing` and `size` of the processor."
+_NO_BRAIN_LEFT = (
+    "{name}: no voxel of the brain is left in the slices. Check the brain mask, and `crop`, `spacing` and `size` of the"
+    " processor."
+)
 
 
 @dataclass(frozen=True)
 class ProcessedVolume:
-    """Slices of one volume, ready for a network.
+    """Holds the slices of one volume, ready for a network.
 
     Args:
-        slices (`torch.Tensor` of shape `(N, C, H, W)`): float32, modalities in the processor's order, in `value_range`.
+        slices (`torch.Tensor` of shape `(N, C, H, W)`):
+            float32, modalities in the processor's order, in `value_range`.
         brain (`torch.Tensor` of shape `(N, H, W)`): bool, where maps count. All `True` without a brain rule.
         geometry ([`Geometry`]): The way back to the input's grid.
         units_offset, units_scale (`np.ndarray` of shape `(N, C)`): `value * scale + offset` is in the input's units.
@@ -47,51 +52,55 @@ class ProcessedVolume:
 
 class VolumeProcessor(ConfigMixin):
     r"""
-    Brings volumes to slices and maps back onto the volume. A component of every checkpoint: what the network has seen in
-    training is what it sees at inference.
+    Brings volumes to slices and maps back onto the volume. A component of every checkpoint: what the network has seen
+    in training is what it sees at inference.
 
-    The order of steps: smoothing, orientation, intensity rule of the whole volume, spacing, crop, resize (one interpolation
-    for all three, linear but for `resize="torchio"`), intensity rule of the slice, clipping, value range.
+    The order of steps: smoothing, orientation, intensity rule of the whole volume, spacing, crop, resize (one
+    interpolation for all three, linear but for `resize="torchio"`), intensity rule of the slice, clipping, value
+    range.
 
     Args:
         modalities (`tuple[str, ...]`, defaults to `("image",)`):
-            Names in channel order. A dict is read by name, a 4-D file by position; one modality accepts any single image.
+            Names in channel order. A dict is read by name, a 4-D file by position; one modality accepts any single
+            image.
         plane (`str`, defaults to `"axial"`):
             `"axial"`, `"coronal"` or `"sagittal"`: the plane that slices are taken in, in radiological convention.
         spacing (`tuple[float | None, float | None, float | None]`, *optional*):
             Voxel size in mm along (H, W, slice) that volumes are brought to; `None` keeps the input's.
         crop (`"brain"` or `tuple[int, ...]`, *optional*):
-            `"brain"` cuts slices to the bounding box of the brain; `(H, W)` or `(H, W, N)` cuts or zero-pads about the centre, in
-            voxels after `spacing`.
+            `"brain"` cuts slices to the bounding box of the brain; `(H, W)` or `(H, W, N)` cuts or zero-pads about the
+            centre, in voxels after `spacing`.
         size (`tuple[int, int]`, *optional*):
             Slice size (H, W) of the network; `None` keeps what the steps before give.
         resize (`str`, defaults to `"fit"`):
-            `"fit"` keeps the aspect ratio and pads with background, `"stretch"` does not. `"torchio"`: as `CropOrPad` and `Resample` of
-            torchio do it, in cDDPM and SADM: `crop` has three numbers, the factor from it to `size` is that of the slice axis, too, an odd
-            voxel is cut at the low end and not at the high one, and images are interpolated by cubic B-splines without antialiasing,
-            which overshoot a little.
+            `"fit"` keeps the aspect ratio and pads with background, `"stretch"` does not. `"torchio"`: as `CropOrPad`
+            and `Resample` of torchio do it, in cDDPM and SADM: `crop` has three numbers, the factor from it to `size`
+            is that of the slice axis, too, an odd voxel is cut at the low end and not at the high one, and images are
+            interpolated by cubic B-splines without antialiasing, which overshoot a little.
         antialias (`bool`, defaults to `True`):
-            Widen the linear kernel when reducing (as PIL and `interpolate(antialias=True)`). ANDi does, AnoFPDM does not.
+            Widen the linear kernel when reducing (as PIL and `interpolate(antialias=True)`). ANDi does, AnoFPDM does
+            not.
         intensity (`str`, defaults to `"percentile"`):
             `"percentile"`: divide by the `quantile` of the voxels > 0 of the volume (ANDi 2.2, AnoFPDM 2.4).
-            `"slice_minmax"`: after `"percentile"`, every slice and channel to [0, 1], (x - min) / (max - min + 1e-5) (AnoFPDM's
-            loader).
-            `"brain_percentiles"`: [1 - `quantile`, `quantile`] of the voxels of the brain mask that `crop` leaves, to [0, 1], and clip to
-            that before anything is interpolated (cDDPM and SADM: percentiles 1 and 99).
+            `"slice_minmax"`: after `"percentile"`, every slice and channel to [0, 1], (x - min) / (max - min + 1e-5)
+            (AnoFPDM's loader).
+            `"brain_percentiles"`: [1 - `quantile`, `quantile`] of the voxels of the brain mask that `crop` leaves, to
+            [0, 1], and clip to that before anything is interpolated (cDDPM and SADM: percentiles 1 and 99).
             `"mean_std"`: clip to [m - s, m + 2s] of the volume, then to [0, 1].
-            `"mean_std_no_offset"`: AnoDDPM's own rule: the same clip, divided by 3s, nothing subtracted; above 1 where m > s.
+            `"mean_std_no_offset"`: AnoDDPM's own rule: the same clip, divided by 3s, nothing subtracted; above 1 where
+            m > s.
             `"given"`: `input_range` to [0, 1].
         quantile (`float`, defaults to 0.99): Of the rules `"percentile"`, `"slice_minmax"` and `"brain_percentiles"`.
         input_range (`tuple[float, float]`, defaults to `(0.0, 255.0)`): Of the rule `"given"`, in the input's units.
         value_range (`tuple[float, float]`, defaults to `(-1.0, 1.0)`): What [0, 1] becomes in the network.
         clip (`bool`, defaults to `True`): Limit values to `value_range`. ANDi's exceed it (`False`).
         brain_mask (`str`, defaults to `"nonzero"`):
-            `"nonzero"`: where any modality is above `background`, holes filled per slice. `"given"`: a mask comes with every
-            volume. `"none"`: the whole slice counts. A mask that is given wins over `"nonzero"`.
+            `"nonzero"`: where any modality is above `background`, holes filled per slice. `"given"`: a mask comes with
+            every volume. `"none"`: the whole slice counts. A mask that is given wins over `"nonzero"`.
         background (`float`, defaults to 0.0): Of the rule `"nonzero"`, in the input's units.
         curvature_flow (`int`, defaults to 0):
-            Smooth every image first, at its own resolution: iterations of SimpleITK's `CurvatureFlow` with steps of 0.125. cDDPM and SADM
-            3. Needs the extra `preprocess`.
+            Smooth every image first, at its own resolution: iterations of SimpleITK's `CurvatureFlow` with steps of
+            0.125. cDDPM and SADM 3. Needs the extra `preprocess`.
     """
 
     config_name = "processor_config.json"
@@ -115,14 +124,9 @@ class VolumeProcessor(ConfigMixin):
         background: float = 0.0,
         curvature_flow: int = 0,
     ):
-        for name, value, allowed in (
-            ("plane", plane, tuple(PLANES)),
-            ("resize", resize, RESIZE_RULES),
-            ("intensity", intensity, INTENSITY_RULES),
-            ("brain_mask", brain_mask, BRAIN_RULES),
-        ):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+        check_choices(
+            self.config, plane=PLANES, resize=RESIZE_RULES, intensity=INTENSITY_RULES, brain_mask=BRAIN_RULES
+        )
         if not modalities or isinstance(modalities, str) or len(set(modalities)) != len(modalities):
             raise ValueError(f"`modalities` must be a list of different names, got {modalities!r}.")
         if "brain" in modalities:
@@ -137,15 +141,13 @@ class VolumeProcessor(ConfigMixin):
             _is_list(crop, 3) and _is_list(size, 2) and crop[0] * size[1] == crop[1] * size[0] and crop[0] >= size[0]
         ):
             raise ValueError(
-                "`resize` torchio needs `crop` (H, W, N) and a `size` (H, W) that is smaller by the same factor in both directions, got"
+                "`resize` torchio needs `crop` (H, W, N) and a `size` (H, W) that is smaller by the same factor in"
+                " both directions, got"
                 f" {crop!r} and {size!r}."
             )
-        if not 0 < quantile <= 1:
-            raise ValueError(f"`quantile` must be above 0 and at most 1, got {quantile}.")
-        if intensity == "brain_percentiles" and quantile <= 0.5:
-            raise ValueError(f"`quantile` must be above 0.5 for brain_percentiles, got {quantile}.")
-        if not isinstance(curvature_flow, int) or curvature_flow < 0:
-            raise ValueError(f"`curvature_flow` must be an integer >= 0, got {curvature_flow!r}.")
+        # The rule brain_percentiles takes the quantile and its mirror image.
+        check_number("quantile", quantile, above=0.5 if intensity == "brain_percentiles" else 0, most=1)
+        check_integer("curvature_flow", curvature_flow, 0)
         for name, pair in (("input_range", input_range), ("value_range", value_range)):
             if not _is_list(pair, 2) or not pair[0] < pair[1]:
                 raise ValueError(f"`{name}` must be (low, high) with low < high, got {pair!r}.")
@@ -154,14 +156,13 @@ class VolumeProcessor(ConfigMixin):
     def from_dict(cls, settings: dict) -> VolumeProcessor:
         """Builds a processor from plain settings; an unknown key is an error that lists the known ones."""
         known = tuple(inspect.signature(cls.__init__).parameters)[1:]
-        unknown = sorted(key for key in settings if key not in known and not key.startswith("_"))
-        if unknown:
-            raise ValueError(f"A processor has no setting {', '.join(unknown)}; known are {', '.join(known)}.")
+        check_keys("processor", (key for key in settings if not key.startswith("_")), known, "it")
         return cls(**{key: _tuples(value) for key, value in settings.items() if key in known})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> VolumeProcessor:
-        """Loads `processor_config.json` from a folder or a Hub repository (`subfolder`, `revision`, ... as in diffusers)."""
+        """Loads `processor_config.json` from a folder or a Hub repository (`subfolder`, `revision`, ... as in
+        diffusers)."""
         return cls.from_dict(cls.load_config(pretrained_model_name_or_path, **kwargs))
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
@@ -169,21 +170,23 @@ class VolumeProcessor(ConfigMixin):
         self.save_config(save_directory, **kwargs)
 
     def to_unit(self, slices: torch.Tensor) -> torch.Tensor:
-        """Slices in the `value_range`, brought to [0, 1]; what lies outside of the range stays outside."""
+        """Brings slices from the `value_range` to [0, 1]; values outside of the range stay outside."""
         low, high = self.config.value_range
         return (slices - low) / (high - low)
 
     def from_unit(self, slices: torch.Tensor) -> torch.Tensor:
-        """The inverse of `to_unit`."""
+        """Brings slices from [0, 1] to the `value_range`: the inverse of `to_unit`."""
         low, high = self.config.value_range
         return slices * (high - low) + low
 
     def settings(self) -> dict:
-        """The settings as plain JSON values, equal before and after saving: what two processors are compared by."""
+        """Returns the settings as plain JSON values, which are equal before and after saving, so that processors can
+        be compared."""
         return {key: _lists(value) for key, value in self.config.items() if not key.startswith("_")}
 
     def check_equal(self, settings: dict, what: str) -> None:
-        """Raises a `ValueError` that names every setting in which `what` (its `settings`) differs from this processor."""
+        """Raises a `ValueError` that names every setting in which `what` (its `settings`) differs from this
+        processor."""
         own = self.settings()
         different = [key for key in own if key in settings and _lists(settings[key]) != own[key]]
         if different:
@@ -194,17 +197,23 @@ class VolumeProcessor(ConfigMixin):
 
     def preprocess(self, volume, brain_mask=None) -> ProcessedVolume:
         """
+        Makes the slices of a volume.
+
         Args:
-            volume: Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, dict `{modality: one of those}` (key
-                `"brain"`: the brain mask) or an [`InputVolume`]. A 4-D file holds the modalities in the processor's order.
-            brain_mask (*optional*): Same kinds; voxels > 0 are brain. On the grid of the volume. An array has no affine of its
-                own and takes the volume's; a picture's is `(rows, columns)`.
+            volume:
+                Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, dict `{modality: one of those}`
+                (key `"brain"`: the brain mask) or an [`InputVolume`]. A 4-D file holds the modalities in the
+                processor's order.
+            brain_mask (*optional*):
+                Same kinds; voxels > 0 are brain. On the grid of the volume. An array has no affine of its own and
+                takes the volume's; a picture's is `(rows, columns)`.
 
         Returns:
             [`ProcessedVolume`]
 
         Raises:
-            ValueError: Missing or unknown modality, wrong number of channels, different grids, constant image, empty brain.
+            ValueError: Missing or unknown modality, wrong number of channels, different grids, constant image, empty
+                brain.
             ImportError: `curvature_flow` without SimpleITK.
         """
         volume, brain = self._read(volume, brain_mask)
@@ -216,17 +225,19 @@ class VolumeProcessor(ConfigMixin):
                 )
         if not brain.any():
             raise ValueError(
-                f"{volume.name}: the brain mask is empty (rule `{self.config.brain_mask}`). Give a mask, or change `background`."
+                f"{volume.name}: the brain mask is empty (rule `{self.config.brain_mask}`). Give a mask, or change"
+                " `background`."
             )
 
-        # 1. Intensities of the whole volume: (C, X, Y, Z) to about [0, 1]. offset + scale * value gives the input's units.
+        # 1. Intensities of the whole volume: (C, X, Y, Z) to about [0, 1]. offset + scale * value gives the input's
+        # units.
         if self.config.curvature_flow:
             arrays = _curvature_flow(arrays, volume.affine, self.config.curvature_flow)
         geometry = self.geometry(volume.shape, volume.affine, brain)
         arrays, offset, scale = self._volume_intensity(arrays, brain, geometry, volume.name)
 
-        # 2. Geometry: (C, X, Y, Z) to (N, C, H, W). Padding is background: 0, of the input with "brain_percentiles", and with
-        # "mean_std" the darkest value.
+        # 2. Geometry: (C, X, Y, Z) to (N, C, H, W). Padding is background: 0, of the input with "brain_percentiles",
+        # and with "mean_std" the darkest value.
         padding = np.zeros(len(arrays), np.float32)
         if self.config.intensity == "mean_std":
             padding = arrays.min((1, 2, 3))
@@ -260,23 +271,24 @@ class VolumeProcessor(ConfigMixin):
         )
 
     def preprocess_mask(self, mask, geometry: Geometry) -> np.ndarray:
-        """Brings a reference mask on the input's grid (same kinds as a volume; an array `(X, Y, Z)` has no affine of its own) to
-        `(N, H, W)` float32, its labels kept (nearest neighbour)."""
+        """Brings a reference mask on the input's grid (same kinds as a volume; an array `(X, Y, Z)` has no affine of
+        its own) to `(N, H, W)` float32, its labels kept (nearest neighbour)."""
         labels = _read_mask(mask, geometry.input_shape, geometry.input_affine, "`mask` must lie on the volume's grid")
         return geometry.to_network(labels, nearest=True)
 
     def postprocess(self, maps: torch.Tensor, processed: ProcessedVolume) -> np.ndarray:
-        """Brings maps `(N, H, W)` onto the grid of the input, `(X, Y, Z)` float32, linearly; outside the slices they are 0."""
+        """Brings maps `(N, H, W)` onto the grid of the input, `(X, Y, Z)` float32, linearly; outside the slices they
+        are 0."""
         return processed.geometry.to_input(maps.detach().float().cpu().numpy())
 
     def postprocess_image(self, slices: torch.Tensor, processed: ProcessedVolume) -> np.ndarray:
-        """Brings network images `(N, C, H, W)` onto the input's grid in the input's units: `(C, X, Y, Z)` float32."""
+        """Brings network images `(N, C, H, W)` onto the input's grid in the input's units, `(C, X, Y, Z)` float32."""
         values = slices.detach().float().cpu().numpy()
         values = values * processed.units_scale[..., None, None] + processed.units_offset[..., None, None]
         return np.stack([processed.geometry.to_input(channel.astype(np.float32)) for channel in values.swapaxes(0, 1)])
 
     def geometry(self, shape: tuple[int, int, int], affine: np.ndarray, brain: np.ndarray) -> Geometry:
-        """The network's grid for an input grid; `brain` (X, Y, Z) is used by `crop="brain"` only."""
+        """Returns the network's grid for an input grid; `brain` `(X, Y, Z)` is used by `crop="brain"` only."""
         orientation = plane_orientation(affine, self.config.plane)
         source_axis = np.argsort(orientation[:, 0])
         extent = np.array([shape[axis] for axis in source_axis], dtype=float)
@@ -356,7 +368,8 @@ class VolumeProcessor(ConfigMixin):
             unknown = [name for name in volume.arrays if name not in modalities]
             if missing or unknown:
                 raise ValueError(
-                    f"This checkpoint needs the modalities {', '.join(modalities)}; missing: {', '.join(missing) or 'none'},"
+                    f"This checkpoint needs the modalities {', '.join(modalities)}; missing:"
+                    f" {', '.join(missing) or 'none'},"
                     f" unknown: {', '.join(unknown) or 'none'}."
                 )
             arrays = {name: volume.arrays[name] for name in modalities}
@@ -379,7 +392,8 @@ class VolumeProcessor(ConfigMixin):
     def _volume_intensity(
         self, arrays: np.ndarray, brain: np.ndarray, geometry: Geometry, name: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        # The rule of the whole volume on (C, X, Y, Z), and per channel the offset and scale that it took out.
+        """Applies the rule of the whole volume to `(C, X, Y, Z)`; returns per channel the offset and scale that it
+        took out, too."""
         rule = self.config.intensity
         offset, scale = np.zeros(len(arrays)), np.ones(len(arrays))
         if rule in ("percentile", "slice_minmax"):
@@ -412,7 +426,7 @@ class VolumeProcessor(ConfigMixin):
 
 
 def _curvature_flow(arrays: np.ndarray, affine: np.ndarray, iterations: int) -> np.ndarray:
-    """Smoothed images, `(C, X, Y, Z)` float32."""
+    """Returns smoothed images, `(C, X, Y, Z)` float32."""
     try:
         import SimpleITK as sitk
     except ImportError as error:
@@ -440,7 +454,8 @@ def _read_mask(mask, shape: tuple[int, int, int], affine: np.ndarray, requiremen
         raise ValueError(f"{requirement}: shape {shape}, got {volume.shape}.")
     if not isinstance(mask, (np.ndarray, torch.Tensor)) and not np.allclose(volume.affine, affine, atol=1e-3):
         raise ValueError(
-            f"{requirement}: affine {affine.round(3).tolist()}, got {volume.affine.round(3).tolist()}. Resample it first."
+            f"{requirement}: affine {affine.round(3).tolist()}, got {volume.affine.round(3).tolist()}. Resample it"
+            " first."
         )
     return next(iter(volume.arrays.values()))
 

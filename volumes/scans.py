@@ -10,7 +10,8 @@ from .volume import IMAGE_SUFFIXES, VOLUME_SUFFIXES
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan: a name for its results, what the pipeline is called with (volume and mask), the path that a person gave."""
+    """Names one scan: a name for its results, what the pipeline is called with (volume and mask), the path that a
+    person gave."""
 
     name: str
     volume: dict | Path
@@ -22,15 +23,22 @@ def find_scans(
     paths: list[str], modalities: list[str], brain: str | None = None
 ) -> tuple[list[Scan], list[tuple[str, str]]]:
     """
+    Finds the scans in files and folders.
+
     Args:
         paths (`list[str]`):
-            Files (one scan each), or folders: one scan with a file per modality, or several scans in files or sub-folders. The file of
-            a modality is called after it, alone (`flair.nii.gz`) or at the end (`patient1_flair.nii.gz`).
+            Files (one scan each), or folders: one scan with a file per modality, or several scans in files or
+            sub-folders. The file of a modality is called after it, alone (`flair.nii.gz`) or at the end
+            (`patient1_flair.nii.gz`).
         modalities (`list[str]`): Of the checkpoint, in its order.
         brain (`str`, *optional*): Name of the brain mask beside each scan.
 
     Returns:
-        `tuple[list[Scan], list[tuple[str, str]]]`: Scans with different names, and paths without a scan with the reason.
+        `tuple[list[Scan], list[tuple[str, str]]]`: Scans with different names, and paths without a scan with the
+        reason.
+
+    Raises:
+        ValueError: The results of several scans would go into one folder.
     """
     found: list[tuple[Path, dict | Path]] = []
     failed = []

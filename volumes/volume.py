@@ -1,4 +1,4 @@
-"""Reads what a volume may be, and says in one sentence what is wrong with it."""
+"""Reads volumes of every accepted kind, and says in one sentence what is wrong with one that cannot be used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 # A picture's columns run to the patient's left and its rows to posterior, as in radiological convention.
-_PICTURE_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
+PICTURE_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 # What a result takes over from the input's header, so that both lie at the same place for every reader.
 _GRID_FIELDS = (
@@ -28,11 +28,12 @@ _GRID_FIELDS = (
 
 @dataclass(frozen=True)
 class InputVolume:
-    """One or several co-registered images on one grid, before any processing.
+    """Holds one or several co-registered images on one grid, before any processing.
 
     Args:
-        arrays (`dict[str, np.ndarray]`): Name to float32 array `(X, Y, Z)` in the file's units. An unnamed input (a file, an
-            array) has the single key `""`, an unnamed 4-D file the keys `"0"`, `"1"`, ...
+        arrays (`dict[str, np.ndarray]`):
+            Name to float32 array `(X, Y, Z)` in the file's units. An unnamed input (a file, an array) has the single
+            key `""`, an unnamed 4-D file the keys `"0"`, `"1"`, ...
         affine (`np.ndarray` of shape `(4, 4)`): Voxel indices to world millimetres (RAS+).
         header (`nibabel.Nifti1Header` or `None`): Header that results copy units and codes from.
         is_picture (`bool`): Whether the input is a 2-D picture, whose results are pictures too.
@@ -52,14 +53,15 @@ class InputVolume:
         return next(iter(self.arrays.values())).shape
 
     def as_given(self, array: np.ndarray) -> np.ndarray:
-        """A result `(X, Y, Z)` in the form of the input: `(rows, columns)` of a picture, `(X, Y)` of a 2-D array."""
+        """Returns a result `(X, Y, Z)` in the form of the input: `(rows, columns)` of a picture, `(X, Y)` of a 2-D
+        array."""
         if self.is_picture:
             return array[..., 0].T
         return array[..., 0] if self.ndim == 2 else array
 
     def image(self, array: np.ndarray) -> nib.Nifti1Image:
-        """A NIfTI image of a result (in the input's form, modalities last) on this grid: affine, sform, qform and units of the
-        input, dtype of `array`."""
+        """Returns a NIfTI image of a result (in the input's form, modalities last) on this grid: affine, sform, qform
+        and units of the input, dtype of `array`."""
         if self.ndim == 2 and array.ndim == 3:
             array = array[:, :, None]  # modalities belong on the fourth axis
         image_class = nib.Nifti2Image if isinstance(self.header, nib.Nifti2Header) else nib.Nifti1Image
@@ -75,8 +77,8 @@ class InputVolume:
 
 
 class StoredVolume(ABC):
-    """A volume that no file of its own holds: slices in a file each, an entry of an archive. Readers make them; [`read_volume`] takes
-    them like a path.
+    """Stands for a volume that no file of its own holds: slices in a file each, an entry of an archive. Readers make
+    them, and [`read_volume`] takes them like a path.
 
     Attributes:
         files (`tuple[Path, ...]`): What it is read from.
@@ -86,18 +88,18 @@ class StoredVolume(ABC):
 
     @abstractmethod
     def read(self) -> InputVolume:
-        """Reads it; errors as in [`read_volume`]."""
+        """Reads the volume; errors as in [`read_volume`]."""
 
 
 def read_volume(source) -> InputVolume:
-    """Reads a path, nibabel image, array or tensor `(X, Y)` or `(X, Y, Z)`, PIL image, [`StoredVolume`], or a dict of those, into an
-    [`InputVolume`].
+    """Reads a path, nibabel image, array or tensor `(X, Y)` or `(X, Y, Z)`, PIL image, [`StoredVolume`], or a dict of
+    those, into an [`InputVolume`].
 
     Raises:
         FileNotFoundError: There is no such file.
         TypeError: `source` is none of the accepted kinds.
-        ValueError: The content cannot be used: unreadable, empty, wrong number of dimensions, NaN, colour, or modalities that do
-            not share one grid. The message names the input.
+        ValueError: The content cannot be used: unreadable, empty, wrong number of dimensions, NaN, colour, or
+            modalities that do not share one grid. The message names the input.
     """
     import torch  # here, so that listing files does not wait for it
 
@@ -133,8 +135,10 @@ def _read_modalities(source: Mapping) -> InputVolume:
             raise ValueError(f"Modality `{name}` has {len(volume.arrays)} channels; one 3-D image per name is needed.")
         if volume.shape != first.shape or not np.allclose(volume.affine, first.affine, atol=1e-3):
             raise ValueError(
-                f"Modalities `{first_name}` and `{name}` lie on different grids: shapes {first.shape} and {volume.shape},"
-                f" affines {first.affine.round(3).tolist()} and {volume.affine.round(3).tolist()}. Resample them to one grid first."
+                f"Modalities `{first_name}` and `{name}` lie on different grids: shapes {first.shape} and"
+                f" {volume.shape},"
+                f" affines {first.affine.round(3).tolist()} and {volume.affine.round(3).tolist()}. Resample them to"
+                " one grid first."
             )
     arrays = {name: next(iter(volume.arrays.values())) for name, volume in volumes.items()}
     return InputVolume(arrays, first.affine, first.header, first.is_picture, first.ndim, first.name)
@@ -188,7 +192,8 @@ def _from_nibabel(image, name: str) -> InputVolume:
         no_codes = True
     if no_codes:
         warnings.warn(
-            f"{name} has no usable affine: left and right cannot be told apart. Its voxel sizes and axes are taken as they"
+            f"{name} has no usable affine: left and right cannot be told apart. Its voxel sizes and axes are taken as"
+            " they"
             " stand; write the right affine into the header if you know it.",
             stacklevel=2,
         )
@@ -207,7 +212,8 @@ def _is_regular(affine: np.ndarray) -> bool:
 def _from_picture(picture: PIL.Image.Image, name: str) -> InputVolume:
     if picture.mode == "F":
         raise ValueError(
-            f"{name} holds decimal numbers (mode F), which picture files cannot; give an array: `np.asarray(picture).T`."
+            f"{name} holds decimal numbers (mode F), which picture files cannot; give an array:"
+            " `np.asarray(picture).T`."
         )
     if picture.mode not in ("1", "L", "I", "I;16"):
         colours = np.asarray(picture.convert("RGB"))
@@ -220,13 +226,14 @@ def _from_picture(picture: PIL.Image.Image, name: str) -> InputVolume:
     else:
         array = np.asarray(picture)
     array = np.ascontiguousarray(array.T[..., None], dtype=np.float32)
-    return _checked(InputVolume({"": array}, _PICTURE_AFFINE, None, True, 2, name))
+    return _checked(InputVolume({"": array}, PICTURE_AFFINE, None, True, 2, name))
 
 
 def _from_array(array: np.ndarray) -> InputVolume:
     if array.ndim not in (2, 3):
         raise ValueError(
-            f"An array or tensor must have the shape (X, Y) or (X, Y, Z), got {array.shape}. Several modalities go into a dict"
+            f"An array or tensor must have the shape (X, Y) or (X, Y, Z), got {array.shape}. Several modalities go"
+            " into a dict"
             " of arrays; slices that are already processed, a tensor (N, C, H, W), go to the pipeline."
         )
     if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool) or np.iscomplexobj(array):

@@ -2,8 +2,6 @@
 
 The phantom shows that a method is correct: the error falls, AUROC rises with `contrast`, two runs agree. It cannot
 support a claim of accuracy, because all subjects share the gyral pattern of one template and one simulated scanner.
-
-Import as `from anodiff.data.phantoms.brains import make_subject, write_phantom`.
 """
 
 import csv
@@ -15,9 +13,12 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from scipy import ndimage, sparse
+from scipy import ndimage
 from scipy.special import expit
 from tqdm.auto import tqdm
+
+from ...checks import check_choice, check_integer, check_number
+from ..smooth_fields import smooth_field
 
 
 # X, Y, Z voxels of the grid (RAS), V voxels inside the brain, mm are RAS millimetres of the template.
@@ -32,11 +33,11 @@ LESION_MEANS = {"t1": 0.38, "t2": 0.80, "flair": 0.92}
 CORE_MEANS = {"t1": 0.25, "t2": 0.95, "flair": 0.45}
 DISPLACEMENT = ((60.0, 3.0), (28.0, 1.5), (14.0, 0.6))  # knot spacing and standard deviation, mm
 
-# Number of subjects per split and kind, `None` is healthy: volume-level AUROC needs healthy ones in every test.
-# Seed of the data sets: with it the tumours and strokes of phantom-mini's validation and test splits have 2 to 29 ml, so that
-# they can be seen at 64 pixels; with others some have less than a millilitre.
+# Seed of the data sets: with it the tumours and strokes of phantom-mini's validation and test splits have 2 to 29 ml,
+# so that they can be seen at 64 pixels; with others some have less than a millilitre.
 SET_SEED = 11
 
+# Number of subjects per split and kind, `None` is healthy: volume-level AUROC needs healthy ones in every test.
 PHANTOM_SETS = {
     "phantom-mini": {
         "train": ((None, 16),),
@@ -57,7 +58,7 @@ _MIN_LESION_ML = 0.05
 @dataclass(frozen=True)
 class PhantomSubject:
     """
-    One synthetic subject.
+    Holds one synthetic subject.
 
     Args:
         name (`str`):
@@ -86,7 +87,7 @@ class PhantomSubject:
 
     def save(self, folder: str | Path) -> None:
         """
-        Write `t1.nii.gz`, `t2.nii.gz`, `flair.nii.gz` (int16, value x 1000, no scale factor in the header),
+        Writes `t1.nii.gz`, `t2.nii.gz`, `flair.nii.gz` (int16, value x 1000, no scale factor in the header),
         `brain.nii.gz`, `lesion.nii.gz` (uint8) and `phantom.json` (`parameters`).
 
         Args:
@@ -106,8 +107,8 @@ class PhantomSubject:
 
 @dataclass(frozen=True)
 class _Template:
-    """Average anatomy on a regular RAS grid. `ventricle_distance` and `depth` below the surface, in mm, have a grid of
-    their own."""
+    """Holds the average anatomy on a regular RAS grid. `ventricle_distance` and `depth` below the surface, in mm, have
+    a grid of their own."""
 
     gm: np.ndarray
     wm: np.ndarray
@@ -151,7 +152,7 @@ def _make_template(gm, wm, brain, spacing, origin, stride):
 
 @lru_cache(maxsize=1)
 def _mni152_template() -> _Template:
-    """ICBM152 2009a tissue maps at 1 mm, from nilearn's wheel (no download)."""
+    """Reads the ICBM152 2009a tissue maps at 1 mm, from nilearn's wheel (no download)."""
     try:
         from nilearn.datasets import load_mni152_brain_mask, load_mni152_gm_template, load_mni152_wm_template
     except ImportError as error:
@@ -168,7 +169,8 @@ def _mni152_template() -> _Template:
 
 @lru_cache(maxsize=1)
 def _geometric_template() -> _Template:
-    """Nested deformed ellipsoids on 64 x 76 x 60 voxels of 3 mm: CSF rim, folded GM shell, WM, two ventricles."""
+    """Makes nested deformed ellipsoids on 64 x 76 x 60 voxels of 3 mm: CSF rim, folded GM shell, WM, two
+    ventricles."""
     shape, spacing = (64, 76, 60), 3.0
     origin = -spacing * (np.array(shape) - 1) / 2
     x, y, z = (
@@ -196,7 +198,8 @@ def _geometric_template() -> _Template:
 
 @dataclass(frozen=True)
 class _Grid:
-    """The voxels of the output. Knots are counted over `extent`, so that smooth fields do not depend on `spacing`."""
+    """Holds the voxels of the output. Knots are counted over `extent`, so that smooth fields do not depend on
+    `spacing`."""
 
     shape: tuple[int, int, int]
     spacing: float
@@ -204,44 +207,9 @@ class _Grid:
     extent: np.ndarray
 
     def positions(self) -> list[np.ndarray]:
-        """Coordinates of all voxels in mm as three float32 arrays that broadcast to `(X, Y, Z)`."""
+        """Returns the coordinates of all voxels in mm as three float32 arrays that broadcast to `(X, Y, Z)`."""
         axes = [o + self.spacing * np.arange(n) for o, n in zip(self.origin, self.shape, strict=True)]
         return np.meshgrid(*(axis.astype(np.float32) for axis in axes), indexing="ij", sparse=True)
-
-
-@lru_cache(maxsize=64)
-def _spline_matrix(n, spacing, n_knots, knot_spacing):
-    position = np.arange(n) * spacing / knot_spacing
-    first = np.floor(position).astype(int)
-    u = position - first
-    weights = np.stack([(1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3], axis=1)
-    weights /= np.sqrt((weights**2).sum(axis=1, keepdims=True))  # unit variance at every voxel, not only on average
-    columns = first[:, None] + np.arange(4)
-    return sparse.csr_array(
-        (weights.astype(np.float32).ravel(), columns.ravel(), 4 * np.arange(n + 1)), shape=(n, n_knots)
-    )
-
-
-def smooth_field(rng, shape, spacing, extent, knot_spacing):
-    """
-    Gaussian field of mean 0 and standard deviation 1: cubic B-splines with independent normal coefficients.
-
-    Sparse products, one per axis: exact at any spacing, much faster than a cubic zoom, and (unlike BLAS) bit for bit the
-    same whatever the number of threads.
-
-    Args:
-        rng (`np.random.Generator`): Of the coefficients.
-        shape (`tuple[int, ...]`): Of the field.
-        spacing, extent (`Sequence[float]`): Voxel size and length of every axis, in the unit of `knot_spacing`.
-        knot_spacing (`float`): Distance of the knots: what "smooth" means.
-    """
-    n_knots = [int(length // knot_spacing) + 4 for length in extent]
-    field = rng.standard_normal(n_knots, dtype=np.float32)
-    for n, step, knots in zip(shape, spacing, n_knots, strict=True):
-        matrix = _spline_matrix(n, step, knots, knot_spacing)
-        # Each product takes the first axis and appends its result as the last: in the end the order is that of `shape`.
-        field = np.moveaxis((matrix @ field.reshape(knots, -1)).reshape(n, *field.shape[1:]), 0, -1)
-    return field
 
 
 def _smooth_field(rng, grid, knot_spacing):
@@ -249,13 +217,14 @@ def _smooth_field(rng, grid, knot_spacing):
 
 
 def _jacobian_determinant(source, spacing):
-    """Determinant of the derivative of a map, `source (3, X, Y, Z)` in mm, on a grid of `spacing` mm."""
+    """Returns the determinant of the derivative of a map, `source (3, X, Y, Z)` in mm, on a grid of `spacing` mm."""
     (a, b, c), (d, e, f), (g, h, i) = (np.gradient(component, spacing) for component in source)
     return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
 
 
 def _draw_shape(rng, grid, template):
-    """Where the subject's voxels lie in the template, `(3, X, Y, Z)` in mm. Rejects maps that fold or nearly do."""
+    """Draws where the subject's voxels lie in the template, `(3, X, Y, Z)` in mm. Rejects maps that fold or nearly
+    do."""
     for draw in range(1, _MAX_DRAWS + 1):
         matrix = (np.eye(3) + rng.normal(0, 0.03, (3, 3))) @ np.diag(rng.uniform(0.95, 1.05, 3))
         offsets = [position - np.float32(c) for position, c in zip(grid.positions(), template.centre, strict=True)]
@@ -273,21 +242,57 @@ def _draw_shape(rng, grid, template):
 
 
 def _sample(volume, spacing, template, source):
-    """Linear interpolation of `volume` (0 outside its grid) at `source (3, ...)` in mm."""
+    """Interpolates `volume` linearly (0 outside its grid) at `source (3, ...)` in mm."""
     index = np.stack([(s - np.float32(o)) / np.float32(spacing) for s, o in zip(source, template.origin, strict=True)])
     return ndimage.map_coordinates(volume, index, output=np.float32, order=1, mode="constant")
 
 
-def _tissue_weights(template, source, sharpness, modulation):
-    """Partial-volume weights of CSF, GM, WM `(3, V)` at the brain's voxels, which sum to 1."""
-    gm, wm = (_sample(volume, template.spacing, template, source) for volume in (template.gm, template.wm))
-    fractions = np.stack([np.maximum(1 - gm - wm, 0), gm, wm])
-    weights = fractions ** np.float32(sharpness) * modulation
-    return weights / weights.sum(axis=0)
+@dataclass(frozen=True)
+class _Anatomy:
+    """Holds a subject without lesion and scanner, at its V voxels inside the brain."""
+
+    brain: np.ndarray  # (X, Y, Z) bool
+    positions: np.ndarray  # (3, V) mm
+    source: np.ndarray  # (3, V) mm, where the voxels lie in the template
+    modulation: np.ndarray  # (3, V) by which CSF, GM and WM are wider or narrower
+    texture: np.ndarray  # (V,)
+    means: dict[str, np.ndarray]  # modality to intensities of CSF, GM, WM
+    sharpness: float
+    parameters: dict
+
+    def tissue_weights(self, template, source):
+        """Returns partial-volume weights of CSF, GM, WM `(3, V)`, which sum to 1, of what lies at `source` in the
+        template."""
+        gm, wm = (_sample(volume, template.spacing, template, source) for volume in (template.gm, template.wm))
+        fractions = np.stack([np.maximum(1 - gm - wm, 0), gm, wm])
+        weights = fractions ** np.float32(self.sharpness) * self.modulation
+        return weights / weights.sum(axis=0)
+
+
+def _draw_anatomy(rng, grid, template):
+    # 1. Shape
+    source, parameters = _draw_shape(rng, grid, template)
+    brain = _sample(template.brain, template.spacing, template, source) > 0.5
+
+    # 2. Tissue: the power undoes the blur of the average, the fields vary the width of cortex and sulci.
+    sharpness, atrophy = rng.uniform(1.6, 2.4), rng.uniform(0.7, 1.8)
+    modulation = np.stack([np.exp(np.float32(0.35) * _smooth_field(rng, grid, 10.0)[brain]) for _ in range(3)])
+    modulation[0] *= np.float32(atrophy)
+
+    # 3. Contrast of the modalities
+    texture = _smooth_field(rng, grid, 6.0)[brain]
+    means = {m: np.multiply(TISSUE_MEANS[m], 1 + rng.normal(0, 0.04, 3)) for m in MODALITIES}
+    parameters |= {
+        "sharpness": sharpness,
+        "atrophy": atrophy,
+        "tissue_means": {m: mean.tolist() for m, mean in means.items()},
+    }
+    positions = np.stack([np.broadcast_to(p, grid.shape)[brain] for p in grid.positions()])
+    return _Anatomy(brain, positions, source[:, brain], modulation, texture, means, sharpness, parameters)
 
 
 def _ellipsoidal_radius(rng, positions, centre, semi_axes):
-    """Distance from `centre` in units of the randomly turned semi-axes, `(V,)`."""
+    """Returns the distance from `centre` in units of the randomly turned semi-axes, `(V,)`."""
     rotation, _ = np.linalg.qr(rng.standard_normal((3, 3)))
     scaled = (rotation / np.asarray(semi_axes)[:, None]).astype(np.float32)
     offset = positions - centre[:, None].astype(np.float32)
@@ -335,7 +340,8 @@ def _draw_ms(rng, positions, weights, ventricle_distance, shape_field):
 
 
 def _draw_stroke(rng, positions, weights, depth, offset, brain_centre, shape_field):
-    """A wedge: an ellipsoid below the cortex, cut by a plane that runs from the cortex inwards, in one hemisphere."""
+    """Draws a wedge: an ellipsoid below the cortex, cut by a plane that runs from the cortex inwards, in one
+    hemisphere."""
     side, _, height = offset  # mm in the template from the centre of the brain
     # The cortex of the convexity; at the base, cerebellum and brain stem are near the surface too.
     candidates = np.flatnonzero((weights[1] > 0.5) & (depth < 12) & (np.abs(side) > 12) & (height > -10))
@@ -365,12 +371,14 @@ def _draw_stroke(rng, positions, weights, depth, offset, brain_centre, shape_fie
     return soft, np.zeros_like(soft), parameters
 
 
-def _draw_lesion(kind, rng, grid, template, brain, positions, weights, source):
+def _draw_lesion(kind, rng, grid, template, anatomy, weights):
     """
-    Soft lesion `(V,)`, soft core `(V,)`, parameters, and for a tumour the ellipsoidal radius `(V,)`, for mass effect.
+    Draws a lesion: soft lesion `(V,)`, soft core `(V,)`, parameters, and for a tumour the ellipsoidal radius `(V,)`,
+    for mass effect.
 
     Draws again after a lesion of less than 0.05 ml, for example a small one that fell into a sulcus.
     """
+    brain, positions, source = anatomy.brain, anatomy.positions, anatomy.source
     for draw in range(1, _MAX_DRAWS + 1):
         # Two scales: a lesion of a few mm would be a perfect ellipsoid with the coarse one alone.
         shape_field = (0.8 * _smooth_field(rng, grid, 14.0) + 0.6 * _smooth_field(rng, grid, 6.0))[brain]
@@ -398,32 +406,44 @@ def _keep_out_of_csf(soft, weights):
     return soft * np.where(weights[0] > 0.6, np.float32(0.3), np.float32(1.0))
 
 
+def _draw_images(rng, grid, anatomy, weights, lesion, contrast):
+    """
+    Draws what the scanner sees: the images `(X, Y, Z)` of all modalities, and their noise levels.
+
+    `lesion` is `None` or the soft lesion `(V,)`, the soft core `(V,)` and, per modality, the intensities of lesion and
+    core.
+    """
+    brain, texture = anatomy.brain, anatomy.texture
+    brain_blurred = ndimage.gaussian_filter(brain.astype(np.float32), 0.45)[brain]
+    images, noise_levels = {}, {}
+    for m in MODALITIES:
+        image = sum(
+            w * (np.float32(mu) + np.float32(sd) * texture)
+            for w, mu, sd in zip(weights, anatomy.means[m], TISSUE_TEXTURE, strict=True)
+        )
+        if lesion is not None:
+            soft, core, means = lesion
+            outer, inner = (np.float32(mean) for mean in means[m])
+            target = outer + core * (inner - outer) + np.float32(0.05) * texture
+            # A fifth of the local contrast stays: tissue shines through a lesion.
+            target = target + np.float32(0.2) * (image - np.float32(anatomy.means[m][1]))
+            image = image + np.float32(contrast) * soft * (target - image)
+        noise_levels[m] = float(rng.uniform(0.01, 0.03))
+        bias = np.exp(np.float32(0.10) * _smooth_field(rng, grid, 90.0)[brain])
+        noise = np.float32(noise_levels[m]) * rng.standard_normal((2, image.size), dtype=np.float32)
+        images[m] = _scan(image, grid, brain, brain_blurred, bias, noise)
+    return images, noise_levels
+
+
 def _scan(image, grid, brain, brain_blurred, bias, noise):
-    """Bias field, point spread, Rician noise of one modality: `(V,)` to `(X, Y, Z)`, 0 outside the brain."""
+    """Applies bias field, point spread and Rician noise to one modality: `(V,)` to `(X, Y, Z)`, 0 outside the
+    brain."""
     volume = np.zeros(grid.shape, dtype=np.float32)
     volume[brain] = image * bias
     # Divided by the blurred mask, so that the zeros outside do not darken the rim.
     blurred = ndimage.gaussian_filter(volume, 0.45)[brain] / brain_blurred
     volume[brain] = np.hypot(blurred + noise[0], noise[1])
     return volume
-
-
-def _check_arguments(index, seed, lesion, spacing, anatomy, contrast, mass_effect):
-    for name, value in (("index", index), ("seed", seed)):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-            raise TypeError(f"`{name}` must be an integer, got {type(value).__name__}.")
-        if value < 0:
-            raise ValueError(f"`{name}` must be 0 or more, got {value}.")
-    if lesion is not None and lesion not in LESIONS:
-        raise ValueError(f"`lesion` must be None or one of {LESIONS}, got {lesion!r}.")
-    if anatomy not in ANATOMIES:
-        raise ValueError(f"`anatomy` must be one of {ANATOMIES}, got {anatomy!r}.")
-    if not 1 <= spacing <= 8:
-        raise ValueError(f"`spacing` must be between 1 and 8 mm, got {spacing}.")
-    if not 0 <= contrast <= 1:
-        raise ValueError(f"`contrast` must be between 0 and 1, got {contrast}.")
-    if mass_effect and lesion != "tumour":
-        raise ValueError(f'`mass_effect` needs `lesion="tumour"`, got {lesion!r}.')
 
 
 def make_subject(
@@ -437,7 +457,7 @@ def make_subject(
     mass_effect: bool = False,
 ) -> PhantomSubject:
     """
-    Make one synthetic subject with T1, T2 and FLAIR images.
+    Makes one synthetic subject with T1, T2 and FLAIR images.
 
     Anatomy, lesion and scanner draw from separate streams of `SeedSequence([seed, index])`: the same index gives the
     same subject whatever else is made, and subjects that differ only in `lesion`, `contrast` or `mass_effect` share
@@ -467,98 +487,63 @@ def make_subject(
         [`PhantomSubject`]
 
     Raises:
-        ValueError: if an argument is out of range.
-        TypeError: if `index` or `seed` is not an integer.
-        ImportError: if `anatomy="mni152"` and nilearn is not installed.
+        ValueError: An argument is out of range, or `index` or `seed` is not an integer.
+        ImportError: `anatomy="mni152"` and nilearn is not installed.
     """
-    _check_arguments(index, seed, lesion, spacing, anatomy, contrast, mass_effect)
+    check_integer("index", index, 0)
+    check_integer("seed", seed, 0)
+    check_choice("lesion", lesion, (None, *LESIONS))
+    check_choice("anatomy", anatomy, ANATOMIES)
+    check_number("spacing", spacing, least=1, most=8)
+    check_number("contrast", contrast, least=0, most=1)
+    if mass_effect and lesion != "tumour":
+        raise ValueError(f'`mass_effect` needs `lesion="tumour"`, got {lesion!r}.')
     template = _mni152_template() if anatomy == "mni152" else _geometric_template()
     shape = tuple(int(n) for n in template.extent // spacing + 1)
     grid = _Grid(shape, float(spacing), template.origin, template.extent)
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     scanner_rng, lesion_rng = rng.spawn(2)
 
-    # 1. Shape
-    source, drawn = _draw_shape(rng, grid, template)
-    brain = _sample(template.brain, template.spacing, template, source) > 0.5
-    positions = np.stack([np.broadcast_to(p, grid.shape)[brain] for p in grid.positions()])
-    source = source[:, brain]
-
-    # 2. Tissue: the power undoes the blur of the average, the fields vary the width of cortex and sulci.
-    sharpness, atrophy = rng.uniform(1.6, 2.4), rng.uniform(0.7, 1.8)
-    modulation = np.stack([np.exp(np.float32(0.35) * _smooth_field(rng, grid, 10.0)[brain]) for _ in range(3)])
-    modulation[0] *= np.float32(atrophy)
-    weights = _tissue_weights(template, source, sharpness, modulation)
-
-    # 3. Contrast of the modalities
-    texture = _smooth_field(rng, grid, 6.0)[brain]
-    means = {m: np.multiply(TISSUE_MEANS[m], 1 + rng.normal(0, 0.04, 3)) for m in MODALITIES}
-
-    # 4. Lesion
-    soft, core, lesion_parameters = np.zeros(positions.shape[1], dtype=np.float32), None, None
+    # 1. Anatomy and lesion
+    subject = _draw_anatomy(rng, grid, template)
+    weights = subject.tissue_weights(template, subject.source)
+    soft, drawn, parameters, lesion_means = np.zeros(weights.shape[1], dtype=np.float32), None, None, None
     if lesion is not None:
-        soft, core, lesion_parameters, radius = _draw_lesion(
-            lesion, lesion_rng, grid, template, brain, positions, weights, source
-        )
+        soft, core, parameters, radius = _draw_lesion(lesion, lesion_rng, grid, template, subject, weights)
         if mass_effect:
             # First order: the template is sampled nearer to the centre. The skull stays: `brain` is not deformed.
-            offset = positions - np.float32(lesion_parameters["centre_mm"])[:, None]
-            pushed = source - np.float32(0.15) * offset * np.exp(-((radius / 1.5) ** 2))
-            weights = _tissue_weights(template, pushed, sharpness, modulation)
+            offset = subject.positions - np.float32(parameters["centre_mm"])[:, None]
+            pushed = subject.source - np.float32(0.15) * offset * np.exp(-((radius / 1.5) ** 2))
+            weights = subject.tissue_weights(template, pushed)
         soft = _keep_out_of_csf(soft, weights)
-    lesion_means = {
-        m: [float(mean[m] * (1 + lesion_rng.normal(0, 0.06))) for mean in (LESION_MEANS, CORE_MEANS)]
-        for m in MODALITIES
-    }
+        lesion_means = {
+            m: [float(mean[m] * (1 + lesion_rng.normal(0, 0.06))) for mean in (LESION_MEANS, CORE_MEANS)]
+            for m in MODALITIES
+        }
+        drawn = soft, core, lesion_means
 
-    # 5. Images
-    brain_blurred = ndimage.gaussian_filter(brain.astype(np.float32), 0.45)[brain]
-    images, noise_levels = {}, {}
-    for m in MODALITIES:
-        image = sum(
-            w * (np.float32(mu) + np.float32(sd) * texture)
-            for w, mu, sd in zip(weights, means[m], TISSUE_TEXTURE, strict=True)
-        )
-        if lesion is not None:
-            outer, inner = (np.float32(mean) for mean in lesion_means[m])
-            target = outer + core * (inner - outer) + np.float32(0.05) * texture
-            # A fifth of the local contrast stays: tissue shines through a lesion.
-            target = target + np.float32(0.2) * (image - np.float32(means[m][1]))
-            image = image + np.float32(contrast) * soft * (target - image)
-        noise_levels[m] = float(scanner_rng.uniform(0.01, 0.03))
-        bias = np.exp(np.float32(0.10) * _smooth_field(scanner_rng, grid, 90.0)[brain])
-        noise = np.float32(noise_levels[m]) * scanner_rng.standard_normal((2, positions.shape[1]), dtype=np.float32)
-        images[m] = _scan(image, grid, brain, brain_blurred, bias, noise)
+    # 2. Images
+    images, noise_levels = _draw_images(scanner_rng, grid, subject, weights, drawn, contrast)
 
-    # 6. Ground truth
+    # 3. Ground truth
     mask = np.zeros(grid.shape, dtype=np.uint8)
-    mask[brain] = soft > 0.5
-    if core is not None:
-        mask[brain] += (soft > 0.5) & (core > 0.5)
+    mask[subject.brain] = soft > 0.5
+    if lesion is not None:
+        mask[subject.brain] += (soft > 0.5) & (core > 0.5)
     soft_lesion = np.zeros(grid.shape, dtype=np.float32)
-    soft_lesion[brain] = soft
+    soft_lesion[subject.brain] = soft
 
     affine = np.diag([grid.spacing] * 3 + [1.0])
     affine[:3, 3] = grid.origin
     parameters = {
-        "seed": int(seed),
-        "index": int(index),
-        "anatomy": anatomy,
-        "spacing": grid.spacing,
-        "lesion": lesion,
-        "contrast": float(contrast),
-        "mass_effect": bool(mass_effect),
-        **drawn,
-        "sharpness": sharpness,
-        "atrophy": atrophy,
-        "tissue_means": {m: mean.tolist() for m, mean in means.items()},
-        "noise": noise_levels,
-        "lesion_parameters": lesion_parameters,
-        "lesion_means": lesion_means if lesion is not None else None,
+        **{"seed": int(seed), "index": int(index), "anatomy": anatomy, "spacing": grid.spacing, "lesion": lesion},
+        **{"contrast": float(contrast), "mass_effect": bool(mass_effect), **subject.parameters, "noise": noise_levels},
+        "lesion_parameters": parameters,
+        "lesion_means": lesion_means,
         "lesion_volume_ml": float(np.count_nonzero(mask) * grid.spacing**3 / 1000),
     }
     name = f"{lesion or 'healthy'}_{index:04d}"
-    return PhantomSubject(name, images, brain.astype(np.uint8), mask, soft_lesion, affine, parameters)
+    return PhantomSubject(name, images, subject.brain.astype(np.uint8), mask, soft_lesion, affine, parameters)
 
 
 def write_phantom(
@@ -572,7 +557,7 @@ def write_phantom(
     progress: bool = True,
 ) -> None:
     """
-    Write a whole data set: one folder per subject (see [`PhantomSubject.save`]) and the subject lists
+    Writes a whole data set: one folder per subject (see [`PhantomSubject.save`]) and the subject lists
     `splits/train.csv`, `splits/validation.csv`, `splits/test.csv` (header `subject`). Training subjects are healthy.
 
     The subjects are made in a temporary folder beside `folder`, which is renamed at the end: an interrupted run leaves
@@ -589,14 +574,13 @@ def write_phantom(
             Whether to show a progress bar.
 
     Raises:
-        FileExistsError: if `folder` exists.
-        ValueError: if `name` is unknown, or an argument of [`make_subject`] is out of range.
+        FileExistsError: `folder` exists.
+        ValueError: `name` is unknown, or an argument of [`make_subject`] is out of range.
     """
     folder = Path(folder)
-    if name not in PHANTOM_SETS:
-        raise ValueError(f"`name` must be one of {tuple(PHANTOM_SETS)}, got {name!r}.")
+    check_choice("name", name, PHANTOM_SETS)
     if folder.exists():
-        raise FileExistsError(f"`folder` {str(folder)!r} exists: choose another one or delete it first.")
+        raise FileExistsError(f"`folder` {folder} exists: choose another one or delete it first.")
     kinds = [(split, lesion) for split, counts in PHANTOM_SETS[name].items() for lesion, n in counts for _ in range(n)]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:

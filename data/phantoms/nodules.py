@@ -1,16 +1,12 @@
-"""Several annotations of one image: made of the one mask that most data sets have, and a phantom whose raters are known.
-
-Import as `from anodiff.data.phantoms.nodules import RaterRule, make_case, write_rater_phantom`.
-"""
+"""A phantom of pictures with several annotations, whose raters are known: something like lung nodules in CT
+sections."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,119 +16,29 @@ from scipy import ndimage
 from scipy.special import expit
 from tqdm.auto import tqdm
 
-from .brains import SET_SEED, smooth_field
+from ...checks import check_choice, check_integer
+from ..smooth_fields import smooth_field
+from .brains import SET_SEED
 
 
-# A raters, X, Y, Z voxels, H x W pixels.
+# A raters, H x W pixels.
 
 # Patients and pictures of each.
 RATER_SETS = {"phantom-raters": (320, 2)}
 
 
 @dataclass(frozen=True)
-class RaterRule:
-    """
-    How several annotations are made of one mask, for data sets that have no more.
-
-    Every rater draws the lesion wider or narrower, moves its boundary smoothly, and overlooks some of its connected components
-    (corners connect). What they do depends on `seed`, the subject's name and the rater's number alone. Made raters show that a program works;
-    how real ones differ they cannot say.
-
-    Args:
-        number (`int`, defaults to 4): Raters.
-        radius (`float`, defaults to 1.0):
-            Standard deviation, in mm, of how much wider (dilation) or narrower (erosion) a rater draws. A pixel of a picture is 1 mm.
-        warp (`float`, defaults to 1.0): Standard deviation, in mm along each axis, of the displacement of the boundary.
-        warp_scale (`float`, defaults to 8.0): Distance, in mm, over which the displacement changes.
-        drop (`float`, defaults to 0.1): Probability that a rater overlooks a component, 0 to 1.
-        seed (`int`, defaults to 0): Of all draws.
-    """
-
-    number: int = 4
-    radius: float = 1.0
-    warp: float = 1.0
-    warp_scale: float = 8.0
-    drop: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self):
-        if isinstance(self.number, bool) or not isinstance(self.number, int) or self.number < 1:
-            raise ValueError(f"`raters.number` must be a whole number, at least 1, got {self.number!r}.")
-        for name in ("radius", "warp"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`raters.{name}` must not be negative, got {getattr(self, name)}.")
-        if not self.warp_scale > 0:
-            raise ValueError(f"`raters.warp_scale` must be above 0, got {self.warp_scale}.")
-        if not 0 <= self.drop <= 1:
-            raise ValueError(f"`raters.drop` must be between 0 and 1, got {self.drop}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"`raters.seed` must be a whole number, at least 0, got {self.seed!r}.")
-
-    def annotate(self, mask: np.ndarray, spacing: Sequence[float], name: str) -> np.ndarray:
-        """
-        Annotations of one subject.
-
-        Args:
-            mask (`np.ndarray` of shape `(H, W)` or `(X, Y, Z)`, boolean or 0/1): The mask that there is; all raters leave an empty one empty.
-            spacing (`Sequence[float]`): Voxel size along every axis, in mm. An axis of one voxel (of a picture) is left alone.
-            name (`str`): Of the subject.
-
-        Returns:
-            `np.ndarray` of shape `(A, *mask.shape)`: bool. Without `radius`, `warp` and `drop` all are `mask`.
-        """
-        mask = np.asarray(mask) > 0
-        if len(spacing) != mask.ndim:
-            raise ValueError(f"`spacing` must have a number for each axis of {mask.shape}, got {tuple(spacing)}.")
-        subject = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-        components, count = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
-        drawn = np.zeros((self.number, *mask.shape), dtype=bool)
-        for rater in range(self.number):
-            rng = np.random.default_rng(np.random.SeedSequence([self.seed, subject, rater]))
-            wider = self.radius * float(rng.standard_normal())
-            seen = np.concatenate([[False], rng.random(count) >= self.drop])[components]
-            if seen.any():
-                # Nothing moves farther than this; the rest of the volume need not be looked at.
-                reach = abs(wider) + 4 * self.warp
-                box = tuple(
-                    slice(max(int(index.min() - reach / step) - 2, 0), int(index.max() + reach / step) + 3)
-                    for index, step in zip(np.nonzero(seen), spacing, strict=True)
-                )
-                drawn[(rater, *box)] = self._redraw(seen[box], spacing, wider, rng)
-        return drawn
-
-    def _redraw(
-        self, mask: np.ndarray, spacing: Sequence[float], wider: float, rng: np.random.Generator
-    ) -> np.ndarray:
-        """`mask`, which is not empty, moved by a smooth displacement and made `wider` by so many mm."""
-        if mask.all():  # a lesion without boundary
-            return mask
-        axes = [axis for axis in range(mask.ndim) if mask.shape[axis] > 1]
-        # Millimetres inside the boundary, which lies half a voxel from the outermost voxels; negative outside.
-        half = min(spacing[axis] for axis in axes) / 2
-        inside, outside = (ndimage.distance_transform_edt(part, spacing) for part in (mask, ~mask))
-        depth = np.where(mask, inside - half, half - outside)
-        if self.warp:
-            extent = [(length - 1) * step for length, step in zip(mask.shape, spacing, strict=True)]
-            places = np.indices(mask.shape, dtype=np.float32)
-            for axis in axes:
-                places[axis] += np.float32(self.warp / spacing[axis]) * smooth_field(
-                    rng, mask.shape, spacing, extent, self.warp_scale
-                )
-            depth = ndimage.map_coordinates(depth, places, order=1, mode="nearest")
-        return depth + wider > 0
-
-
-@dataclass(frozen=True)
 class RaterCase:
     """
-    One picture of the phantom and its annotations.
+    Holds one picture of the phantom and its annotations.
 
     Args:
         name (`str`): Patient and picture, for example `"patient_0003_1"`.
         patient (`str`): Whose picture it is.
         image (`np.ndarray` of shape `(H, W)`): uint8.
         masks (`np.ndarray` of shape `(A, H, W)`): uint8, 0 or 1, one annotation per rater, perhaps empty.
-        parameters (`dict`): JSON-able. `overlooked`, `with_halo` and `with_satellite` are the probabilities that a rater leaves the
+        parameters (`dict`):
+            JSON-able. `overlooked`, `with_halo` and `with_satellite` are the probabilities that a rater leaves the
             picture empty, and that one who does not includes the halo or the satellite.
     """
 
@@ -143,7 +49,8 @@ class RaterCase:
     parameters: dict
 
     def save(self, folder: str | Path) -> None:
-        """Writes `image.png`, `label0.png`, ... (0 and 255) and `phantom.json` into `folder`, which is made if missing."""
+        """Writes `image.png`, `label0.png`, ... (0 and 255) and `phantom.json` into `folder`, which is made if
+        missing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(self.image).save(folder / "image.png")
@@ -154,7 +61,8 @@ class RaterCase:
 
 @dataclass(frozen=True)
 class _Nodule:
-    """What a picture shows, lengths in pixels, angles in radians; contrasts on the grey scale from 0 to 1."""
+    """Describes what a picture shows, lengths in pixels, angles in radians; contrasts on the grey scale from 0 to
+    1."""
 
     row: float
     column: float
@@ -170,7 +78,8 @@ class _Nodule:
     satellite_angle: float
 
     def depths(self, rows: np.ndarray, columns: np.ndarray) -> dict[str, np.ndarray]:
-        """Pixels inside the boundary of each part at these places, negative outside; parts that are not there are left out."""
+        """Returns how many pixels inside the boundary of each part these places lie, negative outside; absent parts
+        are left out."""
         y, x = rows - self.row, columns - self.column
         distance, angle = np.hypot(y, x), np.arctan2(y, x)
         waves = [a * np.cos(k * (angle - phase)) for k, (a, phase) in enumerate(self.harmonics, 2)]
@@ -186,39 +95,10 @@ class _Nodule:
         return depths
 
 
-def make_case(
-    patient: int, picture: int = 0, *, seed: int = SET_SEED, size: int = 64, num_raters: int = 4
-) -> RaterCase:
-    """
-    Makes one picture, something like a CT section with a lung nodule, and annotations that differ for reasons that one can see in it:
-
-    - A faint nodule is overlooked by some raters, who leave the picture empty.
-    - A nodule may have a halo on one side, of lower contrast: each rater takes it for a part of it or not.
-    - It may have a satellite, which each rater marks or not.
-    - Each rater draws somewhat wider or narrower than others, and with an unsteady hand.
-
-    The raters' choices are independent of each other, and their probabilities follow from the picture: so the frequency of an
-    annotation is known (make many raters), and a method can learn it.
-
-    Args:
-        patient (`int`): Which patient, 0 or more. The nodule is the patient's.
-        picture (`int`, defaults to 0): Which picture of the patient: further ones are taken farther from its centre.
-        seed (`int`, defaults to 0): Which data set, 0 or more.
-        size (`int`, defaults to 64): Height and width in pixels, at least 32; everything scales with it.
-        num_raters (`int`, defaults to 4): Annotations. The first ones do not depend on how many follow.
-
-    Returns:
-        [`RaterCase`]
-    """
-    for name, value, low in (("patient", patient, 0), ("picture", picture, 0), ("seed", seed, 0), ("size", size, 32)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
-            raise ValueError(f"`{name}` must be a whole number, at least {low}, got {value!r}.")
-    if num_raters < 1:
-        raise ValueError(f"`num_raters` must be at least 1, got {num_raters}.")
-    pixel = size / 64
-    # 1. The patient's nodule.
+def _draw_nodule(seed: int, patient: int, picture: int, size: int) -> _Nodule:
+    """Draws the patient's nodule, as the section `picture` shows it."""
+    pixel, middle = size / 64, (size - 1) / 2
     rng = np.random.default_rng(np.random.SeedSequence([seed, patient]))
-    middle = (size - 1) / 2
     radius = pixel * rng.uniform(5, 11)
     contrast = rng.uniform(0.10, 0.60)
     has_halo, has_satellite = rng.random(2) < (0.6, 0.4)
@@ -238,12 +118,15 @@ def make_case(
     }
     nodule["halo"] *= has_halo
     nodule["satellite"] *= has_satellite
-
-    # 2. This section of it, with the tissue around.
-    rng = np.random.default_rng(np.random.SeedSequence([seed, patient, picture]))
     for name in ("radius", "halo", "satellite"):
         nodule[name] = float(nodule[name] * 0.85**picture)
-    nodule = _Nodule(**nodule)
+    return _Nodule(**nodule)
+
+
+def _draw_section(seed: int, patient: int, picture: int, size: int, nodule: _Nodule) -> np.ndarray:
+    """Draws the picture `(H, W)` uint8: the nodule with the tissue around it."""
+    pixel, middle = size / 64, (size - 1) / 2
+    rng = np.random.default_rng(np.random.SeedSequence([seed, patient, picture]))
     rows, columns = np.indices((size, size), dtype=np.float64)
     image = 0.22 + 0.04 * _pixel_field(rng, size, 14 * pixel) + 0.02 * _pixel_field(rng, size, 5 * pixel)
     for _ in range(rng.integers(3, 7)):  # vessels
@@ -258,9 +141,45 @@ def make_case(
     shown = [strengths[part] * expit(depth / nodule.edge) for part, depth in depths.items()]
     image = image + nodule.contrast * np.max(shown, axis=0)
     image = ndimage.gaussian_filter(image, 0.5 * pixel) + rng.uniform(0.01, 0.03) * rng.standard_normal((size, size))
-    image = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
-    # 3. The raters. What is faint is overlooked, what is conspicuous is not.
+
+def make_case(
+    patient: int, picture: int = 0, *, seed: int = SET_SEED, size: int = 64, num_raters: int = 4
+) -> RaterCase:
+    """
+    Makes one picture, something like a CT section with a lung nodule, and annotations that differ for reasons that one
+    can see in it:
+
+    - A faint nodule is overlooked by some raters, who leave the picture empty.
+    - A nodule may have a halo on one side, of lower contrast: each rater takes it for a part of it or not.
+    - It may have a satellite, which each rater marks or not.
+    - Each rater draws somewhat wider or narrower than others, and with an unsteady hand.
+
+    The raters' choices are independent of each other, and their probabilities follow from the picture: so the
+    frequency of an annotation is known (make many raters), and a method can learn it.
+
+    Args:
+        patient (`int`): Which patient, 0 or more. The nodule is the patient's.
+        picture (`int`, defaults to 0): Which picture of the patient: further ones are taken farther from its centre.
+        seed (`int`, defaults to `SET_SEED`): Which data set, 0 or more.
+        size (`int`, defaults to 64): Height and width in pixels, at least 32; everything scales with it.
+        num_raters (`int`, defaults to 4): Annotations. The first ones do not depend on how many follow.
+
+    Returns:
+        [`RaterCase`]
+    """
+    check_integer("patient", patient, 0)
+    check_integer("picture", picture, 0)
+    check_integer("seed", seed, 0)
+    check_integer("size", size, 32)
+    check_integer("num_raters", num_raters, 1)
+    nodule = _draw_nodule(seed, patient, picture, size)
+    image = _draw_section(seed, patient, picture, size, nodule)
+
+    # The raters. What is faint is overlooked, what is conspicuous is not.
+    pixel = size / 64
+    rows, columns = np.indices((size, size), dtype=np.float64)
     overlooked = 0.7 * float(expit((0.20 - nodule.contrast) / 0.04))
     with_halo = float(np.interp(nodule.halo_contrast, (0.25, 0.65), (0.25, 0.75))) if nodule.halo else 0.0
     with_satellite = 0.6 if nodule.satellite else 0.0
@@ -297,11 +216,11 @@ def write_rater_phantom(
     progress: bool = True,
 ) -> None:
     """
-    Writes a whole data set: one folder per picture (see [`RaterCase.save`]), and `patients.csv` with the columns `case` and `patient`,
-    so that a split keeps the pictures of a patient together.
+    Writes a whole data set: one folder per picture (see [`RaterCase.save`]), and `patients.csv` with the columns
+    `case` and `patient`, so that a split keeps the pictures of a patient together.
 
-    The pictures are made in a temporary folder beside `folder`, which is renamed at the end: an interrupted run leaves no half-made data
-    set.
+    The pictures are made in a temporary folder beside `folder`, which is renamed at the end: an interrupted run leaves
+    no half-made data set.
 
     Args:
         folder (`str` or `Path`): Where the data set goes; must not exist.
@@ -314,8 +233,7 @@ def write_rater_phantom(
         ValueError: `name` is unknown, or an argument of [`make_case`] is out of range.
     """
     folder = Path(folder)
-    if name not in RATER_SETS:
-        raise ValueError(f"`name` must be one of {', '.join(RATER_SETS)}, got {name!r}.")
+    check_choice("name", name, RATER_SETS)
     if folder.exists():
         raise FileExistsError(f"`folder` {folder} exists: choose another one or delete it first.")
     patients, pictures = RATER_SETS[name]

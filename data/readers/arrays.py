@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import PIL.Image
 
-from ...volumes.volume import InputVolume, StoredVolume
+from ...volumes.volume import PICTURE_AFFINE, InputVolume, StoredVolume
 from .listing import Missing, fields_of, folders_in, list_names, match_fields, require_folder
 from .subjects import Subject
 
@@ -22,7 +22,8 @@ from .subjects import Subject
 
 @dataclass(frozen=True)
 class PictureStack(StoredVolume):
-    """Pictures, one on another, from the lowest slice up: rows to posterior, columns to the left, as pictures are shown.
+    """Reads pictures, one on another, from the lowest slice up: rows to posterior, columns to the left, as pictures
+    are shown.
 
     Args:
         files (`tuple[Path, ...]`): One slice each, R x K pixels, any kind that PIL reads.
@@ -69,12 +70,12 @@ class PictureStack(StoredVolume):
                         f"{self}: `{name}` was not taken, its channel {index} is a copy of {self.filler}."
                     )
         arrays = {name: np.ascontiguousarray(array.transpose(2, 1, 0)) for name, array in arrays.items()}
-        return InputVolume(arrays, np.diag([-1.0, -1.0, 1.0, 1.0]), None, False, 3, str(self))
+        return InputVolume(arrays, PICTURE_AFFINE, None, False, 3, str(self))
 
 
 @dataclass(frozen=True)
 class ArrayStack(StoredVolume):
-    """Arrays of `.npz` files, one on another.
+    """Reads arrays of `.npz` files, one on another.
 
     Args:
         files (`tuple[Path, ...]`): One slice each.
@@ -116,7 +117,7 @@ class ArrayStack(StoredVolume):
 
 @dataclass(frozen=True, eq=False)
 class PicklePicture(StoredVolume):
-    """A picture, R x K, from a pickle that holds many; it is in memory."""
+    """Holds a picture, R x K, from a pickle that has many; it is in memory."""
 
     name: str
     files: tuple[Path, ...]
@@ -127,7 +128,7 @@ class PicklePicture(StoredVolume):
 
     def read(self) -> InputVolume:
         array = np.ascontiguousarray(self.array.T[..., None], dtype=np.float32)
-        return InputVolume({"": array}, np.diag([-1.0, -1.0, 1.0, 1.0]), None, True, 2, str(self))
+        return InputVolume({"": array}, PICTURE_AFFINE, None, True, 2, str(self))
 
 
 def read_picture_stacks(
@@ -138,8 +139,8 @@ def read_picture_stacks(
     filler: int | None = None,
 ) -> list[Subject]:
     """
-    A folder per subject with a picture per slice, whose channels are modalities, and a picture per mask: `kaggle_3m` of TCGA-LGG. No
-    voxel size is known; every voxel counts as 1 mm.
+    Finds one subject per folder, with a picture per slice, whose channels are modalities, and a picture per mask:
+    `kaggle_3m` of TCGA-LGG. No voxel size is known; every voxel counts as 1 mm.
 
     A subject with a slice that is missing or damaged is listed when the set is made, and the others are written.
 
@@ -147,10 +148,11 @@ def read_picture_stacks(
         root (`str` or `Path`): Folder of the data set.
         modalities (`dict[str, int]`): Name to channel, from 0. TCGA-LGG: 0 before contrast, 1 FLAIR, 2 after contrast.
         pictures, masks (`str`):
-            File names with the field `{slice}`, a number that grows upwards; `{subject}` is the folder's name. `masks` null: unlabelled.
+            File names with the field `{slice}`, a number that grows upwards; `{subject}` is the folder's name. `masks`
+            null: unlabelled.
         filler (`int`, *optional*):
-            Channel that stands in where a sequence was not taken (FLAIR in TCGA-LGG): a subject whose modality is a copy of it is
-            listed as unreadable.
+            Channel that stands in where a sequence was not taken (FLAIR in TCGA-LGG): a subject whose modality is a
+            copy of it is listed as unreadable.
 
     Returns:
         `list[Subject]`, sorted by name; marked is what is above 0.
@@ -186,8 +188,9 @@ def read_array_stacks(
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> list[Subject]:
     """
-    A folder per subject with an `.npz` file per slice: what AnoFPDM's `preprocess.py` writes, `patient_ID/slice_Z.npz` with the image
-    `x (1, C, X, Y)` and the mask `y (1, 1, X, Y)`, of fractions. The slices of a subject follow one another without a gap.
+    Finds one subject per folder, with an `.npz` file per slice: what AnoFPDM's `preprocess.py` writes,
+    `patient_ID/slice_Z.npz` with the image `x (1, C, X, Y)` and the mask `y (1, 1, X, Y)`, of fractions. The slices of
+    a subject follow one another without a gap.
 
     Args:
         root (`str` or `Path`): Folder of the data set.
@@ -195,7 +198,8 @@ def read_array_stacks(
         arrays (`str`): File names with the field `{slice}`; `{subject}` is the folder's name.
         image, mask (`str`): Arrays in a file; `mask` null: unlabelled.
         mask_above (`float`, defaults to 0.5): Value of the mask above which a voxel is marked.
-        orientation (`str`, defaults to `"LPS"`): Directions in which X, Y and the slices grow; those of the files they were made of.
+        orientation (`str`, defaults to `"LPS"`):
+            Directions in which X, Y and the slices grow; those of the files they were made of.
         spacing (`tuple[float, float, float]`): Voxel size in mm, of X, Y and the slices.
 
     Returns:
@@ -231,11 +235,12 @@ def read_array_stacks(
 
 def read_crop_pickles(root: str | Path, files: str = "*.pickle") -> list[Subject]:
     """
-    Crops in a pickle, as the public one of LIDC-IDRI by the author of Probabilistic-Unet-Pytorch: a dict, name to dict with `image`
-    (R x K, in [0, 1]), `masks` (a list of R x K, 0 or 1, one per annotator) and `series_uid`. Crops of one series are one group.
+    Finds the crops in a pickle, as the public one of LIDC-IDRI by the author of Probabilistic-Unet-Pytorch: a dict,
+    name to dict with `image` (R x K, in [0, 1]), `masks` (a list of R x K, 0 or 1, one per annotator) and
+    `series_uid`. Crops of one series are one group.
 
-    A pickle can run any code when it is opened: this reader admits arrays of numbers and plain containers, and refuses the file
-    otherwise. All of it is in memory while the set is made.
+    A pickle can run any code when it is opened: this reader admits arrays of numbers and plain containers, and refuses
+    the file otherwise. All of it is in memory while the set is made.
 
     Args:
         root (`str` or `Path`): Folder of the data set.
@@ -280,7 +285,8 @@ def read_crop_pickles(root: str | Path, files: str = "*.pickle") -> list[Subject
 
 def load_arrays(file: io.BufferedIOBase, name: str):
     """
-    Unpickles arrays of numbers and plain containers (dict, list, tuple, set, text, numbers), and nothing that could run code.
+    Unpickles arrays of numbers and plain containers (dict, list, tuple, set, text, numbers), and nothing that could
+    run code.
 
     Raises:
         ValueError: There is anything else in it, or it is damaged.
@@ -322,7 +328,7 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
 
 
 def _stacks(root: Path, pattern: str) -> list[tuple[Path, dict[int, Path] | Missing]]:
-    """Folders that hold slices, with the slices by their number, in order."""
+    """Returns the folders that hold slices, with the slices by their number, in order."""
     if "slice" not in fields_of(pattern):
         raise ValueError(f"The pattern {pattern!r} must hold the field {{slice}}.")
     stacks = []

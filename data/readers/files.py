@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ...checks import check_choice
+from ..layout import SPLITS
 from .listing import (
     SPLIT_NAMES,
-    SPLITS,
     Missing,
     fields_of,
     folders_in,
@@ -19,6 +20,7 @@ from .listing import (
     read_table,
     require_folder,
     require_list,
+    require_modalities,
 )
 from .subjects import Subject
 
@@ -43,8 +45,9 @@ def read_file_patterns(
     ages_columns: Sequence[str] = ("subject", "age"),
 ) -> list[Subject]:
     """
-    Any layout whose file names say what belongs together: `IXI-T1/IXI{id}-{site}-{scan}-T1.nii.gz`. A field in braces is a part of one
-    name; files with equal fields are one subject. `*`, `?` and `**/` mean what they do in the shell.
+    Finds subjects by file names that say what belongs together: `IXI-T1/IXI{id}-{site}-{scan}-T1.nii.gz`. A field in
+    braces is a part of one name; files with equal fields are one subject. `*`, `?` and `**/` mean what they do in the
+    shell.
 
     The field `site` is kept with the subject, `split` is its split, `class` its class; others are free.
 
@@ -53,13 +56,15 @@ def read_file_patterns(
     Args:
         root (`str` or `Path`): Folder of the data set.
         modalities (`dict[str, str]`): Name to pattern below `root`; all with the same fields.
-        masks (`list[str]`): Patterns of the lesion masks, one per annotator, with fields of the modalities. None: unlabelled.
+        masks (`list[str]`):
+            Patterns of the lesion masks, one per annotator, with fields of the modalities. None: unlabelled.
         brain (`str`, *optional*): Pattern of the brain mask, likewise.
         name (`str`, defaults to `"{subject}"`): Of a subject, made of the fields; unique.
-        group (`str`, *optional*): What no split may divide, made of the fields (`"{subject}"` of several sessions); `name` by default.
+        group (`str`, *optional*):
+            What no split may divide, made of the fields (`"{subject}"` of several sessions); `name` by default.
         splits (`dict[str, str]`, *optional*):
-            Values of the field `split` to `"train"`, `"validation"` or `"test"`; subjects with other values are left out. By default
-            the value is train (or training), validation (or val) or test (or testing).
+            Values of the field `split` to `"train"`, `"validation"` or `"test"`; subjects with other values are left
+            out. By default the value is train (or training), validation (or val) or test (or testing).
         label (`int`, *optional*): Of every subject: 0 in a healthy set.
         healthy (`list[str]`): Values of the field `class` that are healthy; the others are anomalous.
         missing_masks (`str`, defaults to `"error"`):
@@ -80,39 +85,23 @@ def read_file_patterns(
     root = require_folder(root)
     require_list("masks", masks)
     _check_labels(missing_masks, label, healthy)
-    fields = _check_fields(
-        modalities,
-        splits,
-        healthy,
-        name=name,
-        group=group,
-        ages_key=ages_key if ages else None,
-        brain=brain,
-        masks=" ".join(masks),
-    )
-    files = {
-        pattern: _by_fields(root, pattern) for pattern in {*modalities.values(), *masks, *([brain] if brain else [])}
-    }
+    texts = {"name": name, "group": group, "ages_key": ages_key if ages else None, "brain": brain}
+    fields = _check_fields(modalities, splits, healthy, **texts, masks=" ".join(masks))
+    patterns = {*modalities.values(), *masks, *([brain] if brain else [])}
+    files = {pattern: _by_fields(root, pattern) for pattern in patterns}
     keys = sorted({key for pattern in modalities.values() for key in files[pattern]})
     if not keys:
         raise ValueError(f"No file in {root} is {', '.join(modalities.values())}; there are {list_names(root)}.")
+    split_of = _splits_of_keys(root, keys, splits) if "split" in fields else dict.fromkeys(keys)
     age_of = {} if ages is None else _read_ages(root / ages, ages_columns)
     subjects: dict[str, Subject] = {}
-    for key in keys:
+    for key, split in split_of.items():
         values = dict(key)
-        split = None
-        if "split" in values:
-            split = (SPLIT_NAMES if splits is None else splits).get(values["split"])
-            if split is None and splits is None:
-                raise ValueError(
-                    f"The split {values['split']!r} in {root} is none of {', '.join(SPLIT_NAMES)}: say in `splits` what it is."
-                )
-            if split is None:
-                continue
         full_name = _fill(name, values)
         if full_name in subjects:
             raise ValueError(
-                f"Two subjects are called {full_name}: {subjects[full_name].volume} and {values}. Put more fields into `name`"
+                f"Two subjects are called {full_name}: {subjects[full_name].volume} and {values}. Put more fields"
+                " into `name`"
                 f" ({', '.join(sorted(fields))})."
             )
 
@@ -135,9 +124,6 @@ def read_file_patterns(
             age=age_of.get(_plain(_fill(ages_key, values))) if ages is not None else None,
             site=values.get("site"),
         )
-    if not subjects:
-        there = sorted({dict(key)["split"] for key in keys})
-        raise ValueError(f"`splits` names none of the splits in {root}: {', '.join(there)}.")
     return [subjects[full_name] for full_name in sorted(subjects)]
 
 
@@ -152,11 +138,13 @@ def read_bids(
     mask_above: float = 0.0,
 ) -> list[Subject]:
     """
-    A BIDS tree: `root/sub-*/[ses-*/]anat/*`. Every session is a subject, `sub-01_ses-2`; those of one participant are one group.
+    Finds the subjects of a BIDS tree: `root/sub-*/[ses-*/]anat/*`. Every session is a subject, `sub-01_ses-2`; those
+    of one participant are one group.
 
-    A pattern is relative to the folder of the session, `anat/*_T1w.nii.gz`. What is not there is looked for in the same place of every
-    `derivatives/PIPELINE`: masks and brain masks, mostly. `participants.tsv` gives labels, and ages and sites where it has columns
-    called so. A session with a file that is missing or not unique is listed when the set is made, and the others are written.
+    A pattern is relative to the folder of the session, `anat/*_T1w.nii.gz`. What is not there is looked for in the
+    same place of every `derivatives/PIPELINE`: masks and brain masks, mostly. `participants.tsv` gives labels, and
+    ages and sites where it has columns called so. A session with a file that is missing or not unique is listed when
+    the set is made, and the others are written.
 
     Args:
         root (`str` or `Path`): Folder of the data set.
@@ -175,55 +163,46 @@ def read_bids(
         FileNotFoundError: `label_column` without `participants.tsv`.
     """
     root = require_folder(root)
-    if not modalities:
-        raise ValueError("`modalities` must name at least one modality and its pattern, got none.")
+    require_modalities(modalities)
     require_list("masks", masks)
     _check_labels(missing_masks, None, healthy)
     if bool(label_column) != bool(healthy):
         raise ValueError("`label_column` and `healthy` belong together: a column and its values that are healthy.")
-    participants = {}
-    if label_column is not None or (root / "participants.tsv").is_file():
-        columns = ["participant_id", *([label_column] if label_column else [])]
-        table = read_table(root / "participants.tsv", columns, "label_column")
-        participants = {"sub-" + row["participant_id"].removeprefix("sub-"): row for row in table}
+    participants = _read_participants(root, label_column)
     pipelines = folders_in(root / "derivatives") if (root / "derivatives").is_dir() else []
     subjects = []
-    for participant in (folder for folder in folders_in(root) if folder.name.startswith("sub-")):
-        sessions = [folder for folder in folders_in(participant) if folder.name.startswith("ses-")]
-        beside = [participant] if not sessions or (participant / "anat").is_dir() else []
-        for session in (*beside, *sessions):
-            name = "_".join(session.relative_to(root).parts)
+    for participant, session in _sessions(root):
+        name = "_".join(session.relative_to(root).parts)
+
+        def find(pattern, session=session, name=name):
             places = [pipeline / session.relative_to(root) for pipeline in pipelines]
+            beside = sorted(path for place in places for path in match_files(place, pattern))
+            found = match_files(session, pattern) or beside
+            return _one(found, root, (session.relative_to(root) / pattern).as_posix(), name)
 
-            def find(pattern, session=session, places=places, name=name):
-                found = match_files(session, pattern) or sorted(
-                    path for place in places for path in match_files(place, pattern)
-                )
-                return _one(found, root, (session.relative_to(root) / pattern).as_posix(), name)
-
-            volume = {modality: find(pattern) for modality, pattern in modalities.items()}
-            if all(isinstance(file, Missing) and not file.files for file in volume.values()):
-                continue
-            row = participants.get(participant.name, {})
-            if label_column is not None and not row:
-                raise ValueError(f"{root / 'participants.tsv'} does not list {participant.name}.")
-            label = None
-            if label_column is not None and row[label_column] not in ("", "n/a"):
-                label = 0 if row[label_column] in healthy else 1
-            found, label = _masks_and_label([find(pattern) for pattern in masks], missing_masks, label)
-            subjects.append(
-                Subject(
-                    name,
-                    volume=volume,
-                    masks=found,
-                    brain=None if brain is None else find(brain),
-                    label=label,
-                    group=participant.name,
-                    mask_above=mask_above,
-                    age=_number(row.get("age", "")),
-                    site=row.get("site") or None,
-                )
+        volume = {modality: find(pattern) for modality, pattern in modalities.items()}
+        if all(isinstance(file, Missing) and not file.files for file in volume.values()):
+            continue
+        row = participants.get(participant, {})
+        if label_column is not None and not row:
+            raise ValueError(f"{root / 'participants.tsv'} does not list {participant}.")
+        label = None
+        if label_column is not None and row[label_column] not in ("", "n/a"):
+            label = 0 if row[label_column] in healthy else 1
+        found, label = _masks_and_label([find(pattern) for pattern in masks], missing_masks, label)
+        subjects.append(
+            Subject(
+                name,
+                volume=volume,
+                masks=found,
+                brain=None if brain is None else find(brain),
+                label=label,
+                group=participant,
+                mask_above=mask_above,
+                age=_number(row.get("age", "")),
+                site=row.get("site") or None,
             )
+        )
     if not subjects:
         patterns = ", ".join(modalities.values())
         raise ValueError(
@@ -232,12 +211,44 @@ def read_bids(
     return subjects
 
 
+def _splits_of_keys(root: Path, keys: list[tuple], splits: Mapping[str, str] | None) -> dict[tuple, str]:
+    """Returns the split of every key of fields that is in one; raises if that is none, or the split of a key is
+    unknown."""
+    names = SPLIT_NAMES if splits is None else splits
+    there = sorted({dict(key)["split"] for key in keys})
+    unknown = [name for name in there if name not in names]
+    if unknown and splits is None:
+        raise ValueError(
+            f"The split {unknown[0]!r} in {root} is none of {', '.join(SPLIT_NAMES)}: say in `splits` what it is."
+        )
+    if len(unknown) == len(there):
+        raise ValueError(f"`splits` names none of the splits in {root}: {', '.join(there)}.")
+    return {key: names[dict(key)["split"]] for key in keys if dict(key)["split"] in names}
+
+
+def _read_participants(root: Path, label_column: str | None) -> dict[str, dict[str, str]]:
+    """Reads the rows of `participants.tsv`, if it is there or has to be, by the participant's folder."""
+    if label_column is None and not (root / "participants.tsv").is_file():
+        return {}
+    columns = ["participant_id", *([label_column] if label_column else [])]
+    table = read_table(root / "participants.tsv", columns, "label_column")
+    return {"sub-" + row["participant_id"].removeprefix("sub-"): row for row in table}
+
+
+def _sessions(root: Path) -> Iterator[tuple[str, Path]]:
+    """Yields the participants and folders of all sessions; what has none, or scans beside them, is a session
+    itself."""
+    for participant in (folder for folder in folders_in(root) if folder.name.startswith("sub-")):
+        sessions = [folder for folder in folders_in(participant) if folder.name.startswith("ses-")]
+        beside = [participant] if not sessions or (participant / "anat").is_dir() else []
+        yield from ((participant.name, session) for session in (*beside, *sessions))
+
+
 def _check_fields(
     modalities: Mapping[str, str], splits: Mapping[str, str] | None, healthy: Sequence[str], **made: str | None
 ) -> set[str]:
-    """The fields of the modalities; `made` are the options that are made of them."""
-    if not modalities:
-        raise ValueError("`modalities` must name at least one modality and its pattern, got none.")
+    """Returns the fields of the modalities; checks the options `made` of them."""
+    require_modalities(modalities)
     fields = fields_of(next(iter(modalities.values())))
     listed = ", ".join(sorted(fields)) or "none"
     for modality, pattern in modalities.items():
@@ -259,15 +270,14 @@ def _check_fields(
 
 
 def _check_labels(missing_masks: str, label: int | None, healthy: Sequence[str]) -> None:
-    if missing_masks not in MISSING_MASKS:
-        raise ValueError(f"`missing_masks` must be one of {', '.join(MISSING_MASKS)}, got {missing_masks!r}.")
+    check_choice("missing_masks", missing_masks, MISSING_MASKS)
     require_list("healthy", healthy)
     if label is not None and healthy:
         raise ValueError("`label` and `healthy` both say what is healthy: give one.")
 
 
 def _masks_and_label(masks: list, missing_masks: str, label: int | None) -> tuple[tuple, int | None]:
-    """Masks that a subject has, and its label where it has none."""
+    """Returns the masks that a subject has, and its label."""
     absent = [mask for mask in masks if isinstance(mask, Missing) and not mask.files]
     if not masks or missing_masks == "error" or not absent:
         return tuple(masks), label

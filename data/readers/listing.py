@@ -6,14 +6,13 @@ import csv
 import glob
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...volumes.volume import InputVolume, StoredVolume
 
 
-SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
@@ -28,7 +27,8 @@ _TOKEN = re.compile(r"\{(\w+)\}|(\*\*/)|(\*)|(\?)")
 
 @dataclass(frozen=True)
 class Missing(StoredVolume):
-    """Stands for a file that is missing or not unique: its subject is listed as unreadable, with the reason, and the others are read."""
+    """Stands for a file that is missing or not unique: its subject is listed as unreadable, with the reason, and the
+    others are read."""
 
     reason: str
     files: tuple[Path, ...] = ()
@@ -38,6 +38,7 @@ class Missing(StoredVolume):
 
 
 def require_folder(root: str | Path) -> Path:
+    """Returns the folder of a data set as a path; raises a `NotADirectoryError` if it is none."""
     root = Path(root)
     if not root.is_dir():
         raise NotADirectoryError(f"`root` must be a folder, and {root} is none.")
@@ -45,35 +46,46 @@ def require_folder(root: str | Path) -> Path:
 
 
 def require_list(name: str, value: Sequence[str]) -> None:
+    """Raises a `ValueError` if an option is a text instead of a list of texts."""
     if isinstance(value, str):
         raise ValueError(f"`{name}` must be a list, got {value!r}.")
 
 
+def require_modalities(modalities: Mapping) -> None:
+    """Raises a `ValueError` if there are no modalities."""
+    if not modalities:
+        raise ValueError("`modalities` must name at least one modality and its pattern, got none.")
+
+
 def folders_in(path: Path) -> list[Path]:
+    """Returns the folders in a folder, sorted, without hidden ones."""
     return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
 
 
 def folders_below(path: Path) -> Iterator[Path]:
+    """Yields the folders in a folder at every depth, without hidden ones."""
     for folder in folders_in(path):
         yield folder
         yield from folders_below(folder)
 
 
 def list_names(folder: Path) -> str:
+    """Returns the first names in a folder, for a message."""
     names = sorted(path.name for path in folder.iterdir())
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "no files"
 
 
 def match_files(folder: Path, pattern: str) -> list[Path]:
-    """Files by a glob pattern; `{subject}` in it is the folder's name. Names that begin with a dot are not looked at."""
+    """Returns the files that match a glob pattern, in which `{subject}` is the folder's name. Hidden files do not
+    match."""
     found = folder.glob(pattern.replace("{subject}", glob.escape(folder.name)))
     return sorted(path for path in found if not path.name.startswith("."))  # macOS puts `._NAME` beside a file
 
 
 def match_fields(root: Path, pattern: str) -> list[tuple[dict[str, str], Path]]:
     """
-    Files below `root` by a glob pattern with fields: `{name}` is a part of one name in the path, and the same wherever it stands. Names
-    that begin with a dot are not looked at.
+    Returns the files below `root` that match a glob pattern with fields: `{name}` is a part of one name in the path,
+    and the same wherever it stands. Hidden files and folders do not match.
 
     Returns:
         `list[tuple[dict[str, str], Path]]`: The fields' values and the file, sorted by file.
@@ -100,13 +112,13 @@ def match_fields(root: Path, pattern: str) -> list[tuple[dict[str, str], Path]]:
 
 
 def fields_of(pattern: str) -> set[str]:
-    """The names in braces of a pattern."""
+    """Returns the names in braces of a pattern."""
     return {token.group(1) for token in _TOKEN.finditer(pattern) if token.group(1)}
 
 
 def read_table(path: Path, columns: Sequence[str], option: str) -> list[dict[str, str]]:
     """
-    Rows of a table as text: `.csv`, `.tsv`, or the first sheet of an `.xls` file.
+    Reads the rows of a table as text: `.csv`, `.tsv`, or the first sheet of an `.xls` file.
 
     Args:
         path (`Path`): The file.
@@ -132,7 +144,8 @@ def _read_sheet(path: Path, option: str) -> list[list[str]]:
         import xlrd
     except ImportError as error:
         raise ImportError(
-            f"`{option}`: reading {path.name} needs xlrd: `pip install anodiff[preprocess]`; or save it as CSV and name that file."
+            f"`{option}`: reading {path.name} needs xlrd: `pip install anodiff[preprocess]`; or save it as CSV and"
+            " name that file."
         ) from error
     try:
         sheet = xlrd.open_workbook(path).sheet_by_index(0)

@@ -1,4 +1,5 @@
-"""Finds the subjects of a raw data set: which files belong together, what is known about them, what a split must not divide."""
+"""Finds the subjects of a raw data set: which files belong together, what is known about them, what a split must not
+divide."""
 
 from __future__ import annotations
 
@@ -9,17 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...checks import check_number
 from ...volumes.volume import IMAGE_SUFFIXES, StoredVolume
+from ..layout import SPLITS
 from .listing import (
     SPLIT_NAMES,
-    SPLITS,
     Missing,
     folders_below,
     folders_in,
     list_names,
     match_files,
+    read_table,
     require_folder,
     require_list,
+    require_modalities,
 )
 
 
@@ -28,21 +32,22 @@ _T1_WORD = re.compile(r"(?<![a-zA-Z0-9])t1(?![a-zA-Z0-9])")
 
 @dataclass(frozen=True)
 class Subject:
-    """One subject of a raw data set. Nothing is read yet.
+    """Names the files of one subject of a raw data set, and what is known about it. Nothing is read yet.
 
     Args:
         name (`str`): Unique in its data set.
         volume (`dict[str, Path]`, `Path` or [`~volumes.volume.StoredVolume`]): Modality to file, or one file.
         masks (`tuple[Path, ...]`):
-            Lesion masks on the volume's grid, one per annotator; empty if the subject is unlabelled. Subjects of one data set may
-            have different numbers of them.
+            Lesion masks on the volume's grid, one per annotator; empty if the subject is unlabelled. Subjects of one
+            data set may have different numbers of them.
         brain (`Path`, *optional*): Brain mask on the volume's grid.
         label (`int`, *optional*): 1 anomalous, 0 healthy, `None` unknown or to be seen from the masks.
         split (`str`, *optional*): `"train"`, `"validation"` or `"test"`, where the data set says so.
         group (`str`, *optional*): What no split may divide (a patient); the name by default.
         mask_above (`float`, defaults to 0.0): Value in the files of the masks above which a voxel is marked.
         mask_max (`float`, *optional*):
-            Value of a marked voxel, where it is known: a mask that is not empty and stays at or below `mask_above` is an error then.
+            Value of a marked voxel, where it is known: a mask that is not empty and stays at or below `mask_above` is
+            an error then.
         age (`float`, *optional*): In years, where the data set says so.
         site (`str`, *optional*): Centre or scanner, where the data set says so.
     """
@@ -68,18 +73,18 @@ class Subject:
 
     @property
     def volume_files(self) -> list[Path]:
-        """The files that the volume is read from, in channel order."""
+        """Returns the files that the volume is read from, in channel order."""
         sources = self.volume.values() if isinstance(self.volume, dict) else [self.volume]
         return [file for source in sources for file in _files_of(source)]
 
     @property
     def mask_files(self) -> list[Path]:
-        """The files that the masks are read from."""
+        """Returns the files that the masks are read from."""
         return [file for source in self.masks for file in _files_of(source)]
 
     @property
     def files(self) -> list[Path]:
-        """All files of the subject."""
+        """Returns all files of the subject."""
         return [*self.volume_files, *self.mask_files, *(_files_of(self.brain) if self.brain else ())]
 
 
@@ -92,30 +97,30 @@ def read_volume_folders(
     mask_above: float = 0.0,
 ) -> list[Subject]:
     """
-    One folder per subject: `root/SUBJECT/...`. Folders that hold none of the modalities are no subjects.
+    Finds one subject per folder: `root/SUBJECT/...`. Folders that hold none of the modalities are no subjects.
 
     Args:
         root (`str` or `Path`): Folder of the data set.
         modalities (`dict[str, str]`):
-            Name to glob pattern inside the subject's folder, e.g. `{"flair": "{subject}_flair.nii.gz"}`; `{subject}` is the folder's
-            name. A pattern must match one file.
+            Name to glob pattern inside the subject's folder, e.g. `{"flair": "{subject}_flair.nii.gz"}`; `{subject}`
+            is the folder's name. A pattern must match one file.
         masks (`list[str]`): Patterns of the lesion masks, one per annotator. None: the data set is unlabelled.
         brain (`str`, *optional*): Pattern of the brain mask.
         splits (`str` or `Path`, *optional*):
-            Folder (relative to `root`) with `train.csv`, `validation.csv` (or `val.csv`), `test.csv`, whose column `subject` or `Subject_ID`
-            (ANDi's), or else first column, lists the subjects; `scans_train.csv` (ANDi's) is a name too. Every subject must be in one of them.
+            Folder (relative to `root`) with `train.csv`, `validation.csv` (or `val.csv`), `test.csv`, whose column
+            `subject` or `Subject_ID` (ANDi's), or else first column, lists the subjects; `scans_train.csv` (ANDi's) is
+            a name too. Every subject must be in one of them.
         mask_above (`float`, defaults to 0.0): Value in the files of the masks above which a voxel is marked.
 
     Returns:
         `list[Subject]`, sorted by name.
 
     Raises:
-        ValueError: No subject is complete; a subject is in two splits, in none, or does not exist. A file that is missing or not unique
-            leaves out its subject, and [`prepare`] lists it.
+        ValueError: No subject is complete; a subject is in two splits, in none, or does not exist. A file that is
+            missing or not unique leaves out its subject, and [`prepare`] lists it.
     """
     root = require_folder(root)
-    if not modalities:
-        raise ValueError("`modalities` must name at least one modality and its pattern, got none.")
+    require_modalities(modalities)
     require_list("masks", masks)
     subjects = {}
     for folder in folders_in(root):
@@ -141,15 +146,15 @@ def read_image_folders(
     root: str | Path, healthy: Sequence[str], groups: str | Path | None = None, group_column: str = "group"
 ) -> list[Subject]:
     """
-    Labelled pictures: `root/SPLIT/CLASS/*` if the first level is called train (or training), validation (or val) and test (or
-    testing), else `root/CLASS/*`. Every picture is a subject, named by its path without the suffix.
+    Finds labelled pictures: `root/SPLIT/CLASS/*` if the first level is called train (or training), validation (or val)
+    and test (or testing), else `root/CLASS/*`. Every picture is a subject, named by its path without the suffix.
 
     Args:
         root (`str` or `Path`): Folder of the data set.
         healthy (`list[str]`): Classes that are healthy; the others are anomalous.
         groups (`str` or `Path`, *optional*):
-            CSV file (relative to `root`) with a column `file`, relative to `root`, and the column `group_column`: pictures of one group
-            (a patient, copies of one slice) stay in one split. Every picture must be listed.
+            CSV file (relative to `root`) with a column `file`, relative to `root`, and the column `group_column`:
+            pictures of one group (a patient, copies of one slice) stay in one split. Every picture must be listed.
         group_column (`str`): Of `groups`.
 
     Returns:
@@ -206,44 +211,44 @@ def read_annotated_folders(
     group_column: str = "group",
 ) -> list[Subject]:
     """
-    One folder per case, at any depth: the image, in a file per channel, and any number of annotations of it (CIMD's layout is
-    `{training,testing}/K/image_{K+1}.jpg` with `label0_.jpg` to `label3_.jpg`). Every folder that holds a channel is a case, named by its path.
+    Finds one case per folder, at any depth: the image, in a file per channel, and any number of annotations of it
+    (CIMD's layout is `{training,testing}/K/image_{K+1}.jpg` with `label0_.jpg` to `label3_.jpg`). Every folder that
+    holds a channel is a case, named by its path.
 
     A case may have fewer annotations than others, or none; one that marks nothing is an annotation.
 
     Args:
         root (`str` or `Path`): Folder of the data set.
-        modalities (`dict[str, str]`): Channel to glob pattern inside the case's folder, each of one file: `{"image": "image_*"}`.
+        modalities (`dict[str, str]`):
+            Channel to glob pattern inside the case's folder, each of one file: `{"image": "image_*"}`.
         annotations (`list[str]`): Glob patterns inside the case's folder, each of any number of files: `["label*"]`.
         label_threshold (`float`, defaults to 0.5):
-            What is marked: above this share of `label_max`. JPEG leaves small values around every edge, so that 0.0, the rule of CIMD's
-            authors, marks half as much again.
-        label_max (`float`, defaults to 255.0): Value of a marked pixel: 255 in pictures of 8 bits, 1 in files that hold 0 and 1.
+            What is marked: above this share of `label_max`. JPEG leaves small values around every edge, so that 0.0,
+            the rule of CIMD's authors, marks half as much again.
+        label_max (`float`, defaults to 255.0):
+            Value of a marked pixel: 255 in pictures of 8 bits, 1 in files that hold 0 and 1.
         split_folders (`bool`, defaults to `True`):
-            Whether folders of the first level called train (or training), validation (or val) and test (or testing) are the splits.
-            `False`: no case has a split.
+            Whether folders of the first level called train (or training), validation (or val) and test (or testing)
+            are the splits. `False`: no case has a split.
         groups (`str` or `Path`, *optional*):
-            CSV file (relative to `root`) with a column `case`, relative to `root`, and the column `group_column`: cases of one group (a
-            patient) stay in one split. Every case must be listed.
+            CSV file (relative to `root`) with a column `case`, relative to `root`, and the column `group_column`:
+            cases of one group (a patient) stay in one split. Every case must be listed.
         group_column (`str`): Of `groups`.
 
     Returns:
         `list[Subject]`, sorted by name.
 
     Raises:
-        ValueError: No complete case, no annotation at all, a mixed layout, a case without group. A channel that is missing or not unique
-            leaves out its case, and [`prepare`] lists it.
+        ValueError: No complete case, no annotation at all, a mixed layout, a case without group. A channel that is
+            missing or not unique leaves out its case, and [`prepare`] lists it.
     """
     root = require_folder(root)
-    if not modalities:
-        raise ValueError("`modalities` must name at least one channel and its pattern, got none.")
+    require_modalities(modalities)
     require_list("annotations", annotations)
     if not annotations:
         raise ValueError("`annotations` must name at least one pattern, got none.")
-    if not 0 <= label_threshold < 1:
-        raise ValueError(f"`label_threshold` must be at least 0 and below 1, got {label_threshold}.")
-    if not label_max > 0:
-        raise ValueError(f"`label_max` must be above 0, got {label_max}.")
+    check_number("label_threshold", label_threshold, least=0, below=1)
+    check_number("label_max", label_max, above=0)
     cases = {}
     for split, top in _split_folders(root) if split_folders else [(None, root)]:
         for folder in (top, *folders_below(top)):
@@ -290,27 +295,29 @@ def read_split_tables(
     available: str | None = None,
 ) -> list[Subject]:
     """
-    Volumes that CSV tables list, in the layout of the authors of pDDPM, cDDPM and SADM: `root/splits/*.csv`, and the volumes where the
-    tables say, `root/Train/ixi/t1/IXI076-Guys-0753_t1.nii.gz`; with all of it in `root/Data`, too.
+    Finds the volumes that CSV tables list, in the layout of the authors of pDDPM, cDDPM and SADM: `root/splits/*.csv`,
+    and the volumes where the tables say, `root/Train/ixi/t1/IXI076-Guys-0753_t1.nii.gz`; with all of it in
+    `root/Data`, too.
 
-    The columns are `img_name`, `img_path`, `mask_path`, and where the authors have them `label` and `seg_path`; the paths begin with "/"
-    and mean `root` (or `root/Data`). A table names the T1 file: for another modality, folders called t1 and the t1 in the file's name
-    are replaced below `root`, never in `root` itself. What the tables get wrong is repaired with a warning that names it: a scan that
-    is listed twice is taken once, and one in several splits stays in the last of train, validation and test, so that nothing is tested
-    that was learnt from.
+    The columns are `img_name`, `img_path`, `mask_path`, and where the authors have them `label` and `seg_path`; the
+    paths begin with "/" and mean `root` (or `root/Data`). A table names the T1 file: for another modality, folders
+    called t1 and the t1 in the file's name are replaced below `root`, never in `root` itself. What the tables get
+    wrong is repaired with a warning that names it: a scan that is listed twice is taken once, and one in several
+    splits stays in the last of train, validation and test, so that nothing is tested that was learnt from.
 
     Args:
         root (`str` or `Path`): Folder of the data set.
         modality (`str`): `"t1"`, or what takes its place in the names of folders and files, such as `"t2"`.
         splits (`dict[str, list[str]]`):
-            Split to its tables, with or without `.csv`. `Brats21_val[10:]` is the rows from the eleventh on, `Brats21_val[:10]` those before.
+            Split to its tables, with or without `.csv`. `Brats21_val[10:]` is the rows from the eleventh on,
+            `Brats21_val[:10]` those before.
         available (`str`, *optional*):
-            Table, `avail_t2`, whose column `0` lists the scans of IXI that have the modality, by `img_name`; of tables called `IXI_...` the
-            others are left out.
+            Table, `avail_t2`, whose column `0` lists the scans of IXI that have the modality, by `img_name`; of tables
+            called `IXI_...` the others are left out.
 
     Returns:
-        `list[Subject]`, sorted by name: `img_name` without modality and suffix. Label 1 where a row says so, or none where the table has
-        no `label`; `seg_path` is the mask, marked above 0.
+        `list[Subject]`, sorted by name: `img_name` without modality and suffix. Label 1 where a row says so, or none
+        where the table has no `label`; `seg_path` is the mask, marked above 0.
 
     Raises:
         ValueError: An unknown split, a table without the columns, a label that is not 0 or 1, or no subject.
@@ -364,7 +371,8 @@ def _files_of(source: Path | StoredVolume) -> tuple[Path, ...]:
 
 
 def _split_folders(root: Path) -> list[tuple[str | None, Path]]:
-    """The folders of the first level with the splits that they are called after; if none is, the root without a split."""
+    """Returns the folders of the first level with the splits that they are called after; if none is, the root without
+    a split."""
     first_level = folders_in(root)
     if not any(folder.name in SPLIT_NAMES for folder in first_level):
         return [(None, root)]
@@ -422,16 +430,7 @@ def _read_splits(folder: Path, names: set[str]) -> dict[str, str]:
 
 
 def _read_groups(path: Path, key: str, column: str) -> dict[str, str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"`groups`: there is no file {path}.")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in (key, column) if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ()) or 'none'}."
-            )
-        return {row[key]: row[column] for row in reader}
+    return {row[key]: row[column] for row in read_table(path, (key, column), "groups")}
 
 
 def _read_table(root: Path, table: str, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -440,25 +439,19 @@ def _read_table(root: Path, table: str, columns: Sequence[str]) -> list[dict[str
     if not path.is_file():
         there = list_names(path.parent) if path.parent.is_dir() else "no such folder"
         raise FileNotFoundError(f"There is no table {path}: {there}.")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in columns if column not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ())}."
-            )
-        listed = list(reader)
+    listed = read_table(path, columns, "splits")
     return listed[slice(*(int(end) if end else None for end in rows.split(":")))] if rows else listed
 
 
 def _in_modality(path: str, modality: str) -> str:
-    """A path of a table, which names T1, in another modality: folders called t1, and t1 as a word of the file's name."""
+    """Returns a path of a table, which names T1, in another modality: folders called t1, and t1 as a word of the
+    file's name."""
     *folders, name = path.lstrip("/").split("/")
     folders = [modality if folder == "t1" else folder for folder in folders]
     return "/".join([*folders, _T1_WORD.sub(modality, name)])
 
 
 def _scan_name(name: str, modality: str) -> str:
-    """`img_name` without suffix and modality: what scans of one examination share."""
+    """Returns `img_name` without suffix and modality: what scans of one examination share."""
     stem = re.sub(r"\.nii(\.gz)?$", "", name.rpartition("/")[2])
     return re.sub(rf"_(t1|{re.escape(modality)})$", "", stem)

@@ -201,7 +201,7 @@ def test_save_round_trip(tmp_path):
     ("options", "error", "message"),
     [
         ({"index": -1}, ValueError, "`index`"),
-        ({"index": 1.5}, TypeError, "`index`"),
+        ({"index": 1.5}, ValueError, "`index`"),
         ({"seed": -1}, ValueError, "`seed`"),
         ({"lesion": "bleed"}, ValueError, "`lesion`.*tumour"),
         ({"anatomy": "colin27"}, ValueError, "`anatomy`.*geometric"),

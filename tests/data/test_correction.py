@@ -6,7 +6,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import datasets
 import nibabel as nib
 import numpy as np
 import PIL.Image
@@ -27,12 +26,6 @@ sitk = pytest.importorskip("SimpleITK", reason="the extra `preprocess` is missin
 def phantom():
     """Brain of 4 mm with a tumour, (X, Y, Z) float32, its brain and lesion, and the affine."""
     return make_subject(1, lesion="tumour", spacing=4.0, anatomy="geometric")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Arrow copies of test data go away with it."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def save(path, array, affine):
@@ -233,11 +226,11 @@ def test_a_mask_is_not_lost_without_a_word(tmp_path, phantom):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"register": "elastic"}, "`correction.register` must be one of rigid, affine, got 'elastic'"),
-        ({"skull_strip": "bet"}, "`correction.skull_strip` must be one of hd-bet, synthstrip, got 'bet'"),
-        ({"by": "t2"}, "`correction.by` must be one of t1, flair, got 't2'"),
+        ({"register": "elastic"}, "`correction.register` must be one of None, rigid, affine, got 'elastic'"),
+        ({"skull_strip": "bet"}, "`correction.skull_strip` must be one of None, hd-bet, synthstrip, got 'bet'"),
+        ({"by": "t2"}, "`correction.by` must be one of None, t1, flair, got 't2'"),
         ({"spacing": (1, 1)}, r"three numbers > 0 in mm, got \(1, 1\)"),
-        ({"n4": -1}, "`correction.n4` must be an integer >= 0, got -1"),
+        ({"n4": -1}, "`correction.n4` must be an integer of at least 0, got -1"),
         ({"register": "rigid"}, "`correction.register` needs a template: give `--template FILE`"),
         ({"match_histogram": True}, "`correction.match_histogram` needs a reference: give `--reference FILE`"),
         ({"template": "t.nii"}, "`--template` is given, but the recipe does not set `correction.register`"),
@@ -306,7 +299,7 @@ def test_a_recipe_with_correction(tmp_path, phantom):
     VolumeProcessor.from_pretrained(tmp_path / "set" / "processor")
 
     changed = {**RECIPE, "correction": {"registration": "rigid"}}
-    with pytest.raises(ValueError, match="`correction` has no key registration; known are skull_strip, register, by"):
+    with pytest.raises(ValueError, match="`correction` has no key registration; it takes skull_strip, register, by"):
         prepare_recipe(changed, tmp_path / "raw", tmp_path / "other", template=template)
 
 

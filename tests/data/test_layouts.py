@@ -22,13 +22,6 @@ from anodiff.data.readers.listing import Missing
 from anodiff.data.readers.subjects import read_volume_folders
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture(scope="module")
 def brain():
     """One phantom: 24 x 29 x 23 voxels of 8 mm."""

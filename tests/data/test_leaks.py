@@ -1,6 +1,5 @@
 import csv
 
-import datasets
 import nibabel as nib
 import numpy as np
 import pytest
@@ -10,15 +9,6 @@ from anodiff.data.leaks import find_leaks, hash_pictures, write_leaks
 from anodiff.data.prepare import prepare
 from anodiff.data.readers.subjects import Subject
 from anodiff.volumes.processor import VolumeProcessor
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Arrow copies of test data go away with it."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def brain_of(seed, shape=(48, 56, 6)):

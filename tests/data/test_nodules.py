@@ -1,22 +1,18 @@
 import csv
 import json
 
-import datasets
 import nibabel as nib
 import numpy as np
 import PIL.Image
 import pytest
 
-from anodiff.data.phantoms.nodules import RATER_SETS, RaterRule, make_case, write_rater_phantom
-from anodiff.data.prepare import is_phantom, prepare, prepare_phantom, prepare_recipe
+from anodiff.data.phantoms.nodules import RATER_SETS, make_case, write_rater_phantom
+from anodiff.data.phantoms.sets import is_phantom, prepare_phantom
+from anodiff.data.prepare import prepare, prepare_recipe
 from anodiff.data.prepared import load_prepared
+from anodiff.data.raters import RaterRule
 from anodiff.data.readers.subjects import Subject
 from anodiff.volumes.processor import VolumeProcessor
-
-
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -96,13 +92,13 @@ def test_masks_without_boundary():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"number": 0}, "`raters.number` must be a whole number, at least 1, got 0"),
-        ({"number": 2.5}, "`raters.number` must be a whole number"),
-        ({"radius": -1.0}, "`raters.radius` must not be negative, got -1.0"),
-        ({"warp": -1.0}, "`raters.warp` must not be negative"),
-        ({"warp_scale": 0.0}, "`raters.warp_scale` must be above 0, got 0.0"),
-        ({"drop": 1.5}, "`raters.drop` must be between 0 and 1, got 1.5"),
-        ({"seed": -1}, "`raters.seed` must be a whole number, at least 0, got -1"),
+        ({"number": 0}, "`raters.number` must be an integer of at least 1, got 0"),
+        ({"number": 2.5}, "`raters.number` must be an integer"),
+        ({"radius": -1.0}, "`raters.radius` must be a finite number and at least 0, got -1.0"),
+        ({"warp": -1.0}, "`raters.warp` must be a finite number and at least 0"),
+        ({"warp_scale": 0.0}, "`raters.warp_scale` must be a finite number and above 0, got 0.0"),
+        ({"drop": 1.5}, "`raters.drop` must be .* between 0 and 1, got 1.5"),
+        ({"seed": -1}, "`raters.seed` must be an integer of at least 0, got -1"),
     ],
 )
 def test_wrong_rules(settings, message):
@@ -123,7 +119,7 @@ def volume_set(root):
         nib.save(nib.Nifti1Image(mask, affine), root / name / "mask.nii.gz")
 
 
-def test_raters_in_a_recipe(tmp_path, own_cache):
+def test_raters_in_a_recipe(tmp_path):
     volume_set(tmp_path / "raw")
     recipe = {
         "reader": "volume_folders",
@@ -154,9 +150,7 @@ def test_raters_in_a_recipe(tmp_path, own_cache):
     assert split.subject_info["ill"]["label"] == 1 and len(split.read_subject("well")["slice"]) == 7
 
     recipe["raters"]["count"] = 3
-    with pytest.raises(
-        ValueError, match="`raters` has no key count; known are number, radius, warp, warp_scale, drop"
-    ):
+    with pytest.raises(ValueError, match="`raters` has no key count; it takes number, radius, warp, warp_scale, drop"):
         prepare_recipe(recipe, tmp_path / "raw", tmp_path / "other", progress=False)
     masks = (tmp_path / "raw/ill/mask.nii.gz",) * 2
     twice = Subject("ill", {"flair": tmp_path / "raw/ill/flair.nii.gz"}, masks=masks, split="train")
@@ -175,9 +169,9 @@ def test_a_case():
     for other in (make_case(3, 0), make_case(4, 1), make_case(3, 1, seed=1)):
         assert not np.array_equal(other.image, case.image)
     for arguments, message in (
-        ({"patient": -1}, "`patient` must be a whole number, at least 0, got -1"),
-        ({"patient": 0, "size": 16}, "`size` must be a whole number, at least 32, got 16"),
-        ({"patient": 0, "num_raters": 0}, "`num_raters` must be at least 1, got 0"),
+        ({"patient": -1}, "`patient` must be an integer of at least 0, got -1"),
+        ({"patient": 0, "size": 16}, "`size` must be an integer of at least 32, got 16"),
+        ({"patient": 0, "num_raters": 0}, "`num_raters` must be an integer of at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             make_case(**arguments)
@@ -222,7 +216,7 @@ def test_the_nodule_can_be_seen():
             assert contrast > 255 * 0.5 * case.parameters["contrast"]
 
 
-def test_a_phantom_with_several_raters(tmp_path, monkeypatch, own_cache):
+def test_a_phantom_with_several_raters(tmp_path, monkeypatch):
     monkeypatch.setitem(RATER_SETS, "phantom-raters", (10, 2))
     write_rater_phantom(tmp_path / "raw", progress=False)
     case = make_case(7, 1)
@@ -246,9 +240,24 @@ def test_a_phantom_with_several_raters(tmp_path, monkeypatch, own_cache):
     found = split.read_subject(case.name)
     np.testing.assert_allclose(found["image"][0, 0] * 255, case.image, atol=1e-3)
     np.testing.assert_array_equal(found["mask"][0], case.masks)
-    assert (
-        is_phantom(split.recipe)
-        and split.recipe["source"] == "phantom-raters of anodiff.data.phantoms.nodules, seed 11"
-    )
+    assert is_phantom(split.recipe) and split.recipe["source"] == "phantom-raters of anodiff, seed 11"
     made = load_prepared("phantom-raters", "test")
     np.testing.assert_array_equal(made[:]["mask"], splits["test"][:]["mask"])
+
+
+@pytest.mark.parametrize(
+    ("source", "phantom"),
+    [
+        ("phantom-mini of anodiff, anatomy mni152, seed 11", True),
+        # As recipes said it while module paths stood in them.
+        ("phantom-mini of anodiff.data.phantom, anatomy mni152, seed 11", True),
+        ("phantom-raters of anodiff.data.raters, seed 11", True),
+        ("phantom-raters of anodiff.data.phantoms.nodules, seed 11", True),
+        ("ISLES 2022, prepared by anodiff", False),
+        ("compared with phantom-mini of anodiff", False),
+        ("phantom-mini of anodiffusion", False),
+    ],
+)
+def test_phantoms_are_known_by_their_source(source, phantom):
+    assert is_phantom({"source": source}) is phantom
+    assert not is_phantom({})

@@ -12,30 +12,17 @@ import pytest
 import torch.utils.data
 import yaml
 
+from anodiff.data.layout import COLUMNS, SPLITS
 from anodiff.data.phantoms.brains import PHANTOM_SETS
-from anodiff.data.prepare import (
-    SliceRule,
-    SplitRule,
-    prepare,
-    prepare_phantom,
-    prepare_recipe,
-    read_recipe,
-)
-from anodiff.data.prepared import COLUMNS, PreparedSplit, load_prepared
-from anodiff.data.readers.subjects import SPLITS, Subject, read_volume_folders
+from anodiff.data.phantoms.sets import prepare_phantom
+from anodiff.data.prepare import prepare, prepare_recipe, read_recipe
+from anodiff.data.prepared import PreparedSplit, load_prepared
+from anodiff.data.readers.subjects import Subject, read_volume_folders
+from anodiff.data.rules import SliceRule, SplitRule
 from anodiff.volumes.processor import VolumeProcessor
 
 
 SHAPE = (12, 10, 7)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Arrow copies of test data go away with it."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def save(path, array):
@@ -297,15 +284,15 @@ def test_masks_by_linear_interpolation(tmp_path):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"step": 0}, "`slices.step` must be at least 1, got 0"),
-        ({"first": 3, "last": 2}, "0 <= first <= last, got first 3, last 2"),
+        ({"step": 0}, "`slices.step` must be an integer of at least 1, got 0"),
+        ({"first": 3, "last": 2}, "`slices.last` must be an integer of at least 3, got 2"),
         ({"min_brain": 1.5}, "between 0 and 1, got 1.5"),
         ({"train": "healthy"}, "one of all, healthy_by_mask, healthy_by_label, got 'healthy'"),
         ({"masks": "cubic"}, "`slices.masks` must be one of nearest, linear, got 'cubic'"),
-        ({"first": 2.0}, "`slices.first` must be an integer, got 2.0"),
-        ({"step": "2"}, "`slices.step` must be an integer, got '2'"),
-        ({"min_brain": "1 %"}, "`slices.min_brain` must be a number, got '1 %'"),
-        ({"min_sum": -1.0}, "`slices.min_sum` must not be negative, got -1.0"),
+        ({"first": 2.0}, "`slices.first` must be an integer of at least 0, got 2.0"),
+        ({"step": "2"}, "`slices.step` must be an integer of at least 1, got '2'"),
+        ({"min_brain": "1 %"}, "`slices.min_brain` must be a finite number .*, got '1 %'"),
+        ({"min_sum": -1.0}, "`slices.min_sum` must be a finite number and at least 0, got -1.0"),
     ],
 )
 def test_wrong_slice_rule(rule, message):
@@ -404,7 +391,7 @@ def test_whatever_is_wrong_with_one_subject_the_others_are_written(tmp_path, mon
     def stumble(*arguments):
         raise IndexError("index -1 is out of bounds")
 
-    monkeypatch.setattr("anodiff.data.slicing._touched", stumble)  # what nobody has thought of
+    monkeypatch.setattr("anodiff.data.slicing._kept_slices", stumble)  # what nobody has thought of
     with pytest.raises(ValueError, match="good: IndexError: index -1 is out of bounds"):
         run([subjects[1]], tmp_path / "other")
 
@@ -524,11 +511,11 @@ def recipe(**changes):
     [
         (
             {"slice": {}},
-            "`recipe` has no key slice; known are source, license, reader, reader_options, processor, slices",
+            "`recipe` has no key slice; it takes source, license, reader, reader_options, processor, slices",
         ),
         (
             {"slices": {"every": 2}},
-            "`slices` has no key every; known are min_brain, first, last, step, min_sum, masks, train",
+            "`slices` has no key every; it takes min_brain, first, last, step, min_sum, masks, train",
         ),
         ({"split": [0.5]}, r"`split` must hold `key: value` pairs, got \[0.5\]"),
         (
@@ -536,14 +523,14 @@ def recipe(**changes):
             "`reader` must be one of volume_folders, image_folders, annotated_folders, split_tables, .*, got 'dicom'",
         ),
         ({"reader_options": {}}, "`reader_options` needs the key modalities"),
-        ({"reader_options": {"modality": {}}}, "`reader_options` has no key modality; known are modalities, masks"),
+        ({"reader_options": {"modality": {}}}, "`reader_options` has no key modality; it takes modalities, masks"),
         ({"reader_options": {"modalities": {}, "splits": "/splits"}}, "relative to the root, got /splits"),
         ({"reader_options": {"modalities": {"a": "/a.nii"}, "masks": ["/m"]}}, "relative to the root, got /a.nii, /m"),
         (
             {"split": {"fractions": [0.5, 0.5]}},
             r"`split.fractions` must give splits their shares, .* got \[0.5, 0.5\]",
         ),
-        ({"processor": {"shape": 3}}, "no setting shape"),
+        ({"processor": {"shape": 3}}, "`processor` has no key shape; it takes modalities, plane"),
         ({"dtype": "int8"}, "`dtype` must be one of float32, float16, got 'int8'"),
     ],
 )

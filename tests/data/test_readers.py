@@ -186,7 +186,7 @@ def test_wrong_annotated_folders(tmp_path):
         read_annotated_folders(tmp_path, IMAGE, ["label*"])
     with pytest.raises(ValueError, match=r"`annotations` must be a list, got 'l\*'"):
         read_annotated_folders(tmp_path, IMAGE, "l*")
-    with pytest.raises(ValueError, match="`modalities` must name at least one channel"):
+    with pytest.raises(ValueError, match="`modalities` must name at least one modality"):
         read_annotated_folders(tmp_path, {}, ["l*"])
     for name, value in (("label_threshold", 1.0), ("label_threshold", -0.1), ("label_max", 0)):
         with pytest.raises(ValueError, match=f"`{name}` must be"):

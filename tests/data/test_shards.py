@@ -1,13 +1,14 @@
 """How prepared data sets are written: by several processes, after an interruption, after a change."""
 
+import ast
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import datasets
 import nibabel as nib
 import numpy as np
 import pytest
@@ -24,12 +25,6 @@ RECIPE = {
     "processor": {"modalities": ["flair"], "size": [16, 16]},
     "split": {"fractions": {"train": 0.5, "test": 0.5}, "seed": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Arrow copies of test data go away with it."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -88,7 +83,7 @@ def test_the_number_of_processes_changes_nothing(raw, tmp_path):
         "raw",
         "recipe.yaml",
     ]
-    with pytest.raises(ValueError, match="`num_proc` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`num_proc` must be an integer of at least 1, got 0"):
         prepared(raw, tmp_path / "none", num_proc=0)
 
 
@@ -202,3 +197,49 @@ def test_pieces_keep_every_bit(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["piece"]
         assert shards.read_piece(tmp_path / "piece").equals(table, check_metadata=True)
         assert shards.read_piece_row(tmp_path / "piece") == row
+
+
+PACKAGE = Path(shards.__file__).parents[1]
+
+
+def imported_modules(start):
+    """The modules of the package that a module needs, itself included, as paths from the root."""
+    found, waiting = set(), [start]
+    while waiting:
+        module = waiting.pop()
+        if module in found:
+            continue
+        found.add(module)
+        for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = (PACKAGE / module).parents[node.level - 1] / (node.module or "").replace(".", "/")
+                names = [base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)]
+                waiting += [name.relative_to(PACKAGE).as_posix() for name in names if name.is_file()]
+    return found
+
+
+def test_every_module_that_produces_data_is_part_of_the_digest():
+    needed = imported_modules("data/phantoms/sets.py")
+    # Words about data, messages about bad values, and what makes the processor a component of checkpoints.
+    no_data = {"data/card.py", "checks.py", "hub/registration.py", "__init__.py"}
+    assert needed - no_data == set(shards.PRODUCERS)
+    assert len(shards.PRODUCERS) == len(set(shards.PRODUCERS))
+    assert not {"data/leaks.py", "data/prepared.py", "data/card.py"} & set(shards.PRODUCERS)
+
+
+def test_the_digest_changes_with_what_produces_data_and_nothing_else(tmp_path, monkeypatch):
+    for folder in ("data", "volumes"):
+        shutil.copytree(PACKAGE / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    here = shards.code_digest()
+    monkeypatch.setattr(shards, "__file__", str(tmp_path / "data" / "shards.py"))
+    assert shards.code_digest() == here
+    for module in ("card.py", "leaks.py", "prepared.py"):
+        with open(tmp_path / "data" / module, "a") as file:
+            file.write("# a comment\n")
+    assert shards.code_digest() == here
+    digests = {here}
+    for module in shards.PRODUCERS:
+        with open(tmp_path / module, "a") as file:
+            file.write("# a comment\n")
+        digests.add(shards.code_digest())
+    assert len(digests) == 1 + len(shards.PRODUCERS)

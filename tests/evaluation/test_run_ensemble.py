@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 
 from anodiff import CIMDPipeline, CIMDScheduler, VolumeProcessor
 from anodiff.data.phantoms.nodules import RATER_SETS
-from anodiff.data.prepare import prepare_phantom
+from anodiff.data.phantoms.sets import prepare_phantom
 from anodiff.data.prepared import load_prepared
 from anodiff.eval import main
 from anodiff.evaluation.ensemble_metrics import score_ensemble

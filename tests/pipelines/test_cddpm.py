@@ -108,8 +108,11 @@ def test_the_value_range_of_the_processor_does_not_matter():
 
 def test_similarity_is_computed_across_slices():
     pipe = make_pipeline(map_type="ssim")
-    assert pipe.whole_volumes and not make_pipeline().whole_volumes
     slices = torch.rand(6, 1, SIZE, SIZE) * 2 - 1
+    # Two volumes at once are compared each for itself, also where a call asks for the similarity.
+    brain = torch.ones(6, SIZE, SIZE, dtype=torch.bool)
+    together = make_pipeline().map_slices(slices, brain, [0, 1, 2, 0, 1, 2], volumes=[3, 3], map_type="ssim").maps
+    torch.testing.assert_close(together[3:], pipe(slices[3:]).anomaly_map, atol=1e-5, rtol=1e-4)
     result = pipe(slices)
     first, second = ((images[:, 0] + 1) / 2 for images in (slices, result.reconstruction))
     torch.testing.assert_close(result.anomaly_map, 1 - ssim_map(first, second), atol=1e-5, rtol=1e-4)
@@ -199,7 +202,7 @@ def test_wrong_components():
     with pytest.raises(ValueError, match="`condition_dim` must be at least 1"):
         ConditionedUNet2DModel(condition_dim=0)
     with pytest.raises(
-        ValueError, match="`attention_head_dim` must divide the last of `block_out_channels`, 32, got 64"
+        ValueError, match="`attention_head_dim` must divide the channels of every attention layer, 32, got 64"
     ):
         ConditionedUNet2DModel(block_out_channels=(32, 32, 32))
     with pytest.raises(ValueError, match="`class_embed_type` must be None"):

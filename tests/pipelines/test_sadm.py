@@ -124,7 +124,7 @@ def test_wrong_components():
         SiameseUNet2DModel(1, (4, 8), residual="absolute")
     with pytest.raises(ValueError, match="at least two levels"):
         SiameseUNet2DModel(1, (4,))
-    with pytest.raises(ValueError, match="`image` must have H and W that 2 divides"):
+    with pytest.raises(ValueError, match="`image` must have sides divisible by 2"):
         model(torch.zeros(1, 1, 15, 16), torch.zeros(1, 1, 15, 16))
     reconstruction = CDDPMPipeline(unet, scheduler, processor, encoder)
     with pytest.raises(ValueError, match="`loss` must be one of bce, dice, bce_dice"):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from anodiff import AnomalyPipeline, CIMDPipeline
 from anodiff.data.phantoms.nodules import RATER_SETS, make_case
-from anodiff.data.prepare import prepare_phantom
+from anodiff.data.phantoms.sets import prepare_phantom
 from anodiff.eval import main as evaluate
 from anodiff.predict import main as predict
 from anodiff.train import main as train

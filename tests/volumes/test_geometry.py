@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from anodiff import VolumeProcessor
-from anodiff.volumes.geometry import Geometry
+from anodiff.volumes.geometry import Geometry, _nearest
 
 
 SHAPE = (9, 12, 7)
@@ -296,3 +296,38 @@ def test_outside_the_input_is_zero():
     for nearest in (False, True):
         slices = geometry.to_network(np.ones((4, 4, 1), dtype=np.float32), nearest=nearest)
         np.testing.assert_array_equal(slices[0, 0], [0, 0, 1, 1, 1, 1, 0, 0])
+
+
+def test_the_nearest_voxel_is_that_of_exact_fractions_and_torchs():
+    """All pairs of sizes up to 256, on the way to the network and on the way back.
+
+    In 1,423 of 65,536 pairs torch takes another voxel, the one below: its float32 coordinates turn exact halves down.
+    """
+    sources = np.arange(1, 257)[:, None]
+    pixels = [torch.arange(source, dtype=torch.float32)[None, None] for source in range(1, 257)]
+    different = 0
+    for target in range(1, 257):
+        row = np.arange(target)
+        numerator, denominator = (2 * row + 1) * sources, 2 * target
+        expected = numerator // denominator
+        step = sources / target
+        np.testing.assert_array_equal(_nearest(step / 2 - 0.5 + step * row), expected)
+        # From a network of `source` pixels to an input of `target`, as `to_input` writes it.
+        step = target / sources
+        np.testing.assert_array_equal(_nearest(-(step / 2 - 0.5) / step + 1 / step * row), expected)
+
+        found = torch.cat([interpolate(source, target, mode="nearest-exact")[0] for source in pixels])
+        below = expected - found.numpy().astype(int)
+        assert set(np.unique(below)) <= {0, 1}
+        assert not below[numerator % denominator != 0].any()
+        different += np.count_nonzero(below.any(1))
+    assert different < 2000  # a build of torch may round otherwise
+
+
+def test_an_exact_half_goes_up():
+    # Row 12 of 20 lies at 29.5 of 48.
+    labels = np.arange(48, dtype=np.float32).reshape(1, 48, 1)
+    rows = make_geometry(labels.shape, LPS, size=(20, 1), resize="stretch").to_network(labels, nearest=True)[0, :, 0]
+    assert rows[12] == 30
+    expected = interpolate(torch.from_numpy(labels[:, :, 0])[None], 20, mode="nearest-exact")[0, 0]
+    np.testing.assert_array_equal(rows, expected)

@@ -401,7 +401,7 @@ def test_settings_survive_saving(tmp_path):
 
 
 def test_an_unknown_setting_is_an_error():
-    with pytest.raises(ValueError, match="A processor has no setting sizes; known are modalities, plane, spacing"):
+    with pytest.raises(ValueError, match="`processor` has no key sizes; it takes modalities, plane, spacing"):
         VolumeProcessor.from_dict({"sizes": [4, 4]})
 
 

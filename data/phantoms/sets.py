@@ -1,0 +1,100 @@
+"""Phantom data sets by name: made, prepared, and kept in the cache of `datasets` once they were asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import datasets
+
+from ...checks import check_choice
+from ..prepare import prepare_recipe, read_recipe, read_rules
+from ..shards import code_digest
+from .brains import PHANTOM_SETS, SET_SEED, write_phantom
+from .nodules import RATER_SETS, write_rater_phantom
+
+
+# Every set that is made and not read; those with several annotations are pictures.
+PHANTOMS = (*PHANTOM_SETS, *RATER_SETS)
+
+
+def prepare_phantom(
+    name: str,
+    out: str | Path,
+    *,
+    recipe: dict | None = None,
+    anatomy: str = "mni152",
+    seed: int = SET_SEED,
+    raw: str | Path | None = None,
+    template: str | Path | None = None,
+    reference: str | Path | None = None,
+    num_proc: int = 1,
+    progress: bool = True,
+) -> dict[str, str]:
+    """
+    Makes a phantom and prepares it; returns and raises what [`~data.prepare.prepare`] does.
+
+    Args:
+        name (`str`):
+            One of `PHANTOMS`: `"phantom-mini"` and `"phantom-std"` are brains, `"phantom-raters"` pictures with
+            several annotations.
+        out (`str` or `Path`): Folder to write; must not exist.
+        recipe (`dict`, *optional*): Instead of the packaged one, see [`phantom_recipe`].
+        anatomy (`str`, defaults to `"mni152"`): Of brains, as in [`~data.phantoms.brains.write_phantom`].
+        seed (`int`): As in [`~data.phantoms.brains.write_phantom`] and [`~data.phantoms.nodules.write_rater_phantom`].
+        raw (`str` or `Path`, *optional*):
+            Where the raw volumes are kept; must not exist. They are not kept by default.
+        template, reference (`str` or `Path`, *optional*):
+            As in [`~data.prepare.prepare_recipe`], of a recipe with `correction`.
+        num_proc (`int`, defaults to 1): As in [`~data.prepare.prepare`]; the raw volumes are made by one process.
+        progress (`bool`, defaults to `True`): Show progress bars.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"`out` {out} exists: choose another folder or delete it first.")
+    check_choice("name", name, PHANTOMS)
+    brains = name in PHANTOM_SETS
+    recipe = dict(recipe or phantom_recipe(name))
+    recipe["source"] = f"{name} of anodiff, {f'anatomy {anatomy}, ' if brains else ''}seed {seed}"
+    files = {"template": template, "reference": reference}
+    _, rules = read_rules(recipe, **files)
+    if "correction" in rules:
+        rules["correction"].check()  # before the work
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-raw-", dir=out.parent) as temporary:
+        raw = Path(temporary) / name if raw is None else Path(raw)
+        if brains:
+            write_phantom(raw, name, seed=seed, anatomy=anatomy, progress=progress)
+        else:
+            write_rater_phantom(raw, name, seed=seed, progress=progress)
+        return prepare_recipe(recipe, raw, out, **files, num_proc=num_proc, progress=progress)
+
+
+def phantom_recipe(name: str) -> dict:
+    """Returns the packaged recipe of a phantom of `PHANTOMS`."""
+    return read_recipe("phantom_raters" if name in RATER_SETS else "phantom_mini")
+
+
+def cached_phantom(name: str) -> Path:
+    """Returns the folder of a prepared phantom in the cache of `datasets`; makes it first if it is not there."""
+    recipe = phantom_recipe(name)
+    # Named after the recipe and the code that makes it: what is there never goes stale.
+    made_by = hashlib.sha256((json.dumps(recipe) + code_digest()).encode())
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "anodiff" / f"{name}-{made_by.hexdigest()[:16]}"
+    if not folder.is_dir():
+        try:
+            prepare_phantom(name, folder, recipe=recipe)
+        except OSError:
+            # Another process may have been faster.
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def is_phantom(recipe: dict) -> bool:
+    """Returns whether the images that were prepared with `recipe` may be shown to everybody, because they are of a
+    phantom and not of a person. The rule is the start of `source`, as [`prepare_phantom`] writes it."""
+    return re.match(r"phantom-\w+ of anodiff\b", recipe.get("source", "")) is not None
