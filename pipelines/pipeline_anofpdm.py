@@ -28,59 +28,67 @@ QUANTILE_REGIONS = ("image", "foreground")
 
 class AnoFPDMPipeline(AnomalyPipeline):
     r"""
-    AnoFPDM: carry a slice through the forward process of a diffusion model and compare, at each step, two one-shot predictions of
-    the clean slice: G, guided towards "healthy", and U, without guidance. The gap between the two says whether the slice is unhealthy,
-    up to which step t_e the squared errors of G are averaged to a map, and at which quantile the map is cut.
+    AnoFPDM: carry a slice through the forward process of a diffusion model and compare, at each step, two one-shot
+    predictions of the clean slice: G, guided towards "healthy", and U, without guidance. The gap between the two says
+    whether the slice is unhealthy, up to which step t_e the squared errors of G are averaged to a map, and at which
+    quantile the map is cut.
 
     UNet evaluations per slice: 3 S - 1 with S = `forward_steps` (1799), two of three in one batch; 2 S with
-    `index_mode="aligned"` or `forward_process="random"`; a `stride` divides S. Not deterministic in itself, but fixed by the seed.
-    Training and calibration need a label for each slice, healthy or not, no masks.
+    `index_mode="aligned"` or `forward_process="random"`; a `stride` divides S. Not deterministic in itself, but fixed
+    by the seed. Training and calibration need a label for each slice, healthy or not, no masks.
 
-    Paper: Che, Rafsani, Shah, Rahman Siddiquee, Wu, "AnoFPDM: Anomaly Detection with Forward Process of Diffusion Models for Brain
-    MRI", arXiv 2404.15683, WACV 2025 workshops.
+    Paper: Che, Rafsani, Shah, Rahman Siddiquee, Wu, "AnoFPDM: Anomaly Detection with Forward Process of Diffusion
+    Models for Brain MRI", arXiv 2404.15683, WACV 2025 workshops.
 
-    Label and mask need the calibrated values `similarity_threshold` and `gap_scale`; without them there is the map alone. They
-    belong to one network and one set of the other values: calibrate again after a change. How the three results come about:
+    Label and mask need the calibrated values `similarity_threshold` and `gap_scale`; without them there is the map
+    alone. They belong to one network and one set of the other values: calibrate again after a change. How the three
+    results come about:
 
-    - the map is the mean over modalities. It is filtered once, where every pipeline's map is, as [`PostProcessing`] says;
-    - the mask is chosen here. The threshold is a quantile of the map *before* the median; what is cut is the same map after a median
-      of `median_size` in the slice, mirrored at the border as the authors do it. Then components of fewer than `min_component_size`
-      pixels of the slice go (the authors keep 41 and more). What lies outside the brain is part of this median, but not of the
-      filtered map, so that the two may differ at the rim of the brain;
+    - the map is the mean over modalities. It is filtered once, where every pipeline's map is, as [`PostProcessing`]
+      says;
+    - the mask is chosen here. The threshold is a quantile of the map *before* the median; what is cut is the same map
+      after a median of `median_size` in the slice, mirrored at the border as the authors do it. Then components of
+      fewer than `min_component_size` pixels of the slice go (the authors keep 41 and more). What lies outside the
+      brain is part of this median, but not of the filtered map, so that the two may differ at the rim of the brain;
     - a `threshold`, if there is one, replaces this mask by `anomaly_map > threshold`, as in every pipeline.
 
-    Details of each slice: `similarity`; `t_e`, `gap` (its largest value) and `first_step_used` (1 where t_e is 0 and the map is the error
-    of that step, for which the original divides by 0) per modality; if calibrated also `label` (0 or 1), `quantile` per modality and
-    `mask_threshold`.
+    Details of each slice: `similarity`; `t_e`, `gap` (its largest value) and `first_step_used` (1 where t_e is 0 and
+    the map is the error of that step, for which the original divides by 0) per modality; if calibrated also `label` (0
+    or 1), `quantile` per modality and `mask_threshold`.
 
     Args:
         unet ([`~diffusers.UNet2DModel`] or [`AnoFPDMUNet2DModel`]):
-            Predicts the noise for class labels 0 (healthy), 1 (unhealthy) and 2 (none): `UNet2DModel(num_class_embeds=3)`, or
-            the original's own network.
+            Predicts the noise for class labels 0 (healthy), 1 (unhealthy) and 2 (none):
+            `UNet2DModel(num_class_embeds=3)`, or the original's own network.
         scheduler ([`AnoFPDMScheduler`]): Schedule and DDIM steps.
         processor ([`VolumeProcessor`]): From volumes to slices and back, `value_range` (-1, 1).
         forward_steps (`int`, defaults to 600): S: the timesteps 0, ..., S - 1, at most T.
-        guidance_scale (`float`, defaults to 2.0): w of (1 + w) eps(healthy) - w eps(null). The authors: 2 BraTS21, 30 ATLAS.
+        guidance_scale (`float`, defaults to 2.0):
+            w of (1 + w) eps(healthy) - w eps(null). The authors: 2 BraTS21, 30 ATLAS.
         forward_process (`str`, defaults to `"ddim"`):
-            `"ddim"`: the slice is noised once, to t = 0, and encoded from there without a class. `"random"`: noised anew at every
-            step.
+            `"ddim"`: the slice is noised once, to t = 0, and encoded from there without a class. `"random"`: noised
+            anew at every step.
         index_mode (`str`, defaults to `"original"`):
-            Of the encoding: `"original"` moves with the timestep t *before* it predicts at t, so that predictions see a sample of t + 1
-            (the authors' numbers), `"aligned"` afterwards: a third less work, other numbers, see docs/results.md.
+            Of the encoding: `"original"` moves with the timestep t *before* it predicts at t, so that predictions see
+            a sample of t + 1 (the authors' numbers), `"aligned"` afterwards: a third less work, other numbers, see
+            docs/results.md.
         stride (`int`, defaults to 1):
-            Walk every k-th timestep only: k times faster. The map bears it; the similarity, and so label and mask, does not (measured in
-            docs/results.md). Best with `"aligned"`: the shift of `"original"` is one step of the grid, so it grows with the stride.
+            Walk every k-th timestep only: k times faster. The map bears it; the similarity, and so label and mask,
+            does not (measured in docs/results.md). Best with `"aligned"`: the shift of `"original"` is one step of the
+            grid, so it grows with the stride.
         unguided_branch (`str`, defaults to `"healthy"`):
             Class of U: `"healthy"` as in the authors' program, or `"none"` as in the paper's wording.
         modalities (`tuple[str, ...]`, *optional*):
-            Names of those that are compared; the network sees all. Defaults to all of them. The authors: flair and t2 of BraTS21.
+            Names of those that are compared; the network sees all. Defaults to all of them. The authors: flair and t2
+            of BraTS21.
         similarity_threshold (`float`, *optional*): A slice is unhealthy where the curves' similarity is at most this.
         gap_scale (`tuple[float, ...]`, *optional*): Largest gap of unhealthy slices, one per compared modality.
         quantile_range (`tuple[float, float]`, defaults to (0.90, 0.98)):
             Quantile of the map for a gap of `gap_scale` and above, and for none; between them in 100 steps.
         quantile_region (`str`, defaults to `"image"`):
-            Pixels that the quantile is taken of: all of the `"image"`, as the authors do, or its `"foreground"`, where the mean of the
-            channels exceeds -0.95 (the authors' rule for their metrics). Mind that `quantile_range` fits the image.
+            Pixels that the quantile is taken of: all of the `"image"`, as the authors do, or its `"foreground"`, where
+            the mean of the channels exceeds -0.95 (the authors' rule for their metrics). Mind that `quantile_range`
+            fits the image.
         gate_by_label (`bool`, defaults to `True`): Whether slices with the label healthy have an empty mask.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
             See [`AnomalyPipeline`] and [`PostProcessing`].
@@ -145,7 +153,8 @@ class AnoFPDMPipeline(AnomalyPipeline):
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
-        Draws of a slice: one with `"ddim"` (K = 1), the noise of t = 0; with `"random"` that of each step, the lowest timestep first.
+        Draws of a slice: one with `"ddim"` (K = 1), the noise of t = 0; with `"random"` that of each step, the lowest
+        timestep first.
 
         Returns:
             [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is `None`.
@@ -185,8 +194,9 @@ class AnoFPDMPipeline(AnomalyPipeline):
         noise: torch.Tensor | Callable | None = None,
     ) -> SliceResults:
         """
-        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)`, unfiltered, and, where it is calibrated, masks `(N, H, W)`,
-        which are complete. `indices` are the slices' numbers in their volume, which their random numbers depend on.
+        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)`, unfiltered, and, where it is calibrated,
+        masks `(N, H, W)`, which are complete. `indices` are the slices' numbers in their volume, which their random
+        numbers depend on.
 
         There are masks if `gap_scale` is known, and `similarity_threshold` too unless masks are not gated.
         """
@@ -244,8 +254,8 @@ class AnoFPDMPipeline(AnomalyPipeline):
         batch_size: int,
         noise: torch.Tensor | Callable | None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Walks one batch of slices `(B, C, H, W)` up the scheduler's grid: gives for every step x_t `(B, C, H, W)` and the predictions
-        G_t and U_t of the compared channels, `(B, M, H, W)` each."""
+        """Walks one batch of slices `(B, C, H, W)` up the scheduler's grid: gives for every step x_t `(B, C, H, W)`
+        and the predictions G_t and U_t of the compared channels, `(B, M, H, W)` each."""
         grid = self.scheduler.timesteps.flip(0)
         draw_noise = partial(self.scheduler.draw_noise, size=slices.shape[1:])
         # On the device once: no step of an encoding waits for the host.
@@ -297,8 +307,8 @@ class AnoFPDMPipeline(AnomalyPipeline):
         Cuts the maps of modalities `(N, M, H, W)` where the largest gaps `(N, M)` say.
 
         Returns:
-            `tuple` of masks `(N, H, W)`, bool, not gated by any label; levels of the quantiles `(N, M)`; thresholds `(N,)`, the means of
-            the modalities' quantiles.
+            `tuple` of masks `(N, H, W)`, bool, not gated by any label; levels of the quantiles `(N, M)`; thresholds
+            `(N,)`, the means of the modalities' quantiles.
         """
         levels = quantile_levels(gap, gap_scale, quantile_range)
         inside = slices.mean(1) > -0.95
@@ -322,24 +332,26 @@ class AnoFPDMPipeline(AnomalyPipeline):
         noise: torch.Tensor | Callable | None = None,
     ) -> dict:
         """
-        Chooses `guidance_scale`, `similarity_threshold` and `gap_scale` from slices with labels and without any mask, and puts them into
-        the configuration.
+        Chooses `guidance_scale`, `similarity_threshold` and `gap_scale` from slices with labels and without any mask,
+        and puts them into the configuration.
 
-        For every guidance scale w: `similarity_threshold` by the fewest wrong image labels, and `gap_scale`, the largest gap of the
-        unhealthy slices. Then the w with the highest image-level accuracy, among equals that with the largest mean gap of the unhealthy
-        slices (so we read the paper's figure; the authors' program does not choose w). `threshold` is emptied: it would be used instead
-        of the method's own masks. Each w costs a forward process of every slice.
+        For every guidance scale w: `similarity_threshold` by the fewest wrong image labels, and `gap_scale`, the
+        largest gap of the unhealthy slices. Then the w with the highest image-level accuracy, among equals that with
+        the largest mean gap of the unhealthy slices (so we read the paper's figure; the authors' program does not
+        choose w). `threshold` is emptied: it would be used instead of the method's own masks. Each w costs a forward
+        process of every slice.
 
         Args:
             slices (iterable of `dict`, to be walked more than once):
-                For each subject `image (N, C, H, W)` in [-1, 1], `brain (N, H, W)`, `label (N,)` (1 unhealthy, 0 healthy, -1 unknown) and
-                `slice (N,)`, numbers in the volume, which the random numbers depend on. Slices without brain or label do not count.
+                For each subject `image (N, C, H, W)` in [-1, 1], `brain (N, H, W)`, `label (N,)` (1 unhealthy, 0
+                healthy, -1 unknown) and `slice (N,)`, numbers in the volume, which the random numbers depend on.
+                Slices without brain or label do not count.
             guidance_scales (`Sequence[float]`, *optional*): Candidates of w; the configuration's own by default.
             seed, batch_size, noise: As of a call.
 
         Returns:
-            `dict`: `policy` ("labels"), `slices` and `anomalous_slices` (their numbers), `candidates` (a record for each w), `image_accuracy`
-            of the chosen one, and `values`, what went into the configuration.
+            `dict`: `policy` ("labels"), `slices` and `anomalous_slices` (their numbers), `candidates` (a record for
+            each w), `image_accuracy` of the chosen one, and `values`, what went into the configuration.
 
         Raises:
             ValueError: There are no healthy slices, or no unhealthy ones.

@@ -20,18 +20,19 @@ from .output import AnomalyOutput
 
 class ClassifierGuidedPipeline(AnomalyPipeline):
     r"""
-    Classifier guidance: noise a slice part of the way and denoise it by DDIM steps, which the gradient of a classifier of noisy
-    slices turns towards "healthy"; the map is the squared difference. As the authors of AnoFPDM run it.
+    Classifier guidance: noise a slice part of the way and denoise it by DDIM steps, which the gradient of a classifier
+    of noisy slices turns towards "healthy"; the map is the squared difference. As the authors of AnoFPDM run it.
 
-    UNet evaluations per slice: `noise_level`, and as many evaluations and gradients of the classifier (200 each with the defaults).
-    Not deterministic in itself, but fixed by the seed. Training of the classifier needs an image label (healthy or not) of every
-    slice, no masks.
+    UNet evaluations per slice: `noise_level`, and as many evaluations and gradients of the classifier (200 each with
+    the defaults). Not deterministic in itself, but fixed by the seed. Training of the classifier needs an image label
+    (healthy or not) of every slice, no masks.
 
-    Paper: Wolleb, Bieder, Sandkühler, Cattin, "Diffusion Models for Medical Anomaly Detection", MICCAI 2022; Che et al., "AnoFPDM:
-    Anomaly Detection with Forward Process of Diffusion Models for Brain MRI", arXiv 2404.15683.
+    Paper: Wolleb, Bieder, Sandkühler, Cattin, "Diffusion Models for Medical Anomaly Detection", MICCAI 2022; Che et
+    al., "AnoFPDM: Anomaly Detection with Forward Process of Diffusion Models for Brain MRI", arXiv 2404.15683.
 
     Args:
-        unet ([`~diffusers.UNet2DModel`]): Predicts the noise, unconditional. With 2C outputs (a learned variance) the first C count.
+        unet ([`~diffusers.UNet2DModel`]):
+            Predicts the noise, unconditional. With 2C outputs (a learned variance) the first C count.
         classifier ([`NoisyClassifierModel`]): Logits of (healthy, unhealthy) of x_t.
         scheduler ([`AnoFPDMScheduler`]): Betas and update rules.
         processor ([`VolumeProcessor`]): From volumes to slices and back, `value_range` (-1, 1).
@@ -39,10 +40,11 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         guidance_scale (`float`, defaults to 1000.0): Factor of the classifier's gradient. BraTS21 1000, ATLAS 500.
         clip_after_guidance (`bool`, defaults to `False`):
             Limit the guided x_0 estimate to [-1, 1] again. The authors limit it before the guidance only.
-        modalities (`tuple[str, ...]`, *optional*): Those that the map is the mean of; all by default. BraTS21 flair and t2.
+        modalities (`tuple[str, ...]`, *optional*):
+            Those that the map is the mean of; all by default. BraTS21 flair and t2.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
-            See [`AnomalyPipeline`] and [`PostProcessing`]. The authors' thresholds belong to an older map: calibrate. They drop
-            components of 40 pixels and fewer in each slice, a volume's are 3-D here.
+            See [`AnomalyPipeline`] and [`PostProcessing`]. The authors' thresholds belong to an older map: calibrate.
+            They drop components of 40 pixels and fewer in each slice, a volume's are 3-D here.
     """
 
     model_cpu_offload_seq = "unet->classifier"
@@ -72,7 +74,8 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         self.check_value_range()
         if classifier.config.in_channels != channels:
             raise ValueError(
-                f"`classifier` must have {channels} `in_channels`, one for each modality, got {classifier.config.in_channels}."
+                f"`classifier` must have {channels} `in_channels`, one for each modality, got"
+                f" {classifier.config.in_channels}."
             )
 
     @torch.no_grad()
@@ -125,10 +128,11 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         noise: torch.Tensor | Callable | None = None,
     ) -> SliceResults:
         """
-        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and reconstructions `(N, C, H, W)`, unfiltered.
+        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and reconstructions `(N, C, H, W)`,
+        unfiltered.
 
-        `indices` are the slices' numbers in their volume, which their random numbers depend on. The map is the mean of the squared
-        differences of the chosen modalities.
+        `indices` are the slices' numbers in their volume, which their random numbers depend on. The map is the mean of
+        the squared differences of the chosen modalities.
         """
         self.scheduler.set_timesteps(noise_level)
         down = self.scheduler.timesteps.tolist()
@@ -154,8 +158,8 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
     def guided_step(
         self, sample: torch.Tensor, timesteps: torch.Tensor, guidance_scale: float, clip_after_guidance: bool
     ) -> torch.Tensor:
-        """Walks one DDIM step of x_t `(B, C, H, W)` at timesteps `(B,)` whose noise is eps - sqrt(1 - abar_t) s grad log p(healthy | x_t)
-        (Dhariwal and Nichol, algorithm 2); eps fits the limited x_0 estimate."""
+        """Walks one DDIM step of x_t `(B, C, H, W)` at timesteps `(B,)` whose noise is eps - sqrt(1 - abar_t) s grad
+        log p(healthy | x_t) (Dhariwal and Nichol, algorithm 2); eps fits the limited x_0 estimate."""
         model_output = self.predict_noise(sample, timesteps)[:, : sample.shape[1]]
         original = self.scheduler.predict_original_sample(model_output, timesteps, sample)
         gradient = guidance_scale * self.classifier_gradient(sample, timesteps)

@@ -17,27 +17,30 @@ from .output import AnomalyOutput
 
 class DDIBPipeline(AnomalyPipeline):
     r"""
-    DDIB: translate a slice to its healthy counterpart. Its latent is found by DDIM's forward process without a class, and decoded
-    with classifier-free guidance towards the class "healthy"; the map is the squared difference. As the authors of AnoFPDM run it,
-    with the network of AnoFPDM.
+    DDIB: translate a slice to its healthy counterpart. Its latent is found by DDIM's forward process without a class,
+    and decoded with classifier-free guidance towards the class "healthy"; the map is the squared difference. As the
+    authors of AnoFPDM run it, with the network of AnoFPDM.
 
-    UNet evaluations per slice: 3 `forward_steps` (1350 with the defaults), two of three in one batch. Deterministic. Training needs
-    an image label (healthy or not) of every slice, no masks.
+    UNet evaluations per slice: 3 `forward_steps` (1350 with the defaults), two of three in one batch. Deterministic.
+    Training needs an image label (healthy or not) of every slice, no masks.
 
-    Paper: Su, Song, Meng, Ermon, "Dual Diffusion Implicit Bridges for Image-to-Image Translation", ICLR 2023; Che et al., "AnoFPDM:
-    Anomaly Detection with Forward Process of Diffusion Models for Brain MRI", arXiv 2404.15683.
+    Paper: Su, Song, Meng, Ermon, "Dual Diffusion Implicit Bridges for Image-to-Image Translation", ICLR 2023; Che et
+    al., "AnoFPDM: Anomaly Detection with Forward Process of Diffusion Models for Brain MRI", arXiv 2404.15683.
 
     Args:
         unet ([`~diffusers.UNet2DModel`] or [`AnoFPDMUNet2DModel`]):
             Predicts the noise of a slice of class 0 (healthy), 1 (unhealthy) or 2 (none).
         scheduler ([`AnoFPDMScheduler`]): Betas and update rules.
         processor ([`VolumeProcessor`]): From volumes to slices and back, `value_range` (-1, 1).
-        forward_steps (`int`, defaults to 450): Steps S of the way up and of the way down, 1 to T. BraTS21 450, ATLAS 300.
-        guidance_scale (`float`, defaults to 1.1): w: the noise is (1 + w) eps(healthy) - w eps(none). BraTS21 1.1, ATLAS 1.3.
-        modalities (`tuple[str, ...]`, *optional*): Those that the map is the mean of; all by default. BraTS21 flair and t2.
+        forward_steps (`int`, defaults to 450):
+            Steps S of the way up and of the way down, 1 to T. BraTS21 450, ATLAS 300.
+        guidance_scale (`float`, defaults to 1.1):
+            w: the noise is (1 + w) eps(healthy) - w eps(none). BraTS21 1.1, ATLAS 1.3.
+        modalities (`tuple[str, ...]`, *optional*):
+            Those that the map is the mean of; all by default. BraTS21 flair and t2.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
-            See [`AnomalyPipeline`] and [`PostProcessing`]. The authors' thresholds belong to an older map: calibrate. They drop
-            components of 40 pixels and fewer in each slice, a volume's are 3-D here.
+            See [`AnomalyPipeline`] and [`PostProcessing`]. The authors' thresholds belong to an older map: calibrate.
+            They drop components of 40 pixels and fewer in each slice, a volume's are 3-D here.
     """
 
     deterministic = True
@@ -107,7 +110,8 @@ class DDIBPipeline(AnomalyPipeline):
         batch_size: int = 16,
     ) -> SliceResults:
         """
-        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and translations `(N, C, H, W)`, unfiltered.
+        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and translations `(N, C, H, W)`,
+        unfiltered.
 
         The map is the mean of the squared differences of the chosen modalities. `indices` change nothing.
         """
@@ -120,7 +124,7 @@ class DDIBPipeline(AnomalyPipeline):
                 sample = slices[start : start + batch_size]
                 healthy, null = (torch.full((len(sample),), label, device=slices.device) for label in (HEALTHY, NULL))
 
-                # DDIM's forward process from the slice itself, without a class, to one step above the highest timestep.
+                # DDIM's forward process from the slice itself, without a class, to above the highest timestep.
                 for t in reversed(down):
                     timesteps = torch.full_like(null, t)
                     sample = self.scheduler.encode_step(self.predict_noise(sample, timesteps, null), timesteps, sample)

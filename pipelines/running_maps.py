@@ -1,5 +1,5 @@
-"""What AnoFPDM takes from the predictions of its forward process, step by step, and where it cuts: quantiles of maps, and the
-threshold of the similarity."""
+"""What AnoFPDM takes from the predictions of its forward process, step by step, and where it cuts: quantiles of maps,
+and the threshold of the similarity."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 
 class RunningMaps:
     """
-    Keeps what AnoFPDM needs of the forward process of N slices: the sum of the squared errors so far, a snapshot of their mean at the
-    step with the largest gap so far, and three numbers per step and modality. Images of single steps are not kept.
+    Keeps what AnoFPDM needs of the forward process of N slices: the sum of the squared errors so far, a snapshot of
+    their mean at the step with the largest gap so far, and three numbers per step and modality. Images of single steps
+    are not kept.
 
     Args:
         original (`torch.Tensor` of shape `(N, M, H, W)`): The slices' compared modalities.
@@ -24,8 +25,8 @@ class RunningMaps:
     Attributes:
         total (`torch.Tensor` of shape `(N, M, H, W)`): Sum of the squared errors of the guided predictions.
         maps (`torch.Tensor` of shape `(N, M, H, W)`):
-            Mean squared error of the guided predictions over the steps below the one with the largest gap; of the first step if that
-            is the one.
+            Mean squared error of the guided predictions over the steps below the one with the largest gap; of the
+            first step if that is the one.
         best_step (`torch.Tensor` of shape `(N, M)`): Number of the step with the largest gap, the first of equals.
         best_gap (`torch.Tensor` of shape `(N, M)`): The largest gap.
         guided_error, unguided_error, gap (`torch.Tensor` of shape `(N, S, M)`):
@@ -41,7 +42,8 @@ class RunningMaps:
         self.guided_error, self.unguided_error, self.gap = (original.new_zeros(shape) for _ in range(3))
 
     def update(self, rows: slice, step: int, guided: torch.Tensor, unguided: torch.Tensor) -> None:
-        """Takes in the predictions G_t and U_t of a batch of slices at step number `step`, `(B, M, H, W)` each; steps come in turn."""
+        """Takes in the predictions G_t and U_t of a batch of slices at step number `step`, `(B, M, H, W)` each; steps
+        come in turn."""
         original, total = self.original[rows], self.total[rows]
         error = (guided - original).square()
         gap = (guided - unguided).square().mean((2, 3))
@@ -57,24 +59,25 @@ class RunningMaps:
         total += error
 
     def similarity(self) -> torch.Tensor:
-        """Computes the cosine similarity of the curves of the two errors, `(N,)`: high where guidance changes little, in healthy slices."""
+        """Computes the cosine similarity of the curves of the two errors, `(N,)`: high where guidance changes little,
+        in healthy slices."""
         guided, unguided = (curve.double().mean(2) for curve in (self.guided_error, self.unguided_error))
         return torch.nn.functional.cosine_similarity(guided, unguided, dim=1, eps=1e-6).float()
 
 
 def quantile_levels(gap: torch.Tensor, gap_scale: Sequence[float], quantile_range: Sequence[float]) -> torch.Tensor:
-    """Returns the level of the quantile that a map is cut at, `(N, M)`: the lowest of `quantile_range` for the largest gaps `(N, M)` that
-    reach `gap_scale`, the highest for none."""
-    # A table of 101 levels and an index that is truncated after float32 rounding, both as in the original: ratios of 0.53 and
-    # 0.59 get the levels of 0.52 and 0.58.
+    """Returns the level of the quantile that a map is cut at, `(N, M)`: the lowest of `quantile_range` for the largest
+    gaps `(N, M)` that reach `gap_scale`, the highest for none."""
+    # A table of 101 levels and an index that is truncated after float32 rounding, both as in the original: ratios of
+    # 0.53 and 0.59 get the levels of 0.52 and 0.58.
     ratio = (gap / torch.tensor(gap_scale, dtype=gap.dtype, device=gap.device)).clamp(0.0, 1.0)
     position = (ratio.round(decimals=2) * 100).long()
     return torch.linspace(*quantile_range, 101).flip(0).to(gap.device)[position]
 
 
 def map_quantiles(maps: torch.Tensor, levels: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Computes the quantiles `(N, M)` of maps `(N, M, H, W)` with linear interpolation, each at its own level `(N, M)`, over the pixels
-    `inside` `(N, H, W)`, bool."""
+    """Computes the quantiles `(N, M)` of maps `(N, M, H, W)` with linear interpolation, each at its own level
+    `(N, M)`, over the pixels `inside` `(N, H, W)`, bool."""
     # Pixels outside are sorted to the end.
     pixels = maps.flatten(2).masked_fill(~inside.flatten(1)[:, None], torch.inf)
     rank = (levels * (inside.sum((1, 2))[:, None] - 1)).clamp(min=0)
@@ -87,8 +90,8 @@ def map_quantiles(maps: torch.Tensor, levels: torch.Tensor, inside: torch.Tensor
 
 def similarity_threshold(similarity: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
     """
-    Chooses AnoFPDM's threshold of the similarity, below which a slice is unhealthy: of 100 low quantiles (0.5 to 9.5 %) of the healthy
-    slices the first with the fewest wrong labels, as in the authors' program.
+    Chooses AnoFPDM's threshold of the similarity, below which a slice is unhealthy: of 100 low quantiles (0.5 to
+    9.5 %) of the healthy slices the first with the fewest wrong labels, as in the authors' program.
 
     Args:
         similarity (`torch.Tensor` of shape `(N,)`): Of every slice, float32.

@@ -201,7 +201,12 @@ def test_selection(path, variant):
     recorded = {name.split("__")[1]: value for name, value in arrays.items() if name.startswith(f"{variant}__")}
     median = 0 if variant == "nomedian" else 5
     channels = arrays["source"].shape[1]
-    blocks = {"block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    blocks = {
+        "add_attention": False,
+        "block_out_channels": (4,),
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+    }
     unused = UNet2DModel(in_channels=channels, out_channels=channels, norm_num_groups=4, **blocks)
     pipe = make_pipeline(arrays, channels, unused, median_size=median)
     guided, unguided = (arrays[name].transpose(0, 1) for name in ("xstart", "xstart_null"))
