@@ -111,12 +111,11 @@ class CIMDObjective(Objective):
         quarter = len(self.scheduler) // 4
         level, sample = self.noise_to(draw_annotation(masks, annotations, keys), quarter, keys)
         epsilon = pipeline.predict_noise(torch.cat([images, sample], dim=1), level)[:, :1]
-        members = pipeline.compute_maps(
-            images,
-            list(range(len(images))),
-            num_ensemble=2,
-            num_inference_steps=min(PREVIEW_STEPS, len(self.scheduler)),
-        ).maps
+        settings = pipeline.default_settings() | {
+            "num_ensemble": 2,
+            "num_inference_steps": min(PREVIEW_STEPS, len(self.scheduler)),
+        }
+        members = pipeline.compute_maps(images, list(range(len(images))), **settings).maps
         rows = {
             "mean of the annotations": masks.sum(1, keepdim=True) / annotations[:, None, None, None],
             f"one of them noised, t = {quarter}": sample,

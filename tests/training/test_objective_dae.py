@@ -90,7 +90,7 @@ def test_from_options():
         (TrainOptions(unet=unet, scheduler={"octaves": 6}), "`scheduler` has no key octaves"),
         (TrainOptions(unet=unet, inference={"mode": "partial"}), "`inference` has no key mode"),
         (TrainOptions(unet=unet, objective={"loss": "l1"}), "`objective` has no key loss"),
-        (TrainOptions(unet=unet, inference={"rim_window": 2}), "`rim_window` must be an odd integer"),
+        (TrainOptions(unet=unet, inference={"rim_window": 2}), "`rim_window` must be odd, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             DAEObjective.from_options(wrong, processor())
