@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+from anodiff.checks import check_choice
 from anodiff.configs import parse_options
 from anodiff.training.options import TrainOptions
 
@@ -43,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         shorthands={"--data": "--data.path", "--push_to_hub": "--train.push_to_hub"},
         default_config="anoddpm_phantom.yaml",
     )
-    if options.method not in OBJECTIVES:
-        raise ValueError(f"`method` must be one of {', '.join(OBJECTIVES)}, got {options.method!r}.")
+    check_choice("method", options.method, OBJECTIVES)
 
     import importlib
 

@@ -17,8 +17,9 @@ import torch
 
 from anodiff import AnoFPDMPipeline
 from anodiff.data.prepared import PreparedSplit, load_prepared
-from anodiff.evaluation.calibration import LabelledSlices, similarity_threshold
+from anodiff.evaluation.calibration import LabelledSlices
 from anodiff.evaluation.metrics import PooledScores, auroc, dice
+from anodiff.pipelines.running_maps import similarity_threshold
 
 
 COLUMNS = (

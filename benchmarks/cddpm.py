@@ -26,6 +26,8 @@ from anodiff import (
     SiameseUNet2DModel,
     VolumeProcessor,
 )
+from anodiff.pipelines.one_step import difference_maps, encode_slices
+from anodiff.schedulers.draws import make_keys
 
 
 def make_pipelines(options) -> tuple[CDDPMPipeline, SADMPipeline]:
@@ -72,13 +74,13 @@ def bare(pipe: CDDPMPipeline, slices: torch.Tensor, options) -> None:
 
 
 def one_timestep_at_a_time(pipe: CDDPMPipeline, slices: torch.Tensor, options) -> None:
-    settings = {"shared_noise": False, "seed": 0, "batch_size": min(options.batch, len(slices))}
-    parts = []
-    for t in pipe.config.timesteps:
-        stream = pipe.iterate_reconstructions(slices, list(range(len(slices))), timesteps=[t], **settings)
-        parts.append(torch.cat([reconstructions for _, _, reconstructions in stream]))
+    settings = {**pipe.default_settings(), "batch_size": min(options.batch, len(slices))}
+    parts = [
+        pipe.compute_maps(slices, range(len(slices)), **{**settings, "timesteps": [t]}).reconstruction
+        for t in pipe.config.timesteps
+    ]
     pipe.postprocessing.filter(
-        pipe.difference(slices, torch.stack(parts).mean(0), pipe.config.map_type).cpu().numpy(),
+        difference_maps(slices, torch.stack(parts).mean(0), pipe.config.map_type).cpu().numpy(),
         (slices[:, 0] >= 0).cpu().numpy(),
     )
 
@@ -93,16 +95,11 @@ WAYS = {"bare UNet": bare, "one timestep at a time": one_timestep_at_a_time, "pi
 def parts_of(pipe: CDDPMPipeline, slices: torch.Tensor, options) -> dict[str, Callable]:
     """What a call of a pipeline is made of."""
     shown = {
-        "encoder": lambda: pipe.encode(slices, options.batch),
+        "encoder": lambda: encode_slices(pipe, slices, options.batch),
         "UNet": lambda: bare(pipe, slices, options),
         "noise": lambda: [
-            pipe.scheduler.draw_noise(
-                slices.shape,
-                t,
-                [torch.Generator(slices.device).manual_seed(n) for n in range(len(slices))],
-                slices.device,
-            )
-            for t in pipe.config.timesteps
+            pipe.scheduler.draw_noise(make_keys(0, range(len(slices)), draw, slices.device), slices.shape[1:])
+            for draw in range(len(pipe.config.timesteps))
         ],
     }
     if isinstance(pipe, SADMPipeline):
@@ -115,7 +112,7 @@ def parts_of(pipe: CDDPMPipeline, slices: torch.Tensor, options) -> dict[str, Ca
         shown["segmentation"] = segment
     maps, brain = slices[:, 0].cpu().numpy(), (slices[:, 0] >= 0).cpu().numpy()
     other = slices.flip(0)
-    shown[f"map ({pipe.config.map_type})"] = lambda: pipe.difference(slices, other, pipe.config.map_type)
+    shown[f"map ({pipe.config.map_type})"] = lambda: difference_maps(slices, other, pipe.config.map_type)
     shown["post-processing"] = lambda: pipe.postprocessing.filter(maps, brain)
     shown["whole call"] = lambda: pipeline(pipe, slices, options)
     return shown

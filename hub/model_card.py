@@ -1,4 +1,5 @@
-"""Writes the model card of a pipeline: everything in it comes from the pipeline, its training run and its evaluation."""
+"""Writes the model card of a pipeline: everything in it comes from the pipeline, its training run and its
+evaluation."""
 
 from __future__ import annotations
 
@@ -8,18 +9,13 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
-from ..data.card import describe_population
-
-
-if TYPE_CHECKING:
-    from ..pipelines.base import AnomalyPipeline
 
 
 # Without these, a number cannot be compared with anybody's.
@@ -43,11 +39,12 @@ LIBRARIES = ("torch", "diffusers", "huggingface_hub", "numpy", "nibabel", "scipy
 
 
 def make_card(
-    pipeline: AnomalyPipeline,
+    pipeline,
     *,
     repo_id: str | None = None,
     config: dict | None = None,
     recipe: dict | None = None,
+    population: str | None = None,
     data_summary: dict[str, dict[str, int]] | None = None,
     evaluation: dict | None = None,
     training: str | None = None,
@@ -55,20 +52,24 @@ def make_card(
     licence: str = "other",
 ) -> ModelCard:
     """
-    The card of a pipeline.
+    Writes the card of a pipeline.
 
     Args:
-        pipeline ([`AnomalyPipeline`]): Method (from its docstring), preprocessing and inference values are read off it.
+        pipeline ([`AnomalyPipeline`]):
+            Method (from its docstring), preprocessing and inference values are read off it.
         repo_id (`str`, *optional*):
-            Where the card will live; the quick start loads it from there. Without one it loads the folder it is run in.
+            Where the card will live; the quick start loads it from there. Without one it loads the folder it is run
+            in.
         config (`dict`, *optional*): Resolved configuration of the training run.
-        recipe (`dict`, *optional*): Of the prepared data: reader, slices, split, ... and `license`.
+        recipe (`dict`, *optional*): Recipe of the prepared training data: reader, slices, split, ... and `license`.
+        population (`str`, *optional*): Which slices of whom it was trained on, in words.
         data_summary (`dict`, *optional*): Counts per split, such as `{"train": {"subjects": 20, "slices": 900}}`.
         evaluation (`dict`, *optional*): Report of `eval.py`; [`add_evaluation`] adds more of them.
         training (`str`, *optional*): A sentence on steps, time and hardware of the training.
         picture (`tuple[str, str]`, *optional*):
             File in the repository and what it shows. Nothing but phantoms and images that everybody may see.
-        licence (`str`): Of the weights, an identifier of the Hub (https://hf.co/docs/hub/repositories-licenses).
+        licence (`str`):
+            Licence of the weights, an identifier of the Hub (https://hf.co/docs/hub/repositories-licenses).
 
     Returns:
         `huggingface_hub.ModelCard`: Its metadata is `card.data`, `str(card)` the text of `README.md`.
@@ -98,9 +99,6 @@ def make_card(
         model_name=name,
         anodiff_version=__version__,
     )
-    recipe = recipe or {}
-    counts = data_summary or {}
-    count_names = list(dict.fromkeys(key for split in counts.values() for key in split))
     card = ModelCard.from_template(
         card_data,
         template_path=str(Path(__file__).with_name("model_card_template.md")),
@@ -110,23 +108,19 @@ def make_card(
         learns_lesions="segmentation_network" in pipeline.components,
         method=method,
         paper=paper,
-        plane=processor["plane"],
-        size=processor["size"],
-        modalities=modalities,
         source=repo_id or ".",
         volume=_quick_start_volume(modalities, processor["brain_mask"] == "given"),
-        recipe={key: _cell(value) for key, value in recipe.items() if key != "processor"},
-        counts={split: [values.get(key, "-") for key in count_names] for split, values in counts.items()},
-        count_names=[key.replace("_", " ") for key in count_names],
-        population=describe_population(recipe) if recipe else None,
-        processor={key: _cell(value) for key, value in processor.items()},
-        inference={key: _cell(value) for key, value in inference.items()},
+        recipe=recipe or {},
+        counts=data_summary or {},
+        population=population,
+        processor=processor,
+        inference=inference,
+        cell=_cell,
         evaluation=NOT_EVALUATED,
         training=training,
         picture=picture,
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip() if config else None,
         licence=licence if licence != "other" else "none was chosen; ask whoever published them",
-        data_licence=recipe.get("license"),
         versions=", ".join([f"anodiff {__version__}", *(f"{x} {importlib.metadata.version(x)}" for x in LIBRARIES)]),
         library_version=__version__,
     )
@@ -137,19 +131,20 @@ def add_evaluation(
     card: ModelCard, evaluation: dict, *, repo_id: str | None = None, picture: str | None = None
 ) -> ModelCard:
     """
-    A card with one more evaluation, in the text and in the metadata. An earlier one of the same data set and split is replaced;
-    everything else stays as it is, whoever wrote it.
+    Adds an evaluation to a card, in the text and in the metadata. An earlier one of the same data set and split is
+    replaced; everything else stays as it is, whoever wrote it.
 
     Args:
-        card (`ModelCard`): Of this library, or anybody's.
+        card (`ModelCard`): A card of this library, or anybody's.
         evaluation (`dict`):
-            Report of `eval.py`. Every row stands in the card; the row of this pipeline, which is its only pipeline or the one
-            whose `model` is `repo_id`, also in the metadata (`model-index`).
+            Report of `eval.py`. Every row stands in the card; the row of this pipeline, which is its only pipeline or
+            the one whose `model` is `repo_id`, also in the metadata (`model-index`).
         repo_id (`str`, *optional*): Where the card lives.
-        picture (`str`, *optional*): File in the repository: the cases of the report. Nothing that not everybody may see.
+        picture (`str`, *optional*):
+            File in the repository that shows cases of the report. Nothing that not everybody may see.
 
     Returns:
-        `huggingface_hub.ModelCard`
+        `huggingface_hub.ModelCard`: A new card; the one that was given also has the new metadata.
 
     Raises:
         ValueError: `evaluation` lacks a protocol field, or holds several pipelines and none is `repo_id`.
@@ -204,7 +199,7 @@ def add_evaluation(
 
 
 def _method_text(pipeline_class: type) -> tuple[str, str]:
-    """The part of a class docstring above its arguments, and its paper."""
+    """Returns the part of a class docstring above its arguments, and its paper."""
     text = inspect.getdoc(pipeline_class).split("\nArgs:")[0]
     # [`~module.Name`] links to a page of documentation; a card has none.
     text = re.sub(r"\[`~?(?:[\w.]+\.)?(\w+)`\]", r"`\1`", text)
@@ -260,6 +255,6 @@ def _number(value: float | None) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value in a table: one line, its own bars escaped."""
+    """Returns a value as the text of a table's cell: one line, its own bars escaped."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return " ".join(text.split()).replace("|", "\\|")

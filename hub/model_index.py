@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself before anything of it is loaded. No torch here."""
+"""Reads what a pipeline folder or repository says of itself, before anything of it is loaded. No torch here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .. import __version__
 
 def read_model_index(source: str | os.PathLike, **hub_arguments) -> dict:
     """
-    Reads `model_index.json` of a checkpoint and makes sure that this version of the library may load it.
+    Reads `model_index.json` of a saved pipeline and makes sure that this version of the library may load it.
 
     Args:
         source (`str` or `os.PathLike`): Folder, or id of a Hub repository.
@@ -25,13 +25,13 @@ def read_model_index(source: str | os.PathLike, **hub_arguments) -> dict:
 
     Raises:
         FileNotFoundError: There is no such folder or repository, it may not be read, or it holds no pipeline.
-        ValueError: The card says that the checkpoint was made by a newer version of the library.
+        ValueError: The card says that the pipeline was made by a newer version of the library.
     """
     index = _fetch(source, "model_index.json", **hub_arguments)
     if index is None:
         raise FileNotFoundError(
-            f"{source} holds no pipeline: there is no model_index.json in it. `--model` and `from_pretrained` take what"
-            " `save_pretrained` or train.py wrote."
+            f"{source} holds no pipeline: there is no model_index.json in it. `--model` and `from_pretrained` take"
+            " what `save_pretrained` or train.py wrote."
         )
     index = json.loads(index.read_text())
 
@@ -47,17 +47,28 @@ def read_model_index(source: str | os.PathLike, **hub_arguments) -> dict:
 
 
 def check_processor(source: str | os.PathLike, index: dict, **hub_arguments) -> None:
-    """Raises a `ValueError` if a checkpoint has no processor: nobody could then know what its network wants to see."""
+    """
+    Makes sure that a saved pipeline has a processor: nobody could know without one what its network wants to see.
+
+    Args:
+        source (`str` or `os.PathLike`): Folder, or id of a Hub repository.
+        index (`dict`): Its `model_index.json`, from [`read_model_index`].
+        hub_arguments: As in [`read_model_index`].
+
+    Raises:
+        ValueError: `index` names no processor, or its file is not there.
+    """
     named = index.get("processor", [None])[0]
     if not named or _fetch(source, "processor/processor_config.json", **hub_arguments) is None:
         raise ValueError(
-            f"{source} has no processor, so nobody can know which modalities, size and intensities its network wants. Save"
-            " the pipeline with its `processor`, or give one: `from_pretrained(..., processor=VolumeProcessor(...))`."
+            f"{source} has no processor, so nobody can know which modalities, size and intensities its network wants."
+            " Save the pipeline with its `processor`, or give one:"
+            " `from_pretrained(..., processor=VolumeProcessor(...))`."
         )
 
 
 def _fetch(source: str | os.PathLike, name: str, **hub_arguments) -> Path | None:
-    """A file of a checkpoint; `None` where the checkpoint has no such file."""
+    """Returns the path of a file of a saved pipeline, or `None` where the pipeline has no such file."""
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_file() else None
@@ -72,8 +83,8 @@ def _fetch(source: str | os.PathLike, name: str, **hub_arguments) -> Path | None
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"There is neither a folder nor a Hub repository {source}. If it is private, log in with `hf auth login`, or set"
-            " HF_TOKEN to a token that may read it."
+            f"There is neither a folder nor a Hub repository {source}. If it is private, log in with `hf auth login`,"
+            " or set HF_TOKEN to a token that may read it."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{source} has no revision {hub_arguments.get('revision')!r}.") from error
@@ -82,8 +93,8 @@ def _fetch(source: str | os.PathLike, name: str, **hub_arguments) -> Path | None
         if name == "README.md":
             return None
         raise FileNotFoundError(
-            f"There is no folder {source}, the Hub cannot be reached (or HF_HUB_OFFLINE is set), and {name} of such a repository"
-            " is not in the cache."
+            f"There is no folder {source}, the Hub cannot be reached (or HF_HUB_OFFLINE is set), and {name} of such a"
+            " repository is not in the cache."
         ) from error
     except errors.EntryNotFoundError:
         return None

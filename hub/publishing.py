@@ -24,16 +24,17 @@ from huggingface_hub import (
 
 
 class PublishingError(RuntimeError):
-    """A push that failed. The message says what failed, where the files are, and how to push them later."""
+    """Reports a push that failed: what failed, where the files are, and how to push them later."""
 
 
 def complete_folder(folder: str | os.PathLike, card: str) -> None:
     """
-    Adds to a saved pipeline what every repository holds besides: the card and its results ([`write_card`]), and a `pipeline.py` of
-    one line, with which `DiffusionPipeline.from_pretrained(id, custom_pipeline=id, trust_remote_code=True)` gives our class.
+    Adds to a saved pipeline what every repository also holds: the card and its results ([`write_card`]), and a
+    `pipeline.py` of one line, with which `DiffusionPipeline.from_pretrained(id, custom_pipeline=id,
+    trust_remote_code=True)` gives our class.
 
     Args:
-        folder (`str` or `os.PathLike`): What `save_pretrained` wrote.
+        folder (`str` or `os.PathLike`): Folder that `save_pretrained` wrote.
         card (`str`): Text of `README.md`, such as `str(make_card(pipeline))`.
 
     Raises:
@@ -52,11 +53,11 @@ def complete_folder(folder: str | os.PathLike, card: str) -> None:
 
 def write_card(folder: str | os.PathLike, card: str) -> None:
     """
-    Writes `README.md`, and the results of its metadata as `.eval_results/*.yaml`, if they are of a data set on the Hub, whose
-    leaderboard then shows them.
+    Writes `README.md`, and `.eval_results/*.yaml` with those results of its metadata that belong to a data set on the
+    Hub, whose leaderboard then shows them.
 
     Args:
-        folder (`str` or `os.PathLike`): Of the repository.
+        folder (`str` or `os.PathLike`): Folder of the repository.
         card (`str`): Text of `README.md`.
     """
     folder = Path(folder)
@@ -76,7 +77,16 @@ def write_card(folder: str | os.PathLike, card: str) -> None:
 
 
 def read_card(repo_id: str, *, token: str | None = None) -> str | None:
-    """The card of a repository of the Hub as it is now; `None` if there is none, or if the Hub does not answer."""
+    """
+    Reads the card of a repository as it is on the Hub now.
+
+    Args:
+        repo_id (`str`): `"owner/name"`.
+        token (`str`, *optional*): Token that may read; by default `HF_TOKEN`, or that of `hf auth login`.
+
+    Returns:
+        `str` or `None`: Text of `README.md`; `None` if there is none, or if the Hub does not answer.
+    """
     try:
         # Not from the cache: somebody may have changed it.
         return Path(hf_hub_download(repo_id, "README.md", token=token)).read_text(encoding="utf-8")
@@ -93,15 +103,17 @@ def open_repository(
     licence: str | None = None,
 ) -> str:
     """
-    Creates a repository if need be, and makes sure that a push to it will be accepted: to be asked before hours of work.
+    Creates a repository if it does not exist, and makes sure that a push to it will be accepted. Called before hours
+    of work.
 
     Args:
         repo_id (`str`): `"owner/name"`.
         private (`bool`, *optional*):
-            Visibility of a new repository, the account's default if not given. `True` refuses one that exists and is public.
+            Visibility of a new repository, the account's default if not given. `True` refuses one that exists and is
+            public.
         token (`str`, *optional*): Write token; by default `HF_TOKEN`, or that of `hf auth login`.
         repo_type (`str`): `"model"` or `"dataset"`.
-        licence (`str`, *optional*): Is this one that the Hub knows?
+        licence (`str`, *optional*): Licence that the card will name; the Hub must know it.
 
     Returns:
         `str`: URL of the repository.
@@ -126,8 +138,8 @@ def open_repository(
         raise PublishingError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     if is_public:
         raise PublishingError(
-            f"{repo_id} exists and is public, and a private repository was asked for. Choose another name, or make it private"
-            " in its settings."
+            f"{repo_id} exists and is public, and a private repository was asked for. Choose another name, or make it"
+            " private in its settings."
         )
     return str(url)
 
@@ -142,10 +154,10 @@ def push_folder(
     repo_type: str = "model",
 ) -> str:
     """
-    Uploads a folder as one repository, which is created if need be. The folder itself is not touched.
+    Uploads a folder as one repository, which is created if it does not exist. The folder itself is not changed.
 
     Args:
-        folder (`str` or `os.PathLike`): What is uploaded.
+        folder (`str` or `os.PathLike`): Folder to upload.
         repo_id, private, token, repo_type: As in [`open_repository`].
         commit_message (`str`): Title of the commit.
 
@@ -180,8 +192,8 @@ def push_folder(
 
 
 class BackgroundPush:
-    """Pushes of a training that goes on: one at a time, in a thread. One that fails is reported and forgotten, because the next
-    one brings everything again."""
+    """Pushes folders in a thread, one at a time, while a training goes on. A push that fails is reported and not
+    repeated, because the next one brings everything again."""
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(1)
@@ -189,16 +201,16 @@ class BackgroundPush:
 
     @property
     def busy(self) -> bool:
-        """Whether a push is under way: its folder must not be changed."""
+        """Tells whether a push is under way; its folder must not be changed then."""
         return self._running is not None and not self._running.done()
 
     def start(self, folder: str | os.PathLike, repo_id: str, **arguments) -> None:
-        """As [`push_folder`], without waiting."""
+        """Starts [`push_folder`] with these arguments, after the push under way, and does not wait for its end."""
         self.wait()
         self._running = self._pool.submit(push_folder, folder, repo_id, **arguments)
 
     def wait(self) -> None:
-        """Returns when no push is under way."""
+        """Waits until no push is under way."""
         if self._running is None:
             return
         try:
@@ -209,7 +221,8 @@ class BackgroundPush:
 
 
 def _forget_local_path(config: Path) -> None:
-    """diffusers notes where a component was loaded from; a folder of this machine is nobody's business."""
+    """Removes from a `config.json` where diffusers loaded the component from: a folder of this machine is nobody's
+    business."""
     values = json.loads(config.read_text())
     if "_name_or_path" in values:
         del values["_name_or_path"]

@@ -2,8 +2,8 @@
 
 diffusers accepts a component of a third-party library from the Hub only if the library stands in its table
 `LOADABLE_CLASSES`, and recognises the component by `issubclass` against the base names that it finds in the library's
-own name space (`anodiff.ModelMixin` and so on). Both tables are private: `setup.cfg` pins the minor version of diffusers
-and the round-trip tests guard the mechanism. Every module that defines a component imports this one first.
+own name space (`anodiff.ModelMixin` and so on). Both tables are private: `setup.cfg` pins the minor version of
+diffusers and the round-trip tests guard the mechanism. Every module that defines a component imports this one first.
 """
 
 from diffusers.models.modeling_utils import ModelMixin

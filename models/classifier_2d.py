@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,8 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
-from .unet_2d_heads import convert_guided_diffusion_layers
+from .checks import check_attention_levels, check_heads
+from .weights import convert_guided_diffusion_layers, rename_parameters, zero_residual_branches
 
 
 # N images, C channels, H x W pixels, L = H W tokens, D channels of an attention head, K classes.
@@ -24,6 +24,8 @@ from .unet_2d_heads import convert_guided_diffusion_layers
 @dataclass
 class NoisyClassifierOutput(BaseOutput):
     """
+    Holds what [`NoisyClassifierModel`] returns.
+
     Args:
         logits (`torch.Tensor` of shape `(N, K)`): Unnormalised log probabilities of the classes.
     """
@@ -33,21 +35,23 @@ class NoisyClassifierOutput(BaseOutput):
 
 class NoisyClassifierModel(ModelMixin, ConfigMixin):
     r"""
-    Says of a noised slice and its timestep whether the slice is healthy (class 0) or not (class 1): guided-diffusion's
-    `EncoderUNetModel`, the downward half of a UNet with residual blocks that halve the resolution and an attention pool, as AnoFPDM's
-    program has it for classifier guidance. 42.06 million parameters with the defaults.
+    Classifies a noised slice, given its timestep, as healthy (class 0) or unhealthy (class 1): guided-diffusion's
+    `EncoderUNetModel`, the downward half of a UNet with residual blocks that halve the resolution and an attention
+    pool, which AnoFPDM's program uses for classifier guidance. 42.06 million parameters with the defaults.
 
     Args:
         sample_size (`int` or `tuple[int, int]`, defaults to 128):
-            Size of the slices, divisible by 2^(levels - 1). The pool has a parameter per position: no other size works.
+            Size of the slices, divisible by 2^(levels - 1). The pool has a parameter per position: no other size
+            works.
         in_channels (`int`, defaults to 4): Modalities.
         num_classes (`int`, defaults to 2): Classes.
         block_out_channels (`tuple[int, ...]`, defaults to `(128, 128, 256, 384, 512)`): Channels of each level.
         layers_per_block (`int`, defaults to 2): Residual blocks of a level, before the one that halves the resolution.
         attention_levels (`tuple[int, ...]`, defaults to `(2, 3, 4)`):
-            Levels with attention behind every residual block, counted from 0; after the last level there always is one.
+            Levels with attention after every residual block, counted from 0; one more follows the last level in any
+            case.
         attention_head_dim (`int`, defaults to 64): Channels of an attention head, at every level and in the pool.
-        dropout (`float`, defaults to 0.0): In every residual block.
+        dropout (`float`, defaults to 0.0): Share of values that every residual block drops in training.
         norm_num_groups (`int`, defaults to 32): Groups of every normalisation.
     """
 
@@ -70,18 +74,13 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
         factor = 2 ** (len(widths) - 1)
         if height % factor or width % factor:
             raise ValueError(f"`sample_size` must have sides divisible by {factor}, got {sample_size}.")
-        if any(not 0 <= level < len(widths) for level in attention_levels):
-            raise ValueError(f"`attention_levels` must be between 0 and {len(widths) - 1}, got {attention_levels}.")
-        attended = {widths[-1], *(widths[level] for level in attention_levels)}
-        if any(channels % attention_head_dim for channels in attended):
-            raise ValueError(
-                f"`attention_head_dim` must divide the channels of every level with attention, got {attention_head_dim} for"
-                f" {sorted(attended)}."
-            )
+        check_attention_levels(attention_levels, len(widths))
+        attended = [widths[-1], *(widths[level] for level in attention_levels)]
+        check_heads("attention_head_dim", attention_head_dim, attended)
         features = 4 * widths[0]
 
         def resnet(before: int, after: int, down: bool = False) -> ResnetBlock2D:
-            block = ResnetBlock2D(
+            return ResnetBlock2D(
                 in_channels=before,
                 out_channels=after,
                 temb_channels=features,
@@ -91,12 +90,9 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
                 time_embedding_norm="scale_shift",
                 down=down,
             )
-            nn.init.zeros_(block.conv2.weight)
-            nn.init.zeros_(block.conv2.bias)
-            return block
 
         def attention(channels: int) -> Attention:
-            block = Attention(
+            return Attention(
                 channels,
                 heads=channels // attention_head_dim,
                 dim_head=attention_head_dim,
@@ -105,9 +101,6 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
                 bias=True,
                 residual_connection=True,
             )
-            nn.init.zeros_(block.to_out[0].weight)
-            nn.init.zeros_(block.to_out[0].bias)
-            return block
 
         self.time_features = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(widths[0], features)
@@ -125,15 +118,19 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
         self.blocks.append(ClassifierBlock(resnet(channels, channels), None))
         self.norm_out = nn.GroupNorm(norm_num_groups, channels, eps=1e-5)
         self.pool = AttentionPool(height * width // factor**2, channels, attention_head_dim, num_classes)
+        zero_residual_branches(self)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True
     ) -> NoisyClassifierOutput | tuple[torch.Tensor]:
         """
+        Classifies slices.
+
         Args:
-            sample (`torch.Tensor` of shape `(N, C, H, W)`): Noised slices, of the configuration's size.
+            sample (`torch.Tensor` of shape `(N, C, H, W)`): Noised slices of the size `sample_size`.
             timestep (`torch.Tensor` of shape `(N,)`, or a number): Index of the timestep, from 0.
-            return_dict (`bool`, *optional*, defaults to `True`): A tuple otherwise.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`NoisyClassifierOutput`] or a tuple.
 
         Returns:
             [`NoisyClassifierOutput`]: `logits (N, K)`.
@@ -153,8 +150,8 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
 
     def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        Renames the parameters of guided-diffusion's `EncoderUNetModel` (attention pool, residual blocks that halve the resolution)
-        to those of this model.
+        Renames the parameters of guided-diffusion's `EncoderUNetModel` (attention pool, residual blocks that halve the
+        resolution) to those of this model.
 
         Args:
             state (`dict[str, torch.Tensor]`): State dict of a network of this model's size.
@@ -163,33 +160,28 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
             `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of this model.
         """
         layers = len(self.blocks) - 2
-        renamed = {}
-        for name, tensor in state.items():
-            # Block 0 is the first convolution, so that layer k of this model is block k + 1 of the original.
-            block = re.match(r"input_blocks\.(\d+)\.", name)
-            if block and int(block[1]):
-                name = f"blocks.{int(block[1]) - 1}.{name[block.end() :]}"
-            for old, new in (
-                ("input_blocks.0.0.", "conv_in."),
-                ("middle_block.0.", f"blocks.{layers}.0."),
-                ("middle_block.1.", f"blocks.{layers}.1."),
-                ("middle_block.2.", f"blocks.{layers + 1}.0."),
-                ("out.0.", "norm_out."),
-                ("out.2.qkv_proj.", "pool.to_qkv."),
-                ("out.2.c_proj.", "pool.to_out."),
-                ("out.2.positional_embedding", "pool.positional_embedding"),
-            ):
-                if name.startswith(old):
-                    name = new + name.removeprefix(old)
-            name = re.sub(r"^(blocks\.\d+)\.0\.", r"\1.resnet.", name)
-            name = re.sub(r"^(blocks\.\d+)\.1\.", r"\1.attention.", name)
-            renamed[name] = tensor
+        # Block 0 is the first convolution, so that layer k of this model is block k + 1 of the original.
+        renamed = rename_parameters(
+            state,
+            (
+                (r"^input_blocks\.0\.0\.", "conv_in."),
+                (r"^input_blocks\.(\d+)\.", lambda match: f"blocks.{int(match[1]) - 1}."),
+                (r"^middle_block\.([01])\.", rf"blocks.{layers}.\1."),
+                (r"^middle_block\.2\.", rf"blocks.{layers + 1}.0."),
+                (r"^(blocks\.\d+)\.0\.", r"\1.resnet."),
+                (r"^(blocks\.\d+)\.1\.", r"\1.attention."),
+                (r"^out\.0\.", "norm_out."),
+                (r"^out\.2\.qkv_proj\.", "pool.to_qkv."),
+                (r"^out\.2\.c_proj\.", "pool.to_out."),
+                (r"^out\.2\.positional_embedding", "pool.positional_embedding"),
+            ),
+        )
         head_dim = self.config.attention_head_dim
         return convert_guided_diffusion_layers(renamed, lambda channels: channels // head_dim)
 
 
 class ClassifierBlock(nn.Module):
-    """A residual block, and attention or none."""
+    """Applies a residual block, and attention if there is one."""
 
     def __init__(self, resnet: nn.Module, attention: nn.Module | None):
         super().__init__()
@@ -202,7 +194,7 @@ class ClassifierBlock(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention of the mean token to itself and all positions, (N, C, H, W) to (N, outputs)."""
+    """Pools `(N, C, H, W)` to `(N, outputs)` by the attention of the mean token to itself and all positions."""
 
     def __init__(self, positions: int, channels: int, head_dim: int, outputs: int):
         super().__init__()

@@ -9,15 +9,17 @@ from torch import nn
 
 class GaussianEncoder(nn.Module):
     r"""
-    The small encoder of CIMD's KL term (`AxisAlignedConvGaussian`, which is that of the Probabilistic U-Net): blocks of convolutions
-    between average pools, the mean over all pixels, and a linear layer that gives a diagonal normal distribution. 1,368,108 parameters
-    at its authors' size. Training needs it at most, and no checkpoint holds one.
+    Encodes an image and a mask, or predicted noise, as a diagonal normal distribution: the small encoder of CIMD's KL
+    term (`AxisAlignedConvGaussian`, which is that of the Probabilistic U-Net). Blocks of convolutions with average
+    pools between them, the mean over all pixels, and a linear layer. 1,368,108 parameters at its authors' size. Only
+    training uses it; no pipeline holds one.
 
     Args:
-        in_channels (`int`, defaults to 2): One of the image, and one of a mask or of predicted noise.
-        block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 128, 192)`): Channels of each block; pools lie between blocks.
-        layers_per_block (`int`, defaults to 3): 3 x 3 convolutions with ReLU of a block.
-        latent_dim (`int`, defaults to 6): D.
+        in_channels (`int`, defaults to 2): Channels of the image and of what goes with it, together.
+        block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 128, 192)`):
+            Channels of each block; pools lie between blocks.
+        layers_per_block (`int`, defaults to 3): Number of 3 x 3 convolutions with ReLU in a block.
+        latent_dim (`int`, defaults to 6): Dimensions D of the distribution.
     """
 
     def __init__(
@@ -45,8 +47,8 @@ class GaussianEncoder(nn.Module):
         nn.init.normal_(self.head.bias)
 
     def forward(self, image: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and logarithm of the standard deviation, `(N, D)` each, of what goes with an image: `image` and `other` are
-        `(N, C, H, W)` with `in_channels` together. Computed in the type of the weights."""
+        """Returns mean and logarithm of the standard deviation, `(N, D)` each, in the type of the weights. `image` and
+        `other` are `(N, C, H, W)` and have `in_channels` together."""
         hidden = self.layers(torch.cat([image, other], dim=1).to(self.head.weight.dtype))
         hidden = self.head(hidden.mean((2, 3), keepdim=True)).flatten(1)
         mean, log_std = hidden.to(self.head.weight.dtype).chunk(2, dim=1)  # autocast may have made it coarser
@@ -56,7 +58,8 @@ class GaussianEncoder(nn.Module):
 def gaussian_divergence(
     mean: torch.Tensor, log_std: torch.Tensor, other_mean: torch.Tensor, other_log_std: torch.Tensor
 ) -> torch.Tensor:
-    """Kullback-Leibler divergence of a diagonal normal distribution from another one in nats, `(N,)`; arguments are `(N, D)`."""
+    """Returns the Kullback-Leibler divergence of a diagonal normal distribution from another one in nats, `(N,)`;
+    arguments are `(N, D)`."""
     ratio = log_std - other_log_std
     distance = (mean - other_mean) * (-other_log_std).exp()
     return (0.5 * ((2 * ratio).exp() + distance.square() - 1) - ratio).sum(1)

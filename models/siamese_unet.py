@@ -8,7 +8,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..checks import check_choice
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from .checks import check_sides
 from .unet_2d_dae import StandardizedConvBlock, StandardizedUpBlock
 
 
@@ -21,12 +23,14 @@ RESIDUALS = ("signed", "squared")
 @dataclass
 class SiameseUNet2DOutput(BaseOutput):
     """
-    What [`SiameseUNet2DModel`] says of N slices.
+    Holds what [`SiameseUNet2DModel`] returns for N slices.
 
     Args:
-        logits (`torch.Tensor` of shape `(N, 1, H, W)`): Of a pixel being anomalous; their sigmoid is the probability.
+        logits (`torch.Tensor` of shape `(N, 1, H, W)`):
+            Logits of a pixel being anomalous; their sigmoid is the probability.
         decoder_logits (`tuple` of `torch.Tensor`, *optional*):
-            The same of every decoder block, coarse to fine, `(N, 1, H / 2^k, W / 2^k)`; `None` without `deep_supervision`.
+            Logits of every decoder block, coarse to fine, `(N, 1, H / 2^k, W / 2^k)`; `None` without
+            `deep_supervision`.
     """
 
     logits: torch.Tensor
@@ -36,18 +40,18 @@ class SiameseUNet2DOutput(BaseOutput):
 
 class SiameseUNet2DModel(ModelMixin, ConfigMixin):
     r"""
-    SADM's segmentation network (`SegUnet.py`): one encoder sees the residual, image - reconstruction, and the image; at every level the
-    features of both are concatenated, residual first, and one decoder makes logits of them. 16.7 M parameters at the authors' size,
-    33.8 GFLOP for 96 x 96 pixels.
+    Segments slices with SADM's network (`SegUnet.py`): one encoder sees the residual, image - reconstruction, and the
+    image; at every level the features of both are concatenated, residual first, and one decoder makes logits of them.
+    16.7 M parameters at the authors' size, 33.8 GFLOP for 96 x 96 pixels.
 
-    Blocks, standardisation of the weights and groups are those of [`DAEUNet2DModel`]: convolution, SiLU, then the normalisation.
-    Parameters are named as in the original, whose weights fit as they are.
+    Blocks, standardisation of the weights and groups are those of [`DAEUNet2DModel`]: convolution, SiLU, then the
+    normalisation. Parameters are named as in the original, whose weights fit as they are.
 
     Args:
         in_channels (`int`, defaults to 1): Number of modalities, of image and reconstruction alike.
         block_out_channels (`tuple[int, ...]`, defaults to `(64, 128, 256, 512)`): Channels of the encoder's levels.
         residual (`str`, defaults to `"signed"`): `"signed"`, or `"squared"`, which the original has as an option.
-        deep_supervision (`bool`, defaults to `False`): Have a head on every decoder block, for training.
+        deep_supervision (`bool`, defaults to `False`): Whether every decoder block has a head, for training.
     """
 
     @register_to_config
@@ -63,8 +67,7 @@ class SiameseUNet2DModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"`block_out_channels` must name the channels of at least two levels, got {tuple(block_out_channels)}."
             )
-        if residual not in RESIDUALS:
-            raise ValueError(f"`residual` must be one of {', '.join(RESIDUALS)}, got {residual!r}.")
+        check_choice("residual", residual, RESIDUALS)
         self.down_path = nn.ModuleList()
         for before, channels in zip((in_channels, *block_out_channels), block_out_channels, strict=False):
             self.down_path.append(StandardizedConvBlock(before, channels))
@@ -81,15 +84,18 @@ class SiameseUNet2DModel(ModelMixin, ConfigMixin):
         self, image: torch.Tensor, reconstruction: torch.Tensor, return_dict: bool = True
     ) -> SiameseUNet2DOutput | tuple:
         """
+        Segments slices.
+
         Args:
             image, reconstruction (`torch.Tensor` of shape `(N, C, H, W)`):
-                Slices and what a healthy slice like them looks like, in [0, 1], background 0; H and W are multiples of
-                2^(levels - 1).
+                Slices and their pseudo-healthy reconstructions, in [0, 1], background 0; 2^(levels - 1) divides H and
+                W.
             return_dict (`bool`, defaults to `True`): Whether to return a [`SiameseUNet2DOutput`] or a tuple.
+
+        Returns:
+            [`SiameseUNet2DOutput`]: `logits (N, 1, H, W)`, and those of the decoder blocks.
         """
-        multiple = 2 ** len(self.up_path)
-        if image.shape[2] % multiple or image.shape[3] % multiple:
-            raise ValueError(f"`image` must have H and W that {multiple} divides, got {tuple(image.shape[2:])}.")
+        check_sides("image", image, 2 ** len(self.up_path))
         residual = image - reconstruction
         if self.config.residual == "squared":
             residual = residual.square()
@@ -111,6 +117,6 @@ class SiameseUNet2DModel(ModelMixin, ConfigMixin):
         return SiameseUNet2DOutput(logits=logits, decoder_logits=heads) if return_dict else (logits, heads)
 
     def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The weights of the original network, whose names are the same, for this one. Heads of deep supervision, which inference does
-        not need, stay behind if this model has none."""
+        """Returns the weights of the original network, whose names are the same, for this one. Heads of deep
+        supervision are left out if this model has none: inference does not need them."""
         return {name: tensor for name, tensor in state.items() if self.deepsup_1x1 or not name.startswith("deepsup_")}

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# N images, C channels, H x W pixels, R x S cells of the mask, h x w positions of a feature map, V visible positions of all images.
+# N images, C channels, H x W pixels, R x S cells of the mask, h x w positions of a feature map, V visible positions of
+# all images.
 
 
 LOSSES = ("l2", "l1")
@@ -19,26 +20,30 @@ _POINTWISE = (nn.Linear, nn.LayerNorm)
 
 class SparKModel(nn.Module):
     r"""
-    SparK (Tian et al. 2023, as cDDPM pretrains its encoder with it): a convolutional encoder sees a few cells of an image, and a light
-    decoder predicts the rest. What counts afterwards is the encoder alone, so that this is no component of a pipeline.
+    Pretrains a convolutional encoder with SparK (Tian et al. 2023), as cDDPM does: the encoder sees a few cells of an
+    image, and a light decoder predicts the rest. Only the encoder is used afterwards, so that this is no component of
+    a pipeline.
 
-    The convolutions are sparse: nothing of a hidden cell reaches a visible one. Whatever mixes positions (convolutions, pooling) gets its
-    input with 0 in the hidden cells, and batch normalisation sees the visible positions only. Hooks do so while this model calls the
-    encoder; called by anybody else, it is the ordinary network.
+    The convolutions are sparse: nothing of a hidden cell reaches a visible one. Layers that mix positions
+    (convolutions, pooling) get their input with 0 in the hidden cells, and batch normalisation sees the visible
+    positions only. Hooks do so while this model calls the encoder; called by anybody else, it is the ordinary network.
 
     Args:
         encoder (`torch.nn.Module`):
-            Gives `feature_maps`, each half as large as the one before, fine to coarse, in its output: a CNN of
-            [`~transformers.AutoBackbone`] with all stages in `out_features`. It stays the caller's and gets hooks. Of layers that mix
+            A CNN of [`~transformers.AutoBackbone`] with all stages in `out_features`: its output has `feature_maps`,
+            fine to coarse, each half as large as the one before. It is not copied, and gets hooks. Of layers that mix
             positions, convolutions, max and average pooling, and batch normalisation are known; others are an error.
-        sample_size (`int` or `tuple[int, int]`): Size (H, W) of the images; the other things that depend on it are found by a trial.
-        in_channels (`int`, defaults to 1): Modalities.
+        sample_size (`int` or `tuple[int, int]`):
+            Size (H, W) of the images; sizes that depend on it are found by a trial.
+        in_channels (`int`, defaults to 1): Number of modalities.
         mask_ratio (`float`, defaults to 0.65):
-            Share of cells that is hidden: of K cells, `round(K (1 - mask_ratio))` stay visible, 3 of 9 with the authors' values.
+            Share of cells that is hidden: of K cells, `round(K (1 - mask_ratio))` stay visible, 3 of 9 with the
+            authors' values.
         mask_grid (`int` or `tuple[int, int]`, *optional*):
-            Cells (R, S) of the mask, which divide the image. One for each position of the coarsest map by default, 3 x 3 for a ResNet at
-            96 px. In a finer grid a position is visible where any of its cells is.
-        decoder_width (`int`, defaults to 512): Channels that the decoder begins with, divisible by 2^stages; halved by every stage.
+            Cells (R, S) of the mask, which divide the image. One for each position of the coarsest map by default, 3 x
+            3 for a ResNet at 96 px. In a finer grid a position is visible where any of its cells is.
+        decoder_width (`int`, defaults to 512):
+            Channels that the decoder begins with, divisible by 2^stages; halved by every stage.
 
     Raises:
         ValueError: A value out of range, or an encoder that does not fit.
@@ -62,7 +67,7 @@ class SparKModel(nn.Module):
             trial = copy.deepcopy(encoder).eval().to("meta")(torch.zeros(1, in_channels, height, width, device="meta"))
         except Exception as error:  # noqa: BLE001 (what an unfit network stumbles over can be anything)
             raise ValueError(
-                f"`encoder` {type(encoder).__name__} does not take images of {in_channels} x {height} x {width}: {error}"
+                f"`encoder` {type(encoder).__name__} must take images of {in_channels} x {height} x {width}: {error}"
             ) from error
         shapes = [tuple(map_.shape[1:]) for map_ in trial.feature_maps[::-1]]
         coarsest = shapes[0][1:]
@@ -70,8 +75,8 @@ class SparKModel(nn.Module):
         wanted = [(coarsest[0] << level, coarsest[1] << level) for level in range(len(shapes))]
         if (height, width) != (coarsest[0] << stages, coarsest[1] << stages) or wanted != [s[1:] for s in shapes]:
             raise ValueError(
-                f"`encoder` must give maps that halve the size from stage to stage, and `sample_size` must be a multiple of its stride;"
-                f" got maps of {', '.join(f'{h} x {w}' for _, h, w in shapes)} for {height} x {width}."
+                "`encoder` must give maps that halve in size from stage to stage, `sample_size` must be a multiple"
+                f" of its stride, got maps of {', '.join(f'{h} x {w}' for _, h, w in shapes)} for {height} x {width}."
             )
         if decoder_width < 2**stages or decoder_width % 2**stages:
             raise ValueError(f"`decoder_width` must be a multiple of {2**stages}, got {decoder_width}.")
@@ -81,9 +86,7 @@ class SparKModel(nn.Module):
         cells = grid[0] * grid[1]
         self.mask_grid, self.visible_cells = tuple(grid), round(cells * (1 - mask_ratio))
         if not 0 < self.visible_cells < cells:
-            raise ValueError(
-                f"`mask_ratio` must leave 1 to {cells - 1} of {cells} cells visible, got {mask_ratio}, which leaves {self.visible_cells}."
-            )
+            raise ValueError(f"`mask_ratio` must leave 1 to {cells - 1} of {cells} cells visible, got {mask_ratio}.")
 
         self.encoder = encoder
         self.norms, self.tokens, self.projections = nn.ModuleList(), nn.ParameterList(), nn.ModuleList()
@@ -91,9 +94,8 @@ class SparKModel(nn.Module):
             channels_out = decoder_width >> level
             projection = nn.Conv2d(channels, channels_out, 3 if level else 1, padding=1 if level else 0)
             self.norms.append(nn.BatchNorm2d(channels))
-            self.tokens.append(
-                nn.Parameter(nn.init.trunc_normal_(torch.empty(1, channels, 1, 1), std=0.02, a=-0.02, b=0.02))
-            )
+            token = nn.init.trunc_normal_(torch.empty(1, channels, 1, 1), std=0.02, a=-0.02, b=0.02)
+            self.tokens.append(nn.Parameter(token))
             self.projections.append(nn.Identity() if not level and channels == channels_out else projection)
         self.decoder = nn.ModuleList(_DecoderStage(decoder_width >> level) for level in range(stages))
         self.head = nn.Conv2d(decoder_width >> stages, in_channels, kernel_size=1)
@@ -110,19 +112,22 @@ class SparKModel(nn.Module):
                 module.register_forward_hook(self._scatter)
 
     def choose_cells(self, draws: torch.Tensor) -> torch.Tensor:
-        """Visible cells `(N, 1, R, S)`, bool, from uniform draws `(N, R * S)`: those with the smallest draws."""
+        """Chooses the visible cells `(N, 1, R, S)`, bool: those with the smallest draws, uniform and `(N, R * S)`."""
         chosen = draws.argsort(dim=1)[:, : self.visible_cells]
         visible = torch.zeros(draws.shape, dtype=torch.bool, device=draws.device).scatter_(1, chosen, True)
         return visible.reshape(-1, 1, *self.mask_grid)
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """
+        Predicts images from their visible cells.
+
         Args:
-            images (`torch.Tensor` of shape `(N, C, H, W)`): In [0, 1].
-            visible (`torch.Tensor` of shape `(N, 1, R, S)`): bool, the cells that are seen, see `choose_cells`.
+            images (`torch.Tensor` of shape `(N, C, H, W)`): Images in [0, 1].
+            visible (`torch.Tensor` of shape `(N, 1, R, S)`):
+                bool, the cells that the encoder sees, from [`choose_cells`].
 
         Returns:
-            `torch.Tensor` of shape `(N, C, H, W)`: The image as it is predicted, hidden cells and visible ones.
+            `torch.Tensor` of shape `(N, C, H, W)`: The predicted images, hidden cells and visible ones.
         """
         self._visible = visible
         try:
@@ -178,7 +183,8 @@ class _DecoderStage(nn.Module):
 
 
 def resize_cells(visible: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Visible cells `(N, 1, R, S)` as positions `(N, 1, h, w)`, bool; of a coarser map, those that hold any visible cell."""
+    """Resizes visible cells `(N, 1, R, S)` to the positions of a feature map `(N, 1, h, w)`, bool; a position of a
+    coarser map is visible if it holds any visible cell."""
     return F.adaptive_max_pool2d(visible.float(), tuple(size)) > 0
 
 
@@ -192,14 +198,16 @@ def spark_loss(
     normalize: bool = False,
 ) -> torch.Tensor:
     """
-    Error of each cell, averaged over cells.
+    Returns the error of each image, the mean over the errors of its cells.
 
     Args:
-        images, reconstruction (`torch.Tensor` of shape `(N, C, H, W)`): In [0, 1].
-        visible (`torch.Tensor` of shape `(N, 1, R, S)`): bool, cells that were seen; as many in each image.
+        images, reconstruction (`torch.Tensor` of shape `(N, C, H, W)`): Images and predictions in [0, 1].
+        visible (`torch.Tensor` of shape `(N, 1, R, S)`): bool, cells that the encoder saw; as many in each image.
         loss (`str`, defaults to `"l2"`): `"l2"`, squared error, or `"l1"`, absolute error.
         region (`str`, defaults to `"masked"`): `"masked"`, hidden cells alone, or `"all"`.
-        normalize (`bool`, defaults to `False`): Compare with the cells' pixels less their mean over their standard deviation.
+        normalize (`bool`, defaults to `False`):
+            Whether the target is standardised: the pixels of a cell less their mean, divided by their standard
+            deviation.
 
     Returns:
         `torch.Tensor` of shape `(N,)`
@@ -230,8 +238,9 @@ def _check_layers(encoder: nn.Module) -> None:
             unknown.add(type(module).__name__)
     if unknown:
         raise ValueError(
-            f"`encoder` has layers {', '.join(sorted(unknown))}, which are not known to be sparse; a CNN may have convolutions, max and"
-            " average pooling, batch normalisation, and layers of single positions (linear, layer normalisation over channels)."
+            f"`encoder` has layers {', '.join(sorted(unknown))}, which are not known to be sparse; a CNN may have"
+            " convolutions, max and average pooling, batch normalisation, and layers of single positions (linear,"
+            " layer normalisation over channels)."
         )
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import re
-
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -11,6 +9,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from .checks import check_heads, check_sides
+from .weights import rename_parameters
 
 
 # N images, C channels, H x W pixels, L = H W tokens, T features of the timestep.
@@ -18,15 +18,17 @@ from ..hub import registration  # noqa: F401  (the class below is a component of
 
 class ANDiUNet2DModel(ModelMixin, ConfigMixin):
     r"""
-    The network of ANDi (`modules.py` of its program): a small UNet with one skip per level, max pooling, bilinear upsampling,
-    pre-norm transformer blocks from the third level on, and the sinusoidal features of the timestep, without an MLP, added to every
-    block. 9.72 million parameters and 9.3 GFLOP for a slice of 4 x 128 x 128. For training from scratch `UNet2DModel` will do;
-    this class is for weights of the original program, see [`~ANDiUNet2DModel.convert_original_state_dict`].
+    Predicts the noise of slices with the network of ANDi (`modules.py` of its program): a small UNet with one skip per
+    level, max pooling, bilinear upsampling, pre-norm transformer blocks from the third level on, and the sinusoidal
+    features of the timestep, without an MLP, added to every block. 9.72 million parameters and 9.3 GFLOP for a slice
+    of 4 x 128 x 128. For training from scratch `UNet2DModel` suffices; this class is for weights of the original
+    program, see [`~ANDiUNet2DModel.convert_original_state_dict`].
 
     Args:
         sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 128):
-            Size of the slices it is trained on; a note for the reader, any size that is divisible by the product of all poolings works.
-        in_channels, out_channels (`int`, defaults to 4): Modalities.
+            Size of the slices it is trained on, recorded for readers: the network takes any size divisible by
+            2^(levels - 1).
+        in_channels, out_channels (`int`, defaults to 4): Number of modalities.
         block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 128, 256, 256)`):
             Channels of each level, 2 levels or more; the bottleneck has twice the last one.
         num_attention_heads (`int`, defaults to 4): Heads of every transformer block.
@@ -49,12 +51,7 @@ class ANDiUNet2DModel(ModelMixin, ConfigMixin):
             raise ValueError(f"`block_out_channels` must have 2 levels or more, got {widths}.")
         # Channels that come out of the way up at each level.
         up_widths = (widths[0], *widths[:-1])
-        attended = {*widths[2:], *up_widths[2:-1]} if len(widths) > 2 else set()
-        if any(width % num_attention_heads for width in attended):
-            raise ValueError(
-                f"`num_attention_heads` must divide the channels of every level with attention, got {num_attention_heads} for"
-                f" {sorted(attended)}."
-            )
+        check_heads("num_attention_heads", num_attention_heads, [*widths[2:], *up_widths[2:-1]])
 
         def attention(width: int, level: int) -> nn.Module | None:
             return TransformerBlock(width, num_attention_heads) if level >= 2 else None
@@ -87,17 +84,17 @@ class ANDiUNet2DModel(ModelMixin, ConfigMixin):
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """
+        Predicts the noise of slices.
+
         Args:
-            sample (`torch.Tensor` of shape `(N, C, H, W)`): Noised slices.
+            sample (`torch.Tensor` of shape `(N, C, H, W)`): Noised slices; 2^(levels - 1) divides H and W.
             timestep (`torch.Tensor` of shape `(N,)`, or a number): Index of the timestep, from 0.
-            return_dict (`bool`, *optional*, defaults to `True`): A tuple otherwise.
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`UNet2DOutput`] or a tuple.
 
         Returns:
             [`~diffusers.models.unets.unet_2d.UNet2DOutput`]: `sample (N, C, H, W)`, the predicted noise.
         """
-        factor = 2 ** len(self.down_blocks)
-        if sample.shape[-2] % factor or sample.shape[-1] % factor:
-            raise ValueError(f"`sample` must have sides divisible by {factor}, got {tuple(sample.shape)}.")
+        check_sides("sample", sample, 2 ** len(self.down_blocks))
         timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         features = F.silu(self.time_features(timestep).to(sample.dtype))  # (N, T)
 
@@ -122,21 +119,17 @@ class ANDiUNet2DModel(ModelMixin, ConfigMixin):
         Renames the parameters of the original program's `UNet` (five levels) to those of this class.
 
         Args:
-            state (`dict[str, torch.Tensor]`): State dict of the original; names of other networks are left as they are.
+            state (`dict[str, torch.Tensor]`):
+                State dict of the original; names of other networks are left as they are.
 
         Returns:
             `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of a model with the default widths.
         """
-        converted = {}
-        for name, tensor in state.items():
-            for pattern, replacement in _ORIGINAL_NAMES:
-                name = re.sub(pattern, replacement, name)
-            converted[name] = tensor
-        return converted
+        return rename_parameters(state, _ORIGINAL_NAMES)
 
 
 class ConvNorm(nn.Module):
-    """3 x 3 convolution without bias, then GroupNorm of one group; no activation."""
+    """Applies a 3 x 3 convolution without bias, then GroupNorm of one group; no activation."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -148,7 +141,8 @@ class ConvNorm(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """A residual convolution, one that changes the width, the features of the timestep added, and a transformer block or none."""
+    """Applies a residual convolution and one that changes the width, adds the features of the timestep, and applies a
+    transformer block if there is one."""
 
     def __init__(self, in_channels: int, out_channels: int, time_channels: int, attention: nn.Module | None):
         super().__init__()
@@ -164,7 +158,8 @@ class UNetBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention over the pixels and a feed-forward network of the same width, each behind a LayerNorm, with residuals."""
+    """Applies self-attention over the pixels and a feed-forward network of the same width, each after a LayerNorm and
+    with a residual."""
 
     def __init__(self, channels: int, num_heads: int):
         super().__init__()

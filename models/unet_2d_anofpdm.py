@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import re
-
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -11,33 +9,39 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from .checks import check_attention_levels, check_heads, check_sides
+from .weights import rename_parameters, zero_layer
 
 
-# N images, C channels, H x W pixels, L = H W tokens, E features of timestep and class, D channels of an attention head.
+# N images, C channels, H x W pixels, L = H W tokens, E features of timestep and class, D channels of an attention
+# head.
 
 
 class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
     r"""
-    The class-conditional network of AnoFPDM and DDIB (`unet_v2.py` of their program), for weights of the original, see
-    [`~AnoFPDMUNet2DModel.convert_original_state_dict`]; for training from scratch `UNet2DModel` with `num_class_embeds=3` will do.
+    Predicts the noise of slices of a given class, with the network of AnoFPDM and DDIB (`unet_v2.py` of their
+    program). It is for weights of the original, see [`~AnoFPDMUNet2DModel.convert_original_state_dict`]; for training
+    from scratch `UNet2DModel` with `num_class_embeds=3` suffices.
 
-    It differs from a guided-diffusion UNet in what its code leaves out and adds: no SiLU before the first convolution of a residual
-    block and none before the last convolution of the network; the class is an embedding behind an MLP, c, added to that of the
-    timestep, and the zero vector without a class; the rows of the matrix c c^T are E more tokens that every attention layer attends to.
-    103.1 million parameters at its authors' size (4 x 128 x 128).
+    It differs from a guided-diffusion UNet in three points. There is no SiLU before the first convolution of a
+    residual block, and none before the last convolution of the network. The class is embedded through an MLP as a
+    vector c, which is added to the embedding of the timestep; without a class c is zero. Every attention layer attends
+    to E more tokens, the rows of the matrix c c^T. 103.1 million parameters at its authors' size (4 x 128 x 128).
 
     Args:
         sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 128):
-            Size of the slices it is trained on; a note for the reader, any size that is divisible by 2^(levels - 1) works.
-        in_channels, out_channels (`int`, defaults to 4): Modalities.
+            Size of the slices it is trained on, recorded for readers: the network takes any size divisible by
+            2^(levels - 1).
+        in_channels, out_channels (`int`, defaults to 4): Number of modalities.
         block_out_channels (`tuple[int, ...]`, defaults to `(128, 128, 256, 384, 512)`):
             Channels of each level. E is four times the first of them.
         layers_per_block (`int`, defaults to 2): Residual blocks of a level on the way down; one more on the way up.
         attention_levels (`tuple[int, ...]`, defaults to `(2, 3, 4)`):
-            Levels with attention behind every residual block, counted from 0; between the two ways there always is one.
-        num_attention_heads (`int`, defaults to 4): Heads at every level.
-        num_classes (`int`, defaults to 2): Classes; their number is the label of no class.
-        dropout (`float`, defaults to 0.0): In every residual block.
+            Levels with attention after every residual block, counted from 0; the middle has one in any case.
+        num_attention_heads (`int`, defaults to 4): Heads of every attention layer.
+        num_classes (`int`, defaults to 2):
+            Number of classes; this number itself is the label of a slice without class.
+        dropout (`float`, defaults to 0.0): Share of values that every residual block drops in training.
         norm_num_groups (`int`, defaults to 32): Groups of every normalisation.
     """
 
@@ -57,14 +61,9 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         widths = tuple(block_out_channels)
-        attended = {widths[-1], *(widths[level] for level in attention_levels if 0 <= level < len(widths))}
-        if any(not 0 <= level < len(widths) for level in attention_levels):
-            raise ValueError(f"`attention_levels` must be between 0 and {len(widths) - 1}, got {attention_levels}.")
-        if any(width % num_attention_heads for width in attended):
-            raise ValueError(
-                f"`num_attention_heads` must divide the channels of every level with attention, got {num_attention_heads} for"
-                f" {sorted(attended)}."
-            )
+        check_attention_levels(attention_levels, len(widths))
+        attended = [widths[-1], *(widths[level] for level in attention_levels)]
+        check_heads("num_attention_heads", num_attention_heads, attended)
         features = 4 * widths[0]
 
         def layer(before: int, width: int, level: int, upsample: bool = False) -> UNetLayer:
@@ -79,7 +78,8 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
         self.class_embedding = nn.Embedding(num_classes, widths[0])
         self.class_projection = TimestepEmbedding(widths[0], features)
 
-        # One entry per skip, in the original's order: the first convolution, layers, and a convolution of stride 2 between levels.
+        # One entry per skip, in the original's order: the first convolution, layers, and a convolution of stride 2
+        # between levels.
         self.down_blocks = nn.ModuleList([nn.Conv2d(in_channels, widths[0], 3, padding=1)])
         skips, channels = [widths[0]], widths[0]
         for level, width in enumerate(widths):
@@ -101,7 +101,7 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
                 channels = width
         self.norm_out = nn.GroupNorm(norm_num_groups, channels)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
-        _zero(self.conv_out)
+        zero_layer(self.conv_out)
 
     def forward(
         self,
@@ -111,18 +111,19 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """
+        Predicts the noise of slices.
+
         Args:
-            sample (`torch.Tensor` of shape `(N, C, H, W)`): Noised slices.
+            sample (`torch.Tensor` of shape `(N, C, H, W)`): Noised slices; 2^(levels - 1) divides H and W.
             timestep (`torch.Tensor` of shape `(N,)`, or a number): Index of the timestep, from 0.
-            class_labels (`torch.Tensor` of shape `(N,)`, long): 0 healthy, 1 unhealthy, `num_classes` (2) for no class.
-            return_dict (`bool`, *optional*, defaults to `True`): A tuple otherwise.
+            class_labels (`torch.Tensor` of shape `(N,)`, long):
+                0 healthy, 1 unhealthy, `num_classes` (2) for no class.
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`UNet2DOutput`] or a tuple.
 
         Returns:
             [`~diffusers.models.unets.unet_2d.UNet2DOutput`]: `sample (N, C, H, W)`, the predicted noise.
         """
-        factor = 2 ** (len(self.config.block_out_channels) - 1)
-        if sample.shape[-2] % factor or sample.shape[-1] % factor:
-            raise ValueError(f"`sample` must have sides divisible by {factor}, got {tuple(sample.shape)}.")
+        check_sides("sample", sample, 2 ** (len(self.config.block_out_channels) - 1))
         timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         null = self.config.num_classes
         vector = self.class_projection(self.class_embedding(class_labels.clamp(max=null - 1)))
@@ -146,22 +147,20 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
         Renames the parameters of `UNetModel` in the original's `unet_v2.py` to those of this class.
 
         Args:
-            state (`dict[str, torch.Tensor]`): State dict of the original; names of other networks are left as they are.
+            state (`dict[str, torch.Tensor]`):
+                State dict of the original; names of other networks are left as they are.
 
         Returns:
             `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of a model of the same size.
         """
-        converted = {}
-        for name, tensor in state.items():
-            for pattern, replacement in _ORIGINAL_NAMES:
-                name = re.sub(pattern, replacement, name)
-            # The original's attention has convolutions of one pixel where this one has linear layers.
-            converted[name] = tensor.squeeze(2) if tensor.ndim == 3 else tensor
-        return converted
+        # The original's attention has convolutions of one pixel where this one has linear layers.
+        state = {name: tensor.squeeze(2) if tensor.ndim == 3 else tensor for name, tensor in state.items()}
+        return rename_parameters(state, _ORIGINAL_NAMES)
 
 
 class UNetLayer(nn.Module):
-    """A residual block, attention or none, and at the end of a level on the way up the doubling of the resolution."""
+    """Applies a residual block, attention if there is one, and at the end of a level on the way up doubles the
+    resolution."""
 
     def __init__(self, resnet: nn.Module, attention: nn.Module | None, upsample: nn.Module | None):
         super().__init__()
@@ -179,7 +178,8 @@ class UNetLayer(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, convolution, norm that timestep and class scale and shift, SiLU, dropout, convolution; no SiLU before the first one."""
+    """Adds to its input: norm, convolution, norm that timestep and class scale and shift, SiLU, dropout, convolution.
+    There is no SiLU before the first convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, features: int, dropout: float, groups: int):
         super().__init__()
@@ -190,7 +190,7 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        _zero(self.conv2)
+        zero_layer(self.conv2)
 
     def forward(self, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         scale, shift = self.projection(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
@@ -199,7 +199,7 @@ class ResidualBlock(nn.Module):
 
 
 class ClassTokenAttention(nn.Module):
-    """Attention of the pixels to the E rows of c c^T and to each other, with a residual; c `(N, E)` is the class vector."""
+    """Adds the attention of the pixels to the E rows of c c^T and to each other; c `(N, E)` is the class vector."""
 
     def __init__(self, channels: int, features: int, num_heads: int, groups: int):
         super().__init__()
@@ -208,7 +208,7 @@ class ClassTokenAttention(nn.Module):
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_class_kv = nn.Linear(features, 2 * channels)
         self.to_out = nn.Linear(channels, channels)
-        _zero(self.to_out)
+        zero_layer(self.to_out)
 
     def forward(self, hidden: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         tokens = self.norm(hidden).flatten(2).transpose(1, 2)  # (N, L, C)
@@ -221,11 +221,6 @@ class ClassTokenAttention(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value)  # (N, heads, L, D)
         update = self.to_out(attended.transpose(1, 2).flatten(2))
         return hidden + update.transpose(1, 2).reshape(hidden.shape)
-
-
-def _zero(layer: nn.Module) -> None:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
 
 
 # Patterns and replacements, in this order, from the names of the original program.

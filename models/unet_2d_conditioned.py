@@ -1,29 +1,31 @@
 from __future__ import annotations
 
-import re
-
 import torch
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding
 
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
-from .unet_2d_heads import convert_guided_diffusion_layers, zero_residual_branches
+from .checks import check_heads
+from .weights import convert_guided_diffusion_unet, zero_layer, zero_residual_branches
 
 
 class ConditionedUNet2DModel(UNet2DModel):
     r"""
-    `UNet2DModel` whose blocks also see a vector, given as `class_labels` `(N, condition_dim)`: embeddings of timestep and vector are
-    concatenated, and so are not added as `UNet2DModel` does with classes. The network of cDDPM (`OpenAI_Unet.py`), and without a
-    condition that of its DDPM_2D and of pDDPM.
+    Predicts the noise of slices that belong to a vector, given as `class_labels` `(N, condition_dim)`: `UNet2DModel`,
+    except that the embeddings of timestep and vector are concatenated, not added. The network of cDDPM
+    (`OpenAI_Unet.py`), and without a condition that of its DDPM_2D and of pDDPM.
 
-    The defaults are the authors': 44.07 M parameters, 37.51 M without a condition, 149 GFLOP for 96 x 96 pixels; attention in the middle
-    only. All other arguments are those of [`UNet2DModel`]. Residual branches begin with zero, as in the original.
+    The defaults are the authors': 44.07 M parameters, 37.51 M without a condition, 149 GFLOP for 96 x 96 pixels;
+    attention in the middle only. All other arguments are those of [`UNet2DModel`]. Residual branches begin with zero,
+    as in the original.
 
     Args:
-        condition_dim (`int`, *optional*, defaults to 512): Length of the vector; `None` for no condition. The paper says 128.
-        time_embedding_dim (`int`, *optional*): Of each of the two embeddings; 4 times the first of `block_out_channels` by default.
-        class_embed_type (`None`): Here because the parent reads it; follows from `condition_dim`.
+        condition_dim (`int`, *optional*, defaults to 512):
+            Length of the vector; `None` for no condition. The paper says 128.
+        time_embedding_dim (`int`, *optional*):
+            Length of each of the two embeddings; 4 times the first of `block_out_channels` by default.
+        class_embed_type (`None`): An argument because the parent reads it; its value follows from `condition_dim`.
     """
 
     @register_to_config
@@ -64,11 +66,8 @@ class ConditionedUNet2DModel(UNet2DModel):
             raise ValueError(
                 f"`class_embed_type` must be None, `condition_dim` decides here, got {class_embed_type!r}."
             )
-        if add_attention and attention_head_dim is not None and block_out_channels[-1] % attention_head_dim:
-            raise ValueError(
-                f"`attention_head_dim` must divide the last of `block_out_channels`, {block_out_channels[-1]}, got"
-                f" {attention_head_dim}."
-            )
+        if add_attention and attention_head_dim is not None:
+            check_heads("attention_head_dim", attention_head_dim, [block_out_channels[-1]])
         own_config = self.config
         parent = {key: value for key, value in own_config.items() if not key.startswith("_")}
         width = time_embedding_dim or 4 * block_out_channels[0]
@@ -81,54 +80,25 @@ class ConditionedUNet2DModel(UNet2DModel):
             self.time_embedding = PaddedEmbedding(self.time_embedding.linear_1.in_features, width, (0, width))
             self.class_embedding = PaddedEmbedding(condition_dim, width, (width, 0))
         zero_residual_branches(self)
+        zero_layer(self.conv_out)
 
     def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        Renames the parameters of the original's `UNetModel`, guided-diffusion's with residual blocks that change the resolution, to those
-        of this model.
+        Renames the parameters of the original's `UNetModel`, guided-diffusion's with residual blocks that change the
+        resolution, to those of this model.
 
         Args:
-            state (`dict[str, torch.Tensor]`): State dict of a network of this model's size, without attention in its levels.
+            state (`dict[str, torch.Tensor]`): State dict of a network of this model's size.
 
         Returns:
             `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of this model.
         """
-        layers = self.config.layers_per_block
-        renamed = {}
-        for name, tensor in state.items():
-            if match := re.match(r"(input|output)_blocks\.(\d+)\.(\d)\.", name):
-                # Blocks are numbered through all levels: `layers` and one that halves on the way down, after the first convolution; one
-                # more on the way up, the last of which is followed by one that doubles.
-                way, block, part, rest = match[1], int(match[2]), int(match[3]), name[match.end() :]
-                level, number = divmod(block - (way == "input"), layers + 1)
-                if way == "input" and block == 0:
-                    name = f"conv_in.{rest}"
-                elif way == "input":
-                    name = (
-                        f"down_blocks.{level}."
-                        + (f"resnets.{number}." if number < layers else "downsamplers.0.")
-                        + rest
-                    )
-                else:
-                    name = f"up_blocks.{level}." + ("upsamplers.0." if part else f"resnets.{number}.") + rest
-            for old, new in (
-                ("label_emb.0.", "class_embedding.linear_1."),
-                ("label_emb.2.", "class_embedding.linear_2."),
-                ("middle_block.0.", "mid_block.resnets.0."),
-                ("middle_block.1.", "mid_block.attentions.0."),
-                ("middle_block.2.", "mid_block.resnets.1."),
-                ("out.0.", "conv_norm_out."),
-                ("out.2.", "conv_out."),
-            ):
-                if name.startswith(old):
-                    name = new + name.removeprefix(old)
-            renamed[name] = tensor
         # The original splits query, key and value before the heads.
-        return convert_guided_diffusion_layers(renamed, lambda channels: 1)
+        return convert_guided_diffusion_unet(state, self.config.layers_per_block, num_heads=1)
 
 
 class PaddedEmbedding(TimestepEmbedding):
-    """Two linear layers, and zeros before and behind their output."""
+    """Embeds a vector with two linear layers, and puts zeros before and behind the result."""
 
     def __init__(self, in_channels: int, out_channels: int, padding: tuple[int, int]):
         super().__init__(in_channels, out_channels)

@@ -7,21 +7,23 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from .checks import check_sides
 
 
 class DAEUNet2DModel(ModelMixin, ConfigMixin):
     r"""
-    The network of the denoising autoencoder (Kascenas et al., MIDL 2022) as the ANDi authors ran it: a U-Net of
-    weight-standardised convolutions with reflect padding, without a timestep.
+    Denoises slices with the network of the denoising autoencoder (Kascenas et al., MIDL 2022) as the ANDi authors ran
+    it: a U-Net of weight-standardised convolutions with reflect padding, without a timestep.
 
-    Every block is twice: convolution 3 x 3, SiLU, group normalisation. Mean pooling on the way down, transposed convolutions 2 x 2
-    on the way up, `[up, skip]` concatenated, a convolution 1 x 1 at the end. Parameters are named as in the original
-    (`down_path.0.block.1.weight`), whose weights fit as they are.
+    A block consists of convolution 3 x 3, SiLU and group normalisation, two times. The way down has mean pooling, the
+    way up transposed convolutions 2 x 2 and concatenation `[up, skip]`, and a convolution 1 x 1 ends it. Parameters
+    are named as in the original (`down_path.0.block.1.weight`), whose weights fit as they are.
 
     Args:
         in_channels (`int`, defaults to 4), out_channels (`int`, defaults to 4): Number of modalities.
         block_out_channels (`tuple[int, ...]`, defaults to `(64, 128, 256, 512)`):
-            Channels of the levels. A level has as many groups as the upper middle divisor of its channels: 8, 16, 16, 32.
+            Channels of the levels. The groups of a level are the upper middle one of its channels' divisors: 8, 16,
+            16, 32.
     """
 
     @register_to_config
@@ -44,16 +46,16 @@ class DAEUNet2DModel(ModelMixin, ConfigMixin):
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> UNet2DOutput | tuple:
         """
+        Denoises slices.
+
         Args:
             sample (`torch.Tensor` of shape `(N, C, H, W)`): Noisy slices; H and W are multiples of 2^(levels - 1).
             return_dict (`bool`, defaults to `True`): Whether to return a [`UNet2DOutput`] or a tuple.
 
         Returns:
-            The denoised slices, `(N, C, H, W)`.
+            [`~diffusers.models.unets.unet_2d.UNet2DOutput`]: `sample (N, C, H, W)`, the denoised slices.
         """
-        multiple = 2 ** len(self.up_path)
-        if sample.shape[2] % multiple or sample.shape[3] % multiple:
-            raise ValueError(f"`sample` must have H and W that {multiple} divides, got {tuple(sample.shape[2:])}.")
+        check_sides("sample", sample, 2 ** len(self.up_path))
         skips = []
         for level, block in enumerate(self.down_path):
             if level:
@@ -67,7 +69,7 @@ class DAEUNet2DModel(ModelMixin, ConfigMixin):
 
 
 class _StandardizedConv2d(nn.Conv2d):
-    """Convolution whose weights have mean 0 and standard deviation 1 over the inputs of every output channel."""
+    """Convolves with weights that have mean 0 and standard deviation 1 over the inputs of every output channel."""
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         mean = self.weight.mean((1, 2, 3), keepdim=True)
@@ -76,7 +78,8 @@ class _StandardizedConv2d(nn.Conv2d):
 
 
 class StandardizedConvBlock(nn.Module):
-    """Twice: reflect padding, standardised convolution, SiLU, group normalisation with the upper middle divisor of the channels."""
+    """Applies two times: reflect padding, standardised convolution, SiLU, group normalisation. The number of groups is
+    the upper middle one of the divisors of the channels."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -97,7 +100,8 @@ class StandardizedConvBlock(nn.Module):
 
 
 class StandardizedUpBlock(nn.Module):
-    """Transposed convolution to twice the size, concatenation with the skip, which has `out_channels`, and a block."""
+    """Doubles the size by a transposed convolution, concatenates the skip, which has `out_channels`, and applies a
+    block."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()

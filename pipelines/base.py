@@ -36,6 +36,8 @@ NOT_FINITE = (
 # What every call takes; anything else is an argument of the method.
 CALL_ARGUMENTS = ("volume", "threshold", "brain_mask", "generator", "batch_size", "noise", "return_dict")
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Class labels of conditional networks and of the classifier that guides one: no lesion, and (networks only) no label; 1 is unhealthy.
+HEALTHY, NULL = 0, 2
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,6 @@ class AnomalyPipeline(DiffusionPipeline):
     task = "anomaly-detection"
     # Whether a call draws nothing: `noise` is then no argument, and a seed changes nothing.
     deterministic = False
-    # Whether a map depends on other slices of its volume: `compute_maps` then gets those of one volume, and of no other.
-    whole_volumes = False
     _autocast_dtype: torch.dtype | None = None
 
     @classmethod
@@ -244,24 +244,31 @@ class AnomalyPipeline(DiffusionPipeline):
         complete_folder(folder, card)
         return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
+    def register_modules(self, **components) -> None:
+        """As `DiffusionPipeline.register_modules`, for components of the classes that the signature of `__init__` names.
+
+        Raises:
+            TypeError: A component has a wrong class.
+        """
+        hints = typing.get_type_hints(type(self).__init__)
+        for name, component in components.items():
+            allowed = typing.get_args(hints[name]) or (hints[name],)
+            if not isinstance(component, allowed):
+                names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
+                raise TypeError(f"`{name}` must be a {names}, got {type(component).__name__}.")
+        super().register_modules(**components)
+
     def check_configuration(self, *, inputs: int | None = None, outputs: Sequence[int] | None = None) -> None:
         """
-        Checks what `__init__` was given: classes of the components against its signature, channels of the UNet, and every value as in a
-        call.
+        Checks what `__init__` was given: channels of the UNet, and every value as in a call.
 
         Args:
             inputs (`int`, *optional*): Channels that the UNet must take; as many as there are modalities by default.
             outputs (sequence of `int`, *optional*): Numbers of channels that it may give; as many as there are modalities by default.
 
         Raises:
-            TypeError: A component has a wrong class.
             ValueError: The channels or a value do not fit.
         """
-        for name, hint in typing.get_type_hints(type(self).__init__).items():
-            allowed = tuple(kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type))
-            if name in self.components and not isinstance(self.components[name], allowed):
-                names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
-                raise TypeError(f"`{name}` must be a {names}, got {type(self.components[name]).__name__}.")
         modalities = self.processor.config.modalities
         inputs, outputs = inputs or len(modalities), outputs or (len(modalities),)
         unet = self.unet.config
@@ -275,6 +282,25 @@ class AnomalyPipeline(DiffusionPipeline):
         self.check_threshold(self.config.threshold)
         _ = self.postprocessing  # checks its values
 
+    def check_value_range(self) -> None:
+        """Raises a `ValueError` unless the processor brings slices to [-1, 1], which predictions of the clean slice are limited to."""
+        value_range = tuple(self.processor.config.value_range)
+        if value_range != (-1.0, 1.0):
+            raise ValueError(
+                f"`processor` must have the `value_range` (-1, 1), which the predictions are limited to, got {value_range}."
+            )
+
+    def modality_channels(self, modalities: Sequence[str] | None) -> list[int]:
+        """Returns the channels of the named modalities, in that order; of all for `None`. Raises a `ValueError` unless they are different
+        ones of the processor's."""
+        known = list(self.processor.config.modalities)
+        if modalities is None:
+            return list(range(len(known)))
+        repeated = isinstance(modalities, str) or len(set(modalities)) < len(modalities)
+        if repeated or not modalities or set(modalities) - set(known):
+            raise ValueError(f"`modalities` must be different ones of {', '.join(known)}, got {modalities!r}.")
+        return [known.index(name) for name in modalities]
+
     def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument, if a setting of `compute_maps` cannot be."""
 
@@ -287,6 +313,10 @@ class AnomalyPipeline(DiffusionPipeline):
         """Returns the checkpoint's values of what `compute_maps` needs to be told: those of its arguments that the configuration holds."""
         names = inspect.signature(self.compute_maps).parameters
         return {name: self.config[name] for name in names if name in self.config}
+
+    def looks_across_slices(self, **settings) -> bool:
+        """Tells whether a map depends on other slices of its volume: `compute_maps` then gets those of one volume, and of no other."""
+        return False
 
     def calibrate(self, slices, **arguments) -> dict:
         """Chooses settings from slices with labels, and puts them into the configuration; only methods with a calibration of their own do.
@@ -449,7 +479,7 @@ class AnomalyPipeline(DiffusionPipeline):
             settings |= {"seed": seed, "noise": noise}
         results = [
             self.compute_maps(slices[rows], [indices[row] for row in rows], batch_size=batch_size, **settings)
-            for rows in self._rows_together(brain, volumes)
+            for rows in _rows_together(brain, volumes if self.looks_across_slices(**settings) else [len(slices)])
         ]
         rows = torch.nonzero(brain.flatten(1).any(1)).flatten()
 
@@ -476,14 +506,6 @@ class AnomalyPipeline(DiffusionPipeline):
                 for name, values in details.items()
             },
         )
-
-    def _rows_together(self, brain: torch.Tensor, volumes: list[int]) -> list[list[int]]:
-        """The rows of the slices with brain: all together, or those of each volume where a method looks across slices."""
-        parts = brain.flatten(1).any(1).cpu().split(volumes if self.whole_volumes else [len(brain)])
-        starts = np.cumsum([0, *map(len, parts)]).tolist()
-        rows = [(start + torch.nonzero(part).flatten()).tolist() for start, part in zip(starts, parts, strict=False)]
-        # An empty volume has no maps; something must say what kind of results there are.
-        return [part for part in rows if part] or rows[:1]
 
     def filter_maps(
         self, maps: torch.Tensor, brain: torch.Tensor, added: torch.Tensor | None, volumes: Sequence[int]
@@ -561,3 +583,11 @@ def resolve_seed(generator: int | torch.Generator | None) -> int:
 def _plain(value):
     """Numbers of numpy as those of Python, which go into JSON."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _rows_together(brain: torch.Tensor, parts: list[int]) -> list[list[int]]:
+    """The rows of the slices with brain, `(N, H, W)` bool, part by part; parts without any are left out."""
+    holds_brain = brain.flatten(1).any(1).cpu()
+    rows = [part[holds_brain[part]].tolist() for part in torch.arange(len(brain)).split(parts)]
+    # Without brain anywhere there are no maps, but something must say what kind of results there are.
+    return [part for part in rows if part] or rows[:1]

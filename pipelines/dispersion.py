@@ -1,12 +1,12 @@
-"""How far the maps of an anomaly pipeline lie apart when it draws again."""
+"""Ensembles of calls with different seeds: how much the map of a pipeline depends on the noise that is drawn."""
 
 from __future__ import annotations
 
 import torch
 
+from ..checks import check_integer
 from .base import AnomalyPipeline, resolve_seed
 from .output import DispersionOutput
-from .pipeline_cimd import CIMDPipeline
 
 
 def disperse(
@@ -19,15 +19,18 @@ def disperse(
     **arguments,
 ) -> DispersionOutput | list[DispersionOutput]:
     """
-    Calls a pipeline with one seed after the other. Member k is the call with the seed `generator` + k, so that it is the same however
-    many members there are, and member 0 is the plain call; ensembles of disjoint draws have seeds at least `num_members` apart.
+    Calls a pipeline with one seed after the other. Member k is the call with the seed `generator` + k, so that it is
+    the same however many members there are, and member 0 is the plain call; ensembles of disjoint draws have seeds at
+    least `num_members` apart.
 
-    The deviation says how much a map depends on the noise that was drawn: dispersion, not confidence. What the network got wrong it
-    gets wrong in every member.
+    The deviation says how much a map depends on the noise that was drawn: dispersion, not confidence. What the network
+    got wrong it gets wrong in every member.
 
     Args:
         pipe ([`AnomalyPipeline`]): Any that draws. Members cost what as many calls cost; the volume is prepared once.
-        volume: What the pipeline takes: a volume, a tensor `(N, C, H, W)`, or a list of volumes, which gives a list of results.
+        volume:
+            What the pipeline takes: a volume, a tensor `(N, C, H, W)`, or a list of volumes, which gives a list of
+            results.
         num_members (`int`, defaults to 8): E, at least 2.
         generator (`int` or `torch.Generator`, *optional*): Seed of member 0; `None` is 0.
         brain_mask (*optional*): As in a call.
@@ -79,9 +82,8 @@ def disperse(
 def check_dispersion(pipe: AnomalyPipeline, num_members: int) -> None:
     """Raises a `ValueError` for what [`disperse`] cannot do."""
     name = type(pipe).__name__
-    if isinstance(pipe, CIMDPipeline):
+    if pipe.task == "segmentation":
         raise ValueError(f"{name} makes an ensemble by itself: call it with `num_ensemble`.")
     if pipe.deterministic:
         raise ValueError(f"{name} draws nothing, so that all members would be one map: it has no dispersion.")
-    if isinstance(num_members, bool) or not isinstance(num_members, int) or num_members < 2:
-        raise ValueError(f"`num_members` must be an integer of at least 2, got {num_members!r}.")
+    check_integer("num_members", num_members, 2)

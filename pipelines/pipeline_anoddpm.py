@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.configuration_utils import register_to_config
 
+from ..checks import check_choices, check_integer
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import AnomalyPipeline, SliceResults, slice_generator
+from .base import AnomalyPipeline, Noise, SliceResults
 from .output import AnomalyOutput
 
 
@@ -16,29 +19,33 @@ MODES = ("partial", "one_shot", "partial_offset")
 MODALITY_REDUCTIONS = ("mean", "max")
 
 
+# N slices, M members of a slice (levels, draws of each), B items of a batch, C modalities, H x W pixels.
+
+
 class AnoDDPMPipeline(AnomalyPipeline):
     r"""
-    AnoDDPM: noise a slice part of the way with simplex noise, denoise it with a network that knows healthy anatomy only, and
-    take the squared error. `mode="one_shot"` is brain_damage's variant: the x_0 estimate of a single evaluation.
-    `mode="partial_offset"` is the baseline that the ANDi authors ran: a chain shifted by one step.
+    AnoDDPM: noise a slice part of the way with simplex noise, denoise it with a network that knows healthy anatomy
+    only, and take the squared error. `mode="one_shot"` is brain_damage's variant: the x_0 estimate of a single
+    evaluation. `mode="partial_offset"` is the baseline that the ANDi authors ran: a chain shifted by one step.
 
     UNet evaluations per slice: `noise_level` (partial; one fewer with the offset) or 1 (one-shot), times levels times
     `num_draws`. Not deterministic in itself, but fixed by the seed. Training needs healthy images only, no masks.
 
-    Paper: Wyatt, Leach, Schmon, Willcocks, "AnoDDPM: Anomaly Detection With Denoising Diffusion Probabilistic Models Using Simplex
-    Noise", CVPRW 2022.
+    Paper: Wyatt, Leach, Schmon, Willcocks, "AnoDDPM: Anomaly Detection With Denoising Diffusion Probabilistic Models
+    Using Simplex Noise", CVPRW 2022.
 
     Args:
         unet ([`~diffusers.UNet2DModel`]): Predicts the noise.
         scheduler ([`AnoDDPMScheduler`]): Betas, noise and update rule.
         processor ([`VolumeProcessor`]): From volumes to slices and back.
         noise_level (`int` or `list[int]`, defaults to 250):
-            Forward steps L, 1 to T: the slice is noised to t = L - 1. AnoDDPM's metric script uses 200, its figures 250, brain_damage
-            t = 200 (L = 201). Several levels are averaged.
+            Forward steps L, 1 to T: the slice is noised to t = L - 1. AnoDDPM's metric script uses 200, its figures
+            250, brain_damage t = 200 (L = 201). Several levels are averaged.
         mode (`str`, defaults to `"partial"`):
-            `"partial"`, `"one_shot"`, or `"partial_offset"` (ANDi method card B1): the slice is noised to t = L, one step further than
-            the first evaluation says, which is that of L - 1; the last is that of t = 1, without noise. With a scheduler of
-            `variance_type="fixed_small"` and `modality_reduction="max"` it is AnoDDPM as the ANDi authors compared with it.
+            `"partial"`, `"one_shot"`, or `"partial_offset"` (see `docs/methods.md`): the slice is noised to t = L, one
+            step further than the first evaluation says, which is that of L - 1; the last is that of t = 1, without
+            noise. With a scheduler of `variance_type="fixed_small"` and `modality_reduction="max"` it is AnoDDPM as
+            the ANDi authors compared with it.
         num_draws (`int`, defaults to 1): Reconstructions per slice and level; their mean is compared with the slice.
         modality_reduction (`str`, defaults to `"mean"`): `"mean"` or `"max"` of the squared errors of the modalities.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
@@ -47,6 +54,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
 
     model_cpu_offload_seq = "unet"
 
+    @register_to_config
     def __init__(
         self,
         unet: UNet2DModel | ANDiUNet2DModel,
@@ -65,20 +73,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
-        self.check_inputs(noise_level, mode, num_draws, modality_reduction)
-        self.register_to_config(
-            noise_level=noise_level,
-            mode=mode,
-            num_draws=num_draws,
-            modality_reduction=modality_reduction,
-            threshold=threshold,
-            median_size=median_size,
-            median_dimensions=median_dimensions,
-            erosion=erosion,
-            min_component_size=min_component_size,
-            slice_score=slice_score,
-        )
-        _ = self.postprocessing  # checks its values
+        self.check_configuration()
 
     @torch.no_grad()
     def __call__(
@@ -97,20 +92,13 @@ class AnoDDPMPipeline(AnomalyPipeline):
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
         """
-        Args:
-            volume:
-                Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict of modalities, tensor `(N, C, H, W)` that is already
-                processed, or a list of volumes, which gives a list of results.
-            noise_level, mode, num_draws, modality_reduction, threshold (*optional*): Instead of the checkpoint's.
-            brain_mask (*optional*): Mask of the volume, same kinds as the volume.
-            generator (`int` or `torch.Generator`, *optional*): Seed; `None` is 0. Slice and draw have generators of their own.
-            batch_size (`int`, defaults to 16): Slices and draws that share one evaluation. Does not change the result.
-            noise (`torch.Tensor` or callable, *optional*):
-                Replaces every draw. Tensor `(1 + steps, N * levels * num_draws, C, H, W)`: forward noise, then that of each reverse
-                step (one-shot: forward noise only; with the offset: `noise_level` - 2 steps, since the last adds none), for all N
-                slices, the draws of a slice next to each other. Callable:
-                `noise(step, items, shape)` with step 0 for the forward noise, the list of item numbers, and the shape wanted.
-            return_dict (`bool`, defaults to `True`): Whether to return an [`AnomalyOutput`] or a tuple.
+        Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
+
+        Draws of a slice: K numbers for each member, K the evaluations of the longest chain: the noise that it begins
+        with, then that of its reverse steps but the last, which adds none. Members are ordered by level, then by draw.
+
+        Returns:
+            [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is the mean of the members.
 
         Example:
 
@@ -122,21 +110,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         >>> result.save("out/")
         ```
         """
-        given = dict(noise_level=noise_level, mode=mode, num_draws=num_draws, modality_reduction=modality_reduction)
-        return self.run(
-            volume,
-            given,
-            threshold=threshold,
-            brain_mask=brain_mask,
-            generator=generator,
-            batch_size=batch_size,
-            noise=noise,
-            return_dict=return_dict,
-        )
-
-    def default_settings(self) -> dict:
-        """The checkpoint's values of what `compute_maps` needs to be told."""
-        return {name: self.config[name] for name in ("noise_level", "mode", "num_draws", "modality_reduction")}
+        return self.run(locals())
 
     @torch.no_grad()
     def compute_maps(
@@ -148,98 +122,65 @@ class AnoDDPMPipeline(AnomalyPipeline):
         mode: str,
         num_draws: int,
         modality_reduction: str,
-        seed: int,
-        batch_size: int,
+        seed: int = 0,
+        batch_size: int = 16,
         noise: torch.Tensor | Callable | None = None,
     ) -> SliceResults:
         """
-        The method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and mean reconstructions `(N, C, H, W)`, unfiltered.
+        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and mean reconstructions `(N, C, H, W)`,
+        unfiltered.
 
-        `indices` are the slices' numbers in their volume, which their random numbers depend on. The map is the squared difference
-        of slice and mean reconstruction, its mean or maximum over channels.
+        `indices` are the slices' numbers in their volume, which their random numbers depend on. The map is the squared
+        difference of slice and mean reconstruction, its mean or maximum over channels.
         """
-        # Items: slice-major, then level, then draw. N slices, E items per slice, B items per batch.
-        levels = [noise_level] if isinstance(noise_level, int) else list(noise_level)
-        members = [(level, draw) for level in levels for draw in range(num_draws)]
-        items = [(row, member) for row in range(len(slices)) for member in range(len(members))]
-        groups = [items]
+        # Levels of the members, (M,), and their evaluations, of which each has a draw.
+        levels = torch.tensor(noise_level).reshape(-1).repeat_interleave(num_draws)
         offset = 1 if mode == "partial_offset" else 0
-        if mode != "one_shot":
-            # Items of one batch walk the same timesteps.
-            groups = [[item for item in items if members[item[1]][0] == level] for level in sorted(set(levels))]
-        batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
-        evaluations = sum(1 if mode == "one_shot" else members[batch[0][1]][0] - offset for batch in batches)
+        lengths = torch.ones_like(levels) if mode == "one_shot" else levels - offset
+        draws = lengths.amax() * torch.arange(len(levels))
 
+        numbers, device = torch.tensor(indices), slices.device
+        draw_noise = partial(self.scheduler.draw_noise, size=slices.shape[1:])
         total = torch.zeros_like(slices)
+        # Items of a batch walk equally long chains. They are ordered by member, then by slice: what a slice's members
+        # add up to is added in the same order for every batch size.
+        groups = [(steps, torch.nonzero(lengths == steps).flatten()) for steps in lengths.unique().tolist()]
+        evaluations = sum(-(-len(members) * len(slices) // batch_size) * steps for steps, members in groups)
         with self.progress_bar(total=evaluations) as progress, self.autocast():
-            for batch in batches:
-                rows = torch.tensor([row for row, _ in batch], device=slices.device)
-                numbers = [indices[row] * len(members) + member for row, member in batch]
-                generators = [slice_generator(seed, indices[row], member, slices.device) for row, member in batch]
-                timesteps = torch.tensor(
-                    [members[member][0] - 1 + offset for _, member in batch], device=slices.device
-                )
+            for steps, members_of_group in groups:
+                items = torch.cartesian_prod(members_of_group, torch.arange(len(slices)))
+                for members, rows in (batch.T for batch in items.split(batch_size) if len(batch)):
+                    drawing = Noise(seed, noise, numbers[rows], draws[members], device)
+                    rows, timesteps = rows.to(device), (levels[members] - 1).to(device)
 
-                # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n, (B, C, H, W)
-                original = slices[rows]
-                sample = self.scheduler.add_noise(
-                    original, self._noise(noise, 0, numbers, original, timesteps, generators), timesteps
-                )
-                if mode == "one_shot":
-                    model_output = self.predict_noise(sample, timesteps)
-                    sample = self.scheduler.predict_original_sample(model_output, timesteps, sample)
-                    progress.update()
-                else:
-                    self.scheduler.set_timesteps(members[batch[0][1]][0], device=slices.device)
-                    walked = self.scheduler.timesteps
-                    walked = walked[: len(walked) - offset]  # the shifted chain never evaluates t = 0
-                    for step, t in enumerate(walked, start=1):
-                        model_output = self.predict_noise(sample, t.expand(len(batch)))
-                        if offset and step == len(walked):
-                            variance_noise = torch.zeros_like(sample)
+                    # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n, (B, C, H, W); `noised` is t.
+                    original, noised = slices[rows], timesteps + offset
+                    drawn = drawing(partial(draw_noise, timesteps=noised), original)
+                    sample = self.scheduler.add_noise(original, drawn, noised)
+                    for step in range(1, steps + 1):
+                        model_output = self.predict_noise(sample, timesteps)
+                        if mode == "one_shot":
+                            sample = self.scheduler.predict_original_sample(model_output, timesteps, sample)
                         else:
-                            variance_noise = self._noise(
-                                noise, step, numbers, sample, t.expand(len(batch)), generators
-                            )
-                        sample = self.scheduler.step(
-                            model_output, t, sample, variance_noise=variance_noise, return_dict=False
-                        )[0]
+                            # The last step adds no noise: sigma_0 is 0, and the shifted chain ends without any.
+                            drawn = torch.zeros_like(sample)
+                            if step < steps:
+                                drawn = drawing(partial(draw_noise, timesteps=timesteps), sample, step)
+                            sample = self.scheduler.step(model_output, timesteps, sample, drawn).prev_sample
+                        timesteps = timesteps - 1
                         progress.update()
-                total.index_add_(0, rows, sample)
-        reconstruction = total / len(members)
+                    total.index_add_(0, rows, sample)
+        reconstruction = total / len(levels)
         squared = (slices - reconstruction).square()
         return SliceResults(squared.amax(1) if modality_reduction == "max" else squared.mean(1), reconstruction)
 
-    def check_inputs(
-        self,
-        noise_level: int | list[int],
-        mode: str,
-        num_draws: int,
-        modality_reduction: str,
-        batch_size: int = 1,
-    ) -> None:
+    def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""
-        for name, value, allowed in (
-            ("mode", mode, MODES),
-            ("modality_reduction", modality_reduction, MODALITY_REDUCTIONS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+        check_choices(settings, mode=MODES, modality_reduction=MODALITY_REDUCTIONS)
+        check_integer("num_draws", settings["num_draws"], 1)
         lowest, highest = 1, self.scheduler.config.num_train_timesteps
-        if mode == "partial_offset":  # noises to t = L, and needs t = 1 to walk at all
+        if settings["mode"] == "partial_offset":  # noises to t = L, and needs t = 1 to walk at all
             lowest, highest = 2, highest - 1
-        levels = noise_level if isinstance(noise_level, (list, tuple)) else [noise_level]
-        for level in levels or [None]:
-            if not isinstance(level, int) or not lowest <= level <= highest:
-                raise ValueError(
-                    f"`noise_level` must be between {lowest} and {highest} (or a list of such), got {noise_level}."
-                )
-        for name, value in (("num_draws", num_draws), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-
-    def _noise(self, noise, step, numbers, sample, timesteps, generators) -> torch.Tensor:
-        if noise is None:
-            return self.scheduler.draw_noise(sample.shape, timesteps, generators, sample.device, sample.dtype)
-        drawn = noise(step, numbers, tuple(sample.shape)) if callable(noise) else noise[step][numbers]
-        return drawn.to(sample.device, sample.dtype)
+        levels = settings["noise_level"]
+        for level in (levels if isinstance(levels, (list, tuple)) else [levels]) or [None]:
+            check_integer("noise_level", level, lowest, highest)

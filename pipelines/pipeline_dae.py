@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import torch
+from diffusers.configuration_utils import register_to_config
 
+from ..checks import check_integer
 from ..models.unet_2d_dae import DAEUNet2DModel
 from ..schedulers.scheduling_dae import DAEScheduler
 from ..volumes.processor import VolumeProcessor
@@ -15,22 +17,24 @@ FILLED = 0.95
 
 class DAEPipeline(AnomalyPipeline):
     r"""
-    Denoising autoencoder: a network that has learnt to remove coarse noise from healthy slices removes what it has not seen, too.
-    The slice goes in as it is; the map is the absolute difference, without the rim of the brain.
+    Denoising autoencoder: reconstruct a slice with a network that has learnt to remove coarse noise from healthy
+    slices, and removes what it has not seen, too. The slice goes in as it is; the map is the absolute difference,
+    without the rim of the brain.
 
     UNet evaluations per slice: 1. Deterministic. Training needs healthy images only, no masks.
 
-    Paper: Kascenas, Pugeault, O'Neil, "Denoising Autoencoders for Unsupervised Anomaly Detection in Brain MRI", MIDL 2022, as run
-    by the authors of ANDi (Frotscher et al., arXiv 2312.01904).
+    Paper: Kascenas, Pugeault, O'Neil, "Denoising Autoencoders for Unsupervised Anomaly Detection in Brain MRI", MIDL
+    2022, as run by the authors of ANDi (Frotscher et al., arXiv 2312.01904).
 
     Args:
         unet ([`DAEUNet2DModel`]): Predicts the slice.
         scheduler ([`DAEScheduler`]): Noise of the training; says what is foreground.
         processor ([`VolumeProcessor`]):
-            From volumes to slices and back. The network sees [0, 1] whatever the processor's `value_range`, background 0, so that one
-            prepared data set serves all methods.
+            From volumes to slices and back. The network sees [0, 1] whatever the processor's `value_range`, background
+            0, so that one prepared data set serves all methods.
         rim_window (`int`, defaults to 5):
-            Odd side of the window that must be filled by foreground (more than 95 %) for a pixel to count; 1 keeps the rim.
+            Odd side of the window that must be filled by foreground (more than 95 %) for a pixel to count; 1 keeps the
+            rim.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The ANDi authors' median is 5 in 3-D.
     """
@@ -38,6 +42,7 @@ class DAEPipeline(AnomalyPipeline):
     deterministic = True
     model_cpu_offload_seq = "unet"
 
+    @register_to_config
     def __init__(
         self,
         unet: DAEUNet2DModel,
@@ -53,21 +58,12 @@ class DAEPipeline(AnomalyPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
-        self.check_inputs(rim_window)
+        self.check_configuration()
         if processor.config.intensity == "mean_std":
             raise ValueError(
-                "`processor` must map the background to the lower end of `value_range`; with `intensity` 'mean_std' it does not."
+                "`processor` must map the background to the lower end of `value_range`, which `intensity` 'mean_std'"
+                " does not: choose another."
             )
-        self.register_to_config(
-            rim_window=rim_window,
-            threshold=threshold,
-            median_size=median_size,
-            median_dimensions=median_dimensions,
-            erosion=erosion,
-            min_component_size=min_component_size,
-            slice_score=slice_score,
-        )
-        _ = self.postprocessing  # checks its values
 
     @torch.no_grad()
     def __call__(
@@ -82,44 +78,34 @@ class DAEPipeline(AnomalyPipeline):
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
         """
-        Args:
-            volume:
-                Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict of modalities, tensor `(N, C, H, W)` that is already
-                processed, or a list of volumes, which gives a list of results.
-            rim_window, threshold (*optional*): Instead of the checkpoint's.
-            brain_mask (*optional*): Mask of the volume, same kinds as the volume.
-            generator (*optional*): Changes nothing, since nothing is drawn; taken because every pipeline is called alike.
-            batch_size (`int`, defaults to 16): Slices that share one evaluation. Does not change the result.
-            return_dict (`bool`, defaults to `True`): Whether to return an [`AnomalyOutput`] or a tuple.
-        """
-        given = {"rim_window": rim_window}
-        return self.run(
-            volume,
-            given,
-            threshold=threshold,
-            brain_mask=brain_mask,
-            generator=generator,
-            batch_size=batch_size,
-            return_dict=return_dict,
-        )
+        Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`]. Nothing is drawn:
+        `generator` changes nothing.
 
-    def default_settings(self) -> dict:
-        """The checkpoint's values of what `compute_maps` needs to be told."""
-        return {"rim_window": self.config.rim_window}
+        Returns:
+            [`AnomalyOutput`], a tuple, or a list of either.
+
+        Example:
+
+        ```py
+        >>> from anodiff import DAEPipeline
+
+        >>> pipe = DAEPipeline.from_pretrained("owner/dae-brats")
+        >>> result = pipe({"flair": "flair.nii.gz", "t1": "t1.nii.gz"})
+        >>> result.save("out/")
+        ```
+        """
+        return self.run(locals())
 
     @torch.no_grad()
     def compute_maps(
-        self,
-        slices: torch.Tensor,
-        indices: list[int],
-        *,
-        rim_window: int,
-        batch_size: int,
-        seed: int = 0,
+        self, slices: torch.Tensor, indices: list[int], *, rim_window: int, batch_size: int = 16
     ) -> SliceResults:
         """
-        The method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and reconstructions `(N, C, H, W)`, unfiltered. The map is
-        the maximum over modalities of |slice - reconstruction| inside the foreground. `indices` and `seed` change nothing.
+        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and reconstructions `(N, C, H, W)`,
+        unfiltered.
+
+        The map is the maximum over modalities of |slice - reconstruction| inside the foreground. `indices` change
+        nothing.
         """
         slices = self.processor.to_unit(slices)
         reconstruction = torch.empty_like(slices)
@@ -136,9 +122,8 @@ class DAEPipeline(AnomalyPipeline):
         maps = ((slices - reconstruction).abs() * (filled > FILLED)).amax(1)
         return SliceResults(maps, self.processor.from_unit(reconstruction))
 
-    def check_inputs(self, rim_window: int, batch_size: int = 1) -> None:
+    def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""
-        if not isinstance(rim_window, int) or rim_window < 1 or rim_window % 2 == 0:
-            raise ValueError(f"`rim_window` must be an odd integer of at least 1, got {rim_window!r}.")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+        check_integer("rim_window", settings["rim_window"], 1)
+        if settings["rim_window"] % 2 == 0:
+            raise ValueError(f"`rim_window` must be odd, got {settings['rim_window']}.")

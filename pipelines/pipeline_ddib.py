@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.configuration_utils import register_to_config
 
+from ..checks import check_integer, check_number
+from ..models.unet_2d_anofpdm import AnoFPDMUNet2DModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import AnomalyPipeline, SliceResults
+from .base import HEALTHY, NULL, AnomalyPipeline, SliceResults
 from .output import AnomalyOutput
 
 
-# Class labels of the network.
-HEALTHY, NULL = 0, 2
+# N slices, B of them in a batch, C modalities, H x W pixels.
 
 
 class DDIBPipeline(AnomalyPipeline):
@@ -23,12 +25,13 @@ class DDIBPipeline(AnomalyPipeline):
     an image label (healthy or not) of every slice, no masks.
 
     Paper: Su, Song, Meng, Ermon, "Dual Diffusion Implicit Bridges for Image-to-Image Translation", ICLR 2023; Che et al., "AnoFPDM:
-    Anomaly Detection with Forward Process of Diffusion Models for Brain MRI", arXiv 2404.15683 (method card 6.2).
+    Anomaly Detection with Forward Process of Diffusion Models for Brain MRI", arXiv 2404.15683.
 
     Args:
-        unet ([`~diffusers.UNet2DModel`]): Predicts the noise of a slice of class 0 (healthy), 1 (unhealthy) or 2 (none).
+        unet ([`~diffusers.UNet2DModel`] or [`AnoFPDMUNet2DModel`]):
+            Predicts the noise of a slice of class 0 (healthy), 1 (unhealthy) or 2 (none).
         scheduler ([`AnoFPDMScheduler`]): Betas and update rules.
-        processor ([`VolumeProcessor`]): From volumes to slices and back.
+        processor ([`VolumeProcessor`]): From volumes to slices and back, `value_range` (-1, 1).
         forward_steps (`int`, defaults to 450): Steps S of the way up and of the way down, 1 to T. BraTS21 450, ATLAS 300.
         guidance_scale (`float`, defaults to 1.1): w: the noise is (1 + w) eps(healthy) - w eps(none). BraTS21 1.1, ATLAS 1.3.
         modalities (`tuple[str, ...]`, *optional*): Those that the map is the mean of; all by default. BraTS21 flair and t2.
@@ -40,9 +43,10 @@ class DDIBPipeline(AnomalyPipeline):
     deterministic = True
     model_cpu_offload_seq = "unet"
 
+    @register_to_config
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: UNet2DModel | AnoFPDMUNet2DModel,
         scheduler: AnoFPDMScheduler,
         processor: VolumeProcessor,
         forward_steps: int = 450,
@@ -57,24 +61,8 @@ class DDIBPipeline(AnomalyPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
-        if tuple(processor.config.value_range) != (-1.0, 1.0):
-            raise ValueError(
-                "`processor` must have the `value_range` (-1, 1), which the predictions are limited to, got"
-                f" {tuple(processor.config.value_range)}."
-            )
-        self.check_inputs(forward_steps, guidance_scale, modalities)
-        self.register_to_config(
-            forward_steps=forward_steps,
-            guidance_scale=guidance_scale,
-            modalities=modalities,
-            threshold=threshold,
-            median_size=median_size,
-            median_dimensions=median_dimensions,
-            erosion=erosion,
-            min_component_size=min_component_size,
-            slice_score=slice_score,
-        )
-        _ = self.postprocessing  # checks its values
+        self.check_configuration()
+        self.check_value_range()
 
     @torch.no_grad()
     def __call__(
@@ -91,31 +79,21 @@ class DDIBPipeline(AnomalyPipeline):
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
         """
-        Args:
-            volume:
-                Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict of modalities, tensor `(N, C, H, W)` that is already
-                processed, or a list of volumes, which gives a list of results.
-            forward_steps, guidance_scale, modalities, threshold (*optional*): Instead of the checkpoint's.
-            brain_mask (*optional*): Mask of the volume, same kinds as the volume.
-            generator (*optional*): Changes nothing, since nothing is drawn; taken because every pipeline is called alike.
-            batch_size (`int`, defaults to 16): Slices that share one evaluation (the way down: twice as many). Does not change the
-                result.
-            return_dict (`bool`, defaults to `True`): Whether to return an [`AnomalyOutput`] or a tuple.
-        """
-        given = dict(forward_steps=forward_steps, guidance_scale=guidance_scale, modalities=modalities)
-        return self.run(
-            volume,
-            given,
-            threshold=threshold,
-            brain_mask=brain_mask,
-            generator=generator,
-            batch_size=batch_size,
-            return_dict=return_dict,
-        )
+        Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`]. Nothing is drawn.
 
-    def default_settings(self) -> dict:
-        """The checkpoint's values of what `compute_maps` needs to be told."""
-        return {name: self.config[name] for name in ("forward_steps", "guidance_scale", "modalities")}
+        Returns:
+            [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is the translation.
+
+        Example:
+
+        ```py
+        >>> from anodiff import DDIBPipeline
+
+        >>> pipe = DDIBPipeline.from_pretrained("owner/ddib-brats21")
+        >>> result = pipe({"flair": "flair.nii.gz", "t1": "t1.nii.gz", "t1ce": "t1ce.nii.gz", "t2": "t2.nii.gz"})
+        ```
+        """
+        return self.run(locals())
 
     @torch.no_grad()
     def compute_maps(
@@ -126,63 +104,42 @@ class DDIBPipeline(AnomalyPipeline):
         forward_steps: int,
         guidance_scale: float,
         modalities: list[str] | None,
-        batch_size: int,
-        seed: int = 0,
+        batch_size: int = 16,
     ) -> SliceResults:
         """
-        The method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and translations `(N, C, H, W)`, unfiltered. The map is the
-        mean of the squared differences of the chosen modalities. `indices` and `seed` change nothing.
+        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and translations `(N, C, H, W)`, unfiltered.
+
+        The map is the mean of the squared differences of the chosen modalities. `indices` change nothing.
         """
-        self.scheduler.set_timesteps(forward_steps, device=slices.device)
-        down = self.scheduler.timesteps
+        self.scheduler.set_timesteps(forward_steps)
+        down = self.scheduler.timesteps.tolist()
         translated = torch.empty_like(slices)
         batches = range(0, len(slices), batch_size)
         with self.progress_bar(total=2 * len(down) * len(batches)) as progress, self.autocast():
             for start in batches:
-                sample = self.encode(slices[start : start + batch_size], progress)
-                # Both classes of the guidance in one batch, (2B, C, H, W).
-                labels = torch.tensor([HEALTHY, NULL], device=slices.device).repeat_interleave(len(sample))
+                sample = slices[start : start + batch_size]
+                healthy, null = (torch.full((len(sample),), label, device=slices.device) for label in (HEALTHY, NULL))
+
+                # DDIM's forward process from the slice itself, without a class, to one step above the highest timestep.
+                for t in reversed(down):
+                    timesteps = torch.full_like(null, t)
+                    sample = self.scheduler.encode_step(self.predict_noise(sample, timesteps, null), timesteps, sample)
+                    progress.update()
+
+                # Back, guided. Both classes share a batch, (2B, C, H, W).
+                labels = torch.cat([healthy, null])
                 for t in down:
-                    healthy, null = self.predict_noise(sample.repeat(2, 1, 1, 1), t.expand(len(labels)), labels).chunk(
-                        2
-                    )
-                    model_output = (1 + guidance_scale) * healthy - guidance_scale * null
-                    sample = self.scheduler.step(model_output, t, sample, return_dict=False)[0]
+                    timesteps = torch.full_like(labels, t)
+                    of_healthy, of_null = self.predict_noise(sample.repeat(2, 1, 1, 1), timesteps, labels).chunk(2)
+                    model_output = (1 + guidance_scale) * of_healthy - guidance_scale * of_null
+                    sample = self.scheduler.step(model_output, timesteps[: len(sample)], sample, return_dict=False)[0]
                     progress.update()
                 translated[start : start + batch_size] = sample
-        names = list(self.processor.config.modalities)
-        channels = [names.index(name) for name in (modalities or names)]
+        channels = self.modality_channels(modalities)
         return SliceResults((slices - translated).square()[:, channels].mean(1), translated)
 
-    def encode(self, slices: torch.Tensor, progress=None) -> torch.Tensor:
-        """The latents of slices `(N, C, H, W)`, one step above the highest timestep of the scheduler's grid: DDIM's forward process
-        from the slice itself, with the network's class "none". `progress` is told of every step."""
-        sample = slices
-        labels = torch.full((len(slices),), NULL, device=slices.device)
-        for t in self.scheduler.timesteps.flip(0):
-            model_output = self.predict_noise(sample, t.expand(len(sample)), labels)
-            sample = self.scheduler.encode_step(model_output, t, sample)
-            if progress is not None:
-                progress.update()
-        return sample
-
-    def check_inputs(
-        self, forward_steps: int, guidance_scale: float, modalities: list[str] | None, batch_size: int = 1
-    ) -> None:
+    def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""
-        highest = self.scheduler.config.num_train_timesteps
-        if not isinstance(forward_steps, int) or not 1 <= forward_steps <= highest:
-            raise ValueError(f"`forward_steps` must be an integer between 1 and {highest}, got {forward_steps!r}.")
-        if guidance_scale < 0:
-            raise ValueError(f"`guidance_scale` must not be negative, got {guidance_scale}.")
-        known = self.processor.config.modalities
-        compared = known if modalities is None else modalities
-        if (
-            isinstance(compared, str)
-            or not compared
-            or len(set(compared)) < len(compared)
-            or set(compared) - set(known)
-        ):
-            raise ValueError(f"`modalities` must be different ones of {', '.join(known)}, got {modalities!r}.")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+        check_integer("forward_steps", settings["forward_steps"], 1, self.scheduler.config.num_train_timesteps)
+        check_number("guidance_scale", settings["guidance_scale"], least=0)
+        self.modality_channels(settings["modalities"])

@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.configuration_utils import register_to_config
 
+from ..checks import check_choices, check_integer
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
@@ -14,47 +16,50 @@ from .output import AnomalyOutput
 
 
 OVERLAPS = ("none", "cut", "average")
-SETTINGS = ("timesteps", "patch_size", "overlap", "shared_noise")
 
 
-# N slices of one volume, C modalities, H x W pixels, K timesteps, P patches, B items (a timestep of a patch of a slice) of a batch.
+# N slices, C modalities, H x W pixels, K timesteps, P patches, B items (a timestep of a patch of a slice) of a batch.
 
 
 class PDDPMPipeline(AnomalyPipeline):
     r"""
-    pDDPM, patched diffusion: a slice is noised in one patch at a time, a denoiser predicts the slice from the noised patch and the clean
-    rest in a single evaluation, and the patches of the predictions are put together. There is no reverse chain.
+    pDDPM, patched diffusion: a slice is noised in one patch at a time, a denoiser predicts the slice from the noised
+    patch and the clean rest in a single evaluation, and the patches of the predictions are put together. There is no
+    reverse chain.
 
-    UNet evaluations per slice: patches x `timesteps` (4 x 1). Not deterministic in itself, but fixed by the seed. Training needs healthy
-    images only, no masks.
+    UNet evaluations per slice: patches x `timesteps` (4 x 1). Not deterministic in itself, but fixed by the seed.
+    Training needs healthy images only, no masks.
 
-    Paper: Behrendt, Bhattacharya, Krüger, Opfer, Schlaefer, "Patched Diffusion Models for Unsupervised Anomaly Detection in Brain MRI",
-    MIDL 2023, arXiv 2303.03758.
+    Paper: Behrendt, Bhattacharya, Krüger, Opfer, Schlaefer, "Patched Diffusion Models for Unsupervised Anomaly
+    Detection in Brain MRI", MIDL 2023, arXiv 2303.03758.
 
-    Maps are absolute differences on the scale of slices in [0, 1], whatever the processor's `value_range`, never min-max scaled.
+    Maps are absolute differences on the scale of slices in [0, 1], whatever the processor's `value_range`, never
+    min-max scaled.
 
     Args:
         unet ([`ConditionedUNet2DModel`] without a condition, or [`~diffusers.UNet2DModel`]):
             Predicts the slice, in [-1, 1], from the slice with a noised patch.
-        scheduler ([`AnoDDPMScheduler`]): Noise and schedule. The authors': `beta_schedule="cosine"` and 2-D simplex noise, `z=None`.
+        scheduler ([`AnoDDPMScheduler`]):
+            Noise and schedule. The authors': `beta_schedule="cosine"` and 2-D simplex noise, `z=None`.
         processor ([`VolumeProcessor`]): From volumes to slices and back.
         timesteps (`tuple[int, ...]`, defaults to `(499,)`):
-            0-based. Several give the mean of their reconstructions, the authors' "ENS", whose code they have not published:
-            `(249, 499, 749)`.
+            0-based. Several give the mean of their reconstructions, the authors' "ENS", whose code they have not
+            published: `(249, 499, 749)`.
         patch_size (`int`, defaults to 48): Side of a patch in pixels.
         overlap (`str`, defaults to `"none"`):
-            `"none"`: patches must fill the slice exactly. Otherwise as few as cover it are spread evenly over it, and where they overlap
-            `"cut"` takes the first one, row by row, and `"average"` the mean of all.
+            `"none"`: patches must fill the slice exactly. Otherwise as few as cover it are spread evenly over it, and
+            where they overlap `"cut"` takes the first one, row by row, and `"average"` the mean of all.
         shared_noise (`bool`, defaults to `False`):
-            The same field for all slices at one timestep, as the authors; else each slice has its own. The patches of a slice have parts
-            of the same field either way.
+            The same field for all slices at one timestep, as the authors; else each slice has its own. The patches of
+            a slice have parts of the same field either way.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order:
-            See [`AnomalyPipeline`] and [`PostProcessing`]. The authors: median of 5 x 5 x 5, `erosion` H // 25, so 3 at 96 px, components
-            of 7 voxels and fewer removed.
+            See [`AnomalyPipeline`] and [`PostProcessing`]. The authors: median of 5 x 5 x 5, `erosion` H // 25, so 3
+            at 96 px, components of 7 voxels and fewer removed.
     """
 
     model_cpu_offload_seq = "unet"
 
+    @register_to_config
     def __init__(
         self,
         unet: ConditionedUNet2DModel | UNet2DModel,
@@ -74,25 +79,9 @@ class PDDPMPipeline(AnomalyPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.check_configuration()
         if unet.config.get("condition_dim") is not None:
             raise ValueError(f"`unet` must have no condition (`condition_dim` None), got {unet.config.condition_dim}.")
-        self.register_to_config(
-            timesteps=timesteps,
-            patch_size=patch_size,
-            overlap=overlap,
-            shared_noise=shared_noise,
-            threshold=threshold,
-            median_size=median_size,
-            median_dimensions=median_dimensions,
-            erosion=erosion,
-            min_component_size=min_component_size,
-            slice_score=slice_score,
-            filter_order=filter_order,
-        )
-        self.check_inputs(**self.default_settings())
-        if processor.config.size is not None:
-            patch_grid(*processor.config.size, patch_size, overlap)  # checks that the patches fit
-        _ = self.postprocessing  # checks its values
 
     @torch.no_grad()
     def __call__(
@@ -111,34 +100,15 @@ class PDDPMPipeline(AnomalyPipeline):
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
         """
-        Args:
-            volume:
-                Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict of modalities, tensor `(N, C, H, W)` that is already
-                processed, or a list of volumes, which gives a list of results.
-            timesteps, patch_size, overlap, shared_noise, threshold (*optional*): Instead of the checkpoint's.
-            brain_mask (*optional*): Mask of the volume, same kinds as the volume.
-            generator (`int` or `torch.Generator`, *optional*): Seed; `None` is 0. Slice and timestep have generators of their own.
-            batch_size (`int`, defaults to 16): Patches, slices and timesteps that share one evaluation. Does not change the result.
-            noise (`torch.Tensor` or callable, *optional*):
-                Replaces every draw. Tensor `(K, N, C, H, W)`: the noise of the K timesteps, in their order, for all N slices. Callable:
-                `noise(draws, items, shape)` with a list of numbers below K, a list of slice numbers as long, and the shape wanted.
-            return_dict (`bool`, defaults to `True`): Whether to return an [`AnomalyOutput`] or a tuple.
-        """
-        given = dict(timesteps=timesteps, patch_size=patch_size, overlap=overlap, shared_noise=shared_noise)
-        return self.run(
-            volume,
-            given,
-            threshold=threshold,
-            brain_mask=brain_mask,
-            generator=generator,
-            batch_size=batch_size,
-            noise=noise,
-            return_dict=return_dict,
-        )
+        Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
-    def default_settings(self) -> dict:
-        """The checkpoint's values of what `compute_maps` needs to be told."""
-        return {name: self.config[name] for name in SETTINGS}
+        Draws of a slice: the noise of each of the K `timesteps`, in their order, of which patches have parts; with
+        `shared_noise` those of slice 0 are drawn only.
+
+        Returns:
+            [`AnomalyOutput`], a tuple, or a list of either.
+        """
+        return self.run(locals())
 
     @torch.no_grad()
     def compute_maps(
@@ -150,12 +120,13 @@ class PDDPMPipeline(AnomalyPipeline):
         patch_size: int,
         overlap: str,
         shared_noise: bool,
-        seed: int,
-        batch_size: int,
+        seed: int = 0,
+        batch_size: int = 16,
         noise: torch.Tensor | Callable | None = None,
     ) -> SliceResults:
         """
-        The method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and mean reconstructions `(N, C, H, W)`, unfiltered.
+        Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and mean reconstructions `(N, C, H, W)`,
+        unfiltered.
 
         `indices` are the slices' numbers in their volume, which their random numbers depend on.
         """
@@ -165,22 +136,19 @@ class PDDPMPipeline(AnomalyPipeline):
         inside = box_masks(boxes.to(device), height, width)
         weights = patch_weights(inside, overlap)
 
+        numbers, grid = torch.tensor([0] * len(indices) if shared_noise else indices), torch.tensor(timesteps)
         # Items are ordered by timestep, then by slice, then by patch; the batches are full but for the last one.
-        count = len(timesteps) * len(slices) * len(boxes)
+        items = torch.cartesian_prod(*(torch.arange(len(values)) for values in (timesteps, slices, boxes)))
+        batches = [batch.T for batch in items.split(batch_size) if len(batch)]
         total = torch.zeros_like(slices)
-        with self.progress_bar(total=-(-count // batch_size)) as progress, self.autocast():
-            for begin in range(0, count, batch_size):
-                numbered = [divmod(item, len(boxes)) for item in range(begin, min(begin + batch_size, count))]
-                items = [(*divmod(other, len(slices)), patch) for other, patch in numbered]
-                rows = torch.tensor([row for _, row, _ in items], device=device)
-                patches = torch.tensor([patch for _, _, patch in items], device=device)
-                steps = torch.tensor([timesteps[number] for number, _, _ in items], device=device)
+        with self.progress_bar(total=len(batches)) as progress, self.autocast():
+            for draws, rows, patches in batches:
+                fields = draw_fields(self.scheduler, seed, noise, numbers[rows], draws, grid, slices)
+                rows, patches, steps = (values.to(device) for values in (rows, patches, grid[draws]))
 
                 # x_t inside of the patch, x_0 around it, both with x_0 in [-1, 1], (B, C, H, W)
                 original = 2.0 * slices[rows] - 1.0
-                keys = [(indices[row], number) for number, row, _ in items]
-                drawn = draw_fields(self.scheduler, keys, timesteps, seed, original, shared_noise, noise)
-                noised = self.scheduler.add_noise(original, drawn, steps)
+                noised = self.scheduler.add_noise(original, fields, steps)
                 sample = torch.where(inside[patches, None], noised, original)
 
                 # This network predicts x_0.
@@ -191,22 +159,19 @@ class PDDPMPipeline(AnomalyPipeline):
         maps = (slices - reconstruction).abs().mean(1)
         return SliceResults(maps, self.processor.from_unit(reconstruction))
 
-    def check_inputs(
-        self, timesteps: list[int], patch_size: int, overlap: str, shared_noise: bool, batch_size: int = 1
-    ) -> None:
+    def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""
-        check_timesteps(timesteps, self.scheduler.config.num_train_timesteps)
-        for name, value, allowed in (("overlap", overlap, OVERLAPS), ("shared_noise", shared_noise, (False, True))):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {value!r}.")
-        for name, value in (("patch_size", patch_size), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        check_timesteps(settings["timesteps"], len(self.scheduler))
+        check_choices(settings, overlap=OVERLAPS, shared_noise=(False, True))
+        check_integer("patch_size", settings["patch_size"], 1)
+        if self.processor.config.size is not None:
+            # Raises if the patches do not fit.
+            patch_grid(*self.processor.config.size, settings["patch_size"], settings["overlap"])
 
 
 def patch_grid(height: int, width: int, patch_size: int, overlap: str = "none") -> torch.Tensor:
     """
-    As few square patches as cover a slice, spread evenly, row by row. With the `overlap` "none" they must fill it.
+    Lays as few square patches as cover a slice, spread evenly, row by row; with `overlap` "none" they must fill it.
 
     Returns:
         `torch.Tensor` of shape `(P, 4)`, int64: left, top, and right and bottom, which are outside, in pixels.
@@ -218,8 +183,8 @@ def patch_grid(height: int, width: int, patch_size: int, overlap: str = "none") 
         raise ValueError(f"`patch_size` must be at most the side of a slice, {min(height, width)}, got {patch_size}.")
     if overlap == "none" and (height % patch_size or width % patch_size):
         raise ValueError(
-            f"`patch_size` must divide the height and width of a slice, {height} and {width}, got {patch_size}; other sizes need"
-            " `overlap` 'cut' or 'average'."
+            f"`patch_size` must divide the height and width of a slice, {height} and {width}, got {patch_size};"
+            " other sizes need `overlap` 'cut' or 'average'."
         )
     top, left = (
         torch.linspace(0, size - patch_size, -(-size // patch_size), dtype=torch.float64).round().long()
@@ -229,19 +194,19 @@ def patch_grid(height: int, width: int, patch_size: int, overlap: str = "none") 
 
 
 def boxes_at(left: torch.Tensor, top: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Square boxes `(P, 4)` from their upper left corners `(P,)`; they may hang over the slice."""
+    """Makes square boxes `(P, 4)` from their upper left corners `(P,)`; they may hang over the slice."""
     return torch.stack([left, top, left + patch_size, top + patch_size], dim=1)
 
 
 def box_masks(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Where boxes `(P, 4)` are in a slice: `(P, H, W)`, bool."""
+    """Marks the pixels of a slice that boxes `(P, 4)` hold: `(P, H, W)`, bool."""
     left, top, right, bottom = boxes.T[..., None]
     x, y = torch.arange(width, device=boxes.device), torch.arange(height, device=boxes.device)
     return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None, :]
 
 
 def patch_weights(inside: torch.Tensor, overlap: str) -> torch.Tensor:
-    """What share of a pixel each patch has, `(P, H, W)` float32 with the sum 1, from `box_masks`."""
+    """Computes the weight of each patch in every pixel, `(P, H, W)` float32 with the sum 1, from `box_masks`."""
     if overlap == "average":
         return inside / inside.sum(0)
     return (inside & (inside.cumsum(0) == 1)).float()

@@ -4,46 +4,51 @@ from collections.abc import Callable
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.configuration_utils import register_to_config
 from transformers import PreTrainedModel
 
+from ..checks import check_choices, check_number
 from ..models.siamese_unet import SiameseUNet2DModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import SliceResults
+from .base import AnomalyPipeline, SliceResults
+from .one_step import MAP_TYPES, check_encoder, check_timesteps, difference_maps, iterate_reconstructions
 from .output import AnomalyOutput
-from .pipeline_cddpm import CDDPMPipeline
 
 
-# N slices of one volume, C modalities, H x W pixels, K timesteps, B items (a timestep of a slice) of a batch.
+# N slices, C modalities, H x W pixels, K timesteps, B items (a timestep of a slice) of a batch.
 
 
-class SADMPipeline(CDDPMPipeline):
+class SADMPipeline(AnomalyPipeline):
     r"""
-    SADM, supervised anomaly detection by what a reconstruction leaves over: of every reconstruction of a [`CDDPMPipeline`] and the slice
-    a segmentation network gives the probability that a pixel is anomalous. The score is the sum of the filtered 1 - SSIM map, which sees
-    lesions of any kind, and the mean probability, which knows those that the network was trained with.
+    SADM, supervised anomaly detection by what a reconstruction leaves over: of every reconstruction of a
+    [`CDDPMPipeline`] and the slice a segmentation network gives the probability that a pixel is anomalous. The score
+    is the sum of the filtered 1 - SSIM map, which sees lesions of any kind, and the mean probability, which knows
+    those that the network was trained with.
 
-    UNet evaluations per slice: one for each of `timesteps` (3), as many of the segmentation network, and one of the encoder. Not
-    deterministic in itself, but fixed by the seed. Training of the UNet and the encoder needs healthy images only; that of the segmentation
-    network healthy images with synthetic anomalies, or images with lesion masks.
+    UNet evaluations per slice: one for each of `timesteps` (3), as many of the segmentation network, and one of the
+    encoder. Not deterministic in itself, but fixed by the seed. Training of the UNet and the encoder needs healthy
+    images only; that of the segmentation network healthy images with synthetic anomalies, or images with lesion masks.
 
-    Paper: Behrendt et al., "Combining Reconstruction-based Unsupervised Anomaly Detection with Supervised Segmentation for Brain MRIs",
-    MIDL 2024 (PMLR 250), OpenReview iWfUcg4FrD.
+    Paper: Behrendt et al., "Combining Reconstruction-based Unsupervised Anomaly Detection with Supervised Segmentation
+    for Brain MRIs", MIDL 2024 (PMLR 250), OpenReview iWfUcg4FrD.
 
     Args:
         unet, scheduler, processor, encoder, timesteps, map_type, shared_noise: As of [`CDDPMPipeline`].
         segmentation_network ([`SiameseUNet2DModel`]): Sees slices and reconstructions in [0, 1].
         residual_weight (`float`, *optional*):
-            In [0, 1]: the score is `residual_weight` residual + (1 - `residual_weight`) probability, as in the paper's appendix
-            (`lambda_cam`). By default it is the sum of both.
+            In [0, 1]: the score is `residual_weight` residual + (1 - `residual_weight`) probability, as in the paper's
+            appendix (`lambda_cam`). By default it is the sum of both.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order:
-            See [`AnomalyPipeline`] and [`PostProcessing`]. Median and erosion are of the residual alone. The authors: median of 5 x 5 x 5,
-            no erosion, no component removed.
+            See [`AnomalyPipeline`] and [`PostProcessing`]. Median and erosion are of the residual alone. The authors:
+            median of 5 x 5 x 5, no erosion, no component removed.
     """
 
     model_cpu_offload_seq = "encoder->unet->segmentation_network"
+    _optional_components = ["encoder"]
 
+    @register_to_config
     def __init__(
         self,
         unet: ConditionedUNet2DModel | UNet2DModel,
@@ -63,31 +68,26 @@ class SADMPipeline(CDDPMPipeline):
         slice_score: str = "mean",
         filter_order: str = "erosion_first",
     ):
-        channels = segmentation_network.config.in_channels
-        if channels != len(processor.config.modalities):
+        super().__init__()
+        self.register_modules(
+            unet=unet,
+            segmentation_network=segmentation_network,
+            scheduler=scheduler,
+            processor=processor,
+            encoder=encoder,
+        )
+        self.check_configuration()
+        check_encoder(unet, encoder)
+        modalities, channels = processor.config.modalities, segmentation_network.config.in_channels
+        if channels != len(modalities):
             raise ValueError(
-                f"`segmentation_network.in_channels` must be {len(processor.config.modalities)}, the number of modalities, got"
+                f"`segmentation_network.in_channels` must be {len(modalities)}, the number of modalities, got"
                 f" {channels}."
             )
-        # First, so that the parent checks it with its own values.
-        self.register_to_config(residual_weight=residual_weight)
-        super().__init__(
-            unet,
-            scheduler,
-            processor,
-            encoder,
-            timesteps=timesteps,
-            map_type=map_type,
-            shared_noise=shared_noise,
-            threshold=threshold,
-            median_size=median_size,
-            median_dimensions=median_dimensions,
-            erosion=erosion,
-            min_component_size=min_component_size,
-            slice_score=slice_score,
-            filter_order=filter_order,
-        )
-        self.register_modules(segmentation_network=segmentation_network)
+
+    def looks_across_slices(self, **settings) -> bool:
+        """Tells whether a map depends on other slices of its volume: similarity is computed across them."""
+        return settings["map_type"] == "ssim"
 
     @torch.no_grad()
     def __call__(
@@ -106,10 +106,13 @@ class SADMPipeline(CDDPMPipeline):
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
         """
-        Args:
-            residual_weight (*optional*): Instead of the checkpoint's.
-            volume, timesteps, map_type, shared_noise, threshold, brain_mask, generator, batch_size, noise, return_dict:
-                As of [`CDDPMPipeline`].
+        Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
+
+        Draws of a slice: the noise of each of the K `timesteps`, in their order; with `shared_noise` those of slice 0
+        are drawn only.
+
+        Returns:
+            [`AnomalyOutput`], a tuple, or a list of either.
 
         Example:
 
@@ -121,23 +124,7 @@ class SADMPipeline(CDDPMPipeline):
         >>> result.save("out/")
         ```
         """
-        given = dict(
-            timesteps=timesteps, map_type=map_type, shared_noise=shared_noise, residual_weight=residual_weight
-        )
-        return self.run(
-            volume,
-            given,
-            threshold=threshold,
-            brain_mask=brain_mask,
-            generator=generator,
-            batch_size=batch_size,
-            noise=noise,
-            return_dict=return_dict,
-        )
-
-    def default_settings(self) -> dict:
-        """The checkpoint's values of what `compute_maps` needs to be told."""
-        return {**super().default_settings(), "residual_weight": self.config.residual_weight}
+        return self.run(locals())
 
     @torch.no_grad()
     def compute_maps(
@@ -149,54 +136,43 @@ class SADMPipeline(CDDPMPipeline):
         map_type: str,
         shared_noise: bool,
         residual_weight: float | None,
-        seed: int,
-        batch_size: int,
+        seed: int = 0,
+        batch_size: int = 16,
         noise: torch.Tensor | Callable | None = None,
     ) -> SliceResults:
         """
-        The method itself: slices `(N, C, H, W)` to the maps of the residual `(N, H, W)`, mean reconstructions `(N, C, H, W)`, and the mean
-        probability `(N, H, W)`, which is added to the maps when these are filtered. `indices` and the order of the slices are those of
-        [`CDDPMPipeline.compute_maps`].
+        Computes the method itself: slices `(N, C, H, W)` to the maps of the residual `(N, H, W)`, mean reconstructions
+        `(N, C, H, W)`, and the mean probability `(N, H, W)`, which is added to the maps when these are filtered.
+        `indices` and the order of the slices are those of [`CDDPMPipeline.compute_maps`].
         """
         slices = self.processor.to_unit(slices)
         reconstruction, probability = torch.zeros_like(slices), torch.zeros_like(slices[:, 0])
         # Sums only: memory does not depend on the number of timesteps.
-        for _, rows, reconstructions in self.iterate_reconstructions(
-            slices,
-            indices,
-            timesteps=timesteps,
-            shared_noise=shared_noise,
-            seed=seed,
-            batch_size=batch_size,
-            noise=noise,
+        for rows, reconstructions in iterate_reconstructions(
+            self, slices, indices, timesteps, shared_noise, seed, batch_size, noise
         ):
             reconstruction.index_add_(0, rows, reconstructions)
             probability.index_add_(0, rows, self.segment(slices[rows], reconstructions))
         reconstruction /= len(timesteps)
         probability /= len(timesteps)
 
-        maps = self.difference(slices, reconstruction, map_type)
+        maps = difference_maps(slices, reconstruction, map_type)
         if residual_weight is not None:
             # The weight before the median is the weight after it.
             maps, probability = residual_weight * maps, (1.0 - residual_weight) * probability
         return SliceResults(maps, self.processor.from_unit(reconstruction), added=probability)
 
     def segment(self, slices: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        """Probability `(B, H, W)`, float32, of each pixel being anomalous, from slices and reconstructions `(B, C, H, W)` in [0, 1]."""
-        dtype = self.segmentation_network.dtype
+        """Computes the probability `(B, H, W)`, float32, that a pixel is anomalous, from slices and reconstructions
+        `(B, C, H, W)` in [0, 1]."""
+        dtype = next(self.segmentation_network.parameters()).dtype
         with self.autocast():
             logits = self.segmentation_network(slices.to(dtype), reconstructions.to(dtype)).logits
         return logits[:, 0].float().sigmoid()
 
-    def check_inputs(
-        self,
-        timesteps: list[int],
-        map_type: str,
-        shared_noise: bool,
-        residual_weight: float | None,
-        batch_size: int = 1,
-    ) -> None:
+    def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""
-        super().check_inputs(timesteps, map_type, shared_noise, batch_size)
-        if residual_weight is not None and not 0 <= residual_weight <= 1:
-            raise ValueError(f"`residual_weight` must be between 0 and 1, got {residual_weight}.")
+        check_timesteps(settings["timesteps"], len(self.scheduler))
+        check_choices(settings, map_type=MAP_TYPES, shared_noise=(False, True))
+        if settings["residual_weight"] is not None:
+            check_number("residual_weight", settings["residual_weight"], least=0, most=1)

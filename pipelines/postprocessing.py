@@ -1,13 +1,18 @@
-"""Post-processing of the anomaly maps of one volume: named steps of the field, on the CPU, never min-max scaled."""
+"""Post-processing of the anomaly maps of one volume, on the CPU: erosion of the brain, median filter, removal of small
+components. Maps are never min-max scaled."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy import ndimage
 
+from ..checks import check_choice, check_choices, check_integer
+
 
 SLICE_SCORES = ("mean", "max", "p99")
 FILTER_ORDERS = ("erosion_first", "median_first")
+BORDERS = ("reflect", "mirror")
+DIMENSIONS = (2, 3)
 
 
 # N slices of one volume in anatomical order, H x W pixels.
@@ -16,16 +21,18 @@ FILTER_ORDERS = ("erosion_first", "median_first")
 @dataclass(frozen=True)
 class PostProcessing:
     """
-    What happens to the maps of one volume between the method and the result. A checkpoint stores these values in its
-    pipeline's configuration; evaluation gives its baselines the same.
+    Holds what happens to the maps of one volume between the method and the result. A checkpoint stores these values in
+    its pipeline's configuration; evaluation gives its baselines the same.
 
     Args:
-        median_size (`int`): Side of the median filter of the maps in network pixels, 0 for none; see [`median_filter`].
+        median_size (`int`):
+            Side of the median filter of the maps in network pixels, 0 for none; see [`median_filter`].
         median_dimensions (`int`): 2 (per slice) or 3.
         erosion (`int`): Network pixels taken from the rim of the brain.
         min_component_size (`int`): Smallest 3-D component of a mask, in network voxels.
         slice_score (`str`): Score of a slice or volume: `"mean"`, `"max"` or `"p99"` of the map in the brain.
-        filter_order (`str`): Of erosion and median, see [`postprocess_maps`]; an option of cDDPM and its relatives only.
+        filter_order (`str`):
+            Of erosion and median, see [`postprocess_maps`]; an option of cDDPM and its relatives only.
     """
 
     median_size: int = 0
@@ -36,17 +43,14 @@ class PostProcessing:
     filter_order: str = "erosion_first"
 
     def __post_init__(self):
-        if self.slice_score not in SLICE_SCORES:
-            raise ValueError(f"`slice_score` must be one of {', '.join(SLICE_SCORES)}, got {self.slice_score!r}.")
-        if self.filter_order not in FILTER_ORDERS:
-            raise ValueError(f"`filter_order` must be one of {', '.join(FILTER_ORDERS)}, got {self.filter_order!r}.")
-        _check_dimensions(self.median_dimensions, "median_dimensions")
+        values = asdict(self)
+        check_choices(values, slice_score=SLICE_SCORES, filter_order=FILTER_ORDERS, median_dimensions=DIMENSIONS)
         for name in ("median_size", "erosion", "min_component_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+            check_integer(name, values[name], 0)
 
     def filter(self, maps: np.ndarray, brain: np.ndarray, added: np.ndarray | None = None) -> np.ndarray:
-        """Filtered maps, `(N, H, W)` float32, 0 outside the brain, and what a method adds to them, unfiltered, in the brain."""
+        """Returns filtered maps, `(N, H, W)` float32, 0 outside the brain. What a method adds to them is not filtered,
+        and added in the brain."""
         filtered = postprocess_maps(
             maps,
             brain,
@@ -58,14 +62,14 @@ class PostProcessing:
         return filtered if added is None else filtered + np.where(brain, added, np.float32(0))
 
     def mask(self, maps: np.ndarray, threshold: float, voxels_per_network_voxel: float = 1.0) -> np.ndarray:
-        """`maps > threshold` without components that are too small, bool; for maps on another grid than the network's, tell
-        how many of their voxels one network voxel is."""
+        """Returns `maps > threshold` without components that are too small, bool. For maps on another grid than the
+        network's, `voxels_per_network_voxel` says how many of their voxels one network voxel is."""
         # Spacings of an affine are rarely exact: 10.000000000000002 voxels are 10.
         min_size = int(np.ceil(self.min_component_size * voxels_per_network_voxel - 1e-6))
         return remove_small_components(maps > threshold, min_size, 3)
 
     def score(self, maps: np.ndarray, brain: np.ndarray) -> float:
-        """Score of all brain pixels of filtered maps; 0 without brain."""
+        """Returns the score of all brain pixels of filtered maps; 0 without brain."""
         values = maps[brain]
         if values.size == 0:
             return 0.0
@@ -74,20 +78,20 @@ class PostProcessing:
         return float(values.max()) if self.slice_score == "max" else float(np.quantile(values, 0.99))
 
     def score_slices(self, maps: np.ndarray, brain: np.ndarray) -> np.ndarray:
-        """Score of every slice, `(N,)` float64."""
+        """Returns the score of every slice, `(N,)` float64."""
         return np.array([self.score(*pair) for pair in zip(maps, brain, strict=True)])
 
 
 def median_filter(maps: np.ndarray, size: int, dimensions: int, *, border: str = "reflect") -> np.ndarray:
     """
-    Median filter of one volume.
+    Filters the maps of one volume by the median of a window.
 
     Args:
         maps (`np.ndarray` of shape `(N, H, W)`):
             Anomaly maps, used as float32.
         size (`int`):
-            Side of the window in pixels, for example 5. An even window begins `size / 2` pixels before its pixel and takes the
-            upper one of the two middle values, as scipy does; UAD-IMAG uses 4.
+            Side of the window in pixels, for example 5. An even window begins `size / 2` pixels before its pixel and
+            takes the upper one of the two middle values, as scipy does; UAD-IMAG uses 4.
         dimensions (`int`):
             2 for `(size, size)` in each slice, 3 for `(size, size, size)` across slices.
         border (`str`, *optional*, defaults to `"reflect"`):
@@ -98,18 +102,18 @@ def median_filter(maps: np.ndarray, size: int, dimensions: int, *, border: str =
         `np.ndarray` of shape `(N, H, W)`, float32.
     """
     maps = _check_maps(maps)
-    if size < 1:
-        raise ValueError(f"`size` must be positive, got {size}.")
-    if border not in ("reflect", "mirror"):
-        raise ValueError(f"`border` must be 'reflect' or 'mirror', got {border!r}.")
-    window = (size if _check_dimensions(dimensions) == 3 else 1, size, size)
+    check_integer("size", size, 1)
+    check_choice("border", border, BORDERS)
+    check_choice("dimensions", dimensions, DIMENSIONS)
+    window = (size if dimensions == 3 else 1, size, size)
     return ndimage.median_filter(maps, size=window, mode=border)
 
 
 def erode_brain(brain: np.ndarray, iterations: int) -> np.ndarray:
     """
-    Brain mask without its rim, eroded in each slice with the 4 neighbours (3 x 3 cross). Zeroing maps outside removes
-    the bright rim that reconstructions leave at the edge of the brain. cDDPM uses `H // 25` iterations.
+    Returns the brain mask without its rim, eroded in each slice with the 4 neighbours (3 x 3 cross). Zeroing maps
+    outside removes the bright rim that reconstructions leave at the edge of the brain. cDDPM uses `H // 25`
+    iterations.
 
     Args:
         brain (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1):
@@ -123,8 +127,7 @@ def erode_brain(brain: np.ndarray, iterations: int) -> np.ndarray:
     brain = np.asarray(brain, dtype=bool)
     if brain.ndim != 3:
         raise ValueError(f"`brain` must have shape (N, H, W), got {brain.shape}.")
-    if iterations < 0:
-        raise ValueError(f"`iterations` must not be negative, got {iterations}.")
+    check_integer("iterations", iterations, 0)
     if iterations == 0:  # scipy would repeat until nothing changes
         return brain
     return ndimage.binary_erosion(brain, structure=_in_slice(connectivity=1), iterations=iterations)
@@ -150,12 +153,11 @@ def remove_small_components(mask: np.ndarray, min_size: int, dimensions: int) ->
     mask = np.asarray(mask, dtype=bool)
     if mask.ndim != 3:
         raise ValueError(f"`mask` must have shape (N, H, W), got {mask.shape}.")
-    if min_size < 0:
-        raise ValueError(f"`min_size` must not be negative, got {min_size}.")
+    check_integer("min_size", min_size, 0)
+    check_choice("dimensions", dimensions, DIMENSIONS)
     if min_size <= 1:
-        _check_dimensions(dimensions)
         return mask
-    structure = np.ones((3, 3, 3)) if _check_dimensions(dimensions) == 3 else _in_slice(connectivity=2)
+    structure = np.ones((3, 3, 3)) if dimensions == 3 else _in_slice(connectivity=2)
     labels, _ = ndimage.label(mask, structure=structure)
     keep = np.bincount(labels.ravel()) >= min_size
     keep[0] = False
@@ -172,13 +174,13 @@ def postprocess_maps(
     filter_order: str = "erosion_first",
 ) -> np.ndarray:
     """
-    Anomaly maps inside the brain, optionally without its rim and median filtered.
+    Restricts anomaly maps to the brain, optionally without its rim, and filters them by a median.
 
     Order: erode the brain, set maps outside to 0, median, set maps outside to 0 again. This is the order of the
     programs of cDDPM (without the last step) and SADM (without erosion); ANDi filters without any mask. Masking first
     keeps what lies outside the brain from leaking in through the median, masking last removes what the median carried
-    out. With `filter_order="median_first"`, the order of cDDPM's paper, the median sees the rim, too, and only then the
-    brain is eroded.
+    out. With `filter_order="median_first"`, the order of cDDPM's paper, the median sees the rim, too, and only then
+    the brain is eroded.
 
     Args:
         maps (`np.ndarray` of shape `(N, H, W)`):
@@ -200,8 +202,7 @@ def postprocess_maps(
     maps = _check_maps(maps)
     if np.shape(brain) != maps.shape:
         raise ValueError(f"`brain` must have the shape of `maps`, got {np.shape(brain)} and {maps.shape}.")
-    if median_size < 0:
-        raise ValueError(f"`median_size` must not be negative, got {median_size}.")
+    check_integer("median_size", median_size, 0)
     eroded = erode_brain(brain, erosion)
     maps = np.where(eroded if filter_order == "erosion_first" else brain, maps, np.float32(0))
     if median_size > 1:
@@ -210,7 +211,7 @@ def postprocess_maps(
 
 
 def _in_slice(connectivity: int) -> np.ndarray:
-    """Neighbourhood in the plane of the slices: 4 neighbours (1) or 8 (2)."""
+    """Returns the neighbourhood in the plane of the slices: 4 neighbours (1) or 8 (2)."""
     return np.pad(ndimage.generate_binary_structure(2, connectivity)[None], ((1, 1), (0, 0), (0, 0)))
 
 
@@ -219,9 +220,3 @@ def _check_maps(maps: np.ndarray) -> np.ndarray:
     if maps.ndim != 3:
         raise ValueError(f"`maps` must have shape (N, H, W), got {maps.shape}.")
     return maps
-
-
-def _check_dimensions(dimensions: int, name: str = "dimensions") -> int:
-    if dimensions not in (2, 3):
-        raise ValueError(f"`{name}` must be 2 or 3, got {dimensions}.")
-    return dimensions

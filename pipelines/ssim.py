@@ -1,4 +1,4 @@
-"""Structural similarity of two volumes, as a map."""
+"""Structural similarity of two volumes as a map."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ RADIUS = 4  # of the window, in voxels
 
 def ssim_map(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """
-    Structural similarity (Wang et al. 2004) of the surroundings of every voxel, in three dimensions: Gaussian window of 9 voxels with a
-    sigma of 1, mirrored at the border, k1 = 0.01, k2 = 0.03. SADM takes 1 - SSIM of slice and reconstruction as anomaly map (method card,
-    section 6).
+    Computes the structural similarity (Wang et al. 2004) of the surroundings of every voxel, in three dimensions:
+    Gaussian window of 9 voxels with a sigma of 1, mirrored at the border, k1 = 0.01, k2 = 0.03. SADM takes 1 - SSIM of
+    slice and reconstruction as anomaly map.
 
     Args:
         first, second (`torch.Tensor` of shape `(N, H, W)`):
             The same volume twice, slices in anatomical order. One slice alone is compared in two dimensions.
 
     Returns:
-        `torch.Tensor` of shape `(N, H, W)`, float32 on the CPU, at most 1. The range of values, which the constants are relative to, is the
-        larger one of the two volumes.
+        `torch.Tensor` of shape `(N, H, W)`, float32 on the CPU, at most 1. The range of values, which the constants
+        are relative to, is the larger one of the two volumes.
 
     Raises:
         ValueError: The shapes differ.
     """
     if first.ndim != 3 or first.shape != second.shape:
         raise ValueError(
-            f"`first` and `second` must have the same shape (N, H, W), got {tuple(first.shape)} and {tuple(second.shape)}."
+            f"`first` and `second` must have the same shape (N, H, W), got {tuple(first.shape)} and"
+            f" {tuple(second.shape)}."
         )
     if first.numel() == 0:
         return torch.zeros(first.shape)
-    # On the CPU: a GPU may round products to 10 bits (TF32), which is fatal to variances, small differences of squares.
+    # On the CPU: a GPU may round products to 10 bits (TF32), which is fatal to variances, differences of squares.
     first, second = first.float().cpu(), second.float().cpu()
     window = torch.exp(-torch.arange(-RADIUS, RADIUS + 1, dtype=torch.float32).square() / 2)
     window = window / window.sum()
@@ -55,7 +56,8 @@ def ssim_map(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def _mirror(volumes: torch.Tensor) -> torch.Tensor:
-    """Volumes `(2, N, H, W)` with `RADIUS` mirrored voxels on each side (d c b | a b c d), also where an axis is shorter than that."""
+    """Pads volumes `(2, N, H, W)` with `RADIUS` mirrored voxels on each side (d c b | a b c d), also where an axis is
+    shorter than that."""
     for axis, length in enumerate(volumes.shape[1:], start=1):
         period = max(2 * (length - 1), 1)
         index = torch.arange(-RADIUS, length + RADIUS) % period

@@ -65,26 +65,31 @@ def cosine_betas(steps: int) -> torch.Tensor:
 
 
 def posterior_tables(
-    betas: torch.Tensor, variance: torch.Tensor, alphas: torch.Tensor | None = None
+    betas: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+    variance: torch.Tensor | None = None,
+    alphas: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     Computes the posterior q(x_{t-1} | x_t, x_0) of DDPM eq. 7, whose mean is original_weight x_0 + sample_weight x_t.
 
     Args:
-        betas (`torch.Tensor` of shape `(T,)`): float64.
-        variance (`torch.Tensor` of shape `(T,)`): 1 - abar_t, float64.
-        alphas (`torch.Tensor` of shape `(T,)`, *optional*): 1 - beta_t, where the original rounds it.
+        betas, alphas_cumprod (`torch.Tensor` of shape `(T,)`): beta_t and abar_t, float64.
+        variance, alphas (`torch.Tensor` of shape `(T,)`, *optional*): 1 - abar_t and 1 - beta_t, where there are more exact ones.
 
     Returns:
         `dict`: `original_weight`, `sample_weight`, `posterior_variance`, its logarithm and that of beta, `(T,)` float64. The variance of
         t = 0 is 0; its logarithm is taken to be that of t = 1, since likelihoods need one.
     """
+    variance = 1.0 - alphas_cumprod if variance is None else variance
     alphas = 1.0 - betas if alphas is None else alphas
-    previous = torch.cat([torch.zeros(1, dtype=torch.float64), variance[:-1]])
-    posterior = betas * previous / variance
+    # Both of t - 1: one from the other would lose digits.
+    previous_level = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    previous_variance = torch.cat([torch.zeros(1, dtype=torch.float64), variance[:-1]])
+    posterior = betas * previous_variance / variance
     return {
-        "original_weight": betas * (1.0 - previous).sqrt() / variance,
-        "sample_weight": previous * alphas.sqrt() / variance,
+        "original_weight": betas * previous_level.sqrt() / variance,
+        "sample_weight": previous_variance * alphas.sqrt() / variance,
         "posterior_variance": posterior,
         "posterior_log_variance": torch.cat([posterior[1:2], posterior[1:]]).log(),
         "log_beta": betas.log(),
@@ -119,7 +124,7 @@ class DiffusionProcess:
         """
         self.betas, self.alphas_cumprod = betas, alphas_cumprod
         variance = 1.0 - alphas_cumprod if variance is None else variance
-        posterior = posterior_tables(betas, variance, alphas)
+        posterior = posterior_tables(betas, alphas_cumprod, variance, alphas)
         self.original_weight, self.sample_weight = posterior["original_weight"], posterior["sample_weight"]
         self.posterior_variance = posterior["posterior_variance"]
         self.posterior_log_variance = posterior["posterior_log_variance"]

@@ -30,7 +30,8 @@ class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         num_train_timesteps (`int`, defaults to 1000): T.
         beta_schedule (`str`, defaults to `"linear"`):
             `"linear"`: `beta_start` to `beta_end`, both times 1000 / T. `"linear_float32"`: the same with betas and abar in float32,
-            as in the ANDi authors' program (and diffusers): 1 - abar has few right digits at small t. `"cosine"`: Nichol and Dhariwal, betas at most 0.999.
+            in which 1 - abar has few right digits at small t, as in diffusers and in the ANDi authors' program. Neither of them
+            scales: betas of theirs for another T are given times T / 1000. `"cosine"`: Nichol and Dhariwal, betas at most 0.999.
             `"cosine_clipped"`: brain_damage's, in float32, betas limited to [1e-4, 0.999].
         noise_type (`str`, defaults to `"simplex"`): `"simplex"` or `"gaussian"`.
         octaves (`int`, defaults to 6), persistence (`float`, defaults to 0.8), wavelength (`float`, defaults to 64.0):

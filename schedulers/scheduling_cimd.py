@@ -98,7 +98,7 @@ class CIMDScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         # Looked up by the timestep of the chain; NaN where the grid has none, so that a wrong timestep cannot pass for a right one.
         self.step_tables = {
             "beta": betas,
-            **posterior_tables(betas, 1.0 - levels),
+            **posterior_tables(betas, levels),
             "previous_scale": previous.sqrt(),
             "previous_noise_scale": (1.0 - previous).sqrt(),
             "noisy": (torch.arange(len(levels)) > 0).double(),

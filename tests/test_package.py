@@ -1,6 +1,8 @@
 """Guards of a package whose root is the repository."""
 
+import ast
 import configparser
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,16 @@ import anodiff
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {"tests", "docs", "benchmarks"}
+
+# A room may import from those in lines above its own and from itself; what shares a line shares nothing else.
+ROOMS = (
+    ("checks", "hub", "configs"),
+    ("volumes", "schedulers", "models"),
+    ("pipelines", "data"),
+    ("training", "evaluation"),
+    ("convert",),
+    ("train", "eval", "predict", "preprocess", "benchmark", "__main__"),
+)
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -41,7 +53,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_tables_of_diffusers_know_our_components():
-    """Private tables: if this fails after an update of diffusers, see `hub/registration.py` and its pin in setup.cfg."""
+    """If this fails after an update of diffusers: its tables are private, see `hub/registration.py`."""
     from diffusers.pipelines import pipeline_loading_utils
 
     from anodiff import AnoDDPMScheduler, UNet2DHeadsModel, VolumeProcessor
@@ -79,3 +91,42 @@ def test_folders_do_not_shadow_libraries():
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
     assert "datasets" not in folders
     assert not [name for name in folders if hasattr(diffusers.pipelines, name)]
+
+
+def test_imports_run_downwards_and_in_no_circle():
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    # Scripts write `from anodiff import ...`: what they import is the module of that name.
+    lazy = {name: getattr(anodiff, name).__module__ for name in anodiff.__all__}
+    paths = {}
+    for name in tracked.splitlines():
+        parts = Path(name).with_suffix("").parts
+        # `convert.py` is the script beside the package of that name.
+        if not OUTSIDE & set(parts) and name != "convert.py":
+            paths[".".join(["anodiff", *(part for part in parts if part != "__init__")])] = ROOT / name
+    imported = {module: imports_of(module, path, paths, lazy) for module, path in paths.items() if module != "anodiff"}
+    level = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
+    upwards = [
+        f"{module} -> {other}"
+        for module, others in imported.items()
+        for other in others - {"anodiff"}
+        if (room := other.split(".")[1]) != module.split(".")[1] and level[room] >= level[module.split(".")[1]]
+    ]
+    assert not upwards
+    # Raises a CycleError that names the circle.
+    assert set(graphlib.TopologicalSorter(imported).static_order()) >= set(imported)
+
+
+def imports_of(module: str, path: Path, modules, lazy: dict[str, str]) -> set[str]:
+    """Modules of the package that a module imports, within functions as well."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name.split(".")[0] == "anodiff"}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for name in node.names if base.split(".")[0] == "anodiff" else ():
+                inner = f"{base}.{name.name}"
+                found.add(inner if inner in modules else lazy.get(name.name, base) if base == "anodiff" else base)
+    return found

@@ -140,12 +140,12 @@ def make_components(name: str, channels: int) -> dict:
 
 
 def make_pipeline(
-    name: str, modalities: tuple[str, ...] = ("image",), *, processor_settings: dict | None = None, **settings
+    name: str, modalities: tuple[str, ...] = ("image",), /, *, processor_settings: dict | None = None, **settings
 ):
     """
     A pipeline of the class `name` with weights that are the same at every call, and a silent progress bar.
 
-    `processor_settings` are those of its processor, `settings` components and settings of its own, instead of those above.
+    `modalities` and `processor_settings` are those of its processor, `settings` components and settings of its own, instead of those above.
     """
     torch.manual_seed(0)
     made = VolumeProcessor(

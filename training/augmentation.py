@@ -1,3 +1,5 @@
+"""Random changes of training slices: where things are, and how bright."""
+
 from __future__ import annotations
 
 import math
@@ -5,6 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..schedulers.draws import fold_in, uniform
+from .keys import AFFINE, INTENSITY
 from .options import AugmentationOptions
 
 
@@ -17,17 +21,18 @@ GHOSTS, GHOST_INTENSITY, GHOST_RESTORE = (4, 10), (0.5, 1.0), 0.02
 
 def augment(
     batch: dict[str, torch.Tensor],
-    generators: list[torch.Generator],
+    keys: torch.Tensor,
     options: AugmentationOptions,
     background: float,
 ) -> dict[str, torch.Tensor]:
     """
-    Random affine change of every slice of a batch, one draw per slice from its own generator: its image bilinearly, its masks
-    alike with the nearest pixel.
+    Moves every slice of a batch by a random affine map of its own: its image bilinearly, its masks alike with the
+    nearest pixel.
 
     Args:
-        batch (`dict[str, torch.Tensor]`): `image (N, C, H, W)`, perhaps `mask (N, A, H, W)` and `brain (N, H, W)`; the rest stays.
-        generators (`list[torch.Generator]`): One per slice, on the device of the images.
+        batch (`dict[str, torch.Tensor]`): `image (N, C, H, W)`, perhaps `mask (N, A, H, W)` and `brain (N, H, W)`.
+            The rest stays.
+        keys (`torch.Tensor` of shape `(N, 2)`): One per slice, on the device of the images.
         options ([`AugmentationOptions`]): Ranges.
         background (`float`): Value of what comes into an image from outside; into a mask comes 0.
     """
@@ -37,13 +42,14 @@ def augment(
         return batch
     images = batch["image"]
     # Five uniform numbers per image in a fixed order: rotation, shift along W, shift along H, scale, flip.
-    uniform = torch.stack([torch.rand(5, generator=generator, device=images.device) for generator in generators])
-    signed = 2 * uniform - 1
+    drawn = uniform(fold_in(keys, AFFINE), (5,))
+    signed = 2 * drawn - 1
     angle = signed[:, 0] * math.radians(options.rotation)
     low, high = options.scale
-    zoom = 1.0 / (low + uniform[:, 3] * (high - low))
-    flip = torch.where(uniform[:, 4] < 0.5, -1.0, 1.0) if options.horizontal_flip else torch.ones_like(zoom)
-    # affine_grid's coordinates run from -1 to 1 along either side: rotations of a slice that is not square need its aspect.
+    zoom = 1.0 / (low + drawn[:, 3] * (high - low))
+    flip = torch.where(drawn[:, 4] < 0.5, -1.0, 1.0) if options.horizontal_flip else torch.ones_like(zoom)
+    # affine_grid's coordinates run from -1 to 1 along either side: rotations of a slice that is not square need its
+    # aspect.
     height, width = images.shape[2:]
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     theta = torch.stack(
@@ -64,32 +70,32 @@ def augment(
 
 def augment_intensity(
     images: torch.Tensor,
-    generators: list[torch.Generator],
+    keys: torch.Tensor,
     options: AugmentationOptions,
     value_range: tuple[float, float],
 ) -> torch.Tensor:
     """
-    Random changes of the intensities of slices, one draw per slice from its own generator, in this order: contrast, an uneven
-    brightness, a blur, ghosts. Values may leave the range, as the authors'.
+    Changes the intensities of every slice at random, in this order: contrast, an uneven brightness, a blur,
+    ghosts. Values may leave the range, as the authors'.
 
-    This is cDDPM's `aug_intensity` slice by slice, on the device; the authors change whole volumes with torchio, before they take one
-    slice. So it is close and not identical: here the brightness varies within the slice alone, blur and ghosts stay in it, and ghosts run
-    along its rows or columns, never across slices.
+    This is cDDPM's `aug_intensity` slice by slice, on the device; the authors change whole volumes with torchio,
+    before they take one slice. So it is close and not identical: here the brightness varies within the slice alone,
+    blur and ghosts stay in it, and ghosts run along its rows or columns, never across slices.
 
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`): Slices in `value_range`. Channels change alike.
-        generators (`list[torch.Generator]`): One per slice, on the device of the images.
+        keys (`torch.Tensor` of shape `(N, 2)`): One per slice, on the device of the images.
         options ([`AugmentationOptions`]): Probabilities `gamma`, `bias_field`, `blur` and `ghosting`.
         value_range (`tuple[float, float]`): Of the processor.
     """
     if not any((options.gamma, options.bias_field, options.blur, options.ghosting)):
         return images
-    # Uniform numbers in a fixed order, whatever is asked for: four decisions, gamma, one number for each term of the field, blur
-    # along H and W, and axis, number and strength of the ghosts.
+    # Uniform numbers in a fixed order, whatever is asked for: four decisions, gamma, one number for each term of the
+    # field, blur along H and W, and axis, number and strength of the ghosts.
     powers = [(i, j) for i in range(BIAS_ORDER + 1) for j in range(BIAS_ORDER + 1 - i)]
     count = 4 + 1 + len(powers) + 2 + 3
-    uniform = torch.stack([torch.rand(count, generator=generator, device=images.device) for generator in generators])
-    decisions, gamma, coefficients, deviations, ghosts = uniform.split([4, 1, len(powers), 2, 3], dim=1)
+    drawn = uniform(fold_in(keys, INTENSITY), (count,))
+    decisions, gamma, coefficients, deviations, ghosts = drawn.split([4, 1, len(powers), 2, 3], dim=1)
     low, high = value_range
     changed = (images - low) / (high - low)
     for column, (probability, change) in enumerate(
@@ -106,16 +112,16 @@ def augment_intensity(
     return changed * (high - low) + low
 
 
-def _gamma(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    exponent = (LOG_GAMMA * (2 * uniform - 1)).exp()[..., None, None]
+def _gamma(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    exponent = (LOG_GAMMA * (2 * drawn - 1)).exp()[..., None, None]
     return images.sign() * images.abs() ** exponent
 
 
-def _bias_field(images: torch.Tensor, uniform: torch.Tensor, powers: list[tuple[int, int]]) -> torch.Tensor:
+def _bias_field(images: torch.Tensor, drawn: torch.Tensor, powers: list[tuple[int, int]]) -> torch.Tensor:
     height, width = images.shape[2:]
     y, x = (torch.linspace(-1, 1, size, device=images.device) for size in (height, width))
     terms = torch.stack([y[:, None] ** i * x**j for i, j in powers])  # (terms, H, W)
-    coefficients = BIAS_COEFFICIENT * (2 * uniform - 1)
+    coefficients = BIAS_COEFFICIENT * (2 * drawn - 1)
     return images * torch.einsum("nt,thw->nhw", coefficients, terms).exp()[:, None]
 
 
@@ -133,13 +139,13 @@ def _blur(images: torch.Tensor, deviations: torch.Tensor) -> torch.Tensor:
     return flat.reshape(images.shape)
 
 
-def _ghosts(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def _ghosts(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     """Every k-th line of k-space is weakened, along one axis, but for those of the centre: k ghosts."""
-    along_rows = uniform[:, 0, None] < 0.5
+    along_rows = drawn[:, 0, None] < 0.5
     first, last = GHOSTS
-    number = first + (uniform[:, 1, None] * (last + 1 - first)).long().clamp(max=last - first)
+    number = first + (drawn[:, 1, None] * (last + 1 - first)).long().clamp(max=last - first)
     weakest, strongest = GHOST_INTENSITY
-    intensity = weakest + uniform[:, 2, None] * (strongest - weakest)
+    intensity = weakest + drawn[:, 2, None] * (strongest - weakest)
 
     def weights(size: int, applies: torch.Tensor) -> torch.Tensor:  # (N, size), the zero frequency first
         lines = torch.arange(size, device=images.device)

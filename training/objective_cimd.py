@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from diffusers import UNet2DModel
 
+from ..checks import check_integer, check_number
 from ..models.gaussian_encoder import GaussianEncoder, gaussian_divergence
 from ..models.unet_2d_heads import UNet2DHeadsModel
 from ..pipelines.pipeline_cimd import CIMDPipeline
+from ..schedulers.draws import fold_in, uniform
 from ..schedulers.scheduling_cimd import CIMDScheduler
 from ..volumes.processor import VolumeProcessor
-from .objective_noise import check_keys
-from .options import TrainOptions
-from .samples import repeated_generators
+from .keys import ANNOTATION, UPDATE
+from .objective import Batch, Objective
 from .variational_bound import variance_bound
 
 
@@ -23,34 +22,42 @@ from .variational_bound import variance_bound
 PREVIEW_STEPS = 10
 
 
-class CIMDObjective:
+class CIMDObjective(Objective):
     r"""
-    Mean squared error between drawn and predicted noise of a mask, plus the variational bound in bits per pixel, from which only the
-    variance learns; one of the annotations and the timestep are drawn uniformly at every visit of a slice. Exports a [`CIMDPipeline`].
+    Mean squared error between drawn and predicted noise of a mask, plus the variational bound in bits per pixel,
+    from which only the variance learns; one of the annotations and the timestep are drawn uniformly at every visit of
+    a slice. Exports a [`CIMDPipeline`].
 
-    The authors' third term is the divergence of two Gaussian encoders, one of image and annotation, one of image and predicted noise.
-    In their program both are random and never trained, and the network gets no latent variable: the term compares random features of the
-    noise with random features of the annotation, and users report blurred masks. It is off here. `kl_weight=1e-3` brings their program
-    back; with `train_encoders=True` the encoders learn as well, one reading of the paper that nobody has published.
+    The authors' third term is the divergence of two Gaussian encoders, one of image and annotation, one of image and
+    predicted noise. In their program both are random and never trained, and the network gets no latent variable: the
+    term compares random features of the noise with random features of the annotation, and users report blurred masks.
+    It is off here. `kl_weight=1e-3` brings their program back; with `train_encoders=True` the encoders learn as well,
+    one reading of the paper that nobody has published.
 
-    Trained: the UNet, and the encoders with `train_encoders`. Averaged: all of them. Frozen: the encoders without it. Labels: masks.
+    Trained: the UNet, and the encoders with `train_encoders`. Averaged: all of them. Frozen: the encoders without it.
+    Labels: masks.
 
     Args:
-        unet ([`~diffusers.UNet2DModel`] or [`UNet2DHeadsModel`]): C + 1 channels in, image and noised mask, 2 out, noise and variance.
-        scheduler ([`CIMDScheduler`]): Noises the masks.
-        processor ([`VolumeProcessor`]): Of the prepared data, exported with the weights.
-        inference (`dict`): Inference values of the pipeline that are exported.
-        vb_weight (`float`, defaults to 1.0): Weight of the variational bound, 0 or more. Without it the variance learns nothing.
+        unet ([`~diffusers.UNet2DModel`] or [`UNet2DHeadsModel`]): C + 1 channels in, image and noised mask, 2 out,
+            noise and variance.
+        scheduler ([`CIMDScheduler`]), processor, inference: As of [`Objective`].
+        vb_weight (`float`, defaults to 1.0): Weight of the variational bound, 0 or more. Without it the variance
+            learns nothing.
         kl_weight (`float`, defaults to 0.0): Weight of the divergence, 0 or more. The authors: 1e-3.
         train_encoders (`bool`, defaults to `False`): Train the encoders too; needs a `kl_weight`.
         updates_per_batch (`int`, defaults to 1):
-            Optimizer steps on one batch with one choice of annotations, each with timesteps and noise of its own. The authors' program
-            has 2 and counts one. Here every update is a step: its 53,000 steps are `train.max_steps` 106000.
+            Optimizer steps on one batch with one choice of annotations, each with timesteps and noise of its own. The
+            authors' program has 2 and counts one. Here every update is a step: its 53,000 steps are `train.max_steps`
+            106000.
     """
 
     columns = ("image", "mask", "annotations")
     trains_on = "annotated"
     validates_on = "annotated"
+    unet_classes = (UNet2DModel, UNet2DHeadsModel)
+    scheduler_class = CIMDScheduler
+    pipeline_class = CIMDPipeline
+    objective_keys = ("vb_weight", "kl_weight", "train_encoders", "updates_per_batch")
 
     def __init__(
         self,
@@ -64,118 +71,64 @@ class CIMDObjective:
         train_encoders: bool = False,
         updates_per_batch: int = 1,
     ):
-        for name, value in (("vb_weight", vb_weight), ("kl_weight", kl_weight)):
-            if not value >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {value}.")
+        check_number("vb_weight", vb_weight, least=0)
+        check_number("kl_weight", kl_weight, least=0)
         if train_encoders and not kl_weight:
             raise ValueError("`train_encoders` needs a `kl_weight` above 0: without it there are no encoders.")
-        if isinstance(updates_per_batch, bool) or not isinstance(updates_per_batch, int) or updates_per_batch < 1:
-            raise ValueError(f"`updates_per_batch` must be an integer of at least 1, got {updates_per_batch!r}.")
-        self.model = UNetWithEncoders(unet, train_encoders) if kl_weight else unet
-        self.scheduler = scheduler
-        self.processor = processor
-        self.inference = inference or {}
+        check_integer("updates_per_batch", updates_per_batch, 1)
+        super().__init__(
+            UNetWithEncoders(unet, train_encoders) if kl_weight else unet, scheduler, processor, inference
+        )
         self.vb_weight = vb_weight
         self.kl_weight = kl_weight
         self.updates_per_batch = updates_per_batch
-        # Built once here, so that a wrong inference value is found before the training and not after it.
-        self._pipeline(self.model)
 
     @classmethod
-    def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> CIMDObjective:
-        """Builds network, scheduler and objective from the blocks of a configuration."""
-        unet = dict(options.unet)
-        classes = {"UNet2DModel": UNet2DModel, "UNet2DHeadsModel": UNet2DHeadsModel}
-        name = unet.pop("_class_name", "UNet2DModel")
-        if name not in classes:
-            raise ValueError(f"`unet._class_name` must be one of {', '.join(classes)}, got {name!r}.")
-        size = processor.config.size
-        for key, value, reason in (
-            ("in_channels", len(processor.config.modalities) + 1, "the modalities and the mask"),
-            ("out_channels", 2, "noise and variance of the mask"),
-        ):
-            if unet.setdefault(key, value) != value:
-                raise ValueError(f"`unet.{key}` must be {value}, {reason}, got {unet[key]}.")
-        if size is not None:
-            unet.setdefault("sample_size", size[0] if size[0] == size[1] else tuple(size))
-        for block, given, target in (
-            ("unet", unet, classes[name]),
-            ("scheduler", options.scheduler, CIMDScheduler),
-            ("inference", options.inference, CIMDPipeline),
-            ("objective", options.objective, cls),
-        ):
-            check_keys(block, given, target)
-        scheduler = CIMDScheduler(**options.scheduler)
-        return cls(classes[name](**unet), scheduler, processor, options.inference, **options.objective)
+    def network_arguments(cls, network: type, channels: int) -> dict[str, tuple[int, str]]:
+        """Returns inputs for image and mask, outputs for the mask."""
+        return {
+            "in_channels": (channels + 1, "the modalities and the mask"),
+            "out_channels": (2, "noise and variance of the mask"),
+        }
 
-    def loss(
-        self,
-        model: torch.nn.Module,
-        batch: dict[str, torch.Tensor],
-        generators: list[torch.Generator],
-        update: int = 0,
-    ) -> torch.Tensor:
-        """
-        Loss of every sample, `(N,)`.
-
-        Args:
-            model (`torch.nn.Module`): `self.model` as accelerate wraps it.
-            batch (`dict[str, torch.Tensor]`):
-                `image (N, C, H, W)` in the processor's value range, `mask (N, A, H, W)`, 0 or 1, `annotations (N,)`: how many of a
-                slice's masks are there.
-            generators (`list[torch.Generator]`): One per slice; annotation, timestep and noise are drawn from it, in this order.
-            update (`int`): Number of the update on this batch; the later ones keep the annotation, and draw the rest anew.
-        """
+    def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor, update: int = 0) -> torch.Tensor:
+        """Computes the loss of every sample, `(N,)`, from `image`, `mask` and `annotations`; see [`Objective.loss`].
+        `update` is the number of the update on this batch: all of them see the same annotation, and draw the rest
+        anew."""
         images, annotations = batch["image"], _checked(batch["annotations"])
-        target = draw_annotation(batch["mask"], annotations, generators).to(images.dtype)
-        generators = repeated_generators(generators, update)
-        timesteps = torch.cat(
-            [torch.randint(len(self.scheduler), (1,), generator=g, device=images.device) for g in generators]
-        )
-        noise = self.scheduler.draw_noise(target.shape, timesteps, generators, images.device)
+        target = draw_annotation(batch["mask"], annotations, keys).to(images.dtype)
+        timesteps, noise = self.draw(target, fold_in(fold_in(keys, UPDATE), update))
         terms = cimd_loss_terms(model, self.scheduler, images, target, noise, timesteps, with_kl=self.kl_weight > 0)
         return terms["mse"] + self.vb_weight * terms["vb"] + self.kl_weight * terms["kl"]
 
-    @torch.no_grad()
-    def preview(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generators: list[torch.Generator]
-    ) -> dict[str, torch.Tensor]:
-        """Rows of a validation picture, each `(N, 1, H, W)`: slice, mean of its annotations, a noised one, its one-shot estimate, and two
-        members of an ensemble of few steps."""
+    def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
+        """Makes rows of slice, mean of its annotations, a noised one, its one-shot estimate, and two members of an
+        ensemble of few steps."""
         images, annotations = batch["image"], _checked(batch["annotations"])
         masks = batch["mask"].to(images.dtype)
-        pipeline = self._pipeline(model)
+        pipeline = self.make_pipeline(model)
         pipeline.set_progress_bar_config(disable=True)
-        target = draw_annotation(masks, annotations, generators)
-        level = torch.full((len(images),), len(self.scheduler) // 4, device=images.device)
-        noise = self.scheduler.draw_noise(target.shape, level, generators, images.device)
-        sample = self.scheduler.add_noise(target, noise, level)
+        quarter = len(self.scheduler) // 4
+        level, sample = self.noise_to(draw_annotation(masks, annotations, keys), quarter, keys)
         epsilon = pipeline.predict_noise(torch.cat([images, sample], dim=1), level)[:, :1]
-        members = pipeline.compute_members(
+        members = pipeline.compute_maps(
             images,
             list(range(len(images))),
             num_ensemble=2,
             num_inference_steps=min(PREVIEW_STEPS, len(self.scheduler)),
-            seed=generators[0].initial_seed(),
-        )
-        # Masks are 0 and 1, pictures have the range of the slices.
-        low, high = self.processor.config.value_range
+        ).maps
         rows = {
             "mean of the annotations": masks.sum(1, keepdim=True) / annotations[:, None, None, None],
-            f"one of them noised, t = {int(level[0])}": sample,
+            f"one of them noised, t = {quarter}": sample,
             "its one-shot estimate": self.scheduler.predict_original_sample(epsilon, level, sample),
             f"member 1, {PREVIEW_STEPS} steps": members[:, :1],
             f"member 2, {PREVIEW_STEPS} steps": members[:, 1:],
         }
-        return {"slice": images[:, :1]} | {title: low + (high - low) * row.float() for title, row in rows.items()}
+        # Masks are 0 and 1, pictures have the range of the slices.
+        return {"slice": images[:, :1]} | {title: self.processor.from_unit(row.float()) for title, row in rows.items()}
 
-    def export(self, model: torch.nn.Module, folder: str | Path) -> CIMDPipeline:
-        """Writes a complete pipeline folder with the weights of `model`; encoders stay behind, sampling does not need them."""
-        pipeline = self._pipeline(model)
-        pipeline.save_pretrained(folder)
-        return pipeline
-
-    def _pipeline(self, model: torch.nn.Module) -> CIMDPipeline:
+    def make_pipeline(self, model: torch.nn.Module) -> CIMDPipeline:
+        """Returns the pipeline of the trained `model`; encoders stay behind, sampling does not need them."""
         unet = model.unet if isinstance(model, UNetWithEncoders) else model
         return CIMDPipeline(unet, self.scheduler, self.processor, **self.inference)
 
@@ -200,14 +153,16 @@ class UNetWithEncoders(torch.nn.Module):
         self, sample: torch.Tensor, timesteps: torch.Tensor, label: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
+        Evaluates the denoiser, and compares what the encoders make of the mask and of the predicted noise.
+
         Args:
             sample (`torch.Tensor` of shape `(N, C + 1, H, W)`): Image and noised mask.
             timesteps (`torch.Tensor` of shape `(N,)`): t.
             label (`torch.Tensor` of shape `(N, 1, H, W)`): The mask without noise.
 
         Returns:
-            `tuple`: Outputs of the denoiser `(N, 2, H, W)`, and the divergence of the label's distribution from that of the predicted
-            noise in nats, `(N,)`. Encoders see the first modality alone, as the original's.
+            `tuple`: Outputs of the denoiser `(N, 2, H, W)`, and the divergence of the label's distribution from that
+            of the predicted noise in nats, `(N,)`. Encoders see the first modality alone, as the original's.
         """
         model_output = self.unet(sample, timesteps).sample
         image = sample[:, :1]
@@ -216,10 +171,9 @@ class UNetWithEncoders(torch.nn.Module):
         return model_output, gaussian_divergence(*of_label, *of_output)
 
 
-def draw_annotation(masks: torch.Tensor, annotations: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-    """One of the first `annotations` `(N,)` masks `(N, A, H, W)` of each slice, uniformly, from its own generator: `(N, 1, H, W)`."""
-    draws = torch.cat([torch.rand(1, generator=generator, device=masks.device) for generator in generators])
-    chosen = (draws * annotations).long().minimum(annotations - 1)
+def draw_annotation(masks: torch.Tensor, annotations: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Draws one of the first `annotations` `(N,)` masks `(N, A, H, W)` of each slice, uniformly: `(N, 1, H, W)`."""
+    chosen = (uniform(fold_in(keys, ANNOTATION)) * annotations).long().minimum(annotations - 1)
     return masks[torch.arange(len(masks), device=masks.device), chosen][:, None]
 
 
@@ -235,7 +189,7 @@ def cimd_loss_terms(
     with_kl: bool = False,
 ) -> dict[str, torch.Tensor]:
     """
-    The terms of the loss of each sample, `(N,)` each (method card, section 5).
+    Computes the terms of the loss of each sample.
 
     Args:
         model (`torch.nn.Module`): The UNet, or with `with_kl` a [`UNetWithEncoders`].
@@ -248,8 +202,8 @@ def cimd_loss_terms(
         with_kl (`bool`): Whether to compute the divergence.
 
     Returns:
-        `dict`: `"mse"`; `"vb"`, in bits per pixel, with gradients for the variance only; `"kl"` in nats, 0 without encoders, with
-        gradients for the predicted noise.
+        `dict` of `(N,)`: `"mse"`; `"vb"`, in bits per pixel, with gradients for the variance only; `"kl"` in nats, 0
+        without encoders, with gradients for the predicted noise.
     """
     sample = scheduler.add_noise(target, noise, timesteps)
     # In the type of the images: recorded masks may be float64.
@@ -271,7 +225,7 @@ def cimd_loss_terms(
 def _checked(annotations: torch.Tensor) -> torch.Tensor:
     if not (annotations > 0).all():
         raise ValueError(
-            f"`annotations` must be at least 1 for every slice, got {annotations.tolist()}: an annotation may mark nothing, but there must"
-            " be one. Prepare the data without cases that nobody annotated."
+            f"`annotations` must be at least 1 for every slice, got {annotations.tolist()}: an annotation may mark"
+            " nothing, but there must be one. Prepare the data without cases that nobody annotated."
         )
     return annotations

@@ -14,29 +14,33 @@ from transformers import (
     PretrainedConfig,
 )
 
+from ..checks import check_choice, check_keys
 from ..models.spark import LOSSES, REGIONS, SparKModel, resize_cells, spark_loss
+from ..schedulers.draws import fold_in, uniform
 from ..volumes.processor import VolumeProcessor
+from .keys import CELLS
+from .objective import MODALITIES, Batch, Objective
 from .options import TrainOptions
 
 
-class SparKObjective:
-    r"""
-    Error of a [`SparKModel`] in the cells of a slice that it has not seen, the cells drawn anew for every sample. Slices are brought to
-    [0, 1]. Exports the encoder alone.
+OF_MODEL = ("mask_ratio", "mask_grid", "decoder_width")
 
-    Trained: encoder, decoder and what joins them. Averaged: the same, but not the running statistics of the batch normalisation. Frozen:
-    nothing. Labels: none.
+
+class SparKObjective(Objective):
+    r"""
+    Error of a [`SparKModel`] in the cells of a slice that it has not seen, the cells drawn anew for every sample.
+    Slices are brought to [0, 1]. Exports the encoder alone.
+
+    Trained: encoder, decoder and what joins them. Averaged: the same, but not the running statistics of the batch
+    normalisation. Frozen: nothing. Labels: none.
 
     Args:
         model ([`SparKModel`]): With a [`~transformers.AutoBackbone`] as encoder.
-        processor ([`VolumeProcessor`]): Of the prepared data, exported with the encoder.
+        processor: As of [`Objective`].
         loss, region, normalize: As of [`spark_loss`].
     """
 
-    columns = ("image",)
-    trains_on = "healthy"
-    validates_on = "healthy"
-    updates_per_batch = 1
+    objective_keys = ("encoder", *OF_MODEL, "loss", "region", "normalize")
 
     def __init__(
         self,
@@ -47,71 +51,48 @@ class SparKObjective:
         region: str = "masked",
         normalize: bool = False,
     ):
-        for name, value, allowed in (("loss", loss, LOSSES), ("region", region, REGIONS)):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
-        self.model = model
-        self.processor = processor
+        check_choice("loss", loss, LOSSES)
+        check_choice("region", region, REGIONS)
+        super().__init__(model, None, processor)
         self.settings = {"loss": loss, "region": region, "normalize": normalize}
+
+    @classmethod
+    def check_options(cls, options: TrainOptions) -> None:
+        """Checks the blocks, and the keys of the encoder; see [`Objective.check_options`]."""
+        super().check_options(options)
+        check_encoder(options.objective.get("encoder", {}))
 
     @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> SparKObjective:
         """
-        Builds encoder, model and objective from the block `objective` of a configuration: `encoder`, settings of a transformers backbone
-        with its `model_type`, `resnet` by default; `mask_ratio`, `mask_grid` and `decoder_width` of [`SparKModel`]; and the loss.
+        Builds encoder, model and objective from the block `objective` of a configuration: `encoder`, settings of a
+        transformers backbone with its `model_type`, `resnet` by default; `mask_ratio`, `mask_grid` and `decoder_width`
+        of [`SparKModel`]; and the loss.
         """
-        for block in ("unet", "scheduler", "inference"):
-            if getattr(options, block):
-                raise ValueError(
-                    f"`{block}` must be empty for spark, got {', '.join(getattr(options, block))}; the encoder's settings are"
-                    " `objective.encoder`."
-                )
+        cls.check_options(options)
         if processor.config.size is None:
             raise ValueError("`processor.size` must be given, (H, W): masks are made for slices of one size.")
-        settings = dict(options.objective)
-        config = backbone_config(settings.pop("encoder", {}), len(processor.config.modalities))
+        settings, channels = dict(options.objective), len(processor.config.modalities)
+        config = backbone_config(settings.pop("encoder", {}), channels)
         if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
             warnings.warn(
                 f"transformers has no image classifier of {config.model_type}: no cddpm can load this encoder.",
                 stacklevel=2,
             )
+        of_model = {name: settings.pop(name) for name in OF_MODEL if name in settings}
         encoder = AutoBackbone.from_config(config)
-        of_model, of_loss = ("mask_ratio", "mask_grid", "decoder_width"), ("loss", "region", "normalize")
-        unknown = sorted(set(settings) - set(of_model) - set(of_loss))
-        if unknown:
-            raise ValueError(
-                f"`objective` has no key {', '.join(unknown)}; spark takes {', '.join(('encoder', *of_model, *of_loss))}."
-            )
-        model = SparKModel(
-            encoder,
-            tuple(processor.config.size),
-            len(processor.config.modalities),
-            **{name: settings.pop(name) for name in of_model if name in settings},
-        )
-        return cls(model, processor, **settings)
+        return cls(SparKModel(encoder, tuple(processor.config.size), channels, **of_model), processor, **settings)
 
-    def loss(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generators: list[torch.Generator]
-    ) -> torch.Tensor:
-        """
-        Loss of every sample, `(N,)`.
-
-        Args:
-            model (`torch.nn.Module`): The [`SparKModel`] as accelerate wraps it.
-            batch (`dict[str, torch.Tensor]`): `image (N, C, H, W)` in the processor's value range.
-            generators (`list[torch.Generator]`): One per slice; the visible cells are drawn from it.
-        """
+    def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
+        """Computes the loss of every sample, `(N,)`, from `image`; see [`Objective.loss`]."""
         images = self.processor.to_unit(batch["image"])
-        visible = self._draw(images, generators)
+        visible = self._draw_cells(keys)
         return spark_loss(images, model(images, visible).float(), visible, **self.settings)
 
-    @torch.no_grad()
-    def preview(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generators: list[torch.Generator]
-    ) -> dict[str, torch.Tensor]:
-        """Rows of a validation picture, each `(N, C, H, W)`: slice, what is seen of it, the prediction, and both put together."""
+    def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
+        """Makes rows of slice, what is seen of it, the prediction, and both put together."""
         images = self.processor.to_unit(batch["image"])
-        visible = self._draw(images, generators)
+        visible = self._draw_cells(keys)
         seen = resize_cells(visible, images.shape[2:])
         prediction = model(images, visible).float()
         rows = {
@@ -123,21 +104,22 @@ class SparKObjective:
         return {title: self.processor.from_unit(row) for title, row in rows.items()}
 
     def export(self, model: SparKModel, folder: str | Path) -> None:
-        """Writes `encoder/`, a model folder of transformers, and `processor/`: what `encoder_path` of the objective cddpm takes. It is no
-        pipeline; `ResNetForImageClassification.from_pretrained(folder, subfolder="encoder")` gives the encoder a new last layer."""
+        """Writes `encoder/`, a model folder of transformers, and `processor/`: what `encoder_path` of the objective
+        cddpm takes. It is no pipeline; `ResNetForImageClassification.from_pretrained(folder, subfolder="encoder")`
+        gives the encoder a new last layer."""
         folder = Path(folder)
         model.encoder.save_pretrained(folder / "encoder")
         self.processor.save_pretrained(folder / "processor")
 
-    def _draw(self, images: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    def _draw_cells(self, keys: torch.Tensor) -> torch.Tensor:
         rows, columns = self.model.mask_grid
-        draws = [torch.rand(rows * columns, generator=generator, device=images.device) for generator in generators]
-        return self.model.choose_cells(torch.stack(draws))
+        return self.model.choose_cells(uniform(fold_in(keys, CELLS), (rows * columns,)))
 
 
 def backbone_config(settings: dict, channels: int) -> PretrainedConfig:
     """
-    Configuration of a transformers backbone that gives the maps of all its stages; arguments as of [`encoder_config`].
+    Makes the configuration of a transformers backbone that gives the maps of all its stages; arguments as of
+    [`encoder_config`].
 
     Raises:
         ValueError: As of [`encoder_config`], and a model without such a backbone.
@@ -153,33 +135,35 @@ def backbone_config(settings: dict, channels: int) -> PretrainedConfig:
 
 def encoder_config(settings: dict, channels: int) -> PretrainedConfig:
     """
-    Configuration of an image encoder of transformers.
+    Makes the configuration of an image encoder of transformers.
 
     Args:
         settings (`dict`): Of the configuration, with `model_type`, `resnet` by default.
         channels (`int`): Modalities, which are `num_channels`.
 
     Raises:
-        ValueError: An unknown `model_type` or key, or another `num_channels`.
+        ValueError: As of [`check_encoder`], or another `num_channels`.
     """
-    settings = dict(settings)
-    name = settings.pop("model_type", "resnet")
-    if name not in CONFIG_MAPPING:
-        raise ValueError(
-            f"`objective.encoder.model_type` must be one that transformers knows, such as resnet, got {name!r}."
-        )
-    known = CONFIG_MAPPING[name]().to_dict()
+    settings, known = dict(settings), check_encoder(settings)
     if "num_channels" in known and settings.setdefault("num_channels", channels) != channels:
         raise ValueError(
-            f"`objective.encoder.num_channels` must be {channels}, the number of modalities, got {settings['num_channels']}."
+            f"`objective.encoder.num_channels` must be {channels}, {MODALITIES}, got {settings['num_channels']}."
         )
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(
-            f"`objective.encoder` has no key {', '.join(unknown)}; {name} takes {', '.join(sorted(known))}."
-        )
-    config = CONFIG_MAPPING[name](**settings)
+    config = CONFIG_MAPPING[settings.pop("model_type", "resnet")](**settings)
     for key, value in vars(config).items():
         if isinstance(value, tuple):  # a default that the backbones of ConvNeXt and FocalNet cannot add to a list
             setattr(config, key, list(value))
     return config
+
+
+def check_encoder(settings: dict) -> list[str]:
+    """Checks `model_type` and keys of an image encoder's `settings`; returns the keys that it knows. Raises a
+    `ValueError` for others."""
+    name = settings.get("model_type", "resnet")
+    if name not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`objective.encoder.model_type` must be one that transformers knows, such as resnet, got {name!r}."
+        )
+    known = sorted(CONFIG_MAPPING[name]().to_dict())
+    check_keys("objective.encoder", settings, known, name)
+    return known

@@ -9,6 +9,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..checks import check_choice
 from .options import EMAOptions, OptimOptions
 
 
@@ -18,17 +19,17 @@ SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
 
 def check_optim(optim: OptimOptions) -> None:
     """Raises a `ValueError` for options that no optimizer or schedule can be made of."""
-    for name, allowed in (("algorithm", ALGORITHMS), ("lr_scheduler", SCHEDULES)):
-        if getattr(optim, name) not in allowed:
-            raise ValueError(f"`optim.{name}` must be one of {', '.join(allowed)}, got {getattr(optim, name)!r}.")
+    check_choice("optim.algorithm", optim.algorithm, ALGORITHMS)
+    check_choice("optim.lr_scheduler", optim.lr_scheduler, SCHEDULES)
     if not 0 <= optim.start_lr <= optim.learning_rate:
         raise ValueError(
-            f"`optim.start_lr` must be between 0 and `optim.learning_rate` {optim.learning_rate:g}, got {optim.start_lr:g}."
+            f"`optim.start_lr` must be between 0 and `optim.learning_rate` {optim.learning_rate:g}, got"
+            f" {optim.start_lr:g}."
         )
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], optim: OptimOptions) -> torch.optim.Optimizer:
-    """AdamW, or Adam, whose weight decay is part of the gradient."""
+    """Makes AdamW, or Adam, whose weight decay is part of the gradient."""
     algorithm = torch.optim.AdamW if optim.algorithm == "adamw" else torch.optim.Adam
     return algorithm(
         parameters,
@@ -40,8 +41,9 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], optim: OptimOptions
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, optim: OptimOptions, max_steps: int) -> LambdaLR:
-    """A schedule of diffusers between `start_lr` and `learning_rate`: the share s of the peak that it gives, 0 to 1, becomes
-    `start_lr + s (learning_rate - start_lr)`. `cosine` is then ANDi's rule: a linear warm-up and a half cosine back down."""
+    """Makes a schedule of diffusers between `start_lr` and `learning_rate`: the share s of the peak that it gives, 0
+    to 1, becomes `start_lr + s (learning_rate - start_lr)`. `cosine` is then ANDi's rule: a linear warm-up and a half
+    cosine back down."""
     schedule = get_scheduler(
         optim.lr_scheduler,
         optimizer,
@@ -55,9 +57,10 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, optim: OptimOptions, max
 
 
 def make_ema(parameters: Iterable[torch.nn.Parameter], ema: EMAOptions) -> EMAModel:
-    """diffusers' average of the weights: a plain copy of them in the first `start_step` steps, then with `decay`."""
-    # The average has its own warm-up, (1 + step) / (10 + step), whose first step copies; a fixed decay needs `min_decay`, and
-    # averages from step `update_after_step + 2` on.
+    """Makes diffusers' average of the weights: a plain copy of them in the first `start_step` steps, then with
+    `decay`."""
+    # The average has its own warm-up, (1 + step) / (10 + step), whose first step copies; a fixed decay needs
+    # `min_decay`, and averages from step `update_after_step + 2` on.
     if ema.warmup:
         return EMAModel(parameters, decay=ema.decay, update_after_step=max(ema.start_step - 1, 0))
     return EMAModel(parameters, decay=ema.decay, min_decay=ema.decay, update_after_step=ema.start_step - 1)

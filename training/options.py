@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..checks import check_integer, check_number
+
 
 @dataclass
 class AugmentationOptions:
@@ -37,9 +39,11 @@ class DataOptions:
     train_split: str = "train"
     """Split to learn from. Methods that learn from healthy slices leave out those that are known to be anomalous."""
     validation_split: str = "validation"
-    """Split that the validation loss is computed on: its healthy slices, or those with a label where a method learns from labels."""
+    """Split that the validation loss is computed on: its healthy slices, or those with a label where a method learns
+    from labels."""
     streaming: bool = False
-    """Read the training split from the Hub in every epoch instead of downloading it once; every process reads all of it."""
+    """Read the training split from the Hub in every epoch instead of downloading it once; every process reads all of
+    it."""
     shuffle_buffer: int = 256
     """With streaming: slices in memory that the next one is drawn from."""
     num_workers: int = 0
@@ -132,7 +136,8 @@ class LoopOptions:
 
 @dataclass
 class TrainOptions:
-    """One run. The keys of unet, scheduler, processor and inference are those of the files a checkpoint consists of."""
+    """One run. The keys of unet, scheduler, processor and inference are those of the files a checkpoint consists
+    of."""
 
     method: str = "anoddpm"
     """What is trained."""
@@ -149,3 +154,24 @@ class TrainOptions:
     data: DataOptions = field(default_factory=DataOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     train: LoopOptions = field(default_factory=LoopOptions)
+
+
+def check_options(options: TrainOptions) -> None:
+    """Raises a `ValueError` for a value that no run can have; the keys of the blocks are checked by the objective."""
+    loop, data = options.train, options.data
+    for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "validation_slices"):
+        check_integer(f"train.{name}", vars(loop)[name], 1)
+    check_integer("train.checkpoint_limit", loop.checkpoint_limit, 1)
+    check_integer("train.validate_every", loop.validate_every, 0)
+    check_integer("train.checkpoint_every", loop.checkpoint_every, 0)
+    check_integer("train.seed", loop.seed, 0, 2**32 - 1)
+    check_integer("train.ema.start_step", loop.ema.start_step, 0)
+    for name in ("gamma", "bias_field", "blur", "ghosting"):
+        check_number(f"data.augmentation.{name}", vars(data.augmentation)[name], least=0, most=1)
+    if data.streaming:
+        if data.num_workers not in (0, 1):
+            raise ValueError(
+                f"`data.num_workers` must be 0 or 1 with `data.streaming`, got {data.num_workers}: every worker would"
+                " read the whole data set."
+            )
+        check_integer("data.shuffle_buffer", data.shuffle_buffer, 1)

@@ -1,20 +1,26 @@
-"""Samples by number: which slices a training step sees, in which order, and what is random about them."""
+"""Samples by number: which slices a training step sees, and in which order."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.utils.data
+from accelerate import Accelerator
 
-from ..data.prepared import PreparedSplit, StreamedSplit
+from ..data.phantoms.sets import PHANTOMS
+from ..data.prepared import PreparedSplit, StreamedSplit, load_prepared
+from .objective import Objective
+from .options import DataOptions, TrainOptions
 
 
 class SampleStream(torch.utils.data.Dataset):
-    """Samples by number: the slices of an endless sequence of permutations of a split, with the columns that are asked for; only
-    those of the `population` (`data.prepared.POPULATIONS`)."""
+    """Gives samples by number: the slices of an endless sequence of permutations of a split, with the columns that are
+    asked for; only those of the `population` (`data.prepared.POPULATIONS`)."""
 
     def __init__(self, split: PreparedSplit, seed: int, columns: Sequence[str] = ("image",), population: str = "all"):
         self.split = split
@@ -35,12 +41,14 @@ class SampleStream(torch.utils.data.Dataset):
         return int(self.rows[self._order[index]])
 
 
+@dataclass(eq=False)
 class StreamedSamples(torch.utils.data.IterableDataset):
     """
-    Samples by number of a split that is read as it comes: the slices of an endless sequence of shuffled passes over it.
+    Gives samples by number of a split that is read as it comes: the slices of an endless sequence of shuffled
+    passes over it.
 
-    Slices that are not in `batches` are passed over: those of other processes, and those of the begun pass before the first batch.
-    Whole passes before it are not read.
+    Slices that are not in `batches` are passed over: those of other processes, and those of the begun pass before the
+    first batch. Whole passes before it are not read.
 
     Args:
         split ([`StreamedSplit`]): The slices.
@@ -57,21 +65,12 @@ class StreamedSamples(torch.utils.data.IterableDataset):
         ConnectionError: The split could not be read any further.
     """
 
-    def __init__(
-        self,
-        split: StreamedSplit,
-        seed: int,
-        buffer_size: int,
-        batches: Iterable[list[int]],
-        columns: Sequence[str] = ("image",),
-        population: str = "all",
-    ):
-        self.split = split
-        self.seed = seed
-        self.buffer_size = buffer_size
-        self.batches = batches
-        self.columns = columns
-        self.population = population
+    split: StreamedSplit
+    seed: int
+    buffer_size: int
+    batches: Iterable[list[int]]
+    columns: Sequence[str] = ("image",)
+    population: str = "all"
 
     def __iter__(self) -> Iterator[dict]:
         current, rows, done = -1, iter(()), 0
@@ -96,47 +95,102 @@ class StreamedSamples(torch.utils.data.IterableDataset):
             yield {**stacked, "image": stacked["image"].astype(np.float32), "position": np.array(positions)}
 
 
+@dataclass
 class PositionBatches:
-    """Sample numbers of each forward pass of one process, from optimizer step `first_step` on. With `updates_per_batch` u the samples of
-    steps s u ... s u + u - 1 are the same."""
+    """Gives the sample numbers of each forward pass of one process, from optimizer step `first_step` to `last_step` -
+    1. With `updates_per_batch` u the samples of steps s u ... s u + u - 1 are the same."""
 
-    def __init__(
-        self,
-        first_step: int,
-        last_step: int,
-        batch_size: int,
-        accumulation: int,
-        processes: int,
-        process: int,
-        updates_per_batch: int = 1,
-    ):
-        self.steps = range(first_step, last_step)
-        self.batch_size = batch_size
-        self.accumulation = accumulation
-        self.processes = processes
-        self.process = process
-        self.updates_per_batch = updates_per_batch
+    first_step: int
+    last_step: int
+    batch_size: int
+    accumulation: int
+    processes: int
+    process: int
+    updates_per_batch: int = 1
 
     def __len__(self) -> int:
-        return len(self.steps) * self.accumulation
+        return (self.last_step - self.first_step) * self.accumulation
 
     def __iter__(self):
-        for step in self.steps:
+        for step in range(self.first_step, self.last_step):
             number = step // self.updates_per_batch
             for micro in range(self.accumulation):
                 start = ((number * self.accumulation + micro) * self.processes + self.process) * self.batch_size
                 yield list(range(start, start + self.batch_size))
 
 
-def sample_generators(seed: int, stream: int, positions, device: torch.device) -> list[torch.Generator]:
-    """One generator per sample; `stream` 0 is training, 1 validation."""
-    keys = [np.random.SeedSequence([seed, stream, int(p)]).generate_state(1, np.uint64)[0] for p in positions]
-    return [torch.Generator(device).manual_seed(int(key)) for key in keys]
+def load_splits(
+    accelerator: Accelerator, data: DataOptions, validates: bool, objective_class: type[Objective]
+) -> tuple[PreparedSplit | StreamedSplit, PreparedSplit | None]:
+    """
+    Opens the training split and, if the run validates, the validation split.
+
+    Raises:
+        ValueError: A split holds no slice that the objective could use, or a phantom is to be streamed.
+    """
+    if data.streaming and data.path in PHANTOMS and not Path(data.path).is_dir():
+        raise ValueError(
+            f"`data.streaming` is for a folder or a data set on the Hub, got the phantom {data.path!r}, which is made"
+            " on this machine: leave `data.streaming` out, or name other data with `--data`."
+        )
+    # The first process makes a phantom or fills a cache, the others then find it.
+    with accelerator.main_process_first():
+        train_split = load_prepared(data.path, data.train_split, streaming=data.streaming)
+        if not train_split.count_rows(objective_class.trains_on):
+            raise ValueError(
+                f"The split `{data.train_split}` of {data.path} holds no {objective_class.trains_on} slice, which"
+                " this method learns from: name another with `--data.train_split`, or prepare other data."
+            )
+        if not validates:
+            return train_split, None
+        validation_split = load_prepared(data.path, data.validation_split)
+    if not validation_rows(validation_split, objective_class).size:
+        raise ValueError(
+            f"The split `{data.validation_split}` holds no {objective_class.validates_on} slice to validate on: name"
+            " another with `--data.validation_split`, or switch validation off with `--train.validate_every 0`."
+        )
+    return train_split, validation_split
 
 
-def repeated_generators(generators: list[torch.Generator], update: int) -> list[torch.Generator]:
-    """Generators for the draws that differ between the updates on one batch, from those of its samples: themselves for update 0."""
-    if not update:
-        return generators
-    keys = [np.random.SeedSequence([g.initial_seed(), update]).generate_state(1, np.uint64)[0] for g in generators]
-    return [torch.Generator(g.device).manual_seed(int(key)) for g, key in zip(generators, keys, strict=True)]
+def validation_rows(split: PreparedSplit, objective: Objective | type[Objective]) -> np.ndarray:
+    """Returns the rows that an objective is validated on: those of a population, or those with a known label."""
+    if objective.validates_on == "labelled":
+        return np.flatnonzero(split.labels >= 0)
+    return split.rows_of(objective.validates_on)
+
+
+def make_loader(
+    split: PreparedSplit | StreamedSplit,
+    objective: Objective,
+    options: TrainOptions,
+    accelerator: Accelerator,
+    first_step: int,
+) -> torch.utils.data.DataLoader:
+    """Makes the loader of the batches of this process, from optimizer step `first_step` to the last one: tensors on
+    the CPU, the columns of the objective and `position (N,)`."""
+    loop, data = options.train, options.data
+    steps, sizes = (first_step, loop.max_steps), (loop.batch_size, loop.gradient_accumulation_steps)
+    processes = accelerator.num_processes, accelerator.process_index
+    batches = PositionBatches(*steps, *sizes, *processes, objective.updates_per_batch)
+    if data.streaming:
+        samples = StreamedSamples(
+            split, loop.seed, data.shuffle_buffer, batches, objective.columns, objective.trains_on
+        )
+        source: dict = {"dataset": samples, "batch_size": None}  # it makes whole batches
+    else:
+        samples = SampleStream(split, loop.seed, objective.columns, objective.trains_on)
+        source = {"dataset": samples, "batch_sampler": batches}
+    return torch.utils.data.DataLoader(
+        **source,
+        collate_fn=as_tensors,
+        # A generator of its own: starting a loader draws from the global one, which dropout draws from too.
+        generator=torch.Generator(),
+        num_workers=data.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        persistent_workers=data.num_workers > 0,
+    )
+
+
+def as_tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Turns the arrays of a batch into tensors."""
+    return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in batch.items()}

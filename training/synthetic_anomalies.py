@@ -1,13 +1,14 @@
-"""Synthetic anomalies in healthy slices, as DRAEM makes them and SADM's authors use them: Perlin noise above a threshold is the mask, its
-grey values, changed by three of ten augmenters, are the texture, which is blended into the slice.
+"""Synthetic anomalies in healthy slices, as DRAEM makes them and SADM's authors use them: Perlin noise above a
+threshold is the mask, its grey values, changed by three of ten augmenters, are the texture, which is blended into the
+slice.
 
-Zavrtanik, Kristan, Skocaj, "DRAEM - A discriminatively trained reconstruction embedding for surface anomaly detection", ICCV 2021;
-SADM's `DRAEM/augmenter.py`, method card section 5. The augmenters, imgaug's in the original, are written here on batches of grey
-images: imgaug does not run with today's numpy, and torchvision would be a requirement for one function. Their random numbers cannot be
-those of the original, their distributions are.
+Zavrtanik, Kristan, Skocaj, "DRAEM - A discriminatively trained reconstruction embedding for surface anomaly
+detection", ICCV 2021; SADM's `DRAEM/augmenter.py`. The augmenters, imgaug's in the original, are written here on
+batches of grey images: imgaug does not run with today's numpy, and torchvision would be a requirement for one
+function. Their random numbers cannot be those of the original, their distributions are.
 
-Everything random about a slice comes from one vector of its own generator, so that neither batches nor processes change it, and nothing
-waits for the device.
+Everything random about a slice comes from one vector of its own key, so that neither batches nor processes change it,
+and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+
+from ..schedulers.draws import uniform
 
 
 # N slices, C modalities, H x W pixels.
@@ -30,28 +33,24 @@ _CORNERS = 2**MAX_EXPONENT + 1  # of the cells, per axis
 _PARAMETERS = 3  # uniform numbers per augmenter and slice
 
 
-def draw_anomalies(images: torch.Tensor, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_anomalies(images: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Slices with one drawn anomaly each. About 7 % of the masks are empty, and those slices as they were; the median of the others
-    covers 4 % of a slice, brain or not.
+    Draws one anomaly into each slice. About 7 % of the masks are empty, and those slices as they were; the median
+    of the others covers 4 % of a slice, brain or not.
 
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`): Healthy slices in [0, 1]. All modalities get the same texture.
-        generators (`list[torch.Generator]`): One per slice, on the device of the images.
+        keys (`torch.Tensor` of shape `(N, 2)`): One per slice, on the device of the images.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Changed slices `(N, C, H, W)`, and masks `(N, 1, H, W)` of 0 and 1, in the type of the images.
+        `tuple[torch.Tensor, torch.Tensor]`: Changed slices `(N, C, H, W)`, and masks `(N, 1, H, W)` of 0 and 1, in the
+        type of the images.
     """
-    if len(generators) != len(images):
-        raise ValueError(
-            f"`generators` must have one entry per slice, got {len(generators)} for {len(images)} slices."
-        )
     height, width = images.shape[2:]
-    # Uniform numbers in a fixed order, however many of them are used: two exponents, rotation, beta, order of the augmenters, their
-    # parameters in every round, angles.
+    # Uniform numbers in a fixed order, however many of them are used: two exponents, rotation, beta, order of the
+    # augmenters, their parameters in every round, angles.
     sizes = [2, 1, 1, len(AUGMENTERS), NUM_AUGMENTERS * _PARAMETERS, _CORNERS**2]
-    uniform = torch.stack([torch.rand(sum(sizes), generator=g, device=g.device) for g in generators])
-    exponents, turn, opacity, order, parameters, angles = uniform.split(sizes, dim=1)
+    exponents, turn, opacity, order, parameters, angles = uniform(keys, (sum(sizes),)).split(sizes, dim=1)
 
     # Noise on the next powers of two, of which cells are a part, cut to the slice.
     size = next_power_of_two(height), next_power_of_two(width)
@@ -68,18 +67,19 @@ def draw_anomalies(images: torch.Tensor, generators: list[torch.Generator]) -> t
 
 
 def next_power_of_two(size: int) -> int:
-    """The smallest power of two that is not below `size`."""
+    """Returns the smallest power of two that is not below `size`."""
     return 1 << (size - 1).bit_length()
 
 
 def perlin_noise(size: tuple[int, int], cells: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """
-    Perlin noise from given angles of the gradients at the cells' corners.
+    Computes Perlin noise from given angles of the gradients at the cells' corners.
 
     Args:
         size (`tuple[int, int]`): H and W.
         cells (`torch.Tensor` of shape `(N, 2)`): Number of cells along H and W, which should divide them.
-        angles (`torch.Tensor` of shape `(N, P, Q)`): In radians, at least one more than cells along either axis; others are not used.
+        angles (`torch.Tensor` of shape `(N, P, Q)`): In radians, at least one more than cells along either axis;
+            others are not used.
 
     Returns:
         `torch.Tensor` of shape `(N, H, W)`: about -1 to 1.
@@ -105,7 +105,7 @@ def perlin_noise(size: tuple[int, int], cells: torch.Tensor, angles: torch.Tenso
 
 
 def rotate(images: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
-    """Images `(N, H, W)`, each turned by its angle `(N,)` about the centre, bilinear, 0 from outside."""
+    """Turns images `(N, H, W)`, each by its angle `(N,)` about the centre, bilinear, 0 from outside."""
     angle = torch.deg2rad(degrees)
     cos, sin, nothing = angle.cos(), angle.sin(), torch.zeros_like(angle)
     aspect = images.shape[1] / images.shape[2]
@@ -115,25 +115,26 @@ def rotate(images: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
 
 
 def texture(noise: torch.Tensor) -> torch.Tensor:
-    """Noise as grey values 0 to 255, whole numbers; negative noise wraps round, as it does in the original."""
+    """Turns noise into grey values 0 to 255, whole numbers; negative noise wraps round, as it does in the original."""
     return (255 * noise).trunc().remainder(256)
 
 
 def blend(images: torch.Tensor, mask: torch.Tensor, texture: torch.Tensor, opacity: torch.Tensor) -> torch.Tensor:
-    """Slices `(N, C, H, W)` in [0, 1] that are, where the mask `(N, 1, H, W)` is 1, in part `opacity` `(N,)` the texture `(N, 1, H, W)`
-    of grey values 0 to 255."""
+    """Blends: slices `(N, C, H, W)` in [0, 1] become, where the mask `(N, 1, H, W)` is 1, in part `opacity` `(N,)` the
+    texture `(N, 1, H, W)` of grey values 0 to 255."""
     opacity = opacity.reshape(-1, 1, 1, 1).to(images.dtype)
     return images * (1 - mask) + opacity * (texture / 255 * mask) + (1 - opacity) * images * mask
 
 
 def augment_texture(grey: torch.Tensor, chosen: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     """
-    Grey images through several augmenters, each image through its own.
+    Sends grey images through several augmenters, each image through its own.
 
     Args:
         grey (`torch.Tensor` of shape `(N, H, W)`): Whole numbers 0 to 255.
         chosen (`torch.Tensor` of shape `(N, K)`): Numbers of the augmenters in `AUGMENTERS`, in their order.
-        parameters (`torch.Tensor` of shape `(N, K, 3)`): Uniform numbers in [0, 1) that every augmenter takes what it needs of.
+        parameters (`torch.Tensor` of shape `(N, K, 3)`): Uniform numbers in [0, 1) that every augmenter takes what it
+            needs of.
     """
     number = torch.arange(len(grey), device=grey.device)
     for round_ in range(chosen.shape[1]):
@@ -144,8 +145,8 @@ def augment_texture(grey: torch.Tensor, chosen: torch.Tensor, parameters: torch.
     return grey
 
 
-# The augmenters: grey images (N, H, W) of whole numbers 0 to 255, and three uniform numbers (N, 1, 1) each. Ranges are those of DRAEM,
-# where it names none imgaug's defaults.
+# The augmenters: grey images (N, H, W) of whole numbers 0 to 255, and three uniform numbers (N, 1, 1) each. Ranges are
+# those of DRAEM, where it names none imgaug's defaults.
 
 
 def _whole(grey: torch.Tensor) -> torch.Tensor:
@@ -169,8 +170,9 @@ def _sharpness(grey, u, v, w):
 
 
 def _hue_and_saturation(grey, u, v, w):
-    # Grey has no colour until its saturation, here 0 to 50 of 255, is raised, and of the colour only red is kept: it is less than the
-    # brightness where the hue, up to 50 of 255 parts of the circle from red, is more than 60 degrees away.
+    # Grey has no colour until its saturation, here 0 to 50 of 255, is raised, and of the colour only red is kept: it
+    # is less than the brightness where the hue, up to 50 of 255 parts of the circle from red, is more than 60 degrees
+    # away.
     hue = (100 * u - 50).abs() / 255 * 360
     saturation = (100 * v - 50).clamp(min=0) / 255
     return _whole(grey * (1 - saturation * (hue / 60 - 1).clamp(0, 1)))

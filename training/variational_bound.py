@@ -1,12 +1,46 @@
-"""The variational bound that teaches a network its variance (Nichol and Dhariwal 2021)."""
+"""The variational bound of one diffusion step, in bits per dimension (DDPM eq. 5; Nichol and Dhariwal 2021)."""
+
+from __future__ import annotations
 
 import math
 
 import torch
 
+from ..schedulers.process import DiffusionProcess
+from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
+
+
+# N samples, C channels, H x W pixels.
+
+
+def variational_bound(
+    scheduler: AnoDDPMScheduler,
+    original: torch.Tensor,
+    sample: torch.Tensor,
+    model_output: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Computes the bound of a network that predicts the noise, with the variance of the scheduler.
+
+    Args:
+        scheduler ([`AnoDDPMScheduler`]): Of the noise.
+        original, sample, model_output (`torch.Tensor` of shape `(N, C, H, W)`): x_0, x_t, and the predicted noise.
+        timesteps (`torch.Tensor` of shape `(N,)`): t, from 0.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`.
+    """
+    estimate = scheduler.predict_original_sample(model_output, timesteps, sample)
+    if scheduler.config.clip_sample:
+        estimate = estimate.clamp(-1.0, 1.0)
+    mean = scheduler.posterior_mean(estimate, timesteps, sample)
+    log_variance = scheduler.variance.log().float().to(sample.device)[timesteps].reshape(-1, 1, 1, 1)
+    return _step_bound(scheduler, original, sample, mean, log_variance, timesteps)
+
 
 def variance_bound(
-    scheduler,
+    scheduler: DiffusionProcess,
     original: torch.Tensor,
     estimate: torch.Tensor,
     sample: torch.Tensor,
@@ -14,22 +48,38 @@ def variance_bound(
     timesteps: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Term of the variational bound of each sample's timestep in bits per dimension, `(N,)`, with gradients for the variance only: a
-    Kullback-Leibler divergence for t > 0, for t = 0 the likelihood of 8-bit images in [-1, 1] (DDPM eq. 5 and 13). CIMD's masks of 0 and 1
-    are taken for such images, as in the original: the bin of 1 is open above, that of 0 is 2 / 255 wide.
+    Computes the bound that teaches a network its variance: it has gradients for the variance only.
 
     Args:
         scheduler ([`AnoFPDMScheduler`] or [`CIMDScheduler`]): Of the noise.
         original, estimate, sample, variance_output (`torch.Tensor` of shape `(N, C, H, W)`):
-            x_0, the network's estimate of it, which is not limited, x_t, and the other half of the outputs: -1 for the posterior's
-            variance, 1 for beta_t.
+            x_0, the network's estimate of it, which is not limited, x_t, and the other half of the outputs: -1 for the
+            posterior's variance, 1 for beta_t.
         timesteps (`torch.Tensor` of shape `(N,)`): t, from 0.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`.
     """
-    # mean, log -> p_theta(x_{t-1} | x_t); true_mean, true_log -> q(x_{t-1} | x_t, x_0).
     mean = scheduler.posterior_mean(estimate.detach(), timesteps, sample)
+    log_variance = scheduler.learned_log_variance(variance_output, timesteps)
+    return _step_bound(scheduler, original, sample, mean, log_variance, timesteps)
+
+
+def _step_bound(
+    scheduler: DiffusionProcess,
+    original: torch.Tensor,
+    sample: torch.Tensor,
+    mean: torch.Tensor,
+    log: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> torch.Tensor:
+    """A Kullback-Leibler divergence for t > 0, for t = 0 the likelihood of 8-bit images in [-1, 1] (DDPM eq. 5 and
+    13). CIMD's masks of 0 and 1 are taken for such images, as in the original: the bin of 1 is open above, that of 0
+    is 2 / 255 wide."""
+    # mean, log -> p_theta(x_{t-1} | x_t); true_mean, true_log -> q(x_{t-1} | x_t, x_0), at t = 0 the variance of t =
+    # 1.
     true_mean = scheduler.posterior_mean(original, timesteps, sample)
-    log = scheduler.learned_log_variance(variance_output, timesteps)
-    true_log = scheduler.learned_log_variance(torch.full_like(variance_output, -1.0), timesteps)
+    true_log = scheduler.gather("posterior_log_variance", timesteps, log)
     divergence = 0.5 * (-1.0 + log - true_log + (true_log - log).exp() + (true_mean - mean).square() * (-log).exp())
 
     # Probability of the grey level's bin, 2 / 255 wide; the outermost bins are open.

@@ -8,6 +8,9 @@ value of the grid is an oracle, and the scaling needs all test volumes together.
 UAD-IMAG (method card C3): scores in their own units; mean Dice over volumes at the best threshold of a grid on the test set (oracle)
 and at the best one of the validation set; false positive rate in the brain there; a threshold for a wanted rate.
 
+Dice is averaged over the volumes with a lesion, the same ones at every threshold. Without a lesion it is 0 or, where nothing is
+predicted, undefined: a mean with such volumes would rise where they drop out of it. They count in everything else.
+
 Maps are those of the cases, 0 outside the brain, where the original programs keep what the network made of the background;
 slices without brain are not among them. Volumes are read one after the other.
 """
@@ -35,13 +38,13 @@ EQUALISED_SWEEP = (0.8, 0.999, 0.001)
 PROTOCOL_TEXT = {
     "pooled": {},
     "andi": {
-        "unit_of_averaging": "; ANDi columns: all voxels of all test volumes for AP, Dice as the mean over volumes",
+        "unit_of_averaging": "; ANDi columns: all voxels of all test volumes for AP, Dice as the mean over volumes with a lesion",
         "threshold_policy": "; ANDi columns: maps scaled to [0, 1] over the whole test set (equalised FLAIR is not scaled), oracle as"
         " the best of a grid on the test split, Yen per volume with background and one dilation",
     },
     "uad_imag": {
-        "unit_of_averaging": "; UAD-IMAG columns: all voxels of all test volumes for AP, Dice as the mean over volumes, FPR over the"
-        " brain voxels of the test split that are no lesion",
+        "unit_of_averaging": "; UAD-IMAG columns: all voxels of all test volumes for AP, Dice as the mean over volumes with a lesion, FPR"
+        " over the brain voxels of the test split that are no lesion",
         "threshold_policy": "; UAD-IMAG columns: absolute thresholds, oracle as the best of a grid on the test split, validation as"
         " the best of the grid on the validation split, healthy as the last threshold of the ROC curve of healthy validation"
         " slices with a lower FPR than `healthy_fpr`",
@@ -148,9 +151,8 @@ def score_andi(
             Scale maps to [0, 1] over the test set; the authors do not for the equalised FLAIR.
 
     Returns:
-        `tuple[dict, dict, list[dict]]`: Metrics, `None` where undefined; the sweep, lists `thresholds` and `dice` (mean over
-        volumes); one record per case. Volumes without lesion and prediction are left out of a mean, which they make `nan` in
-        the original.
+        `tuple[dict, dict, list[dict]]`: Metrics, `None` where undefined; the sweep, lists `thresholds` and `dice` (mean over the
+        volumes with a lesion; in the original, over all, `nan` if one has neither lesion nor prediction); one record per case.
     """
     low, high = 0.0, 1.0
     if scale:
@@ -164,12 +166,12 @@ def score_andi(
             continue
         maps = scale_to_range(case.maps, low, high)
         pooled.update(maps, case.mask)
-        curves.append(dice_curve(maps, case.mask, thresholds))
         threshold = yen_threshold(maps)
-        # 6 neighbours, once.
-        predicted = ndimage.binary_dilation(maps > threshold)
         records[-1]["andi_threshold_yen"] = threshold
-        if predicted.any() or case.mask.any():
+        if case.mask.any():
+            curves.append(dice_curve(maps, case.mask, thresholds))
+            # 6 neighbours, once.
+            predicted = ndimage.binary_dilation(maps > threshold)
             records[-1]["andi_dice_yen"] = dice(predicted, case.mask)
     curve = _mean(curves, len(thresholds))
     yen = [record["andi_dice_yen"] for record in records if "andi_dice_yen" in record]
@@ -208,7 +210,8 @@ def score_uad_imag(
         if case.mask is None:
             continue
         pooled.update(case.maps, case.mask)
-        curves.append(dice_curve(case.maps, case.mask, thresholds))
+        if case.mask.any():
+            curves.append(dice_curve(case.maps, case.mask, thresholds))
     curve = _mean(curves, len(thresholds))
     best, threshold = _best(curve, thresholds)
     metrics = {
@@ -218,7 +221,7 @@ def score_uad_imag(
     }
     curves, healthy = [], []
     for case in map(Case.load, validation):
-        if case.mask is not None:
+        if case.mask is not None and case.mask.any():
             curves.append(dice_curve(case.maps, case.mask, thresholds))
         known_healthy = case.labels == 0
         healthy.append(case.maps[known_healthy][case.brain[known_healthy]])
@@ -238,13 +241,14 @@ def score_uad_imag(
 
 
 def evaluate_threshold(test: list[Path], threshold: float) -> tuple[float | None, float | None]:
-    """Mean Dice over the volumes with a mask, and the share of their brain voxels without lesion that lie above the threshold;
-    `None` where undefined."""
+    """Returns the mean Dice over the volumes with a lesion, and the share of all brain voxels without lesion that lie above the threshold,
+    in volumes with a mask; `None` where undefined."""
     curves, num_healthy, false_positives = [], 0, 0
     for case in map(Case.load, test):
         if case.mask is None:
             continue
-        curves.append(dice_curve(case.maps, case.mask, np.array([threshold])))
+        if case.mask.any():
+            curves.append(dice_curve(case.maps, case.mask, np.array([threshold])))
         healthy = case.maps[case.brain & ~case.mask]
         num_healthy += healthy.size
         false_positives += np.count_nonzero(healthy > np.float32(threshold))
@@ -260,11 +264,8 @@ def _counts_above(maps: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 
 
 def _mean(curves: list[np.ndarray], number: int) -> np.ndarray:
-    """Mean over volumes without those that are `nan`, `(T,)`; `nan` where no volume is left."""
-    stacked = np.array(curves).reshape(-1, number)
-    defined = ~np.isnan(stacked)
-    counts = defined.sum(0)
-    return np.divide(np.where(defined, stacked, 0).sum(0), counts, out=np.full(number, np.nan), where=counts > 0)
+    """Returns the mean over volumes, `(T,)`; `nan` without any."""
+    return np.mean(curves, axis=0) if curves else np.full(number, np.nan)
 
 
 def _best(curve: np.ndarray, thresholds: np.ndarray) -> tuple[float | None, float | None]:

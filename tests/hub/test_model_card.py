@@ -3,37 +3,21 @@ import re
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 import yaml
-from diffusers import UNet2DModel
 from huggingface_hub import ModelCard
 
 import anodiff
-from anodiff import AnoDDPMPipeline, AnoDDPMScheduler, CIMDPipeline, CIMDScheduler, VolumeProcessor
+from anodiff import AnoDDPMPipeline
 from anodiff.hub.model_card import PROTOCOL_FIELDS, add_evaluation, make_card
 from anodiff.hub.publishing import complete_folder
 
 from ..hub_server import check_card
+from ..tiny import make_pipeline
 
 
 def tiny_pipeline(modalities=("flair",), brain_mask="nonzero", **inference):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=len(modalities),
-        out_channels=len(modalities),
-        layers_per_block=1,
-        block_out_channels=(4, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
-    processor = VolumeProcessor(modalities=modalities, size=(8, 8), brain_mask=brain_mask)
-    pipeline = AnoDDPMPipeline(
-        unet, AnoDDPMScheduler(num_train_timesteps=100), processor, **{"noise_level": 2, **inference}
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    settings = {"noise_level": 2, **inference}
+    return make_pipeline("AnoDDPMPipeline", modalities, processor_settings={"brain_mask": brain_mask}, **settings)
 
 
 def evaluation():
@@ -87,6 +71,7 @@ def test_text():
         tiny_pipeline(threshold=0.5),
         config=config,
         recipe=recipe,
+        population="all slices of the training subjects (a study)",
         data_summary=counts,
         training="Trained to step 300 in 7 minutes.",
         picture=("example.png", "Slices of the phantom"),
@@ -99,7 +84,7 @@ def test_text():
     assert "| split | subjects | slices | anomalous slices |\n| --- | --- | --- | --- |\n" in data
     assert "| train | 20 | 900 | - |\n| test | 5 | 200 | 31 |\n" in data
     assert '- source: a study\n- license: cc-by-4.0\n- slices: {"rule": "a\\|b"}\n' in data
-    assert "| `size` | [8, 8] |" in data
+    assert "| `size` | [16, 16] |" in data
     assert "Population: all slices of the training subjects (a study)." in data
     assert "| `noise_level` | 2 |" in section(card, "Inference defaults")
     assert "![Slices of the phantom](example.png)" in section(card, "Example")
@@ -268,20 +253,8 @@ print(json.dumps([str(pulled) == open(sys.argv[1], encoding="utf-8").read(), pul
 
 
 def test_an_ensemble_of_segmentations_is_no_anomaly_map():
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=2,
-        out_channels=2,
-        layers_per_block=1,
-        block_out_channels=(4,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        add_attention=False,
-    )
-    for modality, where in (("image", "in pictures, 8 x 8"), ("ct", "in axial slices of ct, 8 x 8")):
-        processor = VolumeProcessor(modalities=(modality,), size=(8, 8), value_range=(0.0, 1.0))
-        card = make_card(CIMDPipeline(unet, CIMDScheduler(), processor), repo_id="owner/cimd")
+    for modality, where in (("image", "in pictures, 16 x 16"), ("ct", "in axial slices of ct, 16 x 16")):
+        card = make_card(make_pipeline("CIMDPipeline", (modality,)), repo_id="owner/cimd")
         detects = section(card, "What it detects")
         assert f"What the annotators of its training data marked, {where} pixels: several" in detects
         assert "not confidence of a diagnosis" in detects

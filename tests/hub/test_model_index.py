@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 
 import anodiff
-from anodiff import AnoDDPMPipeline, AnoDDPMScheduler, AnomalyPipeline, VolumeProcessor
+from anodiff import AnoDDPMPipeline, AnomalyPipeline, VolumeProcessor
 from anodiff.hub.model_card import make_card
 from anodiff.hub.publishing import complete_folder
+
+from ..tiny import make_pipeline, make_unet
 
 
 LOAD = """
@@ -27,24 +29,9 @@ print(json.dumps(answers))
 """
 
 
-def tiny_unet():
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(4, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
-
-
 @pytest.fixture
 def folder(tmp_path):
-    processor = VolumeProcessor(modalities=("flair",), size=(8, 8))
-    pipeline = AnoDDPMPipeline(tiny_unet(), AnoDDPMScheduler(num_train_timesteps=100), processor, noise_level=2)
+    pipeline = make_pipeline("AnoDDPMPipeline", ("flair",), noise_level=2)
     pipeline.save_pretrained(tmp_path / "pipeline")
     complete_folder(tmp_path / "pipeline", str(make_card(pipeline)))
     return tmp_path / "pipeline"
@@ -69,7 +56,7 @@ def newer(card: bytes) -> bytes:
 
 def test_what_is_no_pipeline_of_ours(hub, hub_client, folder, tmp_path):
     hub.put("owner/notes", {"README.md": b"# Notes"})
-    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    DDPMPipeline(make_unet(), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     hub.put("owner/ddpm", contents(tmp_path / "ddpm"))
     hub.put("owner/tiny", contents(folder))
     missing, notes, ddpm, name, revision = load(
@@ -100,7 +87,7 @@ def test_private_and_unreachable_repositories(hub, hub_client, folder):
     assert hub.requests == []
 
 
-def test_a_checkpoint_without_processor(hub, hub_client, folder):
+def test_a_pipeline_without_processor(hub, hub_client, folder):
     files = contents(folder)
     files.pop("processor/processor_config.json")
     hub.put("owner/lost", files)
@@ -114,11 +101,11 @@ def test_a_checkpoint_without_processor(hub, hub_client, folder):
     with pytest.raises(ValueError, match="has no processor"):
         AnomalyPipeline.from_pretrained(folder)
     # Somebody who knows it may give it.
-    processor = VolumeProcessor(modalities=("flair",), size=(8, 8))
+    processor = VolumeProcessor(modalities=("flair",), size=(16, 16))
     assert AnomalyPipeline.from_pretrained(folder, processor=processor).processor is processor
 
 
-def test_a_checkpoint_of_a_newer_version(hub, hub_client, folder):
+def test_a_pipeline_of_a_newer_version(hub, hub_client, folder):
     files = contents(folder)
     hub.put("owner/newer", files | {"README.md": newer(files["README.md"])})
     for answer in load(hub_client, "owner/newer")[0]:
@@ -143,7 +130,7 @@ import json, sys
 import torch
 from anodiff import AnomalyPipeline
 
-slices = torch.rand(2, 1, 8, 8, generator=torch.manual_seed(0)) * 2 - 1
+slices = torch.rand(2, 1, 16, 16, generator=torch.manual_seed(0)) * 2 - 1
 maps = {}
 for name, arguments in {
     "full": {},

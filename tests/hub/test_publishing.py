@@ -1,23 +1,19 @@
 """Push and pull over real HTTP. Clients are processes of their own: the Hub's address is read when huggingface_hub is imported."""
 
 import json
-import re
 import shlex
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, parse_eval_result_entries
 
-from anodiff import AnoDDPMPipeline, AnoDDPMScheduler, VolumeProcessor
+from anodiff import AnoDDPMPipeline
 from anodiff.hub.publishing import PublishingError, complete_folder, push_folder
 
 from ..hub_server import READ_TOKEN
+from ..tiny import make_pipeline
 
 
 CARD = "---\nlicense: mit\ntags:\n- anodiff\n---\n\n# Tiny\n"
@@ -44,7 +40,7 @@ from anodiff import AnoDDPMPipeline, AnomalyPipeline
 
 def anomaly_map(pipeline):
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(torch.randn(3, 1, 8, 8, generator=torch.manual_seed(0))).anomaly_map
+    return pipeline(torch.randn(3, 1, 16, 16, generator=torch.manual_seed(0))).anomaly_map
 
 def compare(pipeline):
     same = torch.equal(anomaly_map(pipeline), expected)
@@ -67,21 +63,7 @@ print(json.dumps(answers))
 
 @pytest.fixture
 def folder(tmp_path):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(4, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
-    processor = VolumeProcessor(modalities=("flair",), size=(8, 8))
-    pipeline = AnoDDPMPipeline(
-        unet, AnoDDPMScheduler(num_train_timesteps=100), processor, noise_level=2, threshold=0.5
-    )
+    pipeline = make_pipeline("AnoDDPMPipeline", ("flair",), noise_level=2, threshold=0.5)
     pipeline.save_pretrained(tmp_path / "pipeline")
     complete_folder(tmp_path / "pipeline", CARD)
     return tmp_path / "pipeline"
@@ -226,10 +208,11 @@ def test_a_pipeline_pushes_itself(hub, hub_client, folder, tmp_path):
         {"repo_id": "owner/carded"},
         {"repo_id": "owner/half", "variant": "fp16"},
     ]
-    answers = hub_client(PUSH_PIPELINE, folder, json.dumps(arguments))
+    (tmp_path / "temporary").mkdir()
+    answers = hub_client(PUSH_PIPELINE, folder, json.dumps(arguments), TMPDIR=str(tmp_path / "temporary"))
     assert answers == [f"{hub.url}/owner/{name}" for name in ("tiny", "carded", "half")]
     assert hub.repositories["model", "owner/tiny"].private and hub.repositories["model", "owner/saved"].private
-    assert not list(Path(tempfile.gettempdir()).glob("AnoDDPMPipeline-*"))
+    assert not list((tmp_path / "temporary").glob("AnoDDPMPipeline-*"))
     pushed = hub.files("owner/tiny")
     wanted = contents(folder)
     card = pushed["README.md"].decode()
@@ -246,10 +229,10 @@ def test_a_pipeline_pushes_itself(hub, hub_client, folder, tmp_path):
 
 def test_a_pipeline_that_cannot_push_itself_is_safe(hub, hub_client, folder, tmp_path):
     hub.fail("POST", "/commit/", status=500, times=1)
-    [message] = hub_client(PUSH_PIPELINE, folder, json.dumps([{"repo_id": "owner/tiny"}]))
-    kept = Path(re.search(r"All files are safe in (\S+)\.", message)[1])
+    [message] = hub_client(PUSH_PIPELINE, folder, json.dumps([{"repo_id": "owner/tiny"}]), TMPDIR=str(tmp_path))
+    [kept] = tmp_path.glob("AnoDDPMPipeline-*")
+    assert f"All files are safe in {kept}." in message
     assert AnoDDPMPipeline.from_pretrained(kept).config.threshold == 0.5
-    shutil.rmtree(kept)
 
 
 OPEN = """

@@ -159,7 +159,7 @@ def test_loss():
         ({"mask_ratio": 0.0}, "`mask_ratio` must leave"),
         ({"mask_grid": 5}, "`mask_grid` must divide the size 24 x 24 of the images, got 5"),
         ({"decoder_width": 36}, "`decoder_width` must be a multiple of 8, got 36"),
-        ({"size": 20}, "`sample_size` must be a multiple of its stride"),
+        ({"size": 20}, "`sample_size` must be a multiple of its stride, got maps of"),
     ],
 )
 def test_wrong_settings(settings, message):

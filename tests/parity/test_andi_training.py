@@ -1,8 +1,5 @@
 """ANDi's learning rates and average of the weights against recorded numbers, and the optimizer of the DAE."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -10,14 +7,12 @@ import torch
 from anodiff.training.optimization import check_optim, make_ema, make_lr_scheduler, make_optimizer
 from anodiff.training.options import EMAOptions, OptimOptions
 
-
-GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "andi"
+from .recordings import read
 
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(GOLDEN / "lr_ema.npz", allow_pickle=False) as arrays:
-        return dict(arrays)
+    return read("andi/lr_ema.npz")
 
 
 def test_learning_rates(golden):

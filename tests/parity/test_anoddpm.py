@@ -4,45 +4,13 @@ Not compared: `whole_*`'s own program path (the variant that walks the forward c
 steps here), since the pipeline offers the closed form only.
 """
 
-import os
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 from anodiff import AnoDDPMPipeline, AnoDDPMScheduler, VolumeProcessor
 from anodiff.training.objective_noise import noise_loss, variational_bound
 
-
-GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "anoddpm"
-
-
-def recordings(pattern: str) -> list[Path]:
-    found = sorted(GOLDEN.glob(pattern))
-    assert found, f"no file {pattern} in {GOLDEN}"
-    return found
-
-
-def load(path: Path) -> dict:
-    arrays = np.load(path, allow_pickle=False)
-    return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
-
-
-class ToyUNet(torch.nn.Module):
-    """The noise model of the recordings: eps(x, t) = tanh(conv(x, W) + t / T * b)."""
-
-    def __init__(self, arrays: dict, steps: int):
-        super().__init__()
-        self.weight = torch.nn.Parameter(arrays["toy_W"])
-        self.bias = torch.nn.Parameter(arrays["toy_b"])
-        self.steps = steps
-        self.dtype, self.device = torch.float32, torch.device("cpu")
-
-    def forward(self, sample, timesteps):
-        shift = timesteps.reshape(-1, 1, 1, 1) / self.steps * self.bias.reshape(1, -1, 1, 1)
-        output = torch.tanh(torch.nn.functional.conv2d(sample, self.weight, padding=1) + shift)
-        return type("Output", (), {"sample": output})
+from .recordings import ToyUNet, load, over
 
 
 def pipeline(arrays: dict, **scheduler) -> AnoDDPMPipeline:
@@ -52,7 +20,7 @@ def pipeline(arrays: dict, **scheduler) -> AnoDDPMPipeline:
     return pipe
 
 
-@pytest.mark.parametrize("path", recordings("schedules*.npz"), ids=lambda path: path.stem)
+@over("anoddpm/schedules*.npz")
 def test_schedules(path):
     arrays = load(path)
     compared = 0
@@ -77,7 +45,7 @@ def test_schedules(path):
     assert compared == len(arrays)
 
 
-@pytest.mark.parametrize("path", recordings("ddpm_steps*.npz"), ids=lambda path: path.stem)
+@over("anoddpm/ddpm_steps*.npz")
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_single_steps(path, schedule):
     arrays = load(path)
@@ -111,7 +79,7 @@ def test_single_steps(path, schedule):
     torch.testing.assert_close(noisy - step.prev_sample, (0.5 * log).exp(), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("path", recordings("partial_*.npz"), ids=lambda path: path.stem)
+@over("anoddpm/partial_*.npz")
 def test_partial_diffusion(path):
     arrays = load(path)
     level = int(arrays["t_distance"])
@@ -138,7 +106,7 @@ def test_partial_diffusion(path):
     torch.testing.assert_close(output.pred_mask[clear].float(), arrays["prediction_thr05"][:, 0][clear].float())
 
 
-@pytest.mark.parametrize("path", recordings("partial_*.npz"), ids=lambda path: path.stem)
+@over("anoddpm/partial_*.npz")
 def test_partial_diffusion_along_the_forward_chain(path):
     arrays = load(path)
     scheduler = AnoDDPMScheduler(num_train_timesteps=int(arrays["schedule_T"]))
@@ -158,7 +126,7 @@ def test_partial_diffusion_along_the_forward_chain(path):
     torch.testing.assert_close(torch.stack(states), sequence, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", recordings("partial_simplex*.npz"), ids=lambda path: path.stem)
+@over("anoddpm/partial_simplex*.npz")
 def test_simplex_noise_of_the_chain(path):
     # The recorded noise comes from the recorded seeds under the authors' rule z = t / wavelength.
     arrays = load(path)
@@ -171,7 +139,7 @@ def test_simplex_noise_of_the_chain(path):
     torch.testing.assert_close(noise, arrays["noises"].reshape(noise.shape), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", recordings("brain_damage_oneshot*.npz"), ids=lambda path: path.stem)
+@over("anoddpm/brain_damage_oneshot*.npz")
 def test_one_shot(path):
     arrays = load(path)
     pipe = pipeline(
@@ -197,7 +165,7 @@ def test_one_shot(path):
         )
 
 
-@pytest.mark.parametrize("path", recordings("brain_damage_oneshot*.npz"), ids=lambda path: path.stem)
+@over("anoddpm/brain_damage_oneshot*.npz")
 def test_reverse_step_of_brain_damage(path):
     # The notebook's disabled reverse step: unclamped mean, 0.7 of the true posterior deviation.
     arrays = load(path)
@@ -217,7 +185,7 @@ def test_reverse_step_of_brain_damage(path):
         torch.testing.assert_close(sample, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("path", recordings("losses*.npz"), ids=lambda path: path.stem)
+@over("anoddpm/losses*.npz")
 def test_losses(path):
     arrays = load(path)
     scheduler = AnoDDPMScheduler(num_train_timesteps=int(arrays["toy_T"]))

@@ -2,9 +2,6 @@
 its `FPR` the false omission rate FN / (FN + TN); the arrays carry its names, and the right values are checked beside
 them."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix
@@ -21,20 +18,15 @@ from anodiff.evaluation.metrics import (
     ssim,
 )
 
+from .recordings import read, recordings
 
-GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden"))
-FILES = sorted((GOLDEN / "anoddpm").glob("metrics*.npz"))
+
 TOLERANCE = {"rtol": 0, "atol": 1e-5}  # float32 sums and epsilons of 1e-6 in the denominators of the original
 
 
-def test_files_are_there():
-    assert FILES, f"no metrics*.npz in {GOLDEN / 'anoddpm'}"
-
-
-@pytest.fixture(params=FILES, ids=lambda path: path.name)
+@pytest.fixture(params=recordings("anoddpm/metrics*.npz"), ids=lambda path: path.stem)
 def golden(request):
-    with np.load(request.param, allow_pickle=False) as arrays:
-        return dict(arrays)
+    return read(request.param)
 
 
 def per_image(function, *arrays, **kwargs):

@@ -3,56 +3,23 @@
 Left out: `diff_min`, which the original computes and never uses.
 """
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from anodiff import AnoFPDMPipeline, AnoFPDMScheduler, VolumeProcessor
-from anodiff.evaluation.calibration import calibrate, similarity_threshold
+from anodiff.pipelines.running_maps import similarity_threshold
+
+from .recordings import ToyUNet, load, over
 
 
-GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "anofpdm"
 CONSTANTS = {"rtol": 0, "atol": 1e-5}
-
-
-def golden(pattern: str):
-    found = sorted(GOLDEN.glob(pattern))
-    assert found, f"no file {pattern} in {GOLDEN}"
-    return pytest.mark.parametrize("arrays", [load(path) for path in found], ids=[path.stem for path in found])
-
-
-def load(path: Path) -> dict:
-    with np.load(path, allow_pickle=False) as arrays:
-        return {
-            name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files if arrays[name].dtype.kind != "U"
-        }
-
-
-class ToyUNet(torch.nn.Module):
-    """The noise model of the recordings: scale * tanh(conv(x, W) + t / T * b + E[y]), without E for the label 2."""
-
-    def __init__(self, arrays: dict, prefix: str = ""):
-        super().__init__()
-        toy = {name: arrays[f"{prefix}toy_{name}"] for name in ("W", "b", "E", "T", "scale")}
-        self.weight, self.bias = torch.nn.Parameter(toy["W"]), torch.nn.Parameter(toy["b"])
-        self.classes = torch.nn.Parameter(torch.cat([toy["E"], torch.zeros_like(toy["E"][:1])]))
-        self.steps, self.scale = toy["T"].item(), toy["scale"].item()
-        self.dtype, self.device = torch.float32, torch.device("cpu")
-
-    def forward(self, sample, timesteps, class_labels):
-        shift = timesteps.reshape(-1, 1, 1, 1) / self.steps * self.bias.reshape(1, -1, 1, 1)
-        shift = shift + self.classes[class_labels][..., None, None]
-        output = self.scale * torch.tanh(torch.nn.functional.conv2d(sample, self.weight, padding=1) + shift)
-        return type("Output", (), {"sample": output})
 
 
 def pipeline(arrays: dict, channels: int, modality: torch.Tensor, steps, forward_steps, scale, prefix="", **settings):
     names = tuple(f"m{number}" for number in range(channels))
     pipe = AnoFPDMPipeline(
-        ToyUNet(arrays, prefix),
+        ToyUNet(arrays, prefix=f"{prefix}toy_"),
         AnoFPDMScheduler(steps.item()),
         VolumeProcessor(modalities=names),
         forward_steps=forward_steps.item(),
@@ -64,8 +31,9 @@ def pipeline(arrays: dict, channels: int, modality: torch.Tensor, steps, forward
     return pipe
 
 
-@golden("fpdm_calibration*.npz")
-def test_threshold_of_curves(arrays):
+@over("anofpdm/fpdm_calibration*.npz")
+def test_threshold_of_curves(path):
+    arrays = load(path)
     curves = (arrays["mse"].mean(2), arrays["mse_null"].mean(2))
     similarity = torch.nn.functional.cosine_similarity(*curves, dim=1, eps=1e-6)
     torch.testing.assert_close(similarity, arrays["cos_sim"], **CONSTANTS)
@@ -76,20 +44,21 @@ def test_threshold_of_curves(arrays):
     torch.testing.assert_close(largest, arrays["diff_max"], **CONSTANTS)
 
 
-@golden("fpdm_calibration*.npz")
+@over("anofpdm/fpdm_calibration*.npz")
 @pytest.mark.parametrize("batch_size", [3, 16])
-def test_calibrate(arrays, batch_size):
+def test_calibrate(path, batch_size):
+    arrays = load(path)
     images, labels = arrays["e2e_x"], arrays["e2e_lab"]
     settings = [arrays[f"e2e_{name}"] for name in ("modality", "T", "forward_steps", "w")]
     pipe = pipeline(arrays, images.shape[2], *settings, prefix="e2e_", threshold=0.5)
     # A recorded batch stands for a subject; slices are numbered through, so that each finds its noise.
     numbers = torch.arange(labels.numel()).reshape(labels.shape)
     slices = [
-        {"image": image, "label": label.numpy(), "slice": number.tolist()}
+        {"image": image, "brain": image[:, 0] > -2, "label": label.numpy(), "slice": number.tolist()}
         for image, label, number in zip(images, labels, numbers, strict=True)
     ]
     noise = arrays["e2e_noise_t0"].flatten(0, 1)[None]
-    record = calibrate(pipe, slices, noise=noise, batch_size=batch_size)
+    record = pipe.calibrate(slices, noise=noise, batch_size=batch_size)
     assert pipe.config.similarity_threshold == pytest.approx(arrays["e2e_thr_01"].item(), abs=1e-5)
     np.testing.assert_allclose(pipe.config.gap_scale, arrays["e2e_diff_max"], **CONSTANTS)
     assert pipe.config.threshold is None, "a threshold would be used instead of the method's own masks"
@@ -98,8 +67,9 @@ def test_calibrate(arrays, batch_size):
     assert record["image_accuracy"] == pytest.approx(1 - arrays["e2e_n_min"].item() / labels.numel())
 
 
-@golden("fpdm_end_to_end*.npz")
-def test_recorded_constants_in_the_configuration(arrays):
+@over("anofpdm/fpdm_end_to_end*.npz")
+def test_recorded_constants_in_the_configuration(path):
+    arrays = load(path)
     """Constants that were calibrated on other slices decide labels and masks, whole chain."""
     settings = [arrays[name] for name in ("modality", "T", "forward_steps", "w")]
     pipe = pipeline(arrays, arrays["x0"].shape[1], *settings)
@@ -107,7 +77,7 @@ def test_recorded_constants_in_the_configuration(arrays):
 
     values = {**pipe.default_settings(), "gate_by_label": False}
     result = pipe.compute_maps(
-        arrays["x0"], list(range(4)), seed=0, batch_size=4, noise=arrays["noise_t0"][None], **values
+        arrays["x0"], list(range(len(arrays["x0"]))), seed=0, batch_size=4, noise=arrays["noise_t0"][None], **values
     )
     torch.testing.assert_close(result.details["label"], arrays["pred_lab"], rtol=0, atol=0)
     expected = arrays["unhealthy_mask"][:, 0].bool()

@@ -5,55 +5,23 @@ clipping (`*dynclip*`, `dyn_*`); DDIM with eta > 0 (`ddim_eta07_*`), which no pu
 `fpdm_end_to_end` are evaluation.
 """
 
-import os
 import re
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch.testing import assert_close
 
 from anodiff import AnoDDPMScheduler, AnoFPDMPipeline, AnoFPDMScheduler, VolumeProcessor
-from anodiff.pipelines.pipeline_anofpdm import FORWARD_SETTINGS
 from anodiff.pipelines.postprocessing import median_filter
-from anodiff.pipelines.running_maps import RunningMaps
+from anodiff.pipelines.running_maps import RunningMaps, quantile_levels
+
+from .recordings import ToyUNet, load, over, recordings
 
 
-GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "anofpdm"
-
-
-def recordings(pattern: str) -> list[Path]:
-    found = sorted(GOLDEN.glob(pattern))
-    assert found, f"no file {pattern} in {GOLDEN}"
-    return found
-
-
-def load(path: Path) -> dict:
-    arrays = np.load(path, allow_pickle=False)
-    read = {name: arrays[name] for name in arrays.files}
-    return {name: torch.from_numpy(np.array(value)) for name, value in read.items() if value.dtype.kind != "U"}
-
-
-class ToyUNet(torch.nn.Module):
-    """The networks of the recordings: scale * tanh(conv(x, W) + t / T * b + E[label]), and 0 instead of E for the null label."""
-
-    def __init__(self, arrays: dict, prefix: str = "toy"):
-        super().__init__()
-        self.weight = torch.nn.Parameter(arrays[f"{prefix}_W"])
-        self.bias = arrays[f"{prefix}_b"]
-        self.classes = torch.cat([arrays[f"{prefix}_E"], torch.zeros(1, len(self.bias))])
-        self.steps, self.scale = float(arrays[f"{prefix}_T"]), float(arrays[f"{prefix}_scale"])
-        self.dtype, self.device = torch.float32, torch.device("cpu")
-
-    def forward(self, sample, timesteps, class_labels):
-        shift = (timesteps / self.steps).reshape(-1, 1) * self.bias + self.classes[class_labels]
-        hidden = torch.nn.functional.conv2d(sample, self.weight, padding=1) + shift[..., None, None]
-        return type("Output", (), {"sample": self.scale * torch.tanh(hidden)})
-
-    def predict(self, sample, timesteps, label: int) -> torch.Tensor:
-        with torch.no_grad():
-            return self(sample, timesteps, torch.full((len(sample),), label)).sample
+def predict(unet: ToyUNet, sample, timesteps, label: int) -> torch.Tensor:
+    with torch.no_grad():
+        return unet(sample, timesteps, torch.full((len(sample),), label)).sample
 
 
 def make_pipeline(arrays: dict, channels: int, unet=None, **settings) -> AnoFPDMPipeline:
@@ -73,12 +41,16 @@ def make_pipeline(arrays: dict, channels: int, unet=None, **settings) -> AnoFPDM
 
 def walk(pipe: AnoFPDMPipeline, images, noise, batch_size: int = 16) -> list[torch.Tensor]:
     """x_t, G and U stacked over the steps, the steps first."""
-    settings = {name: pipe.config[name] for name in FORWARD_SETTINGS}
+    names = ("guidance_scale", "forward_process", "index_mode", "unguided_branch")
+    settings = {name: pipe.config[name] for name in names}
+    settings["channels"] = pipe.modality_channels(pipe.config.modalities)
+    pipe.scheduler.set_timesteps(pipe.config.forward_steps)
     steps = pipe.walk(images, list(range(len(images))), seed=0, batch_size=batch_size, noise=noise, **settings)
-    return [torch.stack(parts) for parts in zip(*steps, strict=True)]
+    with torch.no_grad():
+        return [torch.stack(parts) for parts in zip(*steps, strict=True)]
 
 
-@pytest.mark.parametrize("path", recordings("schedule*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/schedule*.npz")
 def test_schedule(path):
     arrays = load(path)
     for schedule in sorted({name.split("__")[0] for name in arrays}):
@@ -120,7 +92,7 @@ def test_schedule(path):
             assert_close(variance, recorded["fixed_large_variance"], **exact)
 
 
-@pytest.mark.parametrize("path", recordings("q_sample*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/q_sample*.npz")
 def test_noising_and_its_inversion(path):
     arrays, scheduler = load(path), AnoFPDMScheduler()
     t, x_t = arrays["t"], arrays["x_t"]
@@ -135,12 +107,12 @@ def test_noising_and_its_inversion(path):
     assert_close(scheduler.predict_epsilon(arrays["x0"], t, x_t), arrays["eps_from_xstart"], **near)
 
 
-@pytest.mark.parametrize("path", recordings("single_steps*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/single_steps*.npz")
 def test_single_steps(path):
     arrays = load(path)
     unet, scheduler = ToyUNet(arrays), AnoFPDMScheduler(int(arrays["toy_T"]))
     x, t, near = arrays["x"], arrays["t"], dict(rtol=1e-5, atol=2e-4)
-    null, *conditional = (unet.predict(x, t, label) for label in (2, 0, 1))
+    null, *conditional = (predict(unet, x, t, label) for label in (2, 0, 1))
     for output, name in (
         (null, "eps_null"),
         (null, "eps_nolabel"),
@@ -155,8 +127,8 @@ def test_single_steps(path):
         assert_close(original, arrays[f"{name}_xstart"], **near)
         assert_close(scheduler.predict_epsilon(original, t, x), arrays[f"{name}_eps"], **near)
 
-    for name in (name for name in arrays if re.fullmatch(r"cfg_w\d_y\d_sample", name)):
-        index, label = (int(number) for number in re.findall(r"\d", name))
+    for name in (name for name in arrays if re.fullmatch(r"cfg_w\d+_y\d_sample", name)):
+        index, label = (int(number) for number in re.findall(r"\d+", name))
         w = float(arrays["ws"][index])
         guided = conditional[label] if w == -1 else (1 + w) * conditional[label] - w * null
         stepped = scheduler.step(guided, t, x)
@@ -171,7 +143,7 @@ def test_single_steps(path):
         stepped = ddpm.step(output, t, x, variance_noise=arrays[f"ddpm_{name}_noise"])
         assert_close(stepped.prev_sample, arrays[f"ddpm_{name}_sample"], **near)
 
-    epsilon, variance = ToyUNet(arrays, "toyls").predict(x, t, 2).chunk(2, 1)
+    epsilon, variance = predict(ToyUNet(arrays, prefix="toyls_"), x, t, 2).chunk(2, 1)
     assert_close(torch.cat([epsilon, variance], 1), arrays["ls_model_out"], rtol=1e-5, atol=1e-5)
     original = scheduler.predict_original_sample(epsilon, t, x)
     assert_close(original, arrays["ls_xstart"], **near)
@@ -180,11 +152,13 @@ def test_single_steps(path):
     assert_close(log_variance, arrays["ls_log_variance"], rtol=1e-5, atol=1e-5)
     assert_close(log_variance.exp(), arrays["ls_variance"], rtol=1e-5, atol=1e-5)
 
-    schedule = load(recordings("schedule*.npz")[0])
-    kept = schedule["lin1000_ddim50__timestep_map"]
+    # The respaced process of as many base steps.
+    schedule = load(recordings("anofpdm/schedule*.npz")[0])
+    [name] = [name for name in schedule if re.fullmatch(rf"lin{len(scheduler)}_ddim\d+__timestep_map", name)]
+    kept = schedule[name]
     scheduler.set_timesteps(stride=int(kept[1] - kept[0]))
     spaced = kept[arrays["spaced_t"]]
-    null, healthy = (unet.predict(x, spaced, label) for label in (2, 0))
+    null, healthy = (predict(unet, x, spaced, label) for label in (2, 0))
     stepped = scheduler.step((1 + w) * healthy - w * null, spaced, x)
     assert_close(stepped.pred_original_sample, arrays["spaced_cfg_xstart"], **near)
     assert_close(stepped.prev_sample, arrays["spaced_cfg_sample"], **near)
@@ -193,7 +167,7 @@ def test_single_steps(path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-@pytest.mark.parametrize("path", recordings("fpdm_forward_*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/fpdm_forward_*.npz")
 def test_forward_process(path, batch_size):
     arrays = load(path)
     random = "noise" in arrays
@@ -207,7 +181,7 @@ def test_forward_process(path, batch_size):
     assert_close(unguided.transpose(0, 1), arrays["xstart_null"], **near)
 
 
-@pytest.mark.parametrize("path", recordings("fpdm_forward_ddim*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/fpdm_forward_ddim*.npz")
 def test_duplicate_evaluations_are_left_out(path):
     arrays = load(path)
     unet, evaluations = ToyUNet(arrays), []
@@ -221,16 +195,19 @@ def test_duplicate_evaluations_are_left_out(path):
 
 
 @pytest.mark.parametrize("variant", ["default", "nomedian"])
-@pytest.mark.parametrize("path", recordings("fpdm_select*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/fpdm_select*.npz")
 def test_selection(path, variant):
     arrays = load(path)
     recorded = {name.split("__")[1]: value for name, value in arrays.items() if name.startswith(f"{variant}__")}
     median = 0 if variant == "nomedian" else 5
-    pipe = make_pipeline(arrays, arrays["source"].shape[1], torch.nn.Identity(), median_size=median)
+    channels = arrays["source"].shape[1]
+    blocks = {"block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unused = UNet2DModel(in_channels=channels, out_channels=channels, norm_num_groups=4, **blocks)
+    pipe = make_pipeline(arrays, channels, unused, median_size=median)
     guided, unguided = (arrays[name].transpose(0, 1) for name in ("xstart", "xstart_null"))
     running = RunningMaps(arrays["source"][:, arrays["modality"]], len(guided))
     for step, pair in enumerate(zip(guided, unguided, strict=True)):
-        running.update(step, *pair)
+        running.update(slice(None), step, *pair)
     assert_close(running.gap, arrays["diff_flat"], rtol=1e-5, atol=1e-7)
     assert torch.equal(running.best_step, recorded["t_e"])
     assert_close(running.similarity(), recorded["cos_sim"], rtol=0, atol=1e-6)
@@ -241,9 +218,9 @@ def test_selection(path, variant):
         running.maps,
         running.best_gap,
         arrays["source"],
-        gap_scale=tuple(arrays["diff_max"].tolist()),
-        quantile_range=pipe.config.quantile_range,
-        quantile_region="image",
+        tuple(arrays["diff_max"].tolist()),
+        pipe.config.quantile_range,
+        "image",
     )
     maps = running.maps.mean(1)
     if "amap_before_median" in recorded:
@@ -257,24 +234,16 @@ def test_selection(path, variant):
     assert torch.equal(masks & labels.bool()[:, None, None], recorded["mask"][:, 0].bool())
 
 
-@pytest.mark.parametrize("path", recordings("quantile_index*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/quantile_index*.npz")
 def test_quantile_levels(path):
     arrays = load(path)
     gaps = arrays["diff_max_value"][:, None]
-    pipe = make_pipeline({"modality": torch.tensor([0])}, 1, torch.nn.Identity(), median_size=0)
-    levels = pipe.segment(
-        torch.zeros(len(gaps), 1, 2, 2),
-        gaps,
-        torch.zeros(len(gaps), 1, 2, 2),
-        gap_scale=(float(arrays["diff_max_ref"]),),
-        quantile_range=pipe.config.quantile_range,
-        quantile_region="image",
-    )[1][:, 0]
+    levels = quantile_levels(gaps, [float(arrays["diff_max_ref"])], (0.90, 0.98))[:, 0]
     assert torch.equal(levels, arrays["quantile_level"])
     assert torch.equal(levels, arrays["quant_range"][arrays["index"]])
 
 
-@pytest.mark.parametrize("path", recordings("fpdm_end_to_end*.npz"), ids=lambda path: path.stem)
+@over("anofpdm/fpdm_end_to_end*.npz")
 def test_chain_with_the_calibrated_values(path):
     arrays = load(path)
     images, noise = arrays["x0"], arrays["noise_t0"][None]
@@ -283,10 +252,12 @@ def test_chain_with_the_calibrated_values(path):
     )
     pipe = make_pipeline(arrays, images.shape[1], **calibrated)
     numbers = list(range(len(images)))
-    statistics = pipe.slice_statistics(images, numbers, noise=noise)
+    running = RunningMaps(images[:, arrays["modality"]], pipe.config.forward_steps)
+    for step, (_, guided, unguided) in enumerate(zip(*walk(pipe, images, noise), strict=True)):
+        running.update(slice(None), step, guided, unguided)
     for ours, theirs in (("guided_error", "mse"), ("unguided_error", "mse_null"), ("gap", "diff")):
-        assert_close(statistics[f"{ours}_curve"], arrays[theirs], rtol=0, atol=1e-5)
-    assert_close(statistics["similarity"], arrays["cos_sim"], rtol=0, atol=1e-5)
+        assert_close(getattr(running, ours), arrays[theirs], rtol=0, atol=1e-5)
+    assert_close(running.similarity(), arrays["cos_sim"], rtol=0, atol=1e-5)
 
     def compute(**settings):
         settings = {**pipe.default_settings(), **settings}

@@ -1,12 +1,10 @@
 """AnoFPDM's networks with formula weights under their own parameter names against recorded outputs, and its training losses.
 
-Of `training_loss` everything is compared. Networks of the recordings are small; their sizes follow from the names and shapes of the
-parameters, except for the number of heads, which the README of the fixtures states.
+Of `training_loss` everything is compared. The sizes of the networks follow from the names and shapes of the parameters, except for the
+number of heads, which the README of the fixtures states.
 """
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +15,13 @@ from anodiff.training.objective_guided import drop_labels, learned_sigma_loss
 from anodiff.training.optimization import make_ema
 from anodiff.training.options import EMAOptions
 
+from .recordings import ToyUNet, load, network_sizes, read, unet_levels
 
-GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "anofpdm"
+
 HEADS, HEAD_DIM = 4, 16  # README: 4 heads in the UNets, heads of 16 channels in the classifier
 
 
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
-        return dict(arrays)
+OUTPUTS = {"rtol": 0, "atol": 1e-4}
 
 
 def tensors(golden: dict, *names: str) -> list[torch.Tensor]:
@@ -47,25 +44,16 @@ def formula_weights(golden: dict) -> dict[str, torch.Tensor]:
     return state
 
 
-def sizes(state: dict[str, torch.Tensor]) -> dict:
-    """Channels and widths of a recorded network: its middle block is as wide as its second and last level."""
-    widths = (len(state["input_blocks.0.0.weight"]), len(state["middle_block.0.in_layers.0.weight"]))
-    return {
-        "in_channels": state["input_blocks.0.0.weight"].shape[1],
-        "block_out_channels": widths,
-        "layers_per_block": 1,
-    }
-
-
 def make_unet_v2() -> tuple[dict, AnoFPDMUNet2DModel]:
-    golden = load("unet_v2")
+    golden = read("anofpdm/unet_v2.npz")
     state = formula_weights(golden)
+    sizes, attention = network_sizes(state, unet_levels(state))
     model = AnoFPDMUNet2DModel(
         sample_size=golden["x"].shape[-1],
-        **sizes(state),
+        **sizes,
         out_channels=len(state["out.2.weight"]),
         num_classes=len(state["label_emb.weight"]),
-        attention_levels=(1,),
+        attention_levels=tuple(level for level, attends in enumerate(attention) if attends),
         num_attention_heads=HEADS,
     ).eval()
     model.load_state_dict(model.convert_original_state_dict(state))
@@ -76,25 +64,34 @@ def make_unet_v2() -> tuple[dict, AnoFPDMUNet2DModel]:
 def test_unet_v2():
     golden, model = make_unet_v2()
     x, t = tensors(golden, "x", "t")
-    np.testing.assert_allclose(model.time_features(t).numpy(), golden["temb"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(model.time_features(t).numpy(), golden["temb"], **OUTPUTS)
+    classes = model.config.num_classes
+    every = torch.full((len(x),), 1)
     with torch.no_grad():
-        for name, labels in (("out_null", (2, 2)), ("out_y0", (0, 0)), ("out_y1", (1, 1)), ("out_y01", (0, 1))):
-            output = model(x, t, torch.tensor(labels)).sample
-            np.testing.assert_allclose(output.numpy(), golden[name], rtol=0, atol=5e-5, err_msg=name)
-        vector = model.class_projection(model.class_embedding(torch.tensor([0, 1])))
-    np.testing.assert_allclose(vector.numpy(), golden["cemb"], rtol=0, atol=1e-5)
-    assert np.abs(golden["out_y0"] - golden["out_null"]).max() > 1e-2  # the label matters in the recording
+        for name, labels in (
+            ("out_null", classes * every),
+            ("out_y0", 0 * every),
+            ("out_y1", every),
+            ("out_y01", torch.arange(len(x)) % classes),
+        ):
+            output = model(x, t, labels).sample
+            np.testing.assert_allclose(output.numpy(), golden[name], **OUTPUTS, err_msg=name)
+        vector = model.class_projection(model.class_embedding(torch.arange(classes)))
+    np.testing.assert_allclose(vector.numpy(), golden["cemb"], **OUTPUTS)
+    # The label matters in the recording.
+    assert np.abs(golden["out_y0"] - golden["out_null"]).max() > 2 * OUTPUTS["atol"]
 
 
 def test_unet_v1():
-    golden = load("unet_v1")
+    golden = read("anofpdm/unet_v1.npz")
     state = formula_weights(golden)
+    sizes, attention = network_sizes(state, unet_levels(state))
     model = UNet2DHeadsModel(
         sample_size=golden["x"].shape[-1],
-        **sizes(state),
+        **sizes,
         out_channels=len(state["out.2.weight"]),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=tuple("AttnDownBlock2D" if attends else "DownBlock2D" for attends in attention),
+        up_block_types=tuple("AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attention)),
         downsample_type="conv",
         upsample_type="conv",
         resnet_time_scale_shift="scale_shift",
@@ -105,67 +102,56 @@ def test_unet_v1():
     model.load_state_dict(model.convert_original_state_dict(state))
     assert sum(parameter.numel() for parameter in model.parameters()) == int(golden["n_params"])
     # A label embedding that the network does not use is left out.
-    unused = {**state, "label_emb.weight": torch.zeros(2, 128)}
+    unused = {**state, "label_emb.weight": torch.zeros(2, len(state["time_embed.2.bias"]))}
     assert model.convert_original_state_dict(unused).keys() == model.state_dict().keys()
     x, t = tensors(golden, "x", "t")
     with torch.no_grad():
         output = model(x, t).sample
-        np.testing.assert_allclose(model.time_proj(t).numpy(), golden["temb"], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(output.numpy(), golden["out"], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(model.time_proj(t).numpy(), golden["temb"], **OUTPUTS)
+    np.testing.assert_allclose(output.numpy(), golden["out"], **OUTPUTS)
 
 
 def test_classifier():
-    golden = load("classifier_net")
+    golden = read("anofpdm/classifier_net.npz")
     state = formula_weights(golden)
+    # The pool has a parameter per position, and one for their mean.
+    positions = state["out.2.positional_embedding"].shape[1] - 1
+    levels = 1 + round(math.log(golden["x"][0, 0].size / positions, 4))
+    sizes, attention = network_sizes(state, levels)
     model = NoisyClassifierModel(
         sample_size=golden["x"].shape[-1],
-        **sizes(state),
+        **sizes,
         num_classes=len(state["out.2.c_proj.weight"]),
-        attention_levels=(1,),
+        attention_levels=tuple(level for level, attends in enumerate(attention) if attends),
         attention_head_dim=HEAD_DIM,
     ).eval()
     model.load_state_dict(model.convert_original_state_dict(state))
     x, t, y = tensors(golden, "x", "t", "y")
     x.requires_grad_()
     logits = model(x, t).logits
-    np.testing.assert_allclose(logits.detach().numpy(), golden["logits"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits.detach().numpy(), golden["logits"], **OUTPUTS)
     entropy = torch.nn.functional.cross_entropy(logits, y, reduction="none")
-    np.testing.assert_allclose(entropy.detach().numpy(), golden["cross_entropy"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(entropy.detach().numpy(), golden["cross_entropy"], **OUTPUTS)
     (gradient,) = torch.autograd.grad(logits.log_softmax(1)[:, 0].sum(), x)
-    np.testing.assert_allclose(gradient.numpy(), golden["grad_logp_y0"], rtol=0, atol=1e-5)
-
-
-class ToyUNet(torch.nn.Module):
-    """The network stand-in of the recordings: scale * tanh(conv(x, W) + t / T * b), no class."""
-
-    def __init__(self, golden: dict, prefix: str):
-        super().__init__()
-        self.weight, self.bias = tensors(golden, f"{prefix}_W", f"{prefix}_b")
-        self.steps, self.scale = float(golden[f"{prefix}_T"]), float(golden[f"{prefix}_scale"])
-
-    def forward(self, sample, timesteps):
-        shift = (timesteps / self.steps).reshape(-1, 1, 1, 1) * self.bias.reshape(1, -1, 1, 1)
-        output = self.scale * torch.tanh(torch.nn.functional.conv2d(sample, self.weight, padding=1) + shift)
-        return type("Output", (), {"sample": output})
+    np.testing.assert_allclose(gradient.numpy(), golden["grad_logp_y0"], **OUTPUTS)
 
 
 def test_label_dropout():
     golden, model = make_unet_v2()
     x, t, draws = tensors(golden, "x", "t", "train_rand")
     repeats = len(draws) // len(x)
-    labels = drop_labels(torch.tensor([0, 1]).repeat(repeats), draws, float(golden["train_threshold"]))
+    labels = drop_labels(torch.arange(len(draws)) % 2, draws, float(golden["train_threshold"]))
     assert 0 < (labels == 2).sum() < len(labels)
     with torch.no_grad():
         output = model(x.repeat(repeats, 1, 1, 1), t.repeat(repeats), labels).sample
-    np.testing.assert_allclose(output.numpy(), golden["out_train_drop"], rtol=0, atol=5e-5)
+    np.testing.assert_allclose(output.numpy(), golden["out_train_drop"], **OUTPUTS)
 
 
 def test_learned_sigma_loss():
-    golden = load("training_loss")
+    golden = read("anofpdm/training_loss.npz")
     x0, noise, t = tensors(golden, "x0", "noise", "t")
-    unet = ToyUNet(golden, "toyls")
-    unet.bias.requires_grad_()
-    error, bound = learned_sigma_loss(unet, AnoFPDMScheduler(), x0, noise, t)
+    unet = ToyUNet(load("anofpdm/training_loss.npz"), prefix="toyls_")
+    error, bound = learned_sigma_loss(unet, AnoFPDMScheduler(int(unet.steps)), x0, noise, t)
     np.testing.assert_allclose(error.detach().numpy(), golden["ls_mse"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(bound.detach().numpy(), golden["ls_vb"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose((error + bound).detach().numpy(), golden["ls_loss"], rtol=1e-5)
@@ -176,16 +162,17 @@ def test_learned_sigma_loss():
 
 
 def test_noise_loss():
-    golden = load("training_loss")
+    golden = read("anofpdm/training_loss.npz")
     x0, noise, t = tensors(golden, "x0", "noise", "t")
+    unet = ToyUNet(load("anofpdm/training_loss.npz"))
     with torch.no_grad():
-        output = ToyUNet(golden, "toy")(AnoFPDMScheduler().add_noise(x0, noise, t), t).sample
+        output = unet(AnoFPDMScheduler(int(unet.steps)).add_noise(x0, noise, t), t).sample
     for name in ("mse", "loss"):
         np.testing.assert_allclose((output - noise).square().mean((1, 2, 3)).numpy(), golden[name], rtol=0, atol=1e-5)
 
 
 def test_average_of_the_weights():
-    golden = load("training_loss")
+    golden = read("anofpdm/training_loss.npz")
     before, source = tensors(golden, "ema_target_before", "ema_source")
     weight = torch.nn.Parameter(before.clone())
     # The rate is stated in the README.
@@ -222,7 +209,10 @@ def test_a_small_one_of_each(tmp_path):
     for wrong, message in (
         (lambda: unet(images[..., :7], 3, labels), "sides divisible by 2"),
         (lambda: classifier(images[..., :4], 3), "`sample` must have the size 8"),
-        (lambda: AnoFPDMUNet2DModel(**small, attention_levels=(2,)), "`attention_levels` must be between 0 and 1"),
+        (
+            lambda: AnoFPDMUNet2DModel(**small, attention_levels=(2,)),
+            "`attention_levels` must be an integer between 0 and 1",
+        ),
         (
             lambda: AnoFPDMUNet2DModel(**small, attention_levels=(1,), num_attention_heads=3),
             "`num_attention_heads` must",

@@ -29,8 +29,9 @@ from anodiff.evaluation.ensemble_metrics import (
 )
 from anodiff.volumes.volume import read_volume
 
+from .recordings import read
 
-GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "cimd"
+
 DEFINITION = {"rtol": 0, "atol": 1e-12}
 SMOOTHED = {"rtol": 0, "atol": 1e-6}
 
@@ -40,16 +41,13 @@ READINGS = {"": "pairs", "_absvar": "variances", "_withdiag": "pairs_with_self"}
 
 @pytest.fixture(scope="module")
 def arrays():
-    with np.load(GOLDEN / "metrics.npz", allow_pickle=False) as file:
-        return dict(file)
+    return read("cimd/metrics.npz")
 
 
-def cases():
-    with np.load(GOLDEN / "metrics.npz", allow_pickle=False) as file:
-        return sorted(name.removesuffix(".ged") for name in file.files if name.endswith(".ged"))
+CASES = sorted(name.removesuffix(".ged") for name in read("cimd/metrics.npz") if name.endswith(".ged"))
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", CASES)
 def test_definitions(arrays, case):
     expected = {name.partition(".")[2]: value for name, value in arrays.items() if name.startswith(f"{case}.")}
     pred, gt = expected.pop("pred"), expected.pop("gt")

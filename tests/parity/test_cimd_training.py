@@ -1,10 +1,5 @@
 """CIMD's encoders, the terms of its loss with their gradients, and its updates against arrays recorded from the original program."""
 
-import os
-from pathlib import Path
-
-import numpy as np
-import pytest
 import torch
 
 from anodiff import CIMDScheduler
@@ -13,36 +8,10 @@ from anodiff.training.objective_cimd import UNetWithEncoders, cimd_loss_terms
 from anodiff.training.optimization import make_ema, make_optimizer
 from anodiff.training.options import EMAOptions, OptimOptions
 
+from .recordings import ToySegmentationUNet, load, over
 
-GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "cimd"
+
 KL_WEIGHT = 1e-3  # the original divides by 1000
-
-
-def recordings(pattern: str) -> list[Path]:
-    found = sorted(GOLDEN.glob(pattern))
-    assert found, f"no file {pattern} in {GOLDEN}"
-    return found
-
-
-def load(path: Path) -> dict:
-    arrays = np.load(path, allow_pickle=False)
-    return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
-
-
-class ToyUNet(torch.nn.Module):
-    """The network of the recordings: tanh(conv(x, W) + t / T * b) in float32, x the image four times and the mask."""
-
-    def __init__(self, arrays: dict):
-        super().__init__()
-        self.weight, self.bias = torch.nn.Parameter(arrays["W"].clone()), torch.nn.Parameter(arrays["b"].clone())
-        self.steps = int(arrays["T"])
-
-    def forward(self, sample, timesteps):
-        image, mask = sample.float().split(1, dim=1)
-        shift = (timesteps / self.steps).reshape(-1, 1, 1, 1) * self.bias.reshape(1, -1, 1, 1)
-        stacked = torch.cat([image.repeat(1, 4, 1, 1), mask], 1)
-        output = torch.tanh(torch.nn.functional.conv2d(stacked, self.weight, padding=1) + shift)
-        return type("Output", (), {"sample": output})
 
 
 def make_encoder(arrays: dict, prefix: str) -> GaussianEncoder:
@@ -62,7 +31,7 @@ def make_encoder(arrays: dict, prefix: str) -> GaussianEncoder:
 
 
 def make_model(arrays: dict) -> UNetWithEncoders:
-    model = UNetWithEncoders(ToyUNet(arrays))
+    model = UNetWithEncoders(ToySegmentationUNet(arrays, int(arrays["T"])))
     model.label_encoder = make_encoder(arrays, "posterior").requires_grad_(False)
     model.output_encoder = make_encoder(arrays, "prior").requires_grad_(False)
     return model
@@ -83,7 +52,7 @@ def loss_terms(model: UNetWithEncoders, arrays: dict, noise: torch.Tensor, t: to
     return terms | {"loss": terms["mse"] + terms["vb"] + terms["kl"]}
 
 
-@pytest.mark.parametrize("path", recordings("encoder_kl*.npz"), ids=lambda path: path.stem)
+@over("cimd/encoder_kl*.npz")
 def test_encoders(path):
     arrays = load(path)
     moments = {}
@@ -95,7 +64,7 @@ def test_encoders(path):
     torch.testing.assert_close(divergence, arrays["kl"], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", recordings("training_loss*.npz"), ids=lambda path: path.stem)
+@over("cimd/training_loss*.npz")
 def test_loss_and_gradients(path):
     arrays = load(path)
     assert arrays["t"][0] == 0  # the term of the likelihood
@@ -132,7 +101,7 @@ def test_loss_and_gradients(path):
     assert torch.equal(arrays["label"], untouched[0]) and torch.equal(arrays["binary"], untouched[1])
 
 
-@pytest.mark.parametrize("path", recordings("train_steps*.npz"), ids=lambda path: path.stem)
+@over("cimd/train_steps*.npz")
 def test_updates(path):
     arrays = load(path)
     # They go on from the batch, the network and the encoders of the recording of the loss. All updates are on this one batch and its

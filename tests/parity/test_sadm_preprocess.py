@@ -3,9 +3,6 @@
 The recorded arrays are (x, y, z) with all axes as in LPS. `full_compose` is the whole chain once more.
 """
 
-import os
-from pathlib import Path
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -13,15 +10,10 @@ import pytest
 from anodiff import VolumeProcessor
 from anodiff.data.prepare import read_recipe
 
+from .recordings import over
 
-GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "sadm"
+
 SPACING = (0.8, 1.0, 1.2)  # of the recording, see its README
-
-
-def recordings(pattern: str) -> list[Path]:
-    found = sorted(GOLDEN.glob(pattern))
-    assert found, f"no file {pattern} in {GOLDEN}"
-    return found
 
 
 def image(array: np.ndarray) -> nib.Nifti1Image:
@@ -41,7 +33,7 @@ def on_xyz(slices) -> np.ndarray:
     return np.asarray(slices).transpose(2, 1, 0)
 
 
-@pytest.mark.parametrize("path", recordings("preprocess*.npz"), ids=lambda path: path.stem)
+@over("sadm/preprocess*.npz")
 def test_smoothing(path):
     pytest.importorskip("SimpleITK", reason="the extra `preprocess` is missing")
     arrays = np.load(path, allow_pickle=False)
@@ -65,7 +57,7 @@ def test_smoothing(path):
     np.testing.assert_allclose(on_xyz(slices[:, 0]), arrays["vol_resampled"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", recordings("preprocess*.npz"), ids=lambda path: path.stem)
+@over("sadm/preprocess*.npz")
 def test_crop_or_pad(path):
     arrays = np.load(path, allow_pickle=False)
     processor = make_processor(arrays, 1, intensity="given", input_range=(0.0, 1.0))
@@ -75,7 +67,7 @@ def test_crop_or_pad(path):
     np.testing.assert_array_equal(on_xyz(processed.brain), arrays["mask_crop"] > 0)
 
 
-@pytest.mark.parametrize("path", recordings("preprocess*.npz"), ids=lambda path: path.stem)
+@over("sadm/preprocess*.npz")
 def test_rescaled_intensities(path):
     arrays = np.load(path, allow_pickle=False)
     processed = make_processor(arrays, 1).preprocess(
@@ -84,7 +76,7 @@ def test_rescaled_intensities(path):
     np.testing.assert_allclose(on_xyz(processed.slices[:, 0]), arrays["vol_rescaled"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", recordings("preprocess*.npz"), ids=lambda path: path.stem)
+@over("sadm/preprocess*.npz")
 def test_resampled_volumes_and_masks(path):
     arrays = np.load(path, allow_pickle=False)
     processor = make_processor(arrays, int(arrays["rescale"]))

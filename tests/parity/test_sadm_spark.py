@@ -3,33 +3,16 @@
 The recorded encoder is a tiny ResNet of timm with a stem of three convolutions, which transformers' cannot say; it is written out here.
 """
 
-import os
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
 from anodiff.models.spark import SparKModel, resize_cells, spark_loss
 
-
-GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden")) / "sadm"
-
-
-def recordings(pattern: str) -> list[Path]:
-    found = sorted(GOLDEN.glob(pattern))
-    assert found, f"no file {pattern} in {GOLDEN}"
-    return found
-
-
-def load(path: Path) -> dict[str, torch.Tensor]:
-    arrays = np.load(path, allow_pickle=False)
-    read = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
-    return {name: value.float() if value.dtype == torch.float16 else value for name, value in read.items()}
+from .recordings import load, over
 
 
 class Block(nn.Module):
@@ -110,7 +93,7 @@ def make_model(arrays: dict[str, torch.Tensor]) -> SparKModel:
     return model
 
 
-@pytest.mark.parametrize("path", recordings("spark*.npz"), ids=lambda path: path.stem)
+@over("sadm/spark*.npz")
 def test_visible_cells(path):
     arrays = load(path)
     model = make_model(arrays)
@@ -120,7 +103,7 @@ def test_visible_cells(path):
     assert torch.equal(resize_cells(visible, arrays["x"].shape[2:]), arrays["active_ex"])
 
 
-@pytest.mark.parametrize("path", recordings("spark*.npz"), ids=lambda path: path.stem)
+@over("sadm/spark*.npz")
 def test_a_training_step_and_an_evaluation(path):
     arrays = load(path)
     model, images, visible = make_model(arrays), arrays["x"], arrays["active"]

@@ -10,12 +10,12 @@ from torch.testing import assert_close
 from anodiff import SADMPipeline, SiameseUNet2DModel
 from anodiff.training.objective_sadm import LabelledSADMObjective, SADMObjective
 
-from .test_sadm_cddpm import ToyEncoder, ToyUNet, as_slices, load, make_processor, make_scheduler, over, recordings
+from .recordings import load, over
+from .test_sadm_cddpm import ToyEncoder, ToyUNet, as_slices, make_processor, make_scheduler, timesteps_of
 
 
 def make_pipeline(arrays, **settings) -> SADMPipeline:
-    [network] = recordings("segunet.npz")
-    golden = load(network)
+    golden = load("sadm/segunet.npz")
     model = SiameseUNet2DModel(1, [2 ** (int(golden["wf"]) + level) for level in range(int(golden["depth"]))]).eval()
     state = {name[2:]: values.float() for name, values in golden.items() if name.startswith("w/")}
     model.load_state_dict(model.convert_original_state_dict(state))
@@ -27,6 +27,12 @@ def make_pipeline(arrays, **settings) -> SADMPipeline:
     return pipe
 
 
+def make_objective(kind, arrays):
+    timesteps = timesteps_of(arrays["step_ensemble"])
+    pipe = make_pipeline(arrays, timesteps=timesteps)
+    return kind(pipe.segmentation_network, pipe, {"timesteps": timesteps})
+
+
 class FromRecording:
     """Timesteps and noise of the recording instead of draws."""
 
@@ -35,13 +41,11 @@ class FromRecording:
         return images, masks, batch["timesteps"], batch["noise"]
 
 
-@over("sadm_steps*.npz")
+@over("sadm/sadm_steps*.npz")
 def test_inference(path):
     arrays = load(path)
     slices, noise = as_slices(arrays["vol"]), arrays["noise_ens"]
-    # The authors count from 1.
-    timesteps = (arrays["step_ensemble"] - 1).tolist()
-    pipe = make_pipeline(arrays, timesteps=timesteps)
+    pipe = make_pipeline(arrays, timesteps=timesteps_of(arrays["step_ensemble"]))
     for batch_size in (4, 16):
         results = pipe.compute_maps(
             slices, list(range(len(slices))), seed=0, batch_size=batch_size, noise=noise, **pipe.default_settings()
@@ -54,7 +58,7 @@ def test_inference(path):
     assert_close(weighted[0] + weighted[1], plain, rtol=0, atol=1e-6)
 
 
-@over("sadm_steps*.npz")
+@over("sadm/sadm_steps*.npz")
 def test_training_with_synthetic_anomalies(path):
     arrays = load(path)
 
@@ -62,15 +66,14 @@ def test_training_with_synthetic_anomalies(path):
         def anomalies(self, batch, images, generators):
             return arrays["tr_syn_xano"], arrays["tr_syn_mask"]
 
-    pipe = make_pipeline(arrays)
-    objective = Objective(pipe.segmentation_network, pipe)
+    objective = make_objective(Objective, arrays)
     batch = {"image": arrays["tr_syn_x"], "timesteps": arrays["tr_syn_t"], "noise": arrays["tr_syn_noise"]}
     loss = objective.loss(objective.model.train(), batch, [])
     assert loss.shape == (len(batch["image"]),)
     assert_close(loss.mean(), arrays["tr_syn_loss"], rtol=0, atol=1e-5)
 
 
-@over("sadm_steps*.npz")
+@over("sadm/sadm_steps*.npz")
 def test_training_with_masks(path):
     arrays = load(path)
 
@@ -86,8 +89,7 @@ def test_training_with_masks(path):
         "noise": arrays["tr_lab_noise"],
     }
     batch["label"] = batch["mask"].flatten(1).any(1).long()
-    pipe = make_pipeline(arrays)
-    objective = Objective(pipe.segmentation_network, pipe)
-    noised = pipe.scheduler.add_noise(2 * batch["image"] - 1, batch["noise"], batch["timesteps"])
+    objective = make_objective(Objective, arrays)
+    noised = objective.reconstruction.scheduler.add_noise(2 * batch["image"] - 1, batch["noise"], batch["timesteps"])
     assert_close(noised, arrays["tr_lab_xt"], rtol=0, atol=1e-5)
     assert_close(objective.loss(objective.model, batch, []).mean(), arrays["tr_lab_loss"], rtol=0, atol=1e-5)

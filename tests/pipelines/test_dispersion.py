@@ -11,24 +11,15 @@ import torch
 from anodiff import DispersionOutput, disperse
 from anodiff.evaluation.overview import draw_members
 
-from .test_andi import make_pipeline as make_andi
-from .test_anoddpm import make_pipeline as make_anoddpm
-from .test_anofpdm import make_pipeline as make_anofpdm
-from .test_cimd import make_pipeline as make_cimd
-from .test_dae import make_pipeline as make_dae
-from .test_ddib import make_pipeline as make_ddib
+from ..tiny import SIZE, make_pipeline, make_slices, make_volume
 
 
 OBLIQUE = np.array([[-0.9, 0.3, 0, 10], [0.3, 1.1, 0.2, -20], [0, -0.1, 4, 5], [0, 0, 0, 1.0]])
 
 
-def make_volume(shape=(18, 20, 4)) -> np.ndarray:
-    return np.random.default_rng(0).random(shape).astype(np.float32) + 0.1
-
-
-@pytest.mark.parametrize("make", [make_anoddpm, make_andi, make_anofpdm])
-def test_member_k_is_the_call_with_its_seed(make):
-    pipe = make(median_size=3, threshold=0.01)
+@pytest.mark.parametrize("name", ["AnoDDPMPipeline", "ANDiPipeline", "AnoFPDMPipeline"])
+def test_member_k_is_the_call_with_its_seed(name):
+    pipe = make_pipeline(name, median_size=3, threshold=0.01)
     volume = make_volume()
     result = disperse(pipe, volume, 3, generator=5, batch_size=3)
     calls = [pipe(volume, generator=5 + k, batch_size=3) for k in range(3)]
@@ -49,8 +40,8 @@ def test_member_k_is_the_call_with_its_seed(make):
 
 
 def test_files_lie_on_the_grid_of_the_input(tmp_path):
-    pipe = make_anoddpm(threshold=0.01)
-    source = nib.Nifti1Image(make_volume(), OBLIQUE)
+    pipe = make_pipeline("AnoDDPMPipeline", threshold=0.01)
+    source = nib.Nifti1Image(make_volume((18, 20, 4)), OBLIQUE)
     result = disperse(pipe, source, 2, generator=torch.Generator().manual_seed(3))
     result.save(tmp_path)
     result.first.save(tmp_path)
@@ -74,7 +65,7 @@ def test_files_lie_on_the_grid_of_the_input(tmp_path):
 
 
 def test_pictures_tensors_and_lists(tmp_path):
-    pipe = make_anoddpm()
+    pipe = make_pipeline("AnoDDPMPipeline")
     picture = PIL.Image.fromarray((make_volume((20, 17)) * 200).astype(np.uint8))
     result = disperse(pipe, picture, 2)
     result.save(tmp_path)
@@ -90,7 +81,7 @@ def test_pictures_tensors_and_lists(tmp_path):
         assert levels.shape == (20, 17)
         np.testing.assert_allclose(levels * factor, expected, rtol=0, atol=0.51 * factor)
 
-    slices = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    slices = make_slices()
     one, two = disperse(pipe, [slices, slices + 0.1], 2)
     assert isinstance(one, DispersionOutput) and isinstance(one.dispersion, torch.Tensor)
     torch.testing.assert_close(two.member_maps[0], pipe(slices + 0.1).anomaly_map, rtol=0, atol=0)
@@ -101,7 +92,7 @@ def test_pictures_tensors_and_lists(tmp_path):
 
 
 def test_a_prepared_volume_is_shared():
-    pipe = make_anoddpm()
+    pipe = make_pipeline("AnoDDPMPipeline")
     prepared = pipe.prepare_volume(make_volume())
     np.testing.assert_array_equal(pipe(prepared).anomaly_map, pipe(make_volume()).anomaly_map)
     with pytest.raises(TypeError, match="A volume must be a path"):
@@ -109,18 +100,18 @@ def test_a_prepared_volume_is_shared():
 
 
 def test_what_has_no_dispersion():
-    slices = torch.zeros(1, 1, 16, 16)
-    for make in (make_dae, make_ddib):
+    slices = torch.zeros(1, 1, SIZE, SIZE)
+    for name in ("DAEPipeline", "DDIBPipeline"):
         with pytest.raises(ValueError, match="Pipeline draws nothing, so that all members would be one map"):
-            disperse(make(), slices)
+            disperse(make_pipeline(name), slices)
     with pytest.raises(ValueError, match="CIMDPipeline makes an ensemble by itself: call it with `num_ensemble`"):
-        disperse(make_cimd(), slices)
+        disperse(make_pipeline("CIMDPipeline"), slices)
     for wrong in (1, 2.0, True):
         with pytest.raises(ValueError, match="`num_members` must be an integer of at least 2"):
-            disperse(make_anoddpm(), slices, wrong)
+            disperse(make_pipeline("AnoDDPMPipeline"), slices, wrong)
     with pytest.raises(ValueError, match="either `noise` or `generator`"):
-        disperse(make_anoddpm(), slices, noise=torch.zeros(5, 1, 1, 16, 16))
+        disperse(make_pipeline("AnoDDPMPipeline"), slices, noise=torch.zeros(5, 1, 1, SIZE, SIZE))
     with pytest.raises(ValueError, match="under the key 'brain'"):
-        disperse(make_anoddpm(), [slices], brain_mask=torch.ones(1, 16, 16))
+        disperse(make_pipeline("AnoDDPMPipeline"), [slices], brain_mask=torch.ones(1, SIZE, SIZE))
     with pytest.raises(TypeError, match="`generator` must be an integer"):
-        disperse(make_anoddpm(), slices, generator="0")
+        disperse(make_pipeline("AnoDDPMPipeline"), slices, generator="0")

@@ -3,50 +3,28 @@
 import json
 from dataclasses import replace
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from transformers import ResNetConfig, ResNetForImageClassification
 
 from anodiff import (
     AnoDDPMScheduler,
-    AnomalyPipeline,
     CDDPMPipeline,
-    ConditionedUNet2DModel,
     SADMPipeline,
     SiameseUNet2DModel,
     VolumeProcessor,
 )
+from anodiff.schedulers.draws import make_keys
 from anodiff.training.objective_sadm import LabelledSADMObjective, SADMObjective
 
-
-SIZE = 16
+from ..tiny import SIZE, assert_same_map, make_conditioned_unet, make_encoder, make_volume
 
 
 def make_parts(modalities=("image",), value_range=(0.0, 1.0), condition_dim=6, **network):
     torch.manual_seed(0)
-    unet = ConditionedUNet2DModel(
-        sample_size=SIZE,
-        in_channels=len(modalities),
-        out_channels=len(modalities),
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        down_block_types=("ResnetDownsampleBlock2D",) * 2,
-        up_block_types=("ResnetUpsampleBlock2D",) * 2,
-        attention_head_dim=4,
-        norm_num_groups=4,
-        attn_norm_num_groups=4,
-        condition_dim=condition_dim,
-    ).eval()
-    for parameter in unet.conv_out.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)  # else it predicts zeros
-    encoder = None
-    if condition_dim is not None:
-        config = ResNetConfig(num_channels=len(modalities), embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1])
-        config.num_labels = condition_dim
-        encoder = ResNetForImageClassification(config).eval()
+    unet = make_conditioned_unet(len(modalities), condition_dim)
+    encoder = None if condition_dim is None else make_encoder(len(modalities), condition_dim)
     model = SiameseUNet2DModel(len(modalities), (4, 8), **network).eval()
     scheduler = AnoDDPMScheduler(beta_schedule="cosine", z=None, wavelength=8.0)
     processor = VolumeProcessor(modalities=modalities, size=(SIZE, SIZE), value_range=value_range)
@@ -60,59 +38,19 @@ def make_pipeline(modalities=("image",), value_range=(0.0, 1.0), condition_dim=6
     return pipe
 
 
-def make_volume(shape=(18, 20, 5), seed=0) -> np.ndarray:
-    volume = np.random.default_rng(seed).random(shape).astype(np.float32) + 0.1
-    volume[:3] = 0
-    return volume
+def keys(count):
+    return make_keys(0, range(count))
 
 
-def generators(count):
-    return [torch.Generator().manual_seed(number) for number in range(count)]
-
-
-def assert_same_map(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
-
-
-def test_batch_size_does_not_matter_and_the_seed_does():
-    pipe = make_pipeline(("flair", "t1"))
-    volume = {"flair": make_volume(seed=1), "t1": make_volume(seed=2)}
-    maps = [pipe(volume, batch_size=size, generator=3).anomaly_map for size in (1, 4, 64)]
-    assert maps[0].max() > 0
-    for other in maps[1:]:
-        assert_same_map(other, maps[0])
-    assert np.abs(pipe(volume, generator=4).anomaly_map - maps[0]).max() > 1e-3
-
-
-def test_save_and_load_gives_the_same_map(tmp_path):
-    for condition_dim in (6, None):
-        pipe = make_pipeline(condition_dim=condition_dim, threshold=0.5, median_size=3, residual_weight=0.25)
-        expected = pipe(make_volume())
-        assert expected.settings["residual_weight"] == 0.25 and expected.pred_mask.any()
-        folder = tmp_path / str(condition_dim)
-        pipe.save_pretrained(folder)
-        index = json.loads((folder / "model_index.json").read_text())
-        assert index["segmentation_network"] == ["anodiff", "SiameseUNet2DModel"]
-        assert index["encoder"][0] == ("transformers" if condition_dim else None)
-        for loaded in (SADMPipeline.from_pretrained(folder), AnomalyPipeline.from_pretrained(folder)):
-            assert type(loaded) is SADMPipeline
-            loaded.set_progress_bar_config(disable=True)
-            assert_same_map(loaded(make_volume()).anomaly_map, expected.anomaly_map)
-            settings = [key for key in pipe.config if not key.startswith("_") and key not in pipe.components]
-            assert settings and all(loaded.config[key] == pipe.config[key] for key in settings if key != "timesteps")
-
-
-def test_every_kind_of_volume_gives_the_same_map(tmp_path):
-    pipe = make_pipeline()
-    array = make_volume()
-    image = nib.Nifti1Image(array, np.eye(4))
-    nib.save(image, tmp_path / "scan.nii.gz")
-    expected = pipe(array).anomaly_map
-    assert expected.shape == array.shape and expected.dtype == np.float32 and expected.max() > 0
-    for volume in (image, tmp_path / "scan.nii.gz", {"image": image}):
-        np.testing.assert_allclose(pipe(volume).anomaly_map, expected, rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(pipe([array, image])[1].anomaly_map, expected)
-    assert pipe(array[..., 0]).anomaly_map.shape == array.shape[:2]
+def test_save_and_load_without_an_encoder(tmp_path):
+    pipe = make_pipeline(condition_dim=None, threshold=0.5, median_size=3, residual_weight=0.25)
+    expected = pipe(make_volume())
+    assert expected.settings["residual_weight"] == 0.25 and expected.pred_mask.any()
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["encoder"] == [None, None]
+    loaded = SADMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert_same_map(loaded(make_volume()).anomaly_map, expected.anomaly_map)
 
 
 def test_the_value_range_of_the_processor_does_not_matter():
@@ -166,11 +104,9 @@ def test_accelerate_can_convert_the_output(deep_supervision):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"residual_weight": 1.5}, "`residual_weight` must be between 0 and 1, got 1.5"),
+        ({"residual_weight": 1.5}, "`residual_weight` must be a finite number and between 0 and 1, got 1.5"),
         ({"timesteps": [1000]}, "`timesteps` must be a list of different integers from 0 to 999"),
         ({"map_type": "l2"}, "`map_type` must be one of residual, ssim"),
-        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
-        ({"noise": torch.zeros(1), "generator": 1}, "either `noise` or `generator`"),
     ],
 )
 def test_wrong_arguments(arguments, message):
@@ -182,13 +118,13 @@ def test_wrong_components():
     unet, model, scheduler, processor, encoder = make_parts()
     with pytest.raises(ValueError, match="`segmentation_network.in_channels` must be 1"):
         SADMPipeline(unet, SiameseUNet2DModel(2, (4, 8)), scheduler, processor, encoder)
-    with pytest.raises(ValueError, match="`residual_weight` must be between 0 and 1"):
+    with pytest.raises(ValueError, match="`residual_weight` must be a finite number and between 0 and 1"):
         make_pipeline(residual_weight=-1)
     with pytest.raises(ValueError, match="`residual` must be one of signed, squared"):
         SiameseUNet2DModel(1, (4, 8), residual="absolute")
     with pytest.raises(ValueError, match="at least two levels"):
         SiameseUNet2DModel(1, (4,))
-    with pytest.raises(ValueError, match="`image` must have H and W that 2 divides"):
+    with pytest.raises(ValueError, match="`image` must have sides divisible by 2"):
         model(torch.zeros(1, 1, 15, 16), torch.zeros(1, 1, 15, 16))
     reconstruction = CDDPMPipeline(unet, scheduler, processor, encoder)
     with pytest.raises(ValueError, match="`loss` must be one of bce, dice, bce_dice"):
@@ -204,7 +140,7 @@ def test_training_moves_the_segmentation_network_alone(value_range):
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     low, high = value_range
     batch = {"image": torch.rand(3, 1, SIZE, SIZE, generator=torch.manual_seed(2)) * (high - low) + low}
-    losses = objective.loss(model.train(), batch, generators(3))
+    losses = objective.loss(model.train(), batch, keys(3))
     assert losses.shape == (3,) and torch.isfinite(losses).all()
     losses.mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -214,9 +150,9 @@ def test_training_moves_the_segmentation_network_alone(value_range):
 
     # A sample's loss depends on the sample alone.
     with torch.no_grad():
-        alone = objective.loss(model, {"image": batch["image"][1:2]}, generators(3)[1:2])
+        alone = objective.loss(model, {"image": batch["image"][1:2]}, keys(3)[1:2])
     torch.testing.assert_close(alone[0], losses[1].detach(), atol=1e-4, rtol=0)
-    rows = objective.preview(model.eval(), batch, generators(3))
+    rows = objective.preview(model.eval(), batch, keys(3))
     assert [row.shape for row in rows.values()] == [batch["image"].shape] * 5
 
 
@@ -225,8 +161,7 @@ def test_shared_noise_is_that_of_the_first_slice():
     reconstruction = CDDPMPipeline(unet, scheduler, processor, encoder)
     batch = {"image": torch.rand(3, 1, SIZE, SIZE)}
     own, shared = (
-        SADMObjective(model, reconstruction, shared_noise=value)._draw(batch, generators(3))[3]
-        for value in (False, True)
+        SADMObjective(model, reconstruction, shared_noise=value)._draw(batch, keys(3))[3] for value in (False, True)
     )
     assert own.shape == (3, 1, SIZE, SIZE) and shared.shape == (1, 1, SIZE, SIZE)
     torch.testing.assert_close(own[:1], shared, rtol=0, atol=0)
@@ -249,11 +184,11 @@ def test_masks_of_several_annotators_are_those_of_the_majority():
     torch.testing.assert_close(images, batch["image"], rtol=0, atol=0)
     assert lesions.shape == (3, 1, SIZE, SIZE) and lesions.sum((1, 2, 3)).tolist() == [2 * SIZE, SIZE, 0]
     assert lesions[0, 0, 2:4].all() and lesions[1, 0, 5].all()
-    assert torch.isfinite(objective.loss(model, batch, generators(3))).all()
+    assert torch.isfinite(objective.loss(model, batch, keys(3))).all()
     for label in (1, -1):
         batch["label"][2] = label
         with pytest.raises(ValueError, match="`mask` must be there for every slice that is not known to be healthy"):
-            objective.loss(model, batch, generators(3))
+            objective.loss(model, batch, keys(3))
 
 
 def test_order_of_erosion_and_median():
@@ -268,3 +203,13 @@ def test_order_of_erosion_and_median():
     )
     with pytest.raises(ValueError, match="`filter_order` must be one of erosion_first, median_first"):
         make_pipeline(filter_order="none")
+
+
+def test_what_is_exported_has_the_timesteps_of_its_cddpm(tmp_path):
+    unet, model, _, processor, encoder = make_parts()
+    scheduler = AnoDDPMScheduler(100, beta_schedule="cosine", z=None, wavelength=8.0)
+    reconstruction = CDDPMPipeline(unet, scheduler, processor, encoder, timesteps=[24, 49], shared_noise=True)
+    pipe = SADMObjective(model, reconstruction).export(model, tmp_path)
+    assert list(pipe.config.timesteps) == [24, 49] and pipe.config.shared_noise
+    pipe = SADMObjective(model, reconstruction, {"timesteps": [9]}).make_pipeline(model)
+    assert list(pipe.config.timesteps) == [9] and pipe.config.shared_noise

@@ -73,23 +73,14 @@ def test_unknown_keys_are_errors(tmp_path, capsys, content):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--unet.layers", "2"], "`unet` has no key layers; UNet2DModel takes sample_size"),
-        (["--scheduler.octave", "2"], "`scheduler` has no key octave"),
-        (["--inference.level", "2"], "`inference` has no key level"),
-        (["--objective.los", "l1"], "`objective` has no key los"),
-        (["--processor.sizes", "[8, 8]"], "`processor` has no key sizes"),
         (["--processor.size", "[8, 8]"], "`size` is"),
         (["--unet.in_channels", "3"], "`unet.in_channels` must be 2"),
-        (["--optim.lr_scheduler", "zigzag"], "`optim.lr_scheduler` must be one of"),
-        (["--train.max_steps", "0"], "`train.max_steps` must be at least 1"),
         (["--inference.noise_level", "2000"], "`noise_level` must be between 1 and 1000"),
-        (["--method", "magic"], "`method` must be one of anoddpm"),
-        (["--train.resume", "latest"], "holds no checkpoint"),
     ],
 )
-def test_wrong_blocks_are_found_before_the_training(workplace, tmp_path, monkeypatch, arguments, message):
+def test_what_does_not_fit_the_data_is_found_before_the_training(workplace, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(workplace.folder)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(ValueError, match=message):
         train(["--config", "tiny.yaml", "--data", "prepared", "--train.output_dir", str(tmp_path), *arguments])
     assert not (tmp_path / "pipeline").exists()
 

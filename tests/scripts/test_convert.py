@@ -1,8 +1,10 @@
-"""`convert.py`: weights under the original's names become a pipeline that computes with them."""
+"""The package `convert`: weights under the original's names become a pipeline that computes with them."""
 
 import math
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,21 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from anodiff import ANDiUNet2DModel, AnomalyPipeline, NoisyClassifierModel
 from anodiff.convert import main as convert
-from anodiff.convert import transpose_kernels
+from anodiff.convert.parts import transpose_kernels
 
 
 GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden"))
+
+
+def test_script_module_and_command_are_the_same_program(tmp_path):
+    # The script `convert.py` stands beside the package of its name.
+    script = Path(__file__).parents[2] / "convert.py"
+    answers = []
+    for command in ([script], ["-m", "anodiff.convert"], ["-m", "anodiff", "convert"]):
+        asked = [sys.executable, *map(str, command), "andi", "missing.pt", "out"]
+        done = subprocess.run(asked, cwd=tmp_path, text=True, capture_output=True)
+        answers.append((done.returncode, done.stdout, done.stderr))
+    assert answers == [(1, "", "error: there is no file missing.pt.\n")] * 3
 
 
 def original_state_dict(recording: str = "andi/andi_unet", replaced: dict | None = None):

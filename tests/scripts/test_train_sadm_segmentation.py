@@ -128,8 +128,8 @@ def test_wrong_options_are_found_before_the_training(workplace, reconstruction, 
     path = ["--objective.reconstruction_path", reconstruction]
     for arguments, message in (
         ([], "`objective.reconstruction_path` must be the folder or Hub id"),
-        ([*path, "--scheduler.octaves", "2"], "`scheduler` must be empty for SADM, got octaves"),
-        ([*path, "--unet._class_name", "UNet2DModel"], "`unet._class_name` must be SiameseUNet2DModel"),
+        ([*path, "--scheduler.octaves", "2"], "`scheduler` has no key octaves; SADMObjective takes none"),
+        ([*path, "--unet._class_name", "UNet2DModel"], "`unet._class_name` must be one of SiameseUNet2DModel"),
         ([*path, "--objective.los", "dice"], "`objective` has no key los"),
         ([*path, "--inference.residual_weight", "2"], "`residual_weight` must be between 0 and 1"),
     ):

@@ -3,7 +3,6 @@
 import json
 import math
 
-import pytest
 import yaml
 from transformers import ResNetForImageClassification
 
@@ -30,9 +29,3 @@ def test_spark_writes_an_encoder(workplace, monkeypatch):
     loaded = ResNetForImageClassification.from_pretrained(str(run / "pipeline"), subfolder="encoder", num_labels=7)
     assert loaded.config.num_channels == 2 and loaded.classifier[1].out_features == 7
     assert "encoder" in (run / "pipeline" / "README.md").read_text()
-
-
-def test_a_probability_is_checked_before_the_training(workplace, monkeypatch):
-    monkeypatch.chdir(workplace.folder)
-    with pytest.raises(ValueError, match="`data.augmentation.blur` must be a probability from 0 to 1, got 2.0"):
-        train(["--config", "tiny.yaml", "--data", "prepared", "--data.augmentation.blur", "2"])

@@ -8,8 +8,15 @@ import torch
 from diffusers import UNet2DModel
 
 from anodiff import AnoDDPMScheduler, VolumeProcessor
+from anodiff.schedulers.draws import DRAWS_VERSION, fold_in
+from anodiff.training import keys
+from anodiff.training.keys import sample_keys
 from anodiff.training.objective_noise import NoiseObjective
-from anodiff.training.samples import PositionBatches, SampleStream, repeated_generators, sample_generators
+from anodiff.training.samples import PositionBatches, SampleStream
+from anodiff.training.state import Progress
+
+
+CPU = torch.device("cpu")
 
 
 class Numbers:
@@ -70,19 +77,33 @@ def test_several_updates_of_a_batch_see_its_samples():
     assert list(PositionBatches(3, 4, 3, 2, 1, 0, updates_per_batch=2)) == twice[6:]
 
 
-def test_each_update_of_a_batch_draws_anew():
-    device = torch.device("cpu")
-    draws = []
-    for update in (0, 1, 2, 1):
-        first = sample_generators(0, 0, range(3), device)
-        for generator in first:
-            torch.rand(2, generator=generator)  # what was drawn before changes nothing
-        draws.append(torch.stack([torch.rand(4, generator=g) for g in repeated_generators(first, update)]))
-    torch.testing.assert_close(draws[3], draws[1], rtol=0, atol=0)
-    plain = sample_generators(0, 0, range(3), device)
-    torch.testing.assert_close(draws[0], torch.stack([torch.rand(6, generator=g)[2:] for g in plain]), rtol=0, atol=0)
-    values = torch.cat([draws[0], draws[1], draws[2]]).flatten().tolist()
-    assert len(set(values)) == len(values)
+def test_every_draw_has_keys_of_its_own():
+    names = [name for name in vars(keys) if name.isupper()]
+    streams, draws = names[:3], [vars(keys)[name] for name in names[3:]]
+    assert streams == ["TRAINING", "VALIDATION", "PREVIEW"] and len(set(draws)) == len(draws) == 10
+    drawn = [sample_keys(0, vars(keys)[stream], range(50), CPU) for stream in streams]
+    drawn += [fold_in(one, draw) for one in drawn for draw in draws]
+    assert len(torch.cat(drawn).unique(dim=0)) == 50 * 3 * 11
+
+
+def test_only_the_same_training_goes_on():
+    state = {**Progress(16, 1).state_dict(), "step": 7}
+    again = Progress(16, 1)
+    again.load_state_dict(state)
+    assert again.step == 7
+    for change, message in (
+        ({"samples_per_step": 8}, "trained with 8 samples per step, this run has 16"),
+        ({"updates_per_batch": 2}, "trained with 2 updates per batch, this run has 1"),
+        (
+            {"draws_version": "philox, 0"},
+            f"trained with version philox, 0 of the random numbers, this run has {DRAWS_VERSION}",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Progress(16, 1).load_state_dict({**state, **change})
+    del state["draws_version"]  # that of an earlier program
+    with pytest.raises(ValueError, match="trained with version none of the random numbers"):
+        Progress(16, 1).load_state_dict(state)
 
 
 def objective(**options):
@@ -105,17 +126,13 @@ def objective(**options):
 def test_loss_of_a_sample_does_not_depend_on_the_batch(loss):
     built = objective(loss=loss)
     images = torch.rand(6, 1, 8, 8) * 2 - 1
-    device = torch.device("cpu")
     with torch.no_grad():
-        together = built.loss(built.model, {"image": images}, sample_generators(0, 0, range(6), device))
+        together = built.loss(built.model, {"image": images}, sample_keys(0, 0, range(6), CPU))
         alone = torch.cat(
-            [
-                built.loss(built.model, {"image": images[i : i + 1]}, sample_generators(0, 0, [i], device))
-                for i in range(6)
-            ]
+            [built.loss(built.model, {"image": images[i : i + 1]}, sample_keys(0, 0, [i], CPU)) for i in range(6)]
         )
-        other_seed = built.loss(built.model, {"image": images}, sample_generators(1, 0, range(6), device))
-        validation = built.loss(built.model, {"image": images}, sample_generators(0, 1, range(6), device))
+        other_seed = built.loss(built.model, {"image": images}, sample_keys(1, 0, range(6), CPU))
+        validation = built.loss(built.model, {"image": images}, sample_keys(0, 1, range(6), CPU))
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     assert (together - other_seed).abs().min() > 1e-6 and (together - validation).abs().min() > 1e-6
 
@@ -134,7 +151,7 @@ def test_timesteps_are_uniform_below_the_limit():
         built.loss(
             built.model,
             {"image": torch.zeros(1000, 1, 8, 8)},
-            sample_generators(0, 0, range(1000), torch.device("cpu")),
+            sample_keys(0, 0, range(1000), CPU),
         )
     counts = Counter(seen)
     assert sorted(counts) == [0, 1, 2, 3, 4] and min(counts.values()) > 150
@@ -143,5 +160,5 @@ def test_timesteps_are_uniform_below_the_limit():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="`loss` must be one of l2, l1, hybrid"):
         objective(loss="l3")
-    with pytest.raises(ValueError, match="`max_timestep` must be between 1 and 1000"):
+    with pytest.raises(ValueError, match="`max_timestep` must be an integer between 1 and 1000"):
         objective(max_timestep=0)

@@ -6,7 +6,7 @@ from transformers import AutoBackbone, AutoModelForImageClassification, ResNetCo
 
 from anodiff import CDDPMPipeline, PDDPMPipeline, VolumeProcessor
 from anodiff.pipelines.pipeline_pddpm import box_masks, patch_grid
-from anodiff.training.loop import sample_generators
+from anodiff.training.keys import sample_keys
 from anodiff.training.objective_cddpm import (
     CDDPMObjective,
     DDPM2DObjective,
@@ -49,7 +49,7 @@ def build(cls=DDPM2DObjective, unet=None, inference=None, **objective):
 
 def losses(built, images, positions, model=None):
     with torch.no_grad():
-        return built.loss(model or built.model, {"image": images}, sample_generators(0, 0, positions, CPU))
+        return built.loss(model or built.model, {"image": images}, sample_keys(0, 0, positions, CPU))
 
 
 @pytest.mark.parametrize("cls", OBJECTIVES)
@@ -110,9 +110,9 @@ def test_the_encoder_sees_the_clean_slice_and_learns():
     optimizer = torch.optim.Adam(built.model.parameters(), lr=1e-2)
     before = built.model.encoder.resnet.embedder.embedder.convolution.weight.clone()
     history = []
-    for step in range(15):
-        generators = sample_generators(0, 0, range(4 * step, 4 * step + 4), CPU)
-        loss = built.loss(built.model, {"image": images}, generators).mean()
+    for step in range(20):
+        keys = sample_keys(0, 0, range(4 * step, 4 * step + 4), CPU)
+        loss = built.loss(built.model, {"image": images}, keys).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -126,7 +126,7 @@ def test_patches_of_the_training():
     built = build(PDDPMObjective)
     target = torch.rand(40, 2, SIZE, SIZE) * 2 - 1
     timesteps = torch.full((40,), 60)
-    sample, region = built._corrupt(target, timesteps, sample_generators(0, 0, range(40), CPU))
+    sample, region = built.corrupt(target, timesteps, sample_keys(0, 0, range(40), CPU))
     grid = box_masks(patch_grid(SIZE, SIZE, 8), SIZE, SIZE)
     chosen = [(grid == one).all((1, 2)).nonzero().item() for one in region[:, 0]]
     assert set(chosen) == {0, 1, 2, 3}
@@ -152,7 +152,7 @@ def test_preview_and_export(cls, tmp_path):
         torch.nn.init.normal_(parameter, std=0.2)
     built.model.eval()
     images = torch.rand(3, 2, SIZE, SIZE) * 2 - 1
-    rows = built.preview(built.model, {"image": images}, sample_generators(0, 2, range(3), CPU))
+    rows = built.preview(built.model, {"image": images}, sample_keys(0, 2, range(3), CPU))
     assert list(rows)[1:3] == ["noised, t = 60", "reconstruction, t = 30, 60"]
     assert len(rows) == 4 and all(row.shape == images.shape for row in rows.values())
     pipe = built.export(built.model, tmp_path)
@@ -208,7 +208,7 @@ def test_classifiers_of_transformers_can_be_the_encoder(encoder):
     ("cls", "blocks", "message"),
     [
         (DDPM2DObjective, {"loss": "huber"}, "`loss` must be one of l1, l2"),
-        (DDPM2DObjective, {"p2_gamma": -1.0}, "`p2_gamma` must not be negative"),
+        (DDPM2DObjective, {"p2_gamma": -1.0}, "`p2_gamma` must be a finite number and at least 0"),
         (DDPM2DObjective, {"boxes": "grid"}, "`objective` has no key boxes"),
         (
             DDPM2DObjective,

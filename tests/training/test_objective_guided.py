@@ -18,7 +18,7 @@ from anodiff import (
     VolumeProcessor,
 )
 from anodiff.data.prepare import read_recipe
-from anodiff.training.loop import sample_generators
+from anodiff.training.keys import TRAINING, sample_keys
 from anodiff.training.objective_guided import (
     ClassifierObjective,
     DDIBObjective,
@@ -26,7 +26,7 @@ from anodiff.training.objective_guided import (
     LearnedSigmaObjective,
     load_classifier,
 )
-from anodiff.training.objective_noise import NoiseObjective, check_keys
+from anodiff.training.objective_noise import NoiseObjective
 from anodiff.training.options import TrainOptions
 
 
@@ -66,8 +66,8 @@ def batch(count: int = 6) -> dict[str, torch.Tensor]:
     return {"image": images, "label": torch.arange(count) % 2}
 
 
-def generators(positions, seed: int = 0) -> list[torch.Generator]:
-    return sample_generators(seed, 0, positions, CPU)
+def keys(positions, seed: int = 0) -> torch.Tensor:
+    return sample_keys(seed, TRAINING, positions, CPU)
 
 
 def classifier_folder(tmp_path, **scheduler) -> Path:
@@ -101,12 +101,11 @@ def test_loss_of_a_sample_does_not_depend_on_the_batch(objective):
     data = batch()
     model = objective.model.eval()
     with torch.no_grad():
-        together = objective.loss(model, data, generators(range(6)))
+        together = objective.loss(model, data, keys(range(6)))
         alone = [
-            objective.loss(model, {key: value[i : i + 1] for key, value in data.items()}, generators([i]))
-            for i in range(6)
+            objective.loss(model, {key: value[i : i + 1] for key, value in data.items()}, keys([i])) for i in range(6)
         ]
-        other_seed = objective.loss(model, data, generators(range(6), seed=1))
+        other_seed = objective.loss(model, data, keys(range(6), seed=1))
     assert together.shape == (6,)
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
     assert (together - other_seed).abs().min() > 1e-7
@@ -118,7 +117,7 @@ def test_a_few_steps_lower_the_loss(objective):
     optimizer = torch.optim.Adam(objective.model.parameters(), lr=1e-2)
     losses = []
     for _ in range(25):
-        loss = objective.loss(objective.model, data, generators(range(8))).mean()
+        loss = objective.loss(objective.model, data, keys(range(8))).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -129,7 +128,7 @@ def test_a_few_steps_lower_the_loss(objective):
 def test_preview_and_export(objective, tmp_path):
     data = batch(2)
     model = objective.model.eval()
-    rows = objective.preview(model, data, generators(range(2)))
+    rows = objective.preview(model, data, keys(range(2)))
     assert all(row.shape == data["image"].shape and torch.isfinite(row).all() for row in rows.values())
     assert not any(row.requires_grad for row in rows.values())
     if isinstance(objective, GuidedObjective):
@@ -165,7 +164,7 @@ def test_labels_are_dropped_sample_by_sample():
     built = GuidedObjective(UNet2DModel(8, 2, 2, **UNET, num_class_embeds=3), AnoFPDMScheduler(), processor())
     none = GuidedObjective(built.model, built.scheduler, processor(), label_dropout=0.0)
     for chosen in (built, none):
-        chosen.loss(Recorder(), data, generators(range(400)))
+        chosen.loss(Recorder(), data, keys(range(400)))
     (dropped, timesteps), (kept, same_timesteps) = seen
     assert torch.equal(kept, data["label"]) and torch.equal(timesteps, same_timesteps)
     share = (dropped == 2).float()
@@ -182,7 +181,7 @@ def test_unknown_labels_are_refused():
     classifier = ClassifierObjective.from_options(TrainOptions(unet=CLASSIFIER), processor())
     for built in (guided, classifier):
         with pytest.raises(ValueError, match=r"`label` must be 0 \(healthy\) or 1 .* got \[-1, 0\]; -1 is unknown"):
-            built.loss(built.model, data, generators(range(3)))
+            built.loss(built.model, data, keys(range(3)))
 
 
 def test_from_options():
@@ -203,13 +202,13 @@ def test_from_options():
         ({"scheduler": {"octaves": 6}}, "`scheduler` has no key octaves"),
         ({"inference": {"mode": "partial"}}, "`inference` has no key mode"),
         ({"objective": {"loss": "l1"}}, "`objective` has no key loss"),
-        ({"objective": {"label_dropout": 2}}, "`label_dropout` must be between 0 and 1, got 2"),
+        ({"objective": {"label_dropout": 2}}, "`label_dropout` must be a finite number and between 0 and 1, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             GuidedObjective.from_options(TrainOptions(**{"unet": UNET, **wrong}), processor())
     for wrong, message in (
         ({"unet": {**CLASSIFIER, "num_classes": 3}}, "`unet.num_classes` must be 2, healthy and unhealthy, got 3"),
-        ({"inference": {"noise_level": 3}}, "`inference` must be empty for a classifier, got noise_level"),
+        ({"inference": {"noise_level": 3}}, "`inference` has no key noise_level; ClassifierObjective takes none"),
     ):
         with pytest.raises(ValueError, match=message):
             ClassifierObjective.from_options(TrainOptions(**{"unet": CLASSIFIER, **wrong}), processor())
@@ -225,8 +224,11 @@ def test_a_classifier_of_other_slices_or_noise_is_refused(tmp_path):
     assert not load_classifier(folder, scheduler, processor()).training
     with pytest.raises(OSError):
         load_classifier(tmp_path / "nothing", scheduler, processor())
-    for given in ({}, {"classifier_path": str(folder), "loss": "l2"}):
-        with pytest.raises(ValueError, match="`objective` must have the key classifier_path and no other"):
+    for given, message in (
+        ({}, "`objective.classifier_path` must be the folder or Hub id of a trained classifier"),
+        ({"classifier_path": str(folder), "loss": "l2"}, "`objective` has no key loss"),
+    ):
+        with pytest.raises(ValueError, match=message):
             LearnedSigmaObjective.from_options(TrainOptions(unet=UNET, objective=given), processor())
 
 
@@ -269,7 +271,6 @@ def test_configurations(path, tmp_path):
         }
         unet = {**config["unet"], "in_channels": len(modalities)}
         network = names[unet.pop("_class_name", "UNet2DModel")]
-        check_keys("unet", unet, network)
         if "num_attention_heads" in unet or network is UNet2DModel:
             unet["out_channels"] = len(modalities)
         count = sum(parameter.numel() for parameter in network(sample_size=128, **unet).parameters())

@@ -7,6 +7,7 @@ import yaml
 from transformers import AutoBackbone, AutoModelForImageClassification, ResNetForImageClassification, ResNetModel
 
 from anodiff import VolumeProcessor
+from anodiff.schedulers.draws import make_keys
 from anodiff.training.objective_cddpm import load_encoder
 from anodiff.training.objective_spark import SparKObjective, backbone_config
 from anodiff.training.options import TrainOptions
@@ -22,29 +23,29 @@ def make(value_range=(-1.0, 1.0), modalities=("t1", "t2"), size=(24, 24), **obje
     return SparKObjective.from_options(TrainOptions(method="spark", objective=objective), processor)
 
 
-def generators(count=4):
-    return [torch.Generator().manual_seed(index) for index in range(count)]
+def keys(count=4):
+    return make_keys(0, range(count))
 
 
 def slices(count=4, channels=2):
     return torch.rand(count, channels, 24, 24, generator=torch.Generator().manual_seed(5))
 
 
-def test_the_loss_learns_and_depends_on_the_slices_own_generator():
+def test_the_loss_learns_and_depends_on_the_slices_own_key():
     objective = make()
     batch = {"image": 2 * slices() - 1}
     model = copy.deepcopy(objective.model).eval()
-    losses = objective.loss(model, batch, generators())
+    losses = objective.loss(model, batch, keys())
     assert losses.shape == (4,)
-    alone = objective.loss(model, {"image": batch["image"][2:3]}, generators()[2:3])
+    alone = objective.loss(model, {"image": batch["image"][2:3]}, keys()[2:3])
     torch.testing.assert_close(alone, losses[2:3])
-    assert not torch.allclose(objective.loss(model, batch, generators()[::-1]), losses)
+    assert not torch.allclose(objective.loss(model, batch, keys().flip(0)), losses)
 
     optimizer = torch.optim.AdamW(objective.model.parameters(), lr=3e-3)
     objective.model.train()
     history = []
     for _ in range(30):
-        loss = objective.loss(objective.model, batch, generators()).mean()
+        loss = objective.loss(objective.model, batch, keys()).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -56,7 +57,7 @@ def test_the_loss_learns_and_depends_on_the_slices_own_generator():
 def test_the_value_range_does_not_matter():
     losses = [
         make(value_range=(low, high)).loss(
-            make(value_range=(low, high)).model.eval(), {"image": slices() * (high - low) + low}, generators()
+            make(value_range=(low, high)).model.eval(), {"image": slices() * (high - low) + low}, keys()
         )
         for low, high in ((0.0, 1.0), (-1.0, 1.0))
     ]
@@ -72,7 +73,7 @@ def test_settings_reach_the_loss_and_the_model():
 def test_preview():
     objective = make()
     images = 2 * slices() - 1
-    rows = objective.preview(objective.model.eval(), {"image": images}, generators())
+    rows = objective.preview(objective.model.eval(), {"image": images}, keys())
     slice_, visible, prediction, both = rows.values()
     torch.testing.assert_close(slice_, images)
     hidden = (visible == -1).all(1)
@@ -85,7 +86,7 @@ def test_preview():
 def test_the_export_is_a_folder_of_transformers(tmp_path):
     objective = make()
     model = objective.model.train()
-    objective.loss(model, {"image": slices()}, generators())  # moves the running statistics
+    objective.loss(model, {"image": slices()}, keys())  # moves the running statistics
     assert objective.export(model.eval(), tmp_path) is None
     images = slices()
     expected = model.encoder(images).feature_maps[-1]
@@ -112,7 +113,7 @@ def test_another_backbone():
     convnext = {"model_type": "convnext", "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
     objective = make(encoder=convnext)
     assert type(objective.model.encoder).__name__ == "ConvNextBackbone"
-    assert objective.loss(objective.model, {"image": slices()}, generators()).isfinite().all()
+    assert objective.loss(objective.model, {"image": slices()}, keys()).isfinite().all()
 
 
 def test_the_packaged_configuration_is_the_authors_network():
@@ -127,7 +128,7 @@ def test_the_packaged_configuration_is_the_authors_network():
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ({"mask_ratios": 0.5}, "`objective` has no key mask_ratios; spark takes encoder, mask_ratio"),
+        ({"mask_ratios": 0.5}, "`objective` has no key mask_ratios; SparKObjective takes encoder, mask_ratio"),
         ({"encoder": {"depth": 3}}, "`objective.encoder` has no key depth; resnet takes"),
         (
             {"encoder": {"model_type": "resnet51"}},
@@ -149,5 +150,5 @@ def test_wrong_settings_are_found_before_the_training(objective, message):
 
 def test_other_blocks_must_be_empty():
     options = TrainOptions(method="spark", unet={"sample_size": 8})
-    with pytest.raises(ValueError, match="`unet` must be empty for spark, got sample_size"):
+    with pytest.raises(ValueError, match="`unet` has no key sample_size; SparKObjective takes none"):
         SparKObjective.from_options(options, VolumeProcessor())

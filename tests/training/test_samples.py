@@ -184,7 +184,7 @@ def test_missing_files_and_rows(folder, tmp_path):
     [
         ({"path": "phantom-mini"}, "`data.streaming` is for a folder .* got the phantom 'phantom-mini'"),
         ({"num_workers": 2}, "`data.num_workers` must be 0 or 1 with `data.streaming`, got 2"),
-        ({"shuffle_buffer": 0}, "`data.shuffle_buffer` must be at least 1, got 0"),
+        ({"shuffle_buffer": 0}, "`data.shuffle_buffer` must be an integer of at least 1, got 0"),
     ],
 )
 def test_what_streaming_cannot_do(folder, tmp_path, options, message):

@@ -1,0 +1,197 @@
+"""The contract of training objectives: what is trained, read, validated and exported."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import torch
+
+from ..checks import check_choice, check_keys
+from ..pipelines.base import AnomalyPipeline
+from ..schedulers.draws import fold_in, integers
+from ..volumes.processor import VolumeProcessor
+from .keys import NOISE, TIMESTEP
+from .options import TrainOptions
+
+
+# N slices, C channels, H x W pixels.
+
+Batch = dict[str, torch.Tensor]
+
+MODALITIES = "the number of modalities"
+
+# Arguments of pipelines that are components, not inference values.
+COMPONENTS = {"unet", "scheduler", "processor", "encoder", "classifier", "segmentation_network"}
+
+
+class Objective:
+    r"""
+    Base of the training objectives. The loop (`training/loop.py`) knows nothing else of a method.
+
+    A subclass sets the class attributes, and implements `loss` and `preview`:
+
+    - `columns`: what a batch holds of the prepared data, `image`, and perhaps `mask`, `annotations`, `brain`, `label`;
+    - `trains_on`: which slices of the training split it sees (`data.prepared.POPULATIONS`): `"healthy"` leaves out
+      those that are known to be anomalous, `"annotated"` those of subjects without annotation;
+    - `validates_on`: the same for the validation split, or `"labelled"`, slices with a known label;
+    - `updates_per_batch`: optimizer steps on one batch; with more than one, `loss` takes the number of the `update`,
+      too;
+    - `unet_classes`: networks of the block `unet`, the first one by default;
+    - `scheduler_class`, `pipeline_class`: made of the blocks `scheduler` and `inference`, which must be empty for
+      `None`;
+    - `objective_keys`: what the block `objective` takes;
+    - `part`: of them the key that must be there, folder or Hub id of what is trained before, and what that is.
+
+    Args:
+        model (`torch.nn.Module`): What is trained, and averaged.
+        scheduler: Noises the slices.
+        processor ([`VolumeProcessor`]): Of the prepared data, exported with the weights.
+        inference (`dict`, *optional*): Inference values of the pipeline that is exported.
+    """
+
+    columns: tuple[str, ...] = ("image",)
+    trains_on = "healthy"
+    validates_on = "healthy"
+    updates_per_batch = 1
+    unet_classes: tuple[type, ...] = ()
+    scheduler_class: type | None = None
+    pipeline_class: type[AnomalyPipeline] | None = None
+    objective_keys: tuple[str, ...] = ()
+    part: tuple[str, str] | None = None
+
+    def __init__(self, model: torch.nn.Module, scheduler, processor: VolumeProcessor, inference: dict | None = None):
+        self.model = model
+        self.scheduler = scheduler
+        self.processor = processor
+        self.inference = inference or {}
+        if self.pipeline_class is not None:
+            self.make_pipeline(model)  # so that a wrong inference value is found before the training and not after it
+
+    @classmethod
+    def check_options(cls, options: TrainOptions) -> None:
+        """
+        Checks the names and keys in the blocks of a configuration. It needs no data, so that it runs before any is
+        made or read.
+
+        Raises:
+            ValueError: There is no such network, a block has a key that nothing takes, or the part is missing.
+        """
+        unet, networks = dict(options.unet), {network.__name__: network for network in cls.unet_classes}
+        name, known = cls.__name__, []
+        if networks:
+            name = unet.pop("_class_name", cls.unet_classes[0].__name__)
+            check_choice("unet._class_name", name, networks)
+            known = _argument_names(networks[name])
+        check_keys("unet", unet, known, name)
+        for block, given, target in (
+            ("scheduler", options.scheduler, cls.scheduler_class),
+            ("inference", options.inference, cls.pipeline_class),
+            ("processor", options.processor, VolumeProcessor),
+        ):
+            known = [] if target is None else [key for key in _argument_names(target) if key not in COMPONENTS]
+            check_keys(block, given, known, (target or cls).__name__)
+        check_keys("objective", options.objective, cls.objective_keys, cls.__name__)
+        if cls.part is not None and cls.part[0] not in options.objective:
+            raise ValueError(f"`objective.{cls.part[0]}` must be the folder or Hub id of {cls.part[1]}.")
+
+    @classmethod
+    def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> Objective:
+        """
+        Builds network, scheduler and objective from the blocks of a configuration, whose keys are checked.
+
+        Args:
+            options ([`TrainOptions`]): The run.
+            processor ([`VolumeProcessor`]): Of the prepared data.
+
+        Raises:
+            ValueError: A key or value is wrong, or does not fit the data.
+        """
+        cls.check_options(options)
+        network, scheduler = cls.make_network(options, processor), cls.scheduler_class(**options.scheduler)
+        return cls(network, scheduler, processor, options.inference, **options.objective)
+
+    @classmethod
+    def make_network(cls, options: TrainOptions, processor: VolumeProcessor) -> torch.nn.Module:
+        """Builds the network of the block `unet`. What the data decide is filled in, and another value is an error."""
+        unet = dict(options.unet)
+        name = unet.pop("_class_name", cls.unet_classes[0].__name__)
+        [network] = [network for network in cls.unet_classes if network.__name__ == name]
+        for key, (value, reason) in cls.network_arguments(network, len(processor.config.modalities)).items():
+            if unet.setdefault(key, value) != value:
+                raise ValueError(f"`unet.{key}` must be {value}, {reason}, got {unet[key]}.")
+        size = processor.config.size
+        if size is not None and "sample_size" in _argument_names(network):
+            unet.setdefault("sample_size", size[0] if size[0] == size[1] else tuple(size))
+        return network(**unet)
+
+    @classmethod
+    def network_arguments(cls, network: type, channels: int) -> dict[str, tuple[int, str]]:
+        """Returns the arguments of a network that follow from the number of modalities: name to value and reason."""
+        return {"in_channels": (channels, MODALITIES), "out_channels": (channels, MODALITIES)}
+
+    def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
+        """
+        Computes the loss of every sample.
+
+        Args:
+            model (`torch.nn.Module`): `self.model` as accelerate wraps it: call it, do not read its attributes.
+            batch (`dict[str, torch.Tensor]`):
+                The columns, augmented: `image (N, C, H, W)` in the processor's value range, `mask (N, A, H, W)` uint8,
+                `annotations (N,)`, `brain (N, H, W)`, `label (N,)`, 0 healthy, 1 unhealthy, -1 unknown.
+            keys (`torch.Tensor` of shape `(N, 2)`):
+                One per sample, which everything random is drawn from (`training/keys.py`).
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`.
+        """
+        raise NotImplementedError
+
+    def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
+        """Makes the rows of a validation picture, title to images `(N, C, H, W)` in the processor's value range,
+        without gradients; arguments as of `loss`."""
+        raise NotImplementedError
+
+    def make_pipeline(self, model: torch.nn.Module) -> AnomalyPipeline:
+        """Returns the pipeline of the trained `model`."""
+        return self.pipeline_class(model, self.scheduler, self.processor, **self.inference)
+
+    def export(self, model: torch.nn.Module, folder: str | Path) -> AnomalyPipeline | None:
+        """Writes a complete pipeline folder with the weights of `model`, and returns the pipeline; `None` stands for
+        what is none."""
+        pipeline = self.make_pipeline(model)
+        pipeline.save_pretrained(folder)
+        return pipeline
+
+    def draw(self, images: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws what the loss of most methods needs for images `(N, C, H, W)`: timesteps `(N,)`, uniform, and their
+        noise."""
+        timesteps = draw_timesteps(keys, len(self.scheduler))
+        return timesteps, self.scheduler.draw_noise(fold_in(keys, NOISE), images.shape[1:], timesteps)
+
+    def noise_to(self, images: torch.Tensor, timestep: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noises images `(N, C, H, W)` to one timestep: timesteps `(N,)` and x_t."""
+        timesteps = torch.full((len(images),), timestep, device=images.device)
+        noise = self.scheduler.draw_noise(fold_in(keys, NOISE), images.shape[1:], timesteps)
+        return timesteps, self.scheduler.add_noise(images, noise, timesteps)
+
+    def comparison(
+        self, images: torch.Tensor, sample: torch.Tensor, timestep: int, title: str, reconstruction: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Returns the rows of a picture of a reconstruction: slice, noised slice, the reconstruction under its title,
+        their difference."""
+        return {
+            "slice": images,
+            f"noised, t = {timestep}": sample,
+            title: reconstruction,
+            "difference": (images - reconstruction).abs() + self.processor.config.value_range[0],
+        }
+
+
+def draw_timesteps(keys: torch.Tensor, high: int, low: int = 0) -> torch.Tensor:
+    """Draws a timestep from `low` to `high` - 1 for every key of `(N, 2)`, uniformly: `(N,)`."""
+    return low + integers(fold_in(keys, TIMESTEP), high - low)
+
+
+def _argument_names(target: type) -> list[str]:
+    return [name for name in inspect.signature(target.__init__).parameters if name != "self"]

@@ -1,0 +1,56 @@
+"""Validation: the loss of the averaged weights on fixed slices with fixed noise, and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from .keys import PREVIEW, VALIDATION, sample_keys
+from .samples import as_tensors, validation_rows
+from .state import Run
+
+
+def validate(run: Run) -> None:
+    """Logs the validation loss, whose slices are spread over the processes, and draws `samples/step-*.png`."""
+    accelerator, objective, loop = run.accelerator, run.objective, run.options.train
+    device, split = accelerator.device, run.validation_split
+    chosen = _spread(validation_rows(split, objective), loop.validation_slices)
+
+    def read(rows: np.ndarray) -> dict[str, torch.Tensor]:
+        batch = as_tensors(split.read_rows(rows.tolist(), objective.columns))
+        return {name: values.to(device) for name, values in batch.items()}
+
+    losses = torch.zeros(len(chosen), device=device)
+    with run.averaged_model() as model, torch.no_grad(), accelerator.autocast():
+        mine = range(accelerator.process_index, len(chosen), accelerator.num_processes)
+        for start in range(0, len(mine), loop.batch_size):
+            positions = list(mine[start : start + loop.batch_size])
+            keys = sample_keys(loop.seed, VALIDATION, positions, device)
+            losses[positions] = objective.loss(model, read(chosen[positions]), keys).float()
+        if accelerator.is_main_process:
+            shown = _spread(chosen, 6)
+            rows = objective.preview(model, read(shown), sample_keys(loop.seed, PREVIEW, shown.tolist(), device))
+            path = run.folder / "samples" / f"step-{run.progress.step:07d}.png"
+            _draw_preview(rows, objective.processor.config.value_range, path)
+    run.log({"validation_loss": accelerator.reduce(losses, "sum").mean().item()})
+
+
+def _spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the rows, evenly spaced."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+
+
+def _draw_preview(rows: dict[str, torch.Tensor], value_range: tuple[float, float], path: Path) -> None:
+    columns = len(next(iter(rows.values())))
+    figure = Figure(figsize=(1.6 * columns, 1.75 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (title, images) in zip(axes, rows.items(), strict=True):
+        row[0].set_title(title, loc="left", fontsize=8)
+        for axis, image in zip(row, images.float().cpu().numpy(), strict=True):
+            axis.imshow(image[0], cmap="gray", vmin=value_range[0], vmax=value_range[1])
+            axis.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
