@@ -3,7 +3,7 @@
 python preprocess.py --phantom phantom-mini --out prepared/phantom-mini
 python preprocess.py --recipe tcga_lgg_flair --root raw/tcga_lgg_flair --out prepared/tcga-lgg
 python preprocess.py --recipe my_recipe.yaml --root raw/mine --out prepared/mine --num_proc 8 --push_to_hub owner/mine
-python preprocess.py --recipe shifts_andi --root raw/shifts --template T1_brain.nii --reference raw/BraTS --out prepared/shifts
+python preprocess.py --recipe shifts_andi --root raw/shifts --template T1.nii --reference raw/BraTS --out prepared/s
 python preprocess.py --check prepared/mine prepared/other
 
 An interrupted run goes on where it was if the same command is given again.
@@ -40,7 +40,7 @@ class PreprocessOptions:
     template: str | None = None
     """Volume that subjects are registered to, if the recipe's `correction` does."""
     reference: str | None = None
-    """Scan whose histograms subjects are matched to, if `correction` does: a file, or a folder with one per modality."""
+    """Scan whose histograms subjects are matched to, if `correction` does: a file, or a folder, one per modality."""
     phantom: str | None = None
     """Make this phantom (phantom-mini, phantom-std, phantom-raters) instead of reading a raw data set."""
     phantom_anatomy: Literal["mni152", "geometric"] = "mni152"

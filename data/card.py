@@ -76,13 +76,13 @@ Slices for anomaly detection with diffusion models, prepared by `anodiff` with `
 | column | content |
 | --- | --- |
 | `image` | (C, H, W), in the range {list(processor.config.value_range)}{exceeds} |
-| `mask` | (A, H, W), one lesion mask per annotator, 0 or 1; the first `annotations` of `subjects.parquet`, then zeros |
+| `mask` | (A, H, W), a lesion mask per annotator, 0 or 1; the first `annotations` of `subjects.parquet`, then zeros |
 | `brain` | (H, W), 0 or 1 |
 | `label` | 1 anomalous, 0 healthy, -1 unknown |
 | `subject` | name; the rows of a subject are together and in slice order |
 | `slice` | index of the slice in the volume, on the network's grid |
 
-`subjects.parquet` holds groups, grids and source files, `processor/` the settings of the processor that made the slices.
+`subjects.parquet` holds groups, grids and source files, `processor/` the settings that made the slices.
 
 ```python
 from anodiff.data.prepared import load_prepared

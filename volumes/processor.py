@@ -24,8 +24,8 @@ RESIZE_RULES = ("fit", "stretch", "torchio")
 
 _FLOW_STEP = 0.125  # of CurvatureFlow
 _NO_BRAIN_LEFT = (
-    "{name}: no voxel of the brain is left in the slices. Check the brain mask, and `crop`, `spacing` and `size` of the"
-    " processor."
+    "{name}: no voxel of the brain is left in the slices. Check the brain mask, and `crop`, `spacing` and `size` of"
+    " the processor."
 )
 
 
@@ -201,9 +201,9 @@ class VolumeProcessor(ConfigMixin):
 
         Args:
             volume:
-                Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, dict `{modality: one of those}`
-                (key `"brain"`: the brain mask) or an [`InputVolume`]. A 4-D file holds the modalities in the
-                processor's order.
+                Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, [`InputVolume`], or a dict of
+                them by modality (key `"brain"`: the brain mask). A 4-D file holds the modalities in the processor's
+                order.
             brain_mask (*optional*):
                 Same kinds; voxels > 0 are brain. On the grid of the volume. An array has no affine of its own and
                 takes the volume's; a picture's is `(rows, columns)`.
