@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
-
-from ..checks import check_integer
 
 
 def check_sides(name: str, sample: torch.Tensor, factor: int) -> None:
@@ -20,14 +18,5 @@ def check_heads(name: str, value: int, channels: Iterable[int]) -> None:
     attention layer."""
     channels = sorted(set(channels))
     if any(width % value for width in channels):
-        raise ValueError(
-            f"`{name}` must divide the channels of every attention layer,"
-            f" {', '.join(map(str, channels))}, got {value}."
-        )
-
-
-def check_attention_levels(attention_levels: Sequence[int], count: int) -> None:
-    """Raises a `ValueError` unless every level with attention is one of the `count` levels of the network, counted
-    from 0."""
-    for level in attention_levels:
-        check_integer("attention_levels", level, 0, count - 1)
+        widths = ", ".join(map(str, channels))
+        raise ValueError(f"`{name}` must divide the channels of every attention layer, {widths}, got {value}.")

@@ -13,8 +13,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..checks import check_integer
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
-from .checks import check_attention_levels, check_heads
+from .checks import check_heads
 from .weights import convert_guided_diffusion_layers, rename_parameters, zero_residual_branches
 
 
@@ -23,12 +24,7 @@ from .weights import convert_guided_diffusion_layers, rename_parameters, zero_re
 
 @dataclass
 class NoisyClassifierOutput(BaseOutput):
-    """
-    Holds what [`NoisyClassifierModel`] returns.
-
-    Args:
-        logits (`torch.Tensor` of shape `(N, K)`): Unnormalised log probabilities of the classes.
-    """
+    """Holds what [`NoisyClassifierModel`] returns: unnormalised log probabilities of the classes, `(N, K)`."""
 
     logits: torch.Tensor
 
@@ -43,16 +39,9 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
         sample_size (`int` or `tuple[int, int]`, defaults to 128):
             Size of the slices, divisible by 2^(levels - 1). The pool has a parameter per position: no other size
             works.
-        in_channels (`int`, defaults to 4): Modalities.
-        num_classes (`int`, defaults to 2): Classes.
-        block_out_channels (`tuple[int, ...]`, defaults to `(128, 128, 256, 384, 512)`): Channels of each level.
-        layers_per_block (`int`, defaults to 2): Residual blocks of a level, before the one that halves the resolution.
         attention_levels (`tuple[int, ...]`, defaults to `(2, 3, 4)`):
-            Levels with attention after every residual block, counted from 0; one more follows the last level in any
-            case.
+            Levels with attention after every residual block, counted from 0; one follows the last level in any case.
         attention_head_dim (`int`, defaults to 64): Channels of an attention head, at every level and in the pool.
-        dropout (`float`, defaults to 0.0): Share of values that every residual block drops in training.
-        norm_num_groups (`int`, defaults to 32): Groups of every normalisation.
     """
 
     @register_to_config
@@ -74,7 +63,8 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
         factor = 2 ** (len(widths) - 1)
         if height % factor or width % factor:
             raise ValueError(f"`sample_size` must have sides divisible by {factor}, got {sample_size}.")
-        check_attention_levels(attention_levels, len(widths))
+        for level in attention_levels:
+            check_integer("attention_levels", level, 0, len(widths) - 1)
         attended = [widths[-1], *(widths[level] for level in attention_levels)]
         check_heads("attention_head_dim", attention_head_dim, attended)
         features = 4 * widths[0]
@@ -110,12 +100,14 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
         for level, after in enumerate(widths):
             for _ in range(layers_per_block):
                 attends = level in attention_levels
-                self.blocks.append(ClassifierBlock(resnet(channels, after), attention(after) if attends else None))
+                self.blocks.append(
+                    ClassifierBlock(resnet(channels, after), attention(after) if attends else nn.Identity())
+                )
                 channels = after
             if level < len(widths) - 1:
-                self.blocks.append(ClassifierBlock(resnet(channels, channels, down=True), None))
+                self.blocks.append(ClassifierBlock(resnet(channels, channels, down=True), nn.Identity()))
         self.blocks.append(ClassifierBlock(resnet(channels, channels), attention(channels)))
-        self.blocks.append(ClassifierBlock(resnet(channels, channels), None))
+        self.blocks.append(ClassifierBlock(resnet(channels, channels), nn.Identity()))
         self.norm_out = nn.GroupNorm(norm_num_groups, channels, eps=1e-5)
         self.pool = AttentionPool(height * width // factor**2, channels, attention_head_dim, num_classes)
         zero_residual_branches(self)
@@ -123,18 +115,7 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True
     ) -> NoisyClassifierOutput | tuple[torch.Tensor]:
-        """
-        Classifies slices.
-
-        Args:
-            sample (`torch.Tensor` of shape `(N, C, H, W)`): Noised slices of the size `sample_size`.
-            timestep (`torch.Tensor` of shape `(N,)`, or a number): Index of the timestep, from 0.
-            return_dict (`bool`, *optional*, defaults to `True`):
-                Whether to return a [`NoisyClassifierOutput`] or a tuple.
-
-        Returns:
-            [`NoisyClassifierOutput`]: `logits (N, K)`.
-        """
+        """Classifies noised slices `(N, C, H, W)` of the size `sample_size` at timesteps that count from 0."""
         size = self.config.sample_size
         if tuple(sample.shape[2:]) != ((size, size) if isinstance(size, int) else tuple(size)):
             raise ValueError(
@@ -149,16 +130,8 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
         return NoisyClassifierOutput(logits=logits) if return_dict else (logits,)
 
     def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """
-        Renames the parameters of guided-diffusion's `EncoderUNetModel` (attention pool, residual blocks that halve the
-        resolution) to those of this model.
-
-        Args:
-            state (`dict[str, torch.Tensor]`): State dict of a network of this model's size.
-
-        Returns:
-            `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of this model.
-        """
+        """Renames the parameters of guided-diffusion's `EncoderUNetModel` (attention pool, residual blocks that halve
+        the resolution), a network of this model's size, to those of this model."""
         layers = len(self.blocks) - 2
         # Block 0 is the first convolution, so that layer k of this model is block k + 1 of the original.
         renamed = rename_parameters(
@@ -181,16 +154,15 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
 
 
 class ClassifierBlock(nn.Module):
-    """Applies a residual block, and attention if there is one."""
+    """Applies a residual block, then attention or nothing."""
 
-    def __init__(self, resnet: nn.Module, attention: nn.Module | None):
+    def __init__(self, resnet: nn.Module, attention: nn.Module):
         super().__init__()
         self.resnet = resnet
         self.attention = attention
 
     def forward(self, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        hidden = self.resnet(hidden, embedding)
-        return hidden if self.attention is None else self.attention(hidden)
+        return self.attention(self.resnet(hidden, embedding))
 
 
 class AttentionPool(nn.Module):

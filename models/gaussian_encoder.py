@@ -16,9 +16,7 @@ class GaussianEncoder(nn.Module):
 
     Args:
         in_channels (`int`, defaults to 2): Channels of the image and of what goes with it, together.
-        block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 128, 192)`):
-            Channels of each block; pools lie between blocks.
-        layers_per_block (`int`, defaults to 3): Number of 3 x 3 convolutions with ReLU in a block.
+        block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 128, 192)`): Channels of each block.
         latent_dim (`int`, defaults to 6): Dimensions D of the distribution.
     """
 

@@ -22,16 +22,8 @@ RESIDUALS = ("signed", "squared")
 
 @dataclass
 class SiameseUNet2DOutput(BaseOutput):
-    """
-    Holds what [`SiameseUNet2DModel`] returns for N slices.
-
-    Args:
-        logits (`torch.Tensor` of shape `(N, 1, H, W)`):
-            Logits of a pixel being anomalous; their sigmoid is the probability.
-        decoder_logits (`tuple` of `torch.Tensor`, *optional*):
-            Logits of every decoder block, coarse to fine, `(N, 1, H / 2^k, W / 2^k)`; `None` without
-            `deep_supervision`.
-    """
+    """Holds what [`SiameseUNet2DModel`] returns: logits of a pixel being anomalous, `(N, 1, H, W)`, and with
+    `deep_supervision` those of every decoder block, coarse to fine, `(N, 1, H / 2^k, W / 2^k)`."""
 
     logits: torch.Tensor
     # Nothing but None is a default that accelerate's wrapper of mixed precision can copy.
@@ -48,7 +40,6 @@ class SiameseUNet2DModel(ModelMixin, ConfigMixin):
     normalisation. Parameters are named as in the original, whose weights fit as they are.
 
     Args:
-        in_channels (`int`, defaults to 1): Number of modalities, of image and reconstruction alike.
         block_out_channels (`tuple[int, ...]`, defaults to `(64, 128, 256, 512)`): Channels of the encoder's levels.
         residual (`str`, defaults to `"signed"`): `"signed"`, or `"squared"`, which the original has as an option.
         deep_supervision (`bool`, defaults to `False`): Whether every decoder block has a head, for training.
@@ -83,18 +74,8 @@ class SiameseUNet2DModel(ModelMixin, ConfigMixin):
     def forward(
         self, image: torch.Tensor, reconstruction: torch.Tensor, return_dict: bool = True
     ) -> SiameseUNet2DOutput | tuple:
-        """
-        Segments slices.
-
-        Args:
-            image, reconstruction (`torch.Tensor` of shape `(N, C, H, W)`):
-                Slices and their pseudo-healthy reconstructions, in [0, 1], background 0; 2^(levels - 1) divides H and
-                W.
-            return_dict (`bool`, defaults to `True`): Whether to return a [`SiameseUNet2DOutput`] or a tuple.
-
-        Returns:
-            [`SiameseUNet2DOutput`]: `logits (N, 1, H, W)`, and those of the decoder blocks.
-        """
+        """Segments slices `(N, C, H, W)` by their pseudo-healthy reconstructions, both in [0, 1], background 0;
+        2^(levels - 1) divides H and W."""
         check_sides("image", image, 2 ** len(self.up_path))
         residual = image - reconstruction
         if self.config.residual == "squared":

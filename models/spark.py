@@ -35,7 +35,6 @@ class SparKModel(nn.Module):
             positions, convolutions, max and average pooling, and batch normalisation are known; others are an error.
         sample_size (`int` or `tuple[int, int]`):
             Size (H, W) of the images; sizes that depend on it are found by a trial.
-        in_channels (`int`, defaults to 1): Number of modalities.
         mask_ratio (`float`, defaults to 0.65):
             Share of cells that is hidden: of K cells, `round(K (1 - mask_ratio))` stay visible, 3 of 9 with the
             authors' values.
@@ -44,9 +43,6 @@ class SparKModel(nn.Module):
             3 for a ResNet at 96 px. In a finer grid a position is visible where any of its cells is.
         decoder_width (`int`, defaults to 512):
             Channels that the decoder begins with, divisible by 2^stages; halved by every stage.
-
-    Raises:
-        ValueError: A value out of range, or an encoder that does not fit.
     """
 
     def __init__(
@@ -118,17 +114,8 @@ class SparKModel(nn.Module):
         return visible.reshape(-1, 1, *self.mask_grid)
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """
-        Predicts images from their visible cells.
-
-        Args:
-            images (`torch.Tensor` of shape `(N, C, H, W)`): Images in [0, 1].
-            visible (`torch.Tensor` of shape `(N, 1, R, S)`):
-                bool, the cells that the encoder sees, from [`choose_cells`].
-
-        Returns:
-            `torch.Tensor` of shape `(N, C, H, W)`: The predicted images, hidden cells and visible ones.
-        """
+        """Predicts images `(N, C, H, W)` in [0, 1], hidden cells and visible ones, from those cells that `visible`
+        `(N, 1, R, S)`, bool, shows to the encoder."""
         self._visible = visible
         try:
             maps = self.encoder(images).feature_maps[::-1]
@@ -161,8 +148,8 @@ class SparKModel(nn.Module):
             return None
         hidden = output.new_zeros(*self._positions.shape, output.shape[1])
         hidden[self._positions] = output[..., 0, 0]
-        # As the network's other tensors: oneDNN's backward of strided 1 x 1 convolutions in channels_last corrupts memory on processors
-        # without AVX-512 (torch 2.13).
+        # As the network's other tensors: oneDNN's backward of strided 1 x 1 convolutions in channels_last corrupts
+        # memory on processors without AVX-512 (torch 2.13).
         return hidden.permute(0, 3, 1, 2).contiguous()
 
 
@@ -200,19 +187,14 @@ def spark_loss(
     normalize: bool = False,
 ) -> torch.Tensor:
     """
-    Returns the error of each image, the mean over the errors of its cells.
+    Returns the error of each image, `(N,)`: the mean over the errors of its cells.
 
     Args:
         images, reconstruction (`torch.Tensor` of shape `(N, C, H, W)`): Images and predictions in [0, 1].
         visible (`torch.Tensor` of shape `(N, 1, R, S)`): bool, cells that the encoder saw; as many in each image.
         loss (`str`, defaults to `"l2"`): `"l2"`, squared error, or `"l1"`, absolute error.
         region (`str`, defaults to `"masked"`): `"masked"`, hidden cells alone, or `"all"`.
-        normalize (`bool`, defaults to `False`):
-            Whether the target is standardised: the pixels of a cell less their mean, divided by their standard
-            deviation.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`
+        normalize (`bool`, defaults to `False`): Whether the pixels of a target's cell are standardised.
     """
     grid = visible.shape[2:]
 

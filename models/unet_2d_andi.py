@@ -28,10 +28,8 @@ class ANDiUNet2DModel(ModelMixin, ConfigMixin):
         sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 128):
             Size of the slices it is trained on, recorded for readers: the network takes any size divisible by
             2^(levels - 1).
-        in_channels, out_channels (`int`, defaults to 4): Number of modalities.
         block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 128, 256, 256)`):
             Channels of each level, 2 levels or more; the bottleneck has twice the last one.
-        num_attention_heads (`int`, defaults to 4): Heads of every transformer block.
         time_embedding_dim (`int`, defaults to 256): Features of the timestep.
     """
 
@@ -53,8 +51,8 @@ class ANDiUNet2DModel(ModelMixin, ConfigMixin):
         up_widths = (widths[0], *widths[:-1])
         check_heads("num_attention_heads", num_attention_heads, [*widths[2:], *up_widths[2:-1]])
 
-        def attention(width: int, level: int) -> nn.Module | None:
-            return TransformerBlock(width, num_attention_heads) if level >= 2 else None
+        def attention(width: int, level: int) -> nn.Module:
+            return TransformerBlock(width, num_attention_heads) if level >= 2 else nn.Identity()
 
         self.time_features = Timesteps(time_embedding_dim, flip_sin_to_cos=False, downscale_freq_shift=0)
         self.conv_in = ConvNorm(in_channels, widths[0])
@@ -69,31 +67,15 @@ class ANDiUNet2DModel(ModelMixin, ConfigMixin):
         self.up_blocks = nn.ModuleList()
         channels = widths[-1]
         for level in reversed(range(len(widths) - 1)):
-            self.up_blocks.append(
-                UNetBlock(
-                    widths[level] + channels,
-                    up_widths[level],
-                    time_embedding_dim,
-                    attention(up_widths[level], level),
-                )
-            )
-            channels = up_widths[level]
+            before, channels = widths[level] + channels, up_widths[level]
+            self.up_blocks.append(UNetBlock(before, channels, time_embedding_dim, attention(channels, level)))
         self.conv_out = nn.Conv2d(channels, out_channels, 1)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """
-        Predicts the noise of slices.
-
-        Args:
-            sample (`torch.Tensor` of shape `(N, C, H, W)`): Noised slices; 2^(levels - 1) divides H and W.
-            timestep (`torch.Tensor` of shape `(N,)`, or a number): Index of the timestep, from 0.
-            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`UNet2DOutput`] or a tuple.
-
-        Returns:
-            [`~diffusers.models.unets.unet_2d.UNet2DOutput`]: `sample (N, C, H, W)`, the predicted noise.
-        """
+        """Predicts the noise of noised slices `(N, C, H, W)` at timesteps that count from 0; 2^(levels - 1) divides H
+        and W."""
         check_sides("sample", sample, 2 ** len(self.down_blocks))
         timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         features = F.silu(self.time_features(timestep).to(sample.dtype))  # (N, T)
@@ -104,9 +86,7 @@ class ANDiUNet2DModel(ModelMixin, ConfigMixin):
         for block in self.down_blocks:
             skips.append(hidden)
             hidden = block(F.max_pool2d(hidden, 2), features)
-        hidden = self.mid_out(self.mid_in(hidden))
-        if self.mid_attention is not None:
-            hidden = self.mid_attention(hidden)
+        hidden = self.mid_attention(self.mid_out(self.mid_in(hidden)))
         for block in self.up_blocks:
             hidden = F.interpolate(hidden, scale_factor=2, mode="bilinear", align_corners=True)
             hidden = block(torch.cat([skips.pop(), hidden], dim=1), features)
@@ -115,16 +95,8 @@ class ANDiUNet2DModel(ModelMixin, ConfigMixin):
 
     @staticmethod
     def convert_original_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """
-        Renames the parameters of the original program's `UNet` (five levels) to those of this class.
-
-        Args:
-            state (`dict[str, torch.Tensor]`):
-                State dict of the original; names of other networks are left as they are.
-
-        Returns:
-            `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of a model with the default widths.
-        """
+        """Renames the parameters of the original program's `UNet` (five levels, the default widths) to those of this
+        class; names of other networks stay."""
         return rename_parameters(state, _ORIGINAL_NAMES)
 
 
@@ -141,10 +113,10 @@ class ConvNorm(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """Applies a residual convolution and one that changes the width, adds the features of the timestep, and applies a
-    transformer block if there is one."""
+    """Applies a residual convolution and one that changes the width, adds the features of the timestep, then applies a
+    transformer block or nothing."""
 
-    def __init__(self, in_channels: int, out_channels: int, time_channels: int, attention: nn.Module | None):
+    def __init__(self, in_channels: int, out_channels: int, time_channels: int, attention: nn.Module):
         super().__init__()
         self.residual = ConvNorm(in_channels, in_channels)
         self.widen = ConvNorm(in_channels, out_channels)
@@ -153,8 +125,7 @@ class UNetBlock(nn.Module):
 
     def forward(self, hidden: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         hidden = F.gelu(hidden + self.residual(hidden))
-        hidden = self.widen(hidden) + self.time_projection(features)[:, :, None, None]
-        return hidden if self.attention is None else self.attention(hidden)
+        return self.attention(self.widen(hidden) + self.time_projection(features)[:, :, None, None])
 
 
 class TransformerBlock(nn.Module):

@@ -8,8 +8,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
+from ..checks import check_integer
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
-from .checks import check_attention_levels, check_heads, check_sides
+from .checks import check_heads, check_sides
 from .weights import rename_parameters, zero_layer
 
 
@@ -32,17 +33,12 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
         sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 128):
             Size of the slices it is trained on, recorded for readers: the network takes any size divisible by
             2^(levels - 1).
-        in_channels, out_channels (`int`, defaults to 4): Number of modalities.
         block_out_channels (`tuple[int, ...]`, defaults to `(128, 128, 256, 384, 512)`):
             Channels of each level. E is four times the first of them.
         layers_per_block (`int`, defaults to 2): Residual blocks of a level on the way down; one more on the way up.
         attention_levels (`tuple[int, ...]`, defaults to `(2, 3, 4)`):
             Levels with attention after every residual block, counted from 0; the middle has one in any case.
-        num_attention_heads (`int`, defaults to 4): Heads of every attention layer.
-        num_classes (`int`, defaults to 2):
-            Number of classes; this number itself is the label of a slice without class.
-        dropout (`float`, defaults to 0.0): Share of values that every residual block drops in training.
-        norm_num_groups (`int`, defaults to 32): Groups of every normalisation.
+        num_classes (`int`, defaults to 2): Number of classes, and the label of a slice without class.
     """
 
     @register_to_config
@@ -61,7 +57,8 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         widths = tuple(block_out_channels)
-        check_attention_levels(attention_levels, len(widths))
+        for level in attention_levels:
+            check_integer("attention_levels", level, 0, len(widths) - 1)
         attended = [widths[-1], *(widths[level] for level in attention_levels)]
         check_heads("num_attention_heads", num_attention_heads, attended)
         features = 4 * widths[0]
@@ -110,19 +107,8 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """
-        Predicts the noise of slices.
-
-        Args:
-            sample (`torch.Tensor` of shape `(N, C, H, W)`): Noised slices; 2^(levels - 1) divides H and W.
-            timestep (`torch.Tensor` of shape `(N,)`, or a number): Index of the timestep, from 0.
-            class_labels (`torch.Tensor` of shape `(N,)`, long):
-                0 healthy, 1 unhealthy, `num_classes` (2) for no class.
-            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`UNet2DOutput`] or a tuple.
-
-        Returns:
-            [`~diffusers.models.unets.unet_2d.UNet2DOutput`]: `sample (N, C, H, W)`, the predicted noise.
-        """
+        """Predicts the noise of noised slices `(N, C, H, W)` at timesteps that count from 0; 2^(levels - 1) divides H
+        and W. `class_labels` `(N,)` are long: 0 healthy, 1 unhealthy, `num_classes` (2) for no class."""
         check_sides("sample", sample, 2 ** (len(self.config.block_out_channels) - 1))
         timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         null = self.config.num_classes
@@ -143,16 +129,8 @@ class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
 
     @staticmethod
     def convert_original_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """
-        Renames the parameters of `UNetModel` in the original's `unet_v2.py` to those of this class.
-
-        Args:
-            state (`dict[str, torch.Tensor]`):
-                State dict of the original; names of other networks are left as they are.
-
-        Returns:
-            `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of a model of the same size.
-        """
+        """Renames the parameters of `UNetModel` in the original's `unet_v2.py`, a network of this model's size, to
+        those of this class; names of other networks stay."""
         # The original's attention has convolutions of one pixel where this one has linear layers.
         state = {name: tensor.squeeze(2) if tensor.ndim == 3 else tensor for name, tensor in state.items()}
         return rename_parameters(state, _ORIGINAL_NAMES)

@@ -83,16 +83,8 @@ class ConditionedUNet2DModel(UNet2DModel):
         zero_layer(self.conv_out)
 
     def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """
-        Renames the parameters of the original's `UNetModel`, guided-diffusion's with residual blocks that change the
-        resolution, to those of this model.
-
-        Args:
-            state (`dict[str, torch.Tensor]`): State dict of a network of this model's size.
-
-        Returns:
-            `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of this model.
-        """
+        """Renames the parameters of the original's `UNetModel`, guided-diffusion's with residual blocks that change
+        the resolution and of this model's size, to those of this model."""
         # The original splits query, key and value before the heads.
         return convert_guided_diffusion_unet(state, self.config.layers_per_block, num_heads=1)
 

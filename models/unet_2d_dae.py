@@ -20,7 +20,6 @@ class DAEUNet2DModel(ModelMixin, ConfigMixin):
     are named as in the original (`down_path.0.block.1.weight`), whose weights fit as they are.
 
     Args:
-        in_channels (`int`, defaults to 4), out_channels (`int`, defaults to 4): Number of modalities.
         block_out_channels (`tuple[int, ...]`, defaults to `(64, 128, 256, 512)`):
             Channels of the levels. The groups of a level are the upper middle one of its channels' divisors: 8, 16,
             16, 32.
@@ -45,16 +44,7 @@ class DAEUNet2DModel(ModelMixin, ConfigMixin):
         self.last = nn.Conv2d(block_out_channels[0], out_channels, kernel_size=1)
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> UNet2DOutput | tuple:
-        """
-        Denoises slices.
-
-        Args:
-            sample (`torch.Tensor` of shape `(N, C, H, W)`): Noisy slices; H and W are multiples of 2^(levels - 1).
-            return_dict (`bool`, defaults to `True`): Whether to return a [`UNet2DOutput`] or a tuple.
-
-        Returns:
-            [`~diffusers.models.unets.unet_2d.UNet2DOutput`]: `sample (N, C, H, W)`, the denoised slices.
-        """
+        """Denoises noisy slices `(N, C, H, W)`; H and W are multiples of 2^(levels - 1)."""
         check_sides("sample", sample, 2 ** len(self.up_path))
         skips = []
         for level, block in enumerate(self.down_path):

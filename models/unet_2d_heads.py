@@ -75,18 +75,9 @@ class UNet2DHeadsModel(UNet2DModel):
         zero_layer(self.conv_out)
 
     def convert_original_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """
-        Renames the parameters of guided-diffusion's `UNetModel` without `resblock_updown` (AnoFPDM's `unet_v1.py`) to
-        those of this model.
-
-        Args:
-            state (`dict[str, torch.Tensor]`):
-                State dict of a network of this model's size. The label embedding of a model without classes, which
-                AnoFPDM's last version has and does not use, is left out.
-
-        Returns:
-            `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of this model.
-        """
+        """Renames the parameters of guided-diffusion's `UNetModel` without `resblock_updown` (AnoFPDM's `unet_v1.py`),
+        of this model's size, to those of this model. The label embedding of a model without classes, which AnoFPDM's
+        last version has and does not use, is left out."""
         if self.class_embedding is None:
             state = {name: tensor for name, tensor in state.items() if not name.startswith("label_emb.")}
         return convert_guided_diffusion_unet(state, self.config.layers_per_block, self.config.num_attention_heads)

@@ -13,14 +13,8 @@ from diffusers.models.resnet import ResnetBlock2D
 def rename_parameters(
     state: dict[str, torch.Tensor], patterns: Iterable[tuple[str, str | Callable[[re.Match], str]]]
 ) -> dict[str, torch.Tensor]:
-    """
-    Renames the parameters of a state dict.
-
-    Args:
-        state (`dict[str, torch.Tensor]`): Parameters under their old names; names that no pattern fits stay.
-        patterns (`Iterable` of pairs):
-            Regular expressions and their replacements, as in `re.sub`, each applied to what those before it made.
-    """
+    """Renames the parameters of a state dict by regular expressions and their replacements, as in `re.sub`, each
+    applied to what those before it made."""
     renamed = {}
     for name, tensor in state.items():
         for pattern, replacement in patterns:
@@ -32,17 +26,8 @@ def rename_parameters(
 def convert_guided_diffusion_unet(
     state: dict[str, torch.Tensor], layers_per_block: int, num_heads: int
 ) -> dict[str, torch.Tensor]:
-    """
-    Renames the parameters of guided-diffusion's `UNetModel` to those of diffusers' `UNet2DModel`.
-
-    Args:
-        state (`dict[str, torch.Tensor]`): State dict of a network with or without `resblock_updown`.
-        layers_per_block (`int`): Residual blocks of a level on the way down.
-        num_heads (`int`): As in [`convert_guided_diffusion_layers`], for every attention layer.
-
-    Returns:
-        `dict[str, torch.Tensor]`: For [`~torch.nn.Module.load_state_dict`] of a network of the same size.
-    """
+    """Renames the parameters of guided-diffusion's `UNetModel`, with or without `resblock_updown`, to those of
+    diffusers' `UNet2DModel`. `num_heads` is as in [`convert_guided_diffusion_layers`], for every attention layer."""
 
     def place(match: re.Match) -> str:
         # Blocks of the original are numbered through all levels: layers and a change of the resolution on the way
@@ -78,16 +63,9 @@ def convert_guided_diffusion_unet(
 def convert_guided_diffusion_layers(
     state: dict[str, torch.Tensor], num_heads: Callable[[int], int]
 ) -> dict[str, torch.Tensor]:
-    """
-    Renames the parameters within guided-diffusion's residual blocks, attention layers and embedding of the timestep to
-    those of diffusers.
-
-    Args:
-        state (`dict[str, torch.Tensor]`): Parameters; the blocks have any names.
-        num_heads (`Callable`):
-            Number of heads for a number of channels, where the original splits heads before query, key and value; 1
-            where it splits them afterwards.
-    """
+    """Renames the parameters within guided-diffusion's residual blocks, attention layers and embedding of the timestep
+    to those of diffusers, whatever the names of the blocks. `num_heads` gives the number of heads for a number of
+    channels, where the original splits heads before query, key and value; 1 where it splits them afterwards."""
     renamed = rename_parameters(
         state,
         (
