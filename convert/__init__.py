@@ -55,13 +55,8 @@ class ConvertOptions:
 
 def main(argv: list[str] | None = None) -> int:
     """Converts one checkpoint; returns the exit status."""
-    options = parse_options(
-        ConvertOptions,
-        argv,
-        prog="convert.py METHOD [NETWORK] CHECKPOINT OUT",
-        description=__doc__,
-        positional="arguments",
-    )
+    usage = "convert.py METHOD [NETWORK] CHECKPOINT OUT"
+    options = parse_options(ConvertOptions, argv, prog=usage, description=__doc__, positional="arguments")
     method, *names = options.arguments or [None]
     network = names.pop(0) if method == "anofpdm" and names else None
     if method not in METHODS or len(names) != 2 or (method == "anofpdm" and network not in ANOFPDM_NETWORKS):
@@ -71,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     if options.unet and method not in ("anofpdm", "cimd", "cddpm", "pddpm"):
         raise SystemExit(
-            "error: `--unet` is for anofpdm, cimd, cddpm and pddpm; the network of"
-            f" {method} has one size, or its weights tell it."
+            f"error: `--unet` is for anofpdm, cimd, cddpm and pddpm; the network of {method} has one size, or its"
+            " weights tell it."
         )
     if options.modality not in ("t1", "t2"):
         raise SystemExit(f"error: `--modality` must be t1 or t2, got {options.modality!r}.")

@@ -35,10 +35,6 @@ def convert(
         network (`str`): Which of them, `"v2"`, `"v1"` or `"classifier"`.
         unet (`dict`): Arguments of the network that differ from its authors'.
         classifier (`str`, *optional*): Folder or Hub id of the classifier that guides a v1 with a learned variance.
-
-    Raises:
-        RuntimeError: The first or the last convolution is missing.
-        SystemExit: Another number of modalities, or a classifier where none is used, or none where one is needed.
     """
     known = {"in_channels": ("input_blocks.0.0.weight", 1), "out_channels": ("out.2.weight", 0)}
     if network == "classifier":
@@ -59,9 +55,7 @@ def convert(
             " converted or trained, with `--classifier`."
         )
     if classifier is not None and not guided:
-        raise SystemExit(
-            "error: this v1 has no learned variance, so that nothing guides it: leave `--classifier` out."
-        )
+        raise SystemExit("error: this v1 has no learned variance: nothing guides it, leave `--classifier` out.")
     name = {"v2": "anofpdm", "v1": "classifier_guided" if guided else "unguided", "classifier": "classifier"}[network]
     config, processor = read_config(f"{name}_{DATA[channels]}"), read_processor(f"{DATA[channels]}_anofpdm")
     inference = config.get("inference", {})

@@ -29,9 +29,6 @@ def convert(
         method (`str`): `"cddpm"` or `"pddpm"`.
         unet (`dict`): Arguments of the network that differ from its authors'.
         modality (`str`): Contrast of the training data, `"t1"` or `"t2"`.
-
-    Raises:
-        RuntimeError: There is no denoising network, or an encoder without a condition, or the reverse.
     """
     denoiser, resnet = read_part(state, "input_blocks.0.0.weight"), read_part(state, "layer1.0.conv1.weight")
     if not denoiser:

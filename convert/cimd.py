@@ -13,18 +13,9 @@ from .parts import add_network, make_network, read_config, read_processor
 
 
 def convert(state: dict[str, torch.Tensor], unet: dict[str, Any]) -> tuple[CIMDPipeline, dict]:
-    """
-    Returns the pipeline with the weights, and its configuration. No kernel is transposed: slices are pictures, whose
-    rows and columns the original did not exchange.
-
-    Args:
-        state (`dict[str, torch.Tensor]`):
-            Weights of the original's `UNetModel`, whose first convolution sees 5 channels.
-        unet (`dict`): Arguments of the network that differ from its authors'.
-
-    Raises:
-        RuntimeError: The first convolution is missing or has another number of channels.
-    """
+    """Returns the pipeline with the weights of the original's `UNetModel`, whose first convolution sees 5 channels,
+    and its configuration; `unet` holds arguments that differ from the authors'. No kernel is transposed: slices are
+    pictures, whose rows and columns the original did not exchange."""
     first = state.get("input_blocks.0.0.weight")
     if first is None or first.shape[1] != 5:
         channels = "none" if first is None else first.shape[1]

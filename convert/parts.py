@@ -22,16 +22,8 @@ from ..volumes.processor import VolumeProcessor
 
 
 def read_weights(checkpoint: str | os.PathLike, key: str | None) -> dict[str, torch.Tensor]:
-    """
-    Reads the state dict of a checkpoint; the `module.` of a run on several devices is cut off the names.
-
-    Args:
-        checkpoint (`str` or `os.PathLike`): What `torch.save` wrote.
-        key (`str`, *optional*): Key of the state dict in the checkpoint; without one the checkpoint is the state dict.
-
-    Raises:
-        SystemExit: The checkpoint has no such key.
-    """
+    """Reads the state dict in a checkpoint, which it is itself or has under `key`; the `module.` of a run on several
+    devices is cut off the names."""
     # Only tensors are read: a pickle from elsewhere could run code.
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if key is not None and key not in state:
@@ -50,13 +42,9 @@ def read_part(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tens
 
 
 def transpose_kernels(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    Transposes the weights of a network that was trained on transposed images.
-
-    The originals cut volumes as `array[:, :, k]`, so that H is the axis from right to left; our slices have it along
-    W. Nothing knows which axis is which but the kernels, and the classifier's embedding of the positions (after one of
-    the mean).
-    """
+    """Transposes the weights of a network that was trained on transposed images. The originals cut volumes as
+    `array[:, :, k]`, so that H is the axis from right to left; our slices have it along W. Nothing knows which axis is
+    which but the kernels, and the classifier's embedding of the positions (after one of the mean)."""
     transposed = {}
     for name, tensor in state.items():
         if name.endswith("positional_embedding"):
@@ -84,19 +72,8 @@ def make_network(
     processor: VolumeProcessor,
     **sizes,
 ) -> ModelMixin:
-    """
-    Returns a network with random weights.
-
-    Args:
-        network_class (`type`): Its class.
-        given (`dict`): Arguments from the command line; they win over those of the authors.
-        authors (`dict`): Arguments that the authors used.
-        processor ([`VolumeProcessor`]): Preprocessing, which knows the size of the slices.
-        sizes: Arguments that follow from the weights; they win over all others.
-
-    Raises:
-        ValueError: `given` has a key that the class does not take.
-    """
+    """Returns a network with random weights for slices of the preprocessing. Arguments that are `given` on the command
+    line win over those of the `authors`, and `sizes`, which follow from the weights, over all others."""
     check_keys("unet", given, inspect.signature(network_class).parameters, network_class.__name__)
     arguments = {"sample_size": processor.config.size[0], **authors, **given, **sizes}
     arguments.pop("_class_name", None)
@@ -113,17 +90,8 @@ def add_network(config: dict[str, Any], model: ModelMixin) -> dict[str, Any]:
 def write_folder(
     converted: AnomalyPipeline | ClassifierObjective, config: dict[str, Any] | None, out: str | os.PathLike
 ) -> str:
-    """
-    Writes a converted pipeline with its card, or a classifier, which is no pipeline.
-
-    Args:
-        converted ([`AnomalyPipeline`] or [`ClassifierObjective`]): What a conversion returns.
-        config (`dict`, *optional*): Its configuration, for the card.
-        out (`str` or `os.PathLike`): The folder.
-
-    Returns:
-        `str`: What was written, in words.
-    """
+    """Writes a converted pipeline with its card, or a classifier, which is no pipeline, and returns in words what it
+    was."""
     if isinstance(converted, ClassifierObjective):
         converted.export(converted.model, out)
         return "Classifier"

@@ -11,18 +11,8 @@ from .parts import read_part, transpose_kernels
 
 
 def convert(state: dict[str, torch.Tensor], cddpm: str) -> tuple[SADMPipeline, None]:
-    """
-    Returns the pipeline of a segmentation network and a cDDPM; it has no configuration.
-
-    Args:
-        state (`dict[str, torch.Tensor]`):
-            Weights of the original's `SegUnet` under any prefix; they tell its sizes. The frozen cDDPM beside them
-            stays behind.
-        cddpm (`str`): Folder or Hub id of the cDDPM that it was trained with.
-
-    Raises:
-        RuntimeError: There is no segmentation network.
-    """
+    """Returns the pipeline of the original's `SegUnet`, under any prefix, and of the cDDPM in the folder or under the
+    Hub id `cddpm`; it has no configuration. The frozen cDDPM beside the weights stays behind."""
     first = "down_path.0.block.1.weight"
     state = read_part(state, first)
     if not state:

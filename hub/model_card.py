@@ -52,14 +52,12 @@ def make_card(
     licence: str = "other",
 ) -> ModelCard:
     """
-    Writes the card of a pipeline.
+    Writes the card of a pipeline. Method (from its docstring), preprocessing and inference values are read off it.
 
     Args:
-        pipeline ([`AnomalyPipeline`]):
-            Method (from its docstring), preprocessing and inference values are read off it.
+        pipeline ([`AnomalyPipeline`]): The pipeline.
         repo_id (`str`, *optional*):
-            Where the card will live; the quick start loads it from there. Without one it loads the folder it is run
-            in.
+            Where the card will live; the quick start loads it from there, without one from the folder it is run in.
         config (`dict`, *optional*): Resolved configuration of the training run.
         recipe (`dict`, *optional*): Recipe of the prepared training data: reader, slices, split, ... and `license`.
         population (`str`, *optional*): Which slices of whom it was trained on, in words.
@@ -68,14 +66,7 @@ def make_card(
         training (`str`, *optional*): A sentence on steps, time and hardware of the training.
         picture (`tuple[str, str]`, *optional*):
             File in the repository and what it shows. Nothing but phantoms and images that everybody may see.
-        licence (`str`):
-            Licence of the weights, an identifier of the Hub (https://hf.co/docs/hub/repositories-licenses).
-
-    Returns:
-        `huggingface_hub.ModelCard`: Its metadata is `card.data`, `str(card)` the text of `README.md`.
-
-    Raises:
-        ValueError: `evaluation` lacks a protocol field, or holds several pipelines and none is `repo_id`.
+        licence (`str`): Of the weights, an identifier of the Hub (https://hf.co/docs/hub/repositories-licenses).
     """
     class_name = type(pipeline).__name__
     name = repo_id.split("/")[-1] if repo_id else class_name
@@ -131,8 +122,8 @@ def add_evaluation(
     card: ModelCard, evaluation: dict, *, repo_id: str | None = None, picture: str | None = None
 ) -> ModelCard:
     """
-    Adds an evaluation to a card, in the text and in the metadata. An earlier one of the same data set and split is
-    replaced; everything else stays as it is, whoever wrote it.
+    Returns a card with an evaluation in the text and in the metadata, which the given card gets as well. An earlier
+    one of the same data set and split is replaced; everything else stays as it is, whoever wrote it.
 
     Args:
         card (`ModelCard`): A card of this library, or anybody's.
@@ -140,11 +131,7 @@ def add_evaluation(
             Report of `eval.py`. Every row stands in the card; the row of this pipeline, which is its only pipeline or
             the one whose `model` is `repo_id`, also in the metadata (`model-index`).
         repo_id (`str`, *optional*): Where the card lives.
-        picture (`str`, *optional*):
-            File in the repository that shows cases of the report. Nothing that not everybody may see.
-
-    Returns:
-        `huggingface_hub.ModelCard`: A new card; the one that was given also has the new metadata.
+        picture (`str`, *optional*): File in the repository that shows cases of the report, as of [`make_card`].
 
     Raises:
         ValueError: `evaluation` lacks a protocol field, or holds several pipelines and none is `repo_id`.

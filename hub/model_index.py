@@ -20,9 +20,6 @@ def read_model_index(source: str | os.PathLike, **hub_arguments) -> dict:
         source (`str` or `os.PathLike`): Folder, or id of a Hub repository.
         hub_arguments: `revision`, `token`, `cache_dir`, ... of `huggingface_hub.hf_hub_download`.
 
-    Returns:
-        `dict`: The content of `model_index.json`.
-
     Raises:
         FileNotFoundError: There is no such folder or repository, it may not be read, or it holds no pipeline.
         ValueError: The card says that the pipeline was made by a newer version of the library.
@@ -47,17 +44,8 @@ def read_model_index(source: str | os.PathLike, **hub_arguments) -> dict:
 
 
 def check_processor(source: str | os.PathLike, index: dict, **hub_arguments) -> None:
-    """
-    Makes sure that a saved pipeline has a processor: nobody could know without one what its network wants to see.
-
-    Args:
-        source (`str` or `os.PathLike`): Folder, or id of a Hub repository.
-        index (`dict`): Its `model_index.json`, from [`read_model_index`].
-        hub_arguments: As in [`read_model_index`].
-
-    Raises:
-        ValueError: `index` names no processor, or its file is not there.
-    """
+    """Raises a `ValueError` unless a saved pipeline with this `model_index.json` has a processor: nobody could know
+    without one what its network wants to see. Other arguments as of [`read_model_index`]."""
     named = index.get("processor", [None])[0]
     if not named or _fetch(source, "processor/processor_config.json", **hub_arguments) is None:
         raise ValueError(

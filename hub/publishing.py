@@ -28,18 +28,9 @@ class PublishingError(RuntimeError):
 
 
 def complete_folder(folder: str | os.PathLike, card: str) -> None:
-    """
-    Adds to a saved pipeline what every repository also holds: the card and its results ([`write_card`]), and a
-    `pipeline.py` of one line, with which `DiffusionPipeline.from_pretrained(id, custom_pipeline=id,
-    trust_remote_code=True)` gives our class.
-
-    Args:
-        folder (`str` or `os.PathLike`): Folder that `save_pretrained` wrote.
-        card (`str`): Text of `README.md`, such as `str(make_card(pipeline))`.
-
-    Raises:
-        FileNotFoundError: `folder` holds no `model_index.json`.
-    """
+    """Adds to the folder of a saved pipeline what every repository also holds: the card, the text of `README.md`, and
+    its results ([`write_card`]), and a `pipeline.py` of one line, with which `DiffusionPipeline.from_pretrained(id,
+    custom_pipeline=id, trust_remote_code=True)` gives our class."""
     folder = Path(folder)
     index = folder / "model_index.json"
     if not index.exists():
@@ -47,19 +38,16 @@ def complete_folder(folder: str | os.PathLike, card: str) -> None:
     class_name = json.loads(index.read_text())["_class_name"]
     (folder / "pipeline.py").write_text(f"from anodiff import {class_name}  # noqa: F401\n")
     for config in (index, *folder.glob("*/config.json")):
-        _forget_local_path(config)
+        values = json.loads(config.read_text())
+        # Where diffusers loaded the component from, a folder of this machine, is nobody's business.
+        if values.pop("_name_or_path", None) is not None:
+            config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     write_card(folder, card)
 
 
 def write_card(folder: str | os.PathLike, card: str) -> None:
-    """
-    Writes `README.md`, and `.eval_results/*.yaml` with those results of its metadata that belong to a data set on the
-    Hub, whose leaderboard then shows them.
-
-    Args:
-        folder (`str` or `os.PathLike`): Folder of the repository.
-        card (`str`): Text of `README.md`.
-    """
+    """Writes the card as `README.md` of a folder, and as `.eval_results/*.yaml` those results of its metadata that
+    belong to a data set on the Hub, whose leaderboard then shows them."""
     folder = Path(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
     entries: dict[str, list[EvalResultEntry]] = {}
@@ -77,16 +65,8 @@ def write_card(folder: str | os.PathLike, card: str) -> None:
 
 
 def read_card(repo_id: str, *, token: str | None = None) -> str | None:
-    """
-    Reads the card of a repository as it is on the Hub now.
-
-    Args:
-        repo_id (`str`): `"owner/name"`.
-        token (`str`, *optional*): Token that may read; by default `HF_TOKEN`, or that of `hf auth login`.
-
-    Returns:
-        `str` or `None`: Text of `README.md`; `None` if there is none, or if the Hub does not answer.
-    """
+    """Reads the card of a repository `"owner/name"` as it is on the Hub now; `None` if there is none, or if the Hub
+    does not answer."""
     try:
         # Not from the cache: somebody may have changed it.
         return Path(hf_hub_download(repo_id, "README.md", token=token)).read_text(encoding="utf-8")
@@ -109,8 +89,7 @@ def open_repository(
     Args:
         repo_id (`str`): `"owner/name"`.
         private (`bool`, *optional*):
-            Visibility of a new repository, the account's default if not given. `True` refuses one that exists and is
-            public.
+            Visibility of a new repository, the account's default if not given. `True` refuses a public one.
         token (`str`, *optional*): Write token; by default `HF_TOKEN`, or that of `hf auth login`.
         repo_type (`str`): `"model"` or `"dataset"`.
         licence (`str`, *optional*): Licence that the card will name; the Hub must know it.
@@ -154,15 +133,8 @@ def push_folder(
     repo_type: str = "model",
 ) -> str:
     """
-    Uploads a folder as one repository, which is created if it does not exist. The folder itself is not changed.
-
-    Args:
-        folder (`str` or `os.PathLike`): Folder to upload.
-        repo_id, private, token, repo_type: As in [`open_repository`].
-        commit_message (`str`): Title of the commit.
-
-    Returns:
-        `str`: URL of the repository.
+    Uploads a folder as one repository, which is created if it does not exist, and returns its URL. The folder itself
+    is not changed. Arguments as of [`open_repository`].
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -211,19 +183,9 @@ class BackgroundPush:
 
     def wait(self) -> None:
         """Waits until no push is under way."""
-        if self._running is None:
-            return
         try:
-            self._running.result()
+            if self._running is not None:
+                self._running.result()
         except PublishingError as error:
             print(f"warning: {error}The training goes on.", file=sys.stderr)
         self._running = None
-
-
-def _forget_local_path(config: Path) -> None:
-    """Removes from a `config.json` where diffusers loaded the component from: a folder of this machine is nobody's
-    business."""
-    values = json.loads(config.read_text())
-    if "_name_or_path" in values:
-        del values["_name_or_path"]
-        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
