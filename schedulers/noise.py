@@ -17,19 +17,9 @@ def draw_seeds(keys: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def pyramid_sizes(height: int, width: int, rates: torch.Tensor) -> torch.Tensor:
-    """
-    Computes the sizes of the levels of pyramid noise: level i has the size of level i - 1 over `rates[i]`^i, rounded down and at
-    least 1 (the program of Frotscher et al.). Level 0 is as large as the image; the level of one pixel is the last.
-
-    Args:
-        height, width (`int`):
-            Size of the image in pixels.
-        rates (`torch.Tensor` of shape `(..., L)`):
-            r of each level, within [2, 4). The first one has no effect.
-
-    Returns:
-        `torch.Tensor` of shape `(..., L, 2)`, int64, height and width of each level; 0 after the last one.
-    """
+    """Computes height and width of the levels of pyramid noise, `(..., L, 2)` int64, 0 after the last one, from r of
+    each level, `rates` `(..., L)` within [2, 4). Level 0 is as large as the image; level i is level i - 1 over r_i^i,
+    rounded down and at least 1 (the program of Frotscher et al.); the level of one pixel is the last."""
     size = torch.stack([torch.full_like(rates[..., 0], height), torch.full_like(rates[..., 0], width)], -1)
     sizes = []
     for level in range(rates.shape[-1]):
@@ -43,25 +33,17 @@ def pyramid_noise(
     base: torch.Tensor, levels: list[torch.Tensor], sizes: torch.Tensor, discount: float, per_image: bool
 ) -> torch.Tensor:
     """
-    Computes the pyramid noise of ANDi from given draws: `base` plus the levels, brought to the size of the image by bilinear
-    interpolation and weighted with `discount`^i, over their standard deviation. Nothing but elementwise operations, so
-    that an image has the same bits in any batch.
+    Computes the pyramid noise of ANDi `(N, C, H, W)` from given draws: `base` plus the levels, brought to the size of
+    the image by bilinear interpolation and weighted with `discount`^i, over their standard deviation. Nothing but
+    elementwise operations, so that an image has the same bits in any batch.
 
     Args:
-        base (`torch.Tensor` of shape `(N, C, H, W)`):
-            Standard normal draw.
+        base (`torch.Tensor` of shape `(N, C, H, W)`): Standard normal draw.
         levels (`list[torch.Tensor]`):
-            Standard normal draw of each level, `(N, C, h, w)` with h and w of `sizes` or larger: the upper left part is
-            used. Level 0 is `(N, C, H, W)`.
-        sizes (`torch.Tensor` of shape `(N, L, 2)` or `(L, 2)`):
-            From [`pyramid_sizes`]; for each image, or for all of them.
-        discount (`float`):
-            Weight of a level relative to the one before it.
-        per_image (`bool`):
-            Whether every image is divided by its own standard deviation, or all by that of the whole batch (ANDi).
-
-    Returns:
-        `torch.Tensor` of shape `(N, C, H, W)`.
+            Standard normal draw of each level, `(N, C, h, w)` with h and w of `sizes` or larger: the upper left part
+            is used. Level 0 is `(N, C, H, W)`.
+        sizes (`torch.Tensor` of shape `(N, L, 2)` or `(L, 2)`): From [`pyramid_sizes`]; for each image, or for all.
+        discount, per_image: As of [`draw_pyramid`].
     """
     count, channels, height, width = base.shape
     sizes = sizes.to(base.dtype).expand(count, len(levels), 2)
@@ -90,8 +72,8 @@ def pyramid_noise(
 
 
 def _neighbours(counts: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Linear interpolation of `counts[n]` values to `length`, half-pixel centres: both neighbours and the weight of the
-    second, each `(N, length)`."""
+    """Interpolates `counts[n]` values linearly to `length`, half-pixel centres: both neighbours and the weight of
+    the second, each `(N, length)`."""
     last = counts.clamp(min=1)[:, None] - 1
     pixels = torch.arange(length, dtype=counts.dtype, device=counts.device)
     position = ((pixels + 0.5) * ((last + 1) / length) - 0.5).clamp(min=0).minimum(last)
@@ -113,25 +95,17 @@ def draw_pyramid(
     per_image: bool = True,
 ) -> torch.Tensor:
     """
-    Draws the pyramid noise of ANDi: white noise plus white noise of ever coarser grids, so that slow changes over the image
-    are as likely as a lesion is large. Made on the device without waiting for it.
+    Draws the pyramid noise of ANDi: white noise plus white noise of ever coarser grids, so that slow changes over the
+    image are as likely as a lesion is large. Made on the device without waiting for it.
 
     Args:
-        keys (`torch.Tensor` of shape `(N, 2)`):
-            One per image.
-        size (`tuple[int, int, int]`):
-            `(C, H, W)`.
-        dtype (`torch.dtype`):
-            Of the result.
-        discount (`float`, defaults to 0.8):
-            Weight of a level relative to the one before it. ANDi: 0.8, UAD-IMAG: 0.9.
+        keys (`torch.Tensor` of shape `(N, 2)`): One per image.
+        size (`tuple` `(C, H, W)`): Of one image.
+        dtype (`torch.dtype`): Of the result, `(N, C, H, W)`.
+        discount (`float`, defaults to 0.8): Weight of a level relative to the one before it. UAD-IMAG: 0.9.
         per_image (`bool`, defaults to `True`):
-            Image i depends on `keys[i]` alone. `False` is the authors' rule: the batch shares its sizes, which the first key
-            decides, and one standard deviation.
-
-    Returns:
-        `torch.Tensor` of shape `(N, C, H, W)`. Images have the standard deviation 1 (the batch as a whole without
-        `per_image`), and offsets of about 0.3.
+            Image i depends on `keys[i]` alone, and has the standard deviation 1 (with an offset of about 0.3). `False`
+            is the authors' rule: the batch shares its sizes, which the first key decides, and one standard deviation.
     """
     channels, height, width = size
     # The largest sizes there can be, from the smallest rate, 2: what is drawn does not depend on the rates.

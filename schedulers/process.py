@@ -1,4 +1,5 @@
-"""What the diffusion processes of all methods share: tables on their device, q(x_t | x_0), the posterior, and Gaussian draws."""
+"""Holds what the diffusion processes share: tables on their device, q(x_t | x_0), the posterior, and Gaussian
+draws."""
 
 from __future__ import annotations
 
@@ -18,33 +19,16 @@ from .draws import normal
 
 @dataclass
 class StepOutput(BaseOutput):
-    """
-    What `step` of a scheduler gives.
-
-    Args:
-        prev_sample (`torch.Tensor` of shape `(N, C, H, W)`): The sample at the next lower timestep of the grid.
-        pred_original_sample (`torch.Tensor` of shape `(N, C, H, W)`): The estimate of x_0 that the step used.
-    """
+    """Holds what `step` of a scheduler gives, `(N, C, H, W)` each: the sample at the next lower timestep of the grid,
+    and the estimate of x_0 that the step used."""
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor
 
 
 def linear_betas(steps: int, start: float, end: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """
-    Computes betas that rise evenly from `start` to `end`, both given for T = 1000 and multiplied by 1000 / T.
-
-    Args:
-        steps (`int`): T, at least 2.
-        start, end (`float`): 0 < start <= end.
-        dtype (`torch.dtype`): What is computed in.
-
-    Returns:
-        `torch.Tensor` of shape `(T,)`, float64.
-
-    Raises:
-        ValueError: The values are out of order, or T is so small that betas reach 1.
-    """
+    """Computes `steps` betas that rise evenly from `start` to `end`, both for T = 1000 and multiplied by 1000 / T:
+    `(T,)` float64, computed in `dtype`."""
     check_integer("num_train_timesteps", steps, 2)
     if not 0 < start <= end:
         raise ValueError(f"`beta_start` must be above 0 and at most `beta_end`, got {start} and {end}.")
@@ -65,24 +49,11 @@ def cosine_betas(steps: int) -> torch.Tensor:
 
 
 def posterior_tables(
-    betas: torch.Tensor,
-    alphas_cumprod: torch.Tensor,
-    variance: torch.Tensor | None = None,
-    alphas: torch.Tensor | None = None,
+    betas: torch.Tensor, alphas_cumprod: torch.Tensor, variance: torch.Tensor, alphas: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """
-    Computes the posterior q(x_{t-1} | x_t, x_0) of DDPM eq. 7, whose mean is original_weight x_0 + sample_weight x_t.
-
-    Args:
-        betas, alphas_cumprod (`torch.Tensor` of shape `(T,)`): beta_t and abar_t, float64.
-        variance, alphas (`torch.Tensor` of shape `(T,)`, *optional*): 1 - abar_t and 1 - beta_t, where there are more exact ones.
-
-    Returns:
-        `dict`: `original_weight`, `sample_weight`, `posterior_variance`, its logarithm and that of beta, `(T,)` float64. The variance of
-        t = 0 is 0; its logarithm is taken to be that of t = 1, since likelihoods need one.
-    """
-    variance = 1.0 - alphas_cumprod if variance is None else variance
-    alphas = 1.0 - betas if alphas is None else alphas
+    """Computes from beta_t, abar_t, 1 - abar_t and 1 - beta_t, all `(T,)` float64, the posterior q(x_{t-1} | x_t, x_0)
+    of DDPM eq. 7: its mean is original_weight x_0 + sample_weight x_t. The variance of t = 0 is 0; its logarithm is
+    taken to be that of t = 1, since likelihoods need one."""
     # Both of t - 1: one from the other would lose digits.
     previous_level = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     previous_variance = torch.cat([torch.zeros(1, dtype=torch.float64), variance[:-1]])
@@ -97,14 +68,8 @@ def posterior_tables(
 
 
 class DiffusionProcess:
-    """
-    Base of the schedulers of this library that diffuse: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise.
-
-    `__init__` of a scheduler calls `set_tables`; everything it computes reads them with `gather`.
-    """
-
-    order = 1
-    init_noise_sigma = 1.0
+    """Holds what the schedulers that diffuse have in common: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise. Their
+    `__init__` calls `set_tables`; everything they compute reads these with `gather`."""
 
     def set_tables(
         self,
@@ -114,17 +79,11 @@ class DiffusionProcess:
         alphas: torch.Tensor | None = None,
         **tables: torch.Tensor,
     ) -> None:
-        """
-        Makes the tables that all processes have, and keeps further ones.
-
-        Args:
-            betas, alphas_cumprod (`torch.Tensor` of shape `(T,)`): beta_t and abar_t, float64.
-            variance, alphas (`torch.Tensor` of shape `(T,)`, *optional*): 1 - abar_t and 1 - beta_t, where there are more exact ones.
-            tables (`torch.Tensor`): Those of the scheduler alone, float64.
-        """
+        """Makes the tables that all processes have from beta_t and abar_t, and, where there are more exact ones, from
+        1 - abar_t (`variance`) and 1 - beta_t (`alphas`), and keeps further `tables`; all are `(T,)` float64."""
         self.betas, self.alphas_cumprod = betas, alphas_cumprod
         variance = 1.0 - alphas_cumprod if variance is None else variance
-        posterior = posterior_tables(betas, alphas_cumprod, variance, alphas)
+        posterior = posterior_tables(betas, alphas_cumprod, variance, 1.0 - betas if alphas is None else alphas)
         self.original_weight, self.sample_weight = posterior["original_weight"], posterior["sample_weight"]
         self.posterior_variance = posterior["posterior_variance"]
         self.posterior_log_variance = posterior["posterior_log_variance"]
@@ -139,21 +98,14 @@ class DiffusionProcess:
         self._device_tables = {}
 
     def gather(self, name: str, timesteps: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """
-        Looks up a table, one value per sample: `(1 or N, 1, 1, 1)`, of the sample's type and on its device.
-
-        Tables are float64. They are rounded once, when they go to a device for the first time; later look-ups stay on the device.
-        """
+        """Looks up a table, one value per sample: `(1 or N, 1, 1, 1)`, of the sample's type and on its device. Tables
+        are float64, and rounded once, when they go to a device for the first time; later look-ups stay there."""
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         key = (name, sample.device, dtype)
         if key not in self._device_tables:
             self._device_tables[key] = self._tables[name].to(dtype).to(sample.device)
         timesteps = torch.as_tensor(timesteps, device=sample.device).reshape(-1)
         return self._device_tables[key][timesteps].to(sample.dtype).reshape(-1, 1, 1, 1)
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the sample as it is: the networks of these processes see x_t itself."""
-        return sample
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor
@@ -166,8 +118,8 @@ class DiffusionProcess:
     def posterior_mean(
         self, original_sample: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, tables: str = ""
     ) -> torch.Tensor:
-        """Computes the mean of q(x_{t-1} | x_t, x_0), DDPM eq. 7, from x_0 and x_t `(N, C, H, W)`. `tables` is the prefix of the names of
-        other tables than those of the whole chain."""
+        """Computes the mean of q(x_{t-1} | x_t, x_0), DDPM eq. 7, from x_0 and x_t `(N, C, H, W)`. `tables` is the
+        prefix of the names of other tables than those of the whole chain."""
         return (
             self.gather(f"{tables}original_weight", timestep, sample) * original_sample
             + self.gather(f"{tables}sample_weight", timestep, sample) * sample
@@ -176,15 +128,8 @@ class DiffusionProcess:
     def learned_log_variance(
         self, variance_output: torch.Tensor, timestep: int | torch.Tensor, tables: str = ""
     ) -> torch.Tensor:
-        """
-        Computes log sigma_t^2 of a network with 2C outputs (Nichol and Dhariwal, eq. 15): between the posterior's (-1) and that of
-        beta_t (1); outputs are not limited.
-
-        Args:
-            variance_output (`torch.Tensor` of shape `(N, C, H, W)`): The second half of the network's outputs.
-            timestep (`int` or `torch.Tensor`): t, one for all or one per sample.
-            tables (`str`): Prefix of the names of other tables than those of the whole chain.
-        """
+        """Computes log sigma_t^2 from the second half of a network's 2C outputs (Nichol and Dhariwal, eq. 15): between
+        the posterior's (-1) and that of beta_t (1); outputs are not limited. `tables` as of [`posterior_mean`]."""
         fraction = (variance_output + 1.0) / 2.0
         highest = self.gather(f"{tables}log_beta", timestep, variance_output)
         lowest = self.gather(f"{tables}posterior_log_variance", timestep, variance_output)
@@ -197,11 +142,7 @@ class DiffusionProcess:
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
     ) -> torch.Tensor:
-        """Returns the noise of a reverse step of x_t `(N, C, H, W)`: what is given, or what is drawn from keys `(N, 2)`.
-
-        Raises:
-            ValueError: Both are given, or neither.
-        """
+        """Returns the noise of a reverse step of x_t `(N, C, H, W)`: what is given, or drawn from keys `(N, 2)`."""
         if (variance_noise is None) == (keys is None):
             raise ValueError("Give either `variance_noise` or `keys`, one key per sample.")
         if variance_noise is not None:
@@ -219,18 +160,9 @@ class DiffusionProcess:
         timesteps: int | torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """
-        Draws the noise of this process, standard normal here.
-
-        Args:
-            keys (`torch.Tensor` of shape `(N, 2)`): One per sample, see [`~schedulers.draws.make_keys`].
-            size (`tuple` `(C, H, W)`): Of one sample.
-            timesteps (`int` or `torch.Tensor` of shape `(N,)`, *optional*): t, for noise that depends on it.
-            dtype (`torch.dtype`): Of the result.
-
-        Returns:
-            `torch.Tensor` of shape `(N, C, H, W)`, on the device of the keys.
-        """
+        """Draws the noise of this process, standard normal here: `(N, C, H, W)` for keys `(N, 2)`, one per sample (see
+        [`~schedulers.draws.make_keys`]), and the size `(C, H, W)` of a sample. `timesteps`, t, one for all or one per
+        sample, is for noise that depends on it."""
         return normal(keys, size, dtype)
 
     def __len__(self) -> int:

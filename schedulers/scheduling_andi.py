@@ -6,7 +6,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..checks import check_choices, check_integer, check_number
+from ..checks import check_choice, check_integer, check_number
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
 from .noise import draw_pyramid
 from .process import DiffusionProcess
@@ -20,11 +20,11 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 class ANDiScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
     r"""
-    The diffusion process of ANDi (Frotscher et al., arXiv 2312.01904) and of its single-modality successor in UAD-IMAG (arXiv
-    2512.01534). It is never walked: a slice is noised once for each timestep, and the mean of the reverse transition that the
-    network predicts is compared with the true one. So there is no `step`.
+    Implements the diffusion process of ANDi (Frotscher et al., arXiv 2312.01904) and of its single-modality successor
+    in UAD-IMAG (arXiv 2512.01534). It is never walked: a slice is noised once for each timestep, and the mean of the
+    reverse transition that the network predicts is compared with the true one. So there is no `step`.
 
-    Timesteps are 0-based: t = 0, ..., T - 1. The reverse transition leads from t to t - 1, so ANDi evaluates t >= 1 only.
+    Timesteps are 0-based: t = 0, ..., T - 1. The reverse transition leads from t to t - 1: ANDi evaluates t >= 1 only.
 
     UAD-IMAG: `num_train_timesteps=1001, beta_schedule="shifted_cosine", discount=0.9, prediction_type="v_prediction",
     clip_sample=True`; its time in [0, 1] is t / (T - 1).
@@ -32,21 +32,21 @@ class ANDiScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
     Args:
         num_train_timesteps (`int`, defaults to 1000): T.
         beta_schedule (`str`, defaults to `"linear"`):
-            `"linear"`: from `beta_start` to `beta_end`, in float32 as the original. `"shifted_cosine"`: the logarithm of the
-            signal-to-noise ratio is -2 log tan of an angle that grows evenly with t, plus 2 log `resolution_ratio`.
-        beta_start (`float`, defaults to 1e-4), beta_end (`float`, defaults to 0.02): Of the linear schedule.
-        log_snr_min (`float`, defaults to -15.0), log_snr_max (`float`, defaults to 15.0):
+            `"linear"`: from `beta_start` to `beta_end`, in float32 as the original. `"shifted_cosine"`: the logarithm
+            of the signal-to-noise ratio is -2 log tan of an angle even in t, plus 2 log `resolution_ratio`.
+        beta_start, beta_end (`float`, default to 1e-4 and 0.02): Of the linear schedule.
+        log_snr_min, log_snr_max (`float`, default to -15 and 15):
             Ends of the shifted cosine before the shift, at t = T - 1 and t = 0.
-        resolution_ratio (`float`, defaults to 0.25): Of the shifted cosine; UAD-IMAG has 56 / 224. 1 is the cosine itself.
-        noise_type (`str`, defaults to `"pyramid"`): `"pyramid"` or `"gaussian"`: what `draw_noise` draws for training.
+        resolution_ratio (`float`, defaults to 0.25): Of the shifted cosine; UAD-IMAG has 56 / 224. 1 does not shift.
+        noise_type (`str`, defaults to `"pyramid"`): `"pyramid"` or `"gaussian"`, what `draw_noise` draws for training.
         discount (`float`, defaults to 0.8): Weight of a level of the pyramid relative to the one before it.
         normalize (`str`, defaults to `"per_batch"`):
-            `"per_batch"`: the authors' rule for training, the batch shares one standard deviation and the sizes of its pyramid.
-            `"per_image"`: every image depends on its own generator alone.
-        prediction_type (`str`, defaults to `"epsilon"`): `"epsilon"` or `"v_prediction"`: what the network's output is.
+            `"per_batch"`: the authors' rule for training, the batch shares one standard deviation and the sizes of its
+            pyramid. `"per_image"`: every image depends on its own key alone.
+        prediction_type (`str`, defaults to `"epsilon"`): Output of the network, `"epsilon"` or `"v_prediction"`.
         clip_sample (`bool`, defaults to `False`): Limit the x_0 estimate of a deviation to [-1, 1].
         log_floor (`float`, defaults to 1e-10):
-            Smallest deviation: under a geometric mean one exact zero would erase its pixel. 0 for the original's behaviour.
+            Smallest deviation: under a geometric mean one exact zero would erase its pixel. The original's is 0.
     """
 
     @register_to_config
@@ -66,18 +66,10 @@ class ANDiScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         clip_sample: bool = False,
         log_floor: float = 1e-10,
     ):
-        check_choices(
-            {
-                "beta_schedule": beta_schedule,
-                "noise_type": noise_type,
-                "normalize": normalize,
-                "prediction_type": prediction_type,
-            },
-            beta_schedule=BETA_SCHEDULES,
-            noise_type=NOISE_TYPES,
-            normalize=NORMALIZATIONS,
-            prediction_type=PREDICTION_TYPES,
-        )
+        check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
+        check_choice("noise_type", noise_type, NOISE_TYPES)
+        check_choice("normalize", normalize, NORMALIZATIONS)
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_integer("num_train_timesteps", num_train_timesteps, 2)
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(
@@ -104,8 +96,8 @@ class ANDiScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
             # 1 - abar_t / abar_s, without the difference of two numbers near 1.
             previous = torch.cat([torch.full((1,), torch.inf, dtype=torch.float64), log_snr[:-1]])
             betas = -torch.expm1(log_snr - previous) * variance
-        # The means of two noises at one x_t differ by noise_weight times the difference of the noises; its square is the factor
-        # between a deviation and the squared error of the noise.
+        # The means of two noises at one x_t differ by noise_weight times the difference of the noises; its square is
+        # the factor between a deviation and the squared error of the noise.
         noise_weight = betas / ((1.0 - betas) * variance).sqrt()
         self.deviation_weight = noise_weight.square()
         self.set_tables(betas, alphas_cumprod, variance, noise_weight=noise_weight, beta=betas)
@@ -120,15 +112,8 @@ class ANDiScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         start: int = 1,
         stop: int | None = None,
     ):
-        """
-        Sets the timesteps that are aggregated: `stop` - 1, ..., `start`, or some of them, evenly spread.
-
-        Args:
-            num_inference_steps (`int`, *optional*):
-                Number of timesteps, 1 to `stop` - `start`: each the middle of its share of the range. Defaults to all of them.
-            device (`torch.device`, *optional*): Where the timesteps are kept.
-            start (`int`, defaults to 1), stop (`int`, *optional*): 1 <= `start` < `stop` <= T. Defaults to all but t = 0.
-        """
+        """Sets the timesteps that are aggregated: `stop` - 1, ..., `start`, by default all but t = 0, or
+        `num_inference_steps` of them, evenly spread: each the middle of its share of the range."""
         stop = self.config.num_train_timesteps if stop is None else stop
         if not 1 <= start < stop <= self.config.num_train_timesteps:
             raise ValueError(
@@ -167,7 +152,8 @@ class ANDiScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
     def predicted_mean(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Computes the mean of the network's transition to x_{t-1}: the posterior mean with its estimate of x_0, limited if the scheduler clips."""
+        """Computes the mean of the network's transition to x_{t-1}: the posterior mean with its estimate of x_0,
+        limited if the scheduler clips."""
         return self.posterior_mean(self._estimate(model_output, timestep, sample), timestep, sample)
 
     def mean_error(
@@ -178,20 +164,10 @@ class ANDiScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         original_sample: torch.Tensor,
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """
-        Computes `posterior_mean` minus `predicted_mean`, mu_q - mu_theta, without the difference of two means of size 1, which in float32
-        is exactly 0 for up to a few pixels in a hundred.
-
-        Both means share x_t, so what is left is a table value times the difference of two noises, or of two x_0.
-
-        Args:
-            model_output (`torch.Tensor` of shape `(N, C, H, W)`): The network's output at x_t.
-            timestep (`int` or `torch.Tensor`): t, one for all or one per sample.
-            sample (`torch.Tensor` of shape `(N, C, H, W)`): x_t.
-            original_sample (`torch.Tensor` of shape `(N, C, H, W)`): x_0.
-            noise (`torch.Tensor` of shape `(N, C, H, W)`, *optional*):
-                The noise of x_t. Without it, or if the scheduler clips, the difference is that of x_0.
-        """
+        """Computes `posterior_mean` minus `predicted_mean`, mu_q - mu_theta, without the difference of two means of
+        size 1, which in float32 is exactly 0 for up to a few pixels in a hundred. Both means share x_t, so what is
+        left is a table value times the difference of two noises: the network's and `noise`, that of x_t. Without it,
+        or if the scheduler clips, it is the difference of two x_0."""
         if noise is None or self.config.clip_sample:
             estimate = self._estimate(model_output, timestep, sample)
             return self.gather("original_weight", timestep, sample) * (original_sample - estimate)
@@ -220,14 +196,8 @@ class ANDiScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         noise_type: str | None = None,
         normalize: str | None = None,
     ) -> torch.Tensor:
-        """
-        Draws noise, by default what the network is trained with. It is the same for all t.
-
-        Args:
-            keys, size, timesteps, dtype: As of [`DiffusionProcess.draw_noise`].
-            noise_type (`str`, *optional*): `"pyramid"` or `"gaussian"`, instead of the configuration's.
-            normalize (`str`, *optional*): `"per_image"` or `"per_batch"`, of the pyramid, instead of the configuration's.
-        """
+        """Draws noise, the same for all t; arguments as of [`DiffusionProcess.draw_noise`]. `noise_type` and
+        `normalize` are used instead of the configuration's, which are those of training."""
         if (noise_type or self.config.noise_type) == "gaussian":
             return super().draw_noise(keys, size, timesteps, dtype)
         per_image = (normalize or self.config.normalize) == "per_image"

@@ -6,7 +6,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..checks import check_choices, check_integer
+from ..checks import check_choice, check_integer
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
 from .noise import draw_seeds
 from .process import DiffusionProcess, StepOutput, cosine_betas, linear_betas
@@ -20,34 +20,31 @@ VARIANCE_TYPES = ("fixed_large", "fixed_small")
 
 class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
     r"""
-    The diffusion process of AnoDDPM (Wyatt et al., CVPRW 2022, pp. 650-656) and of brain_damage: an ordinary
-    DDPM chain whose noise may be multi-octave simplex noise, walked from a part of the chain only.
+    Implements the diffusion process of AnoDDPM (Wyatt et al., CVPRW 2022, pp. 650-656) and of brain_damage: an
+    ordinary DDPM chain whose noise may be multi-octave simplex noise, walked from a part of the chain only.
 
-    Timesteps are 0-based: t = 0, ..., T - 1, x_t holds the noise of t + 1 steps. A noise level of L noises to t = L - 1 and
-    walks L - 1, ..., 0.
+    Timesteps are 0-based: t = 0, ..., T - 1, x_t holds the noise of t + 1 steps. A noise level of L noises to
+    t = L - 1 and walks L - 1, ..., 0.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): T.
         beta_schedule (`str`, defaults to `"linear"`):
-            `"linear"`: `beta_start` to `beta_end`, both times 1000 / T. `"linear_float32"`: the same with betas and abar in float32,
-            in which 1 - abar has few right digits at small t, as in diffusers and in the ANDi authors' program. Neither of them
-            scales: betas of theirs for another T are given times T / 1000. `"cosine"`: Nichol and Dhariwal, betas at most 0.999.
-            `"cosine_clipped"`: brain_damage's, in float32, betas limited to [1e-4, 0.999].
+            `"linear"`: `beta_start` to `beta_end`, both times 1000 / T. `"linear_float32"`: the same with betas and
+            abar in float32, in which 1 - abar has few right digits at small t, as in diffusers and in the ANDi
+            authors' program. Neither of them scales: betas of theirs for another T are given times T / 1000.
+            `"cosine"`: Nichol and Dhariwal's. `"cosine_clipped"`: brain_damage's, in float32, limited to [1e-4,
+            0.999].
         noise_type (`str`, defaults to `"simplex"`): `"simplex"` or `"gaussian"`.
-        octaves (`int`, defaults to 6), persistence (`float`, defaults to 0.8), wavelength (`float`, defaults to 64.0):
-            Octave i has the amplitude persistence^i and the wavelength wavelength / 2^i in pixels.
+        octaves, persistence, wavelength, normalize, random_offset: As of [`OctaveSimplexNoise`].
         z (`float`, `str` or `None`, defaults to 27.0):
-            Third coordinate of the noise. A number (in pixels; 27 meets no lattice plane in any of the first six octaves) lets one
-            sparse matrix make all fields; `"timestep"` is AnoDDPM's rule, `"timestep_unscaled"` brain_damage's. `None` is the function
-            of two coordinates (cDDPM), as fast as a number.
-        normalize (`str`, defaults to `"none"`):
-            `"none"` (AnoDDPM: standard deviation about 0.5), `"per_image"` (brain_damage: mean 0, standard deviation 1), `"analytic"`.
-        random_offset (`bool`, defaults to `False`): Shift every field by a random offset, which makes the noise stationary.
+            As of [`OctaveSimplexNoise`]: a number (27 pixels meet no lattice plane in any of the first six octaves) or
+            `None` (cDDPM) lets one sparse matrix make all fields; `"timestep"` is AnoDDPM's rule,
+            `"timestep_unscaled"` brain_damage's.
         clip_sample (`bool`, defaults to `True`): Limit the x_0 estimate of `step` to [-1, 1].
         variance_type (`str`, defaults to `"fixed_large"`):
-            sigma_t^2 of `step`: `"fixed_large"`, beta_t (AnoDDPM), or `"fixed_small"`, the variance of q(x_{t-1} | x_t, x_0) (the
-            ANDi authors, in AnoDDPM and AutoDDPM alike).
-        beta_start (`float`, defaults to 1e-4), beta_end (`float`, defaults to 0.02): Of the linear schedules, for T = 1000.
+            sigma_t^2 of `step`: `"fixed_large"`, beta_t (AnoDDPM), or `"fixed_small"`, that of q(x_{t-1} | x_t, x_0)
+            (the ANDi authors, in AnoDDPM and AutoDDPM alike).
+        beta_start, beta_end (`float`, default to 1e-4 and 0.02): Of the linear schedules, for T = 1000.
     """
 
     @register_to_config
@@ -67,12 +64,9 @@ class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
     ):
-        check_choices(
-            {"beta_schedule": beta_schedule, "noise_type": noise_type, "variance_type": variance_type},
-            beta_schedule=BETA_SCHEDULES,
-            noise_type=NOISE_TYPES,
-            variance_type=VARIANCE_TYPES,
-        )
+        check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
+        check_choice("noise_type", noise_type, NOISE_TYPES)
+        check_choice("variance_type", variance_type, VARIANCE_TYPES)
         betas = _betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
         alphas = 1.0 - betas
         if beta_schedule == "linear_float32":
@@ -86,29 +80,17 @@ class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
             step_noise_scale=betas.sqrt(),
             model_output_weight=(1.0 - alphas) / (1.0 - alphas_cumprod).sqrt(),
         )
-        # The posterior variance of t = 1 at t = 0 as well: no noise is added there, but the variational bound takes its logarithm.
+        # At t = 0 that of t = 1: no noise is added there, but the variational bound takes its logarithm.
         variance = betas if variance_type == "fixed_large" else self.posterior_variance
         self.variance = torch.cat([self.posterior_variance[1:2], variance[1:]])
         self._tables["sigma"] = self.variance.sqrt()
-        self.simplex_noise = OctaveSimplexNoise(
-            octaves=octaves,
-            persistence=persistence,
-            wavelength=wavelength,
-            z=z,
-            normalize=normalize,
-            random_offset=random_offset,
-        )
+        self.simplex_noise = OctaveSimplexNoise(octaves, persistence, wavelength, z, normalize, random_offset)
         self.num_inference_steps = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None):
-        """
-        Sets the timesteps of partial diffusion: L - 1, ..., 0.
-
-        Args:
-            num_inference_steps (`int`, *optional*): The noise level L, 1 to T. Defaults to the whole chain.
-            device (`torch.device`, *optional*): Where the timesteps are kept.
-        """
+        """Sets the timesteps of partial diffusion, L - 1, ..., 0, for the noise level L = `num_inference_steps`, by
+        default T."""
         level = self.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
         check_integer("num_inference_steps", level, 1, self.config.num_train_timesteps)
         self.num_inference_steps = level
@@ -131,10 +113,9 @@ class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
             model_output (`torch.Tensor` of shape `(N, C, H, W)`): Predicted noise.
             timestep (`int` or `torch.Tensor`): t, 0-based, one for all or one per sample.
             sample (`torch.Tensor` of shape `(N, C, H, W)`): x_t.
-            variance_noise (`torch.Tensor`, *optional*): Noise of the step, instead of keys.
-            keys (`torch.Tensor` of shape `(N, 2)`, *optional*): What the noise of the step is drawn from.
-            clip_sample (`bool`, *optional*): Instead of the configuration's (AutoDDPM clips in one of its two chains only).
-            return_dict (`bool`, defaults to `True`): Whether to return an [`StepOutput`] or a tuple.
+            variance_noise, keys (`torch.Tensor`, *optional*):
+                Noise of the step, or keys `(N, 2)` that it is drawn from.
+            clip_sample (`bool`, *optional*): Instead of the configuration's (AutoDDPM clips in one of its two chains).
         """
         # Notation: sample -> x_t, model_output -> eps_theta(x_t, t), prev_sample -> x_{t-1},
         # pred_original_sample -> x_0 estimate, variance -> sigma_t^2 (DDPM section 3.2).
@@ -145,7 +126,7 @@ class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
 
         # 2. Estimate of x_0 (DDPM eq. 15).
         pred_original_sample = self.predict_original_sample(model_output, timestep, sample)
-        # 3. Posterior mean (DDPM eq. 7); without limits it is one of x_t and eps (eq. 11), which does not divide by sqrt(abar_t).
+        # 3. Posterior mean (DDPM eq. 7), without limits that of x_t and eps (eq. 11), not divided by sqrt(abar_t).
         if self.config.clip_sample if clip_sample is None else clip_sample:
             pred_original_sample = pred_original_sample.clamp(-1.0, 1.0)
             mean = self.posterior_mean(pred_original_sample, timestep, sample)
@@ -160,7 +141,7 @@ class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         return StepOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
 
     def add_noise_step(self, sample: torch.Tensor, noise: torch.Tensor, timestep: int | torch.Tensor) -> torch.Tensor:
-        """Walks one step of the forward chain, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise (AnoDDPM's variant "whole")."""
+        """Walks one step of the forward chain, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise."""
         return (
             self.gather("step_scale", timestep, sample) * sample
             + self.gather("step_noise_scale", timestep, sample) * noise
@@ -177,7 +158,8 @@ class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
     def predicted_mean(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Computes the mean of p_theta(x_{t-1} | x_t), nothing limited: (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(1 - beta_t), DDPM eq. 11."""
+        """Computes the mean of p_theta(x_{t-1} | x_t), nothing limited (DDPM eq. 11):
+        (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(1 - beta_t)."""
         weight = self.gather("model_output_weight", timestep, sample)
         return (sample - weight * model_output) / self.gather("step_scale", timestep, sample)
 
@@ -188,8 +170,8 @@ class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         timesteps: int | torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """Draws one independent field per sample and channel, arguments as of [`DiffusionProcess.draw_noise`]. Only the rules of `z` that
-        name the timestep use `timesteps`, and need them."""
+        """Draws one independent field per sample and channel, arguments as of [`DiffusionProcess.draw_noise`]. Only
+        the rules of `z` that name the timestep use `timesteps`, and need them."""
         if self.config.noise_type == "gaussian":
             return super().draw_noise(keys, size, timesteps, dtype)
         channels, height, width = size

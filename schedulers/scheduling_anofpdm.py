@@ -11,17 +11,17 @@ from .process import DiffusionProcess, StepOutput, linear_betas
 
 class AnoFPDMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
     r"""
-    The diffusion process of AnoFPDM (Che et al., arXiv 2404.15683) and of the DDIB and classifier-guided baselines of its authors:
-    Gaussian noise, linear betas, a network that predicts the noise, and deterministic DDIM steps in both directions, with an
-    estimate of x_0 that is limited to [-1, 1] and a noise that is derived from it again.
+    Implements the diffusion process of AnoFPDM (Che et al., arXiv 2404.15683) and of the DDIB and classifier-guided
+    baselines of its authors: Gaussian noise, linear betas, a network that predicts the noise, and deterministic DDIM
+    steps in both directions, with an estimate of x_0 that is limited to [-1, 1] and a noise that is derived from it
+    again.
 
-    Timesteps are 0-based: t = 0, ..., T - 1, x_0 of the grid already holds one step of noise. The grid begins at 0: 0, k, 2k, ...
-    with a stride k. Below it lies the image (abar = 1), above T - 1 pure noise (abar = 0).
+    Timesteps are 0-based: t = 0, ..., T - 1, x_0 of the grid already holds one step of noise. The grid begins at 0:
+    0, k, 2k, ... with a stride k. Below it lies the image (abar = 1), above T - 1 pure noise (abar = 0).
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): T.
-        beta_start (`float`, defaults to 1e-4), beta_end (`float`, defaults to 0.02): Of the linear betas, for T = 1000; both are
-            multiplied by 1000 / T.
+        beta_start, beta_end (`float`, default to 1e-4 and 0.02): Of the linear betas, both multiplied by 1000 / T.
         clip_sample (`bool`, defaults to `True`): Limit the x_0 estimate of a step to [-1, 1].
     """
 
@@ -50,14 +50,8 @@ class AnoFPDMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         *,
         stride: int = 1,
     ):
-        """
-        Sets the grid: the multiples of `stride` below S, highest first. `step` walks it as it is, `encode_step` from its end.
-
-        Args:
-            num_inference_steps (`int`, *optional*): The noise level S, 1 to T. Defaults to the whole chain.
-            device (`torch.device`, *optional*): Where the timesteps are kept.
-            stride (`int`, defaults to 1): Distance of two timesteps, 1 to S.
-        """
+        """Sets the grid: the multiples of `stride`, 1 to S, below the noise level S = `num_inference_steps`, by
+        default T, highest first. `step` walks it as it is, `encode_step` from its end."""
         level = self.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
         check_integer("num_inference_steps", level, 1, self.config.num_train_timesteps)
         check_integer("stride", stride, 1, level)
@@ -73,17 +67,9 @@ class AnoFPDMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         clip_sample: bool | None = None,
         return_dict: bool = True,
     ) -> StepOutput | tuple:
-        """
-        Walks one reverse step of DDIM without noise (eta = 0), from t to t - k with the stride k of the grid, or to the image.
-
-        Args:
-            model_output (`torch.Tensor` of shape `(N, C, H, W)`): Predicted noise.
-            timestep (`int` or `torch.Tensor`): t, 0-based, one for all or one per sample.
-            sample (`torch.Tensor` of shape `(N, C, H, W)`): x_t.
-            clip_sample (`bool`, *optional*):
-                Instead of the configuration's. After classifier guidance the authors do not limit x_0 again.
-            return_dict (`bool`, defaults to `True`): Whether to return an [`StepOutput`] or a tuple.
-        """
+        """Walks one reverse step of DDIM without noise (eta = 0) from x_t `(N, C, H, W)`, given the predicted noise,
+        to t - k with the stride k of the grid, or to the image. `timestep` t is 0-based, one for all or one per
+        sample; `clip_sample` replaces the configuration's: after guidance the authors do not limit x_0 again."""
         # Notation: sample -> x_t, model_output -> eps_theta(x_t, t), prev_sample -> x_{t-k},
         # pred_original_sample -> x_0 estimate (DDIM eq. 12).
         prev_sample, pred_original_sample = self._move(model_output, timestep, sample, -self.stride, clip_sample)
@@ -98,8 +84,8 @@ class AnoFPDMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         clip_sample: bool | None = None,
     ) -> torch.Tensor:
-        """Walks one step of DDIM's forward process, from x_t to x_{t+k} with the stride k of the grid; arguments as for `step`. Above T - 1
-        there is noise only."""
+        """Walks one step of DDIM's forward process, from x_t to x_{t+k} with the stride k of the grid; arguments as
+        for `step`. Above T - 1 there is noise only."""
         return self._move(model_output, timestep, sample, self.stride, clip_sample)[0]
 
     def predict_original_sample(
@@ -109,8 +95,8 @@ class AnoFPDMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         clip_sample: bool | None = None,
     ) -> torch.Tensor:
-        """Computes the one-shot estimate of x_0: x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps, limited to [-1, 1] if the configuration or
-        `clip_sample` says so."""
+        """Computes the one-shot estimate of x_0: x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps, limited to [-1, 1] if
+        the configuration or `clip_sample` says so."""
         inverse_scale = self.gather("inverse_scale", timestep, sample)
         estimate = inverse_scale * sample - self.gather("inverse_noise_scale", timestep, sample) * model_output
         clip_sample = self.config.clip_sample if clip_sample is None else clip_sample
@@ -119,7 +105,8 @@ class AnoFPDMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
     def predict_epsilon(
         self, original_sample: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Computes the noise that leads from an (estimated) x_0 to x_t: (x_t / sqrt(abar_t) - x_0) / sqrt(1 / abar_t - 1)."""
+        """Computes the noise that leads from an (estimated) x_0 to x_t:
+        (x_t / sqrt(abar_t) - x_0) / sqrt(1 / abar_t - 1)."""
         inverse_scale = self.gather("inverse_scale", timestep, sample)
         return (inverse_scale * sample - original_sample) / self.gather("inverse_noise_scale", timestep, sample)
 

@@ -18,26 +18,28 @@ SAMPLERS = ("ddpm", "ddim")
 
 class CIMDScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
     r"""
-    The diffusion process of CIMD (Rahman et al., CVPR 2023, arXiv 2304.04745): Gaussian noise on masks, linear betas, a network that
-    predicts the noise and, in as many further channels, where the variance of the reverse step lies between its two bounds
-    (Nichol and Dhariwal 2021, eq. 15). Image channels are no concern of the scheduler: `sample` is the mask alone.
+    Implements the diffusion process of CIMD (Rahman et al., CVPR 2023, arXiv 2304.04745): Gaussian noise on masks,
+    linear betas, a network that predicts the noise and, in as many further channels, where the variance of the reverse
+    step lies between its two bounds (Nichol and Dhariwal 2021, eq. 15). Image channels are no concern of the
+    scheduler: `sample` is the mask alone.
 
-    Timesteps are 0-based: t = 0, ..., T - 1, x_t holds the noise of t + 1 steps. The grid of K steps is `round(i (T - 1) / (K - 1))`,
-    from T - 1 down to 0, with the products accumulated in floating point as in the original: for 278 of the 999 numbers of steps that
-    differs from `linspace` by one. Betas and variances of a step are those of the jump to the next timestep of the grid; the lowest one
-    leads to x_0, without noise. Where the lower bound of the variance is 0, at the lowest timestep, it is that of the second lowest: a
-    likelihood takes its logarithm.
+    Timesteps are 0-based: t = 0, ..., T - 1, x_t holds the noise of t + 1 steps. The grid of K steps is
+    `round(i (T - 1) / (K - 1))`, from T - 1 down to 0, with the products accumulated in floating point as in the
+    original: for 278 of the 999 numbers of steps that differs from `linspace` by one. Betas and variances of a step
+    are those of the jump to the next timestep of the grid; the lowest one leads to x_0, without noise. Where the lower
+    bound of the variance is 0, at the lowest timestep, it is that of the second lowest: a likelihood takes its
+    logarithm.
 
-    It is diffusers' `DDPMScheduler` with `variance_type="learned_range"`, but for float64 tables (float32 ones move a chain of 1000
-    steps by up to 1.3e-3), that grid, and the variance of t = 0, which is there exp(-46) instead of exp(-9.8).
+    It is diffusers' `DDPMScheduler` with `variance_type="learned_range"`, but for float64 tables (float32 ones move a
+    chain of 1000 steps by up to 1.3e-3), that grid, and the variance of t = 0, there exp(-46) instead of exp(-9.8).
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): T.
         beta_schedule (`str`, defaults to `"linear"`):
-            `"linear"`: `beta_start` to `beta_end`, both times 1000 / T. `"cosine"`: Nichol and Dhariwal, betas at most 0.999.
-        beta_start (`float`, defaults to 1e-4), beta_end (`float`, defaults to 0.02): Of the linear schedule, for T = 1000.
+            `"linear"`: from `beta_start` to `beta_end`, both times 1000 / T. `"cosine"`: Nichol and Dhariwal's.
+        beta_start, beta_end (`float`, default to 1e-4 and 0.02): Of the linear schedule, for T = 1000.
         clip_range (`tuple[float, float]`, *optional*, defaults to `(-1.0, 1.0)`):
-            Range that the x_0 estimate of a step is limited to, `None` for none. Masks lie in [0, 1]; the original limits to [-1, 1].
+            Range that the x_0 estimate of a step is limited to. Masks lie in [0, 1]; the original limits to [-1, 1].
     """
 
     @register_to_config
@@ -66,14 +68,8 @@ class CIMDScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         *,
         timesteps: Sequence[int] | None = None,
     ):
-        """
-        Sets the grid that `step` walks, and its tables. Training does not depend on it.
-
-        Args:
-            num_inference_steps (`int`, *optional*): Steps K, 2 to T. Defaults to the whole chain.
-            device (`torch.device`, *optional*): Where the timesteps are kept.
-            timesteps (`Sequence[int]`, *optional*): The grid itself, falling, instead of `num_inference_steps`.
-        """
+        """Sets the grid that `step` walks, and its tables: that of K = `num_inference_steps`, 2 to T, by default the
+        whole chain, or the falling `timesteps` themselves. Training does not depend on it."""
         steps = self.config.num_train_timesteps
         if timesteps is not None and num_inference_steps is not None:
             raise ValueError("Give either `num_inference_steps` or `timesteps`, not both.")
@@ -95,10 +91,11 @@ class CIMDScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         levels = self.alphas_cumprod[grid]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), levels[:-1]])
         betas = self.betas if len(grid) == steps else 1.0 - levels / previous
-        # Looked up by the timestep of the chain; NaN where the grid has none, so that a wrong timestep cannot pass for a right one.
+        # Looked up by the timestep of the chain; NaN where the grid has none, so that a wrong timestep cannot pass for
+        # a right one.
         self.step_tables = {
             "beta": betas,
-            **posterior_tables(betas, levels),
+            **posterior_tables(betas, levels, 1.0 - levels, 1.0 - betas),
             "previous_scale": previous.sqrt(),
             "previous_noise_scale": (1.0 - previous).sqrt(),
             "noisy": (torch.arange(len(levels)) > 0).double(),
@@ -128,13 +125,12 @@ class CIMDScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
             model_output (`torch.Tensor` of shape `(N, 2C, H, W)`): Predicted noise, and what the variance is made of.
             timestep (`int` or `torch.Tensor`): t, of the grid (NaN otherwise), one for all or one per sample.
             sample (`torch.Tensor` of shape `(N, C, H, W)`): x_t, the mask without the image.
-            variance_noise (`torch.Tensor`, *optional*): Noise of the step, instead of keys.
-            keys (`torch.Tensor` of shape `(N, 2)`, *optional*): What the noise of the step is drawn from.
-            sampler (`str`, defaults to `"ddpm"`):
-                `"ddpm"`, with the learned variance, or `"ddim"`, which adds no noise (eta = 0) and takes none.
-            return_dict (`bool`, defaults to `True`): Whether to return a [`StepOutput`] or a tuple.
+            variance_noise, keys (`torch.Tensor`, *optional*):
+                Noise of the step, or keys `(N, 2)` that it is drawn from.
+            sampler (`str`): `"ddpm"`, with the learned variance, or `"ddim"`, which takes and adds no noise (eta = 0).
         """
-        # Notation: sample -> x_t, model_output -> eps_theta(x_t, t) and v, prev_sample -> x_{t-1}, pred_original_sample -> x_0 estimate.
+        # Notation: sample -> x_t, model_output -> eps_theta(x_t, t) and v, prev_sample -> x_{t-1},
+        # pred_original_sample -> x_0 estimate.
         check_choice("sampler", sampler, SAMPLERS)
         if model_output.shape[1] != 2 * sample.shape[1]:
             raise ValueError(
@@ -158,7 +154,7 @@ class CIMDScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
                 + self.gather("grid_previous_noise_scale", timestep, sample) * epsilon
             )
         else:
-            # 2. Noise of the step. Drawn at the lowest timestep as well, so that the number of draws does not depend on t.
+            # 2. Noise of the step. Drawn at the lowest timestep too: the number of draws does not depend on t.
             variance_noise = self.step_noise(variance_noise, keys, timestep, sample)
             # 3. Mean of the posterior of the jump (DDPM eq. 7), and sigma_t z above the lowest timestep.
             mean = self.posterior_mean(pred_original_sample, timestep, sample, "grid_")
@@ -171,6 +167,7 @@ class CIMDScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
     def predict_original_sample(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Computes the one-shot estimate of x_0 from predicted noise `(N, C, H, W)`, not limited: x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps."""
+        """Computes the one-shot estimate of x_0 from predicted noise `(N, C, H, W)`, not limited:
+        x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps."""
         inverse_scale = self.gather("inverse_scale", timestep, sample)
         return inverse_scale * sample - self.gather("inverse_noise_scale", timestep, sample) * model_output

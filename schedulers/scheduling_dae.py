@@ -16,14 +16,14 @@ FIELD, SHIFT = 0, 1  # draws of one sample
 
 class DAEScheduler(SchedulerMixin, ConfigMixin):
     r"""
-    The corruption of the denoising autoencoder (Kascenas et al., MIDL 2022) as the ANDi authors ran it: coarse Gaussian noise,
-    added to the foreground once. There are no timesteps; slices are in [0, 1], background 0.
+    Implements the corruption of the denoising autoencoder (Kascenas et al., MIDL 2022) as the ANDi authors ran it:
+    coarse Gaussian noise, added to the foreground once. There are no timesteps; slices are in [0, 1], background 0.
 
     Args:
         noise_resolution (`int`, defaults to 16): Side of the noise before it is enlarged to the slice.
         noise_std (`float`, defaults to 0.2): Standard deviation before the enlargement, in the slice's range.
         shared_shift (`bool`, defaults to `True`):
-            One circular shift for all noise of a batch, as in the original, that of its first slice; `False`: one for each slice.
+            One circular shift for all noise of a batch, as in the original, that of its first slice, or one for each.
         foreground_level (`float`, defaults to 0.01): Foreground is where the sum over modalities exceeds it.
     """
 
@@ -47,14 +47,8 @@ class DAEScheduler(SchedulerMixin, ConfigMixin):
         return original_samples + noise * self.foreground(original_samples)
 
     def draw_noise(self, keys: torch.Tensor, size: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """
-        Draws coarse noise: one independent field per sample and channel, one shift per sample or batch.
-
-        Args:
-            keys (`torch.Tensor` of shape `(N, 2)`): One per sample, see [`~schedulers.draws.make_keys`].
-            size (`tuple` `(C, H, W)`): Of one sample.
-            dtype (`torch.dtype`): Of the result, `(N, C, H, W)`.
-        """
+        """Draws coarse noise `(N, C, H, W)` for keys `(N, 2)` and the size `(C, H, W)` of a sample: one independent
+        field per sample and channel, one shift per sample or batch."""
         channels, height, width = size
         side = self.config.noise_resolution
         fields = self.config.noise_std * normal(fold_in(keys, FIELD), (channels, side, side), dtype)
@@ -66,8 +60,8 @@ class DAEScheduler(SchedulerMixin, ConfigMixin):
 
 
 def coarse_noise(draws: torch.Tensor, shifts: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Enlarges draws `(N, C, h, w)` to `size` (H, W) with their corners on the slice's, then moved circularly by `shifts` `(N, 2)`
-    pixels down and to the right: noise `(N, C, H, W)`."""
+    """Enlarges draws `(N, C, h, w)` to `size` (H, W) with their corners on the slice's, then moved circularly by
+    `shifts` `(N, 2)` pixels down and to the right: noise `(N, C, H, W)`."""
     noise = torch.nn.functional.interpolate(draws, size=size, mode="bilinear", align_corners=True)
     # One `roll` per sample would need the shifts on the host.
     for axis, length in enumerate(size, start=2):

@@ -9,11 +9,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from math import inf, isfinite, sqrt
+from math import isfinite, sqrt
 
 import torch
 import torch.nn.functional as F
 
+from ..checks import check_choice, check_integer, check_number
 from .noise import sum_pixels
 
 
@@ -57,16 +58,8 @@ def _lcg_jumps(steps: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
 
 
 def permutation_tables(seeds: torch.Tensor) -> torch.Tensor:
-    """
-    Computes the OpenSimplex permutation of 0..255 for every seed, on the device of the seeds and without waiting for it.
-
-    Args:
-        seeds (`torch.Tensor` of shape `(B,)`):
-            Any int64 values.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 256)`, int64.
-    """
+    """Computes the OpenSimplex permutation of 0..255 for every seed: `(B,)` int64 to `(B, 256)`, on the device of the
+    seeds and without waiting for it."""
     # Three warm-up steps, then one state for every position from 255 down to 0. int64 products wrap around, as in the
     # original.
     multiplier, increment = _lcg_jumps(3 + 256, seeds.device)
@@ -101,14 +94,10 @@ def _tables2(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 @cache
 def _tables3(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Builds the constants of the 3-D function from the rules for vertices of OpenSimplex 2014.
-
-    Returns:
-        Offsets (3, K, 48) int64 of the vertices of every state, their displacements (3, K, 48) float64, which include
-        k times the squish, and the gradient (3, 256) float64 of every hash, divided by the norm. A state is a region
-        and a code, see `_vertices3`; a code has one bit per axis.
-    """
+    """Builds the constants of the 3-D function from the rules for vertices of OpenSimplex 2014: offsets (3, K, 48)
+    int64 of the vertices of every state, their displacements (3, K, 48) float64, which include k times the squish, and
+    the gradient (3, 256) float64 of every hash, divided by the norm. A state is a region and a code, see `_vertices3`;
+    a code has one bit per axis."""
 
     def bits(code: int, one: int = 1, zero: int = 0) -> tuple[int, ...]:
         return tuple(one if code >> axis & 1 else zero for axis in range(3))
@@ -150,12 +139,8 @@ def _tables3(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def _weights(
     points: torch.Tensor, base: torch.Tensor, state: torch.Tensor, tables: tuple[torch.Tensor, ...], squish: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """
-    For K vertices, one after the other so that the arrays stay in the cache: lattice coordinates modulo 256 and
-    weights, both (D, P).
-
-    A point's value is the sum over the vertices of weights . gradient.
-    """
+    """Yields for K vertices, one after the other so that the arrays stay in the cache, lattice coordinates modulo 256
+    and weights, both (D, P). A point's value is the sum over the vertices of weights . gradient."""
     offsets, displacements, _ = tables
     base_index, state = base.long(), state.expand_as(base)
     origin = points - (base + sum(base.unbind()) * squish)
@@ -229,12 +214,8 @@ def _vertices3(points: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tenso
 def _evaluate(
     vertices: Callable, by_hash: torch.Tensor, tables: torch.Tensor, points: torch.Tensor, owner: torch.Tensor
 ) -> torch.Tensor:
-    """
-    Values (B, P) of the noise whose geometry `vertices` gives, for permutations (B, 256).
-
-    `points` is (D, U, P): seed b is evaluated at the set `points[:, owner[b]]`; the geometry of a set is computed
-    once.
-    """
+    """Returns values (B, P) of the noise whose geometry `vertices` gives, for permutations (B, 256). `points` is
+    (D, U, P): seed b is evaluated at the set `points[:, owner[b]]`; the geometry of a set is computed once."""
     gradients = by_hash[:, tables]  # (D, B, 256): what the last look-up of a hash chain leads to
     seeds, sets = len(tables), points.shape[1]
     size = (POINTS_PER_CHUNK_CPU if points.device.type == "cpu" else POINTS_PER_CHUNK) // (sets + seeds // 16)
@@ -266,35 +247,14 @@ def _at_points(vertices: Callable, by_hash: torch.Tensor, seeds: torch.Tensor, p
 
 @torch.no_grad()
 def opensimplex2(seeds: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """
-    Evaluates 2-D OpenSimplex noise, equal to `opensimplex.noise2(x, y)` to rounding.
-
-    Args:
-        seeds (`torch.Tensor` of shape `(B,)`):
-            int64, one function per seed.
-        points (`torch.Tensor` of shape `(P, 2)`):
-            Coordinates (x, y) in cells; converted to float64.
-
-    Returns:
-        `torch.Tensor` of shape `(B, P)`, float64, within (-1, 1), zero mean over seeds.
-    """
+    """Evaluates 2-D OpenSimplex noise, `opensimplex.noise2(x, y)` to rounding, for seeds `(B,)` at points `(P, 2)` in
+    cells: `(B, P)` float64, within (-1, 1), zero mean over seeds."""
     return _at_points(_vertices2, _tables2(points.device)[2], seeds, points)
 
 
 @torch.no_grad()
 def opensimplex3(seeds: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """
-    Evaluates 3-D OpenSimplex noise, equal to `opensimplex.noise3(x, y, z)` to rounding.
-
-    Args:
-        seeds (`torch.Tensor` of shape `(B,)`):
-            int64, one function per seed.
-        points (`torch.Tensor` of shape `(P, 3)`):
-            Coordinates (x, y, z) in cells; converted to float64.
-
-    Returns:
-        `torch.Tensor` of shape `(B, P)`, float64, within (-1, 1), zero mean over seeds.
-    """
+    """Evaluates 3-D OpenSimplex noise, `opensimplex.noise3(x, y, z)` to rounding, as `opensimplex2` does."""
     return _at_points(_vertices3, _tables3(points.device)[2], seeds, points)
 
 
@@ -310,27 +270,24 @@ class _Plan:
 
 class OctaveSimplexNoise:
     """
-    Makes fields of several octaves of OpenSimplex noise: the sum over i < `octaves` of `persistence`^i times the noise at pixels
-    / (`wavelength` / 2^i).
+    Makes fields of several octaves of OpenSimplex noise: the sum over i < `octaves` of `persistence`^i times the noise
+    at pixels / (`wavelength` / 2^i).
 
     One independent field per seed. Pixels count 0, 1, 2, ... from the top left corner; x runs along the width, y along
-    the height. With a fixed `z` the geometry is computed once per image size and kept, so
-    that a field costs a few hundred multiply-adds per pixel. A third coordinate that follows the timestep needs the
-    geometry of every distinct timestep at every call, which is many times slower. A field depends on its seed, its
-    timestep and the options alone: the other members of the batch cannot change a bit of it.
+    the height. With a fixed `z` the geometry is computed once per image size and kept, so that a field costs a few
+    hundred multiply-adds per pixel. A third coordinate that follows the timestep needs the geometry of every distinct
+    timestep at every call, which is many times slower. A field depends on its seed, its timestep and the options
+    alone: the other members of the batch cannot change a bit of it.
 
     Three published settings: AnoDDPM (Wyatt et al., CVPR Workshops 2022) is `OctaveSimplexNoise(z="timestep")`,
     brain_damage is `OctaveSimplexNoise(wavelength=32, z="timestep_unscaled", normalize="per_image")`, cDDPM is
     `OctaveSimplexNoise(z=None)`. AnoDDPM's author calls the dependence on t an accident.
 
     Args:
-        octaves (`int`, defaults to 6):
-            Number of octaves, 1 or more.
-        persistence (`float`, defaults to 0.8):
-            Amplitude of an octave relative to the one before it, above 0.
+        octaves (`int`, defaults to 6): Number of octaves.
+        persistence (`float`, defaults to 0.8): Amplitude of an octave relative to the one before it.
         wavelength (`float`, defaults to 64):
-            Cell size of the first octave in pixels, above 0; halved from octave to octave. AnoDDPM calls it
-            "frequency".
+            Cell size of the first octave in pixels, halved from octave to octave. AnoDDPM calls it "frequency".
         z (`float`, `str` or `None`, defaults to 0):
             Third coordinate: a number in pixels, divided by each octave's wavelength as x and y are; `"timestep"`, the
             timestep taken as such a number; or `"timestep_unscaled"`, the timestep itself in every octave. `None`: the
@@ -357,21 +314,18 @@ class OctaveSimplexNoise:
         normalize: str = "none",
         random_offset: bool = False,
     ):
-        if not isinstance(octaves, int) or octaves < 1:
-            raise ValueError(f"`octaves` must be a whole number of 1 or more, got {octaves!r}.")
-        for name, value in (("persistence", persistence), ("wavelength", wavelength)):
-            if not 0 < value < inf:
-                raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
+        check_integer("octaves", octaves, 1)
+        check_number("persistence", persistence, above=0)
+        check_number("wavelength", wavelength, above=0)
         if z is not None and (z not in Z_RULES if isinstance(z, str) else not isfinite(z)):
             raise ValueError(f"`z` must be a finite number of pixels or one of {(*Z_RULES, None)}, got {z!r}.")
-        if normalize not in NORMALIZATIONS:
-            raise ValueError(f"`normalize` must be one of {NORMALIZATIONS}, got {normalize!r}.")
+        check_choice("normalize", normalize, NORMALIZATIONS)
         if z is None and normalize == "analytic":
             raise ValueError("`normalize` must be 'none' or 'per_image' with `z=None`, got 'analytic'.")
         if random_offset and wavelength != int(wavelength):
             raise ValueError(
-                f"`random_offset` needs a `wavelength` that is a whole number of pixels, got {wavelength!r}: "
-                "round it or switch the offset off."
+                f"`random_offset` needs a `wavelength` that is a whole number of pixels, got {wavelength!r}: round it or"
+                " switch the offset off."
             )
         self.octaves = octaves
         self.persistence = persistence
@@ -390,33 +344,15 @@ class OctaveSimplexNoise:
         width: int,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """
-        Makes one field per seed.
-
-        Args:
-            seeds (`torch.Tensor` of shape `(...)`):
-                int64, one per field, for example `(N, C)`. The fields are made on their device.
-            timesteps (`torch.Tensor` of shape `(...)`, or `None`):
-                Whole timesteps that broadcast to the shape of the seeds. Not used, and may be `None`, when `z` is a
-                number or `None`.
-            height, width (`int`):
-                Size of a field in pixels.
-            dtype (`torch.dtype`, defaults to `torch.float32`):
-                Type of the fields. Coordinates are float64 always; the sums are float64 for `torch.float64`, otherwise
-                float32 with a fixed `z`.
-
-        Returns:
-            `torch.Tensor` of shape `(..., H, W)`, zero mean over seeds.
-        """
+        """Makes one field per seed, zero mean over seeds: `(...)` int64 seeds, for example `(N, C)`, to `(..., H, W)`,
+        on their device. Only rules of `z` that name the timestep use `timesteps`, whole numbers that broadcast to the
+        seeds. Coordinates are always float64; sums are float64 for that `dtype`, else float32 with a fixed `z`."""
         if seeds.dtype != torch.int64:
             raise TypeError(f"`seeds` must be an int64 tensor, got {seeds.dtype}.")
         flat = seeds.reshape(-1)
         if isinstance(self.z, str):
             if timesteps is None:
-                raise ValueError(
-                    f"`timesteps` must be given, because `z` is {self.z!r}: "
-                    "pass one per field, or fix `z` to a number."
-                )
+                raise ValueError(f"`timesteps` must be given, because `z` is {self.z!r}: one per field, or fix `z`.")
             if timesteps.is_floating_point():
                 raise TypeError(f"`timesteps` must be a tensor of whole numbers, got {timesteps.dtype}.")
             try:
@@ -485,7 +421,7 @@ class OctaveSimplexNoise:
         return fields
 
     def _from_plan(self, seeds: torch.Tensor, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """Fields (B, H*W) at the fixed `z`, or without one: one gradient per vertex and seed, then a sparse product."""
+        """Fields (B, H*W) at the fixed `z` or without one: a gradient per vertex and seed, then a sparse product."""
         key = (height, width, seeds.device, dtype)
         if key not in self._plans:
             self._plans[key] = self._build_plan(height, width, seeds.device, dtype)

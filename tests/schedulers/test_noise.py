@@ -206,11 +206,11 @@ def test_seeds_depend_on_their_key_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"octaves": 0}, "`octaves` must be a whole number of 1 or more, got 0"),
-        ({"octaves": 2.5}, "`octaves` must be a whole number of 1 or more, got 2.5"),
-        ({"persistence": 0}, "`persistence` must be a finite number above 0, got 0"),
-        ({"wavelength": -1}, "`wavelength` must be a finite number above 0, got -1"),
-        ({"wavelength": float("inf")}, "`wavelength` must be a finite number above 0, got inf"),
+        ({"octaves": 0}, "`octaves` must be an integer of at least 1, got 0"),
+        ({"octaves": 2.5}, "`octaves` must be an integer of at least 1, got 2.5"),
+        ({"persistence": 0}, "`persistence` must be a finite number and above 0, got 0"),
+        ({"wavelength": -1}, "`wavelength` must be a finite number and above 0, got -1"),
+        ({"wavelength": float("inf")}, "`wavelength` must be a finite number and above 0, got inf"),
         ({"z": "t"}, "`z` must be a finite number of pixels or one of"),
         ({"z": float("nan")}, "`z` must be a finite number of pixels or one of"),
         ({"normalize": "image"}, "`normalize` must be one of .*per_image.*got 'image'"),
