@@ -101,8 +101,7 @@ class ANDiScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         noise_weight = betas / ((1.0 - betas) * variance).sqrt()
         self.deviation_weight = noise_weight.square()
         self.set_tables(betas, alphas_cumprod, variance, noise_weight=noise_weight, beta=betas)
-        self.num_inference_steps = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, 0, -1)
+        self.set_timesteps()
 
     def set_timesteps(
         self,

@@ -85,8 +85,7 @@ class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         self.variance = torch.cat([self.posterior_variance[1:2], variance[1:]])
         self._tables["sigma"] = self.variance.sqrt()
         self.simplex_noise = OctaveSimplexNoise(octaves, persistence, wavelength, z, normalize, random_offset)
-        self.num_inference_steps = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self.set_timesteps()
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None):
         """Sets the timesteps of partial diffusion, L - 1, ..., 0, for the noise level L = `num_inference_steps`, by

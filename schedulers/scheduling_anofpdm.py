@@ -39,9 +39,7 @@ class AnoFPDMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
         ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
         levels = torch.cat([ends[:1], alphas_cumprod, ends[1:]])
         self.set_tables(betas, alphas_cumprod, level_scale=levels.sqrt(), level_noise_scale=(1.0 - levels).sqrt())
-        self.stride = 1
-        self.num_inference_steps = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self.set_timesteps()
 
     def set_timesteps(
         self,

@@ -81,14 +81,6 @@ def test_noise_fits_the_limited_estimate():
     assert_close(scheduler.predict_epsilon(free, 300, sample), model_output, rtol=1e-9, atol=1e-9)
 
 
-def test_learned_variance_lies_between_the_two_fixed_ones():
-    scheduler = AnoFPDMScheduler()
-    t = torch.tensor([0, 1, 999])
-    for value, expected in ((-1.0, scheduler.posterior_log_variance), (1.0, scheduler.betas.log())):
-        found = scheduler.learned_log_variance(torch.full((3, 1, 1, 1), value), t)
-        assert_close(found.flatten().double(), expected[t], rtol=1e-6, atol=0)
-
-
 def test_wrong_arguments():
     scheduler = AnoFPDMScheduler(100)
     with pytest.raises(ValueError, match="`stride` must be an integer between 1 and 10, got 11"):

@@ -117,16 +117,6 @@ def test_training_does_not_depend_on_the_grid():
     assert all(torch.equal(actual, other) for actual, other in zip(values(), expected, strict=True))
 
 
-def test_learned_variance_lies_between_the_two_fixed_ones():
-    scheduler = CIMDScheduler()
-    t = torch.tensor([0, 1, 999])
-    posterior = scheduler.step_tables["posterior_log_variance"]
-    assert posterior[0] == posterior[1] and abs(float(posterior[0]) + 9.817) < 1e-3  # card, section 6
-    for value, expected in ((-1.0, posterior), (1.0, scheduler.betas.log())):
-        found = scheduler.learned_log_variance(torch.full((3, 1, 1, 1), value), t)
-        assert_close(found.flatten().double(), expected[t], rtol=1e-6, atol=0)
-
-
 def test_clip_range():
     sample, model_output = tensors()
     for clip_range in ((-1.0, 1.0), (0.0, 1.0)):

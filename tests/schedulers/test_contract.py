@@ -158,6 +158,15 @@ def test_the_posterior_is_a_conditional_gaussian(process):
         assert_close(process.posterior_variance[t], variance, rtol=1e-6, atol=1e-7)
 
 
+def test_learned_variance_lies_between_the_two_fixed_ones(process):
+    t = torch.tensor([0, 1, STEPS - 1])
+    for value, expected in ((-1.0, process.posterior_log_variance), (1.0, process.betas.log())):
+        found = process.learned_log_variance(torch.full((3, 1, 1, 1), value), t)
+        assert_close(found.flatten().double(), expected[t], rtol=1e-6, atol=1e-6)
+    # The variance of t = 0 is 0, and likelihoods take its logarithm.
+    assert process.posterior_log_variance[0] == process.posterior_log_variance[1]
+
+
 def test_the_one_shot_estimate_inverts_the_noise(walked):
     scheduler = made(walked.make, walked.settings)
     original, noise = tensors()
