@@ -67,7 +67,7 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
             check_integer("attention_levels", level, 0, len(widths) - 1)
         attended = [widths[-1], *(widths[level] for level in attention_levels)]
         check_heads("attention_head_dim", attention_head_dim, attended)
-        features = 4 * widths[0]
+        channels, features = widths[0], 4 * widths[0]
 
         def resnet(before: int, after: int, down: bool = False) -> ResnetBlock2D:
             return ResnetBlock2D(
@@ -87,7 +87,6 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
                 heads=channels // attention_head_dim,
                 dim_head=attention_head_dim,
                 norm_num_groups=norm_num_groups,
-                eps=1e-5,
                 bias=True,
                 residual_connection=True,
             )
@@ -96,13 +95,11 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
         self.time_embedding = TimestepEmbedding(widths[0], features)
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
-        channels = widths[0]
         for level, after in enumerate(widths):
+            attends = level in attention_levels
             for _ in range(layers_per_block):
-                attends = level in attention_levels
-                self.blocks.append(
-                    ClassifierBlock(resnet(channels, after), attention(after) if attends else nn.Identity())
-                )
+                block = resnet(channels, after)
+                self.blocks.append(ClassifierBlock(block, attention(after) if attends else nn.Identity()))
                 channels = after
             if level < len(widths) - 1:
                 self.blocks.append(ClassifierBlock(resnet(channels, channels, down=True), nn.Identity()))

@@ -32,8 +32,7 @@ class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
             `"linear"`: `beta_start` to `beta_end`, both times 1000 / T. `"linear_float32"`: the same with betas and
             abar in float32, in which 1 - abar has few right digits at small t, as in diffusers and in the ANDi
             authors' program. Neither of them scales: betas of theirs for another T are given times T / 1000.
-            `"cosine"`: Nichol and Dhariwal's. `"cosine_clipped"`: brain_damage's, in float32, limited to [1e-4,
-            0.999].
+            `"cosine"`: Nichol and Dhariwal's. `"cosine_clipped"`: brain_damage's, float32, within [1e-4, 0.999].
         noise_type (`str`, defaults to `"simplex"`): `"simplex"` or `"gaussian"`.
         octaves, persistence, wavelength, normalize, random_offset: As of [`OctaveSimplexNoise`].
         z (`float`, `str` or `None`, defaults to 27.0):
