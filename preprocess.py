@@ -20,8 +20,7 @@ from anodiff.configs import parse_options
 
 _WHY_PRIVATE = (
     "\nAs a private repository only: the licence of the images forbids to offer them for download. Keep it private,"
-    " and share the"
-    " recipe instead."
+    " and share the recipe instead."
 )
 
 
@@ -81,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.push_to_hub and not options.hub_private and forbidden:
             raise ValueError(
                 "`--hub_private false` is refused: by `rehosting: forbidden` of the recipe, the licence forbids to"
-                " offer the images for"
-                " download."
+                " offer the images for download."
             )
         if options.push_to_hub:
             # Whatever a push would fail at, before the work.

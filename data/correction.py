@@ -119,8 +119,7 @@ class Correction:
             others = [name for name in STRIPPERS if shutil.which(STRIPPERS[name])]
             raise ImportError(
                 f"`correction.skull_strip: {self.skull_strip}` needs the program `{STRIPPERS[self.skull_strip]}`,"
-                " which is not"
-                f" installed ({_INSTALL[self.skull_strip]}). Installed are {', '.join(others) or 'none'}."
+                f" which is not installed ({_INSTALL[self.skull_strip]}). Installed are {', '.join(others) or 'none'}."
             )
 
     def describe(self) -> dict:
@@ -198,8 +197,7 @@ class Correction:
             if before > 0 and after == 0:
                 raise ValueError(
                     f"Nothing of the {before} ml that {path} marks is left on the new grid: look at the registration,"
-                    " the box"
-                    " (`cut`) and the voxel size."
+                    " the box (`cut`) and the voxel size."
                 )
         if self.skull_strip is not None:
             images = {name: sitk.Mask(image, brain) for name, image in images.items()}
@@ -327,9 +325,8 @@ class Correction:
             array, affine = _read_one(mask)
             if array.shape != image.GetSize() or not array.any():
                 raise ValueError(
-                    f"`{command[0]}` made a brain mask of shape {array.shape} with {int((array > 0).sum())} voxels"
-                    " for a volume of"
-                    f" shape {image.GetSize()}."
+                    f"`{command[0]}` made a brain mask of shape {array.shape} with {int((array > 0).sum())} voxels for"
+                    f" a volume of shape {image.GetSize()}."
                 )
         return _image(sitk, (array > 0).astype(np.float32), _affine(image))
 

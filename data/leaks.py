@@ -56,11 +56,9 @@ class Leak:
         if self.kind == "group":
             return f"group {self.subject_a} is in {where_a} and in {where_b}"
         return (
-            f"{self.slices} slice{'s' if self.slices > 1 else ''} of {self.subject_a} in {where_a} nearly equal"
-            " slices of"
-            f" {self.subject_b} in {where_b}: slices {self.slice_a} and {self.slice_b} differ in {self.distance} of"
-            " 64 bits and"
-            f" correlate by {self.correlation:.4f}"
+            f"{self.slices} slice{'s' if self.slices > 1 else ''} of {self.subject_a} in {where_a} nearly equal slices"
+            f" of {self.subject_b} in {where_b}: slices {self.slice_a} and {self.slice_b} differ in {self.distance} of"
+            f" 64 bits and correlate by {self.correlation:.4f}"
         )
 
 

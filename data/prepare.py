@@ -206,8 +206,7 @@ def _read_rows(
         if rows and row["size"] != rows[0]["size"]:
             raise ValueError(
                 f"Subject {subject.name} has slices {tuple(row['size'])}, those before it {tuple(rows[0]['size'])}:"
-                " set `size` of"
-                " the processor."
+                " set `size` of the processor."
             )
         names = shards.source_files(subject, root)
         rows.append({"subject": subject.name, "split": split_of[subject.name], **row, **names})
@@ -367,8 +366,7 @@ def _check_train_rule(rule: str, subjects: Sequence[Subject]) -> None:
         if rule == "healthy_by_label" and subject.label is None and not subject.masks:
             raise ValueError(
                 f"`slices.train: healthy_by_label` needs a label or a mask of every training subject, {subject.name}"
-                " has"
-                " neither. Use `all` if the training subjects are healthy."
+                " has neither. Use `all` if the training subjects are healthy."
             )
 
 

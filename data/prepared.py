@@ -381,8 +381,7 @@ def _download(repo_id: str, shards: list[str]) -> Path:
     ) as error:
         raise FileNotFoundError(
             f"There is neither a folder {repo_id}, nor a phantom of this name ({', '.join(PHANTOMS)}), nor can it be"
-            " read from"
-            f" the Hub ({type(error).__name__})."
+            f" read from the Hub ({type(error).__name__})."
         ) from error
 
 

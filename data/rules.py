@@ -113,8 +113,7 @@ class SplitRule:
                 if split_of_group.setdefault(subject.group, subject.split) != subject.split:
                     raise ValueError(
                         f"Group {subject.group} is in two splits, {split_of_group[subject.group]} and {subject.split}"
-                        " (subject"
-                        f" {subject.name}): what is learnt from it would be tested on it."
+                        f" (subject {subject.name}): what is learnt from it would be tested on it."
                     )
             return {subject.name: subject.split for subject in subjects}
         given = [subject.name for subject in subjects if subject.split is not None]

@@ -190,8 +190,7 @@ def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int) -> Iter
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "A worker process was stopped from outside, perhaps for want of memory: every worker holds one subject."
-            " What is done is"
-            " kept; run the same command again, with a smaller `num_proc`."
+            " What is done is kept; run the same command again, with a smaller `num_proc`."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

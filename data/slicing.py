@@ -125,8 +125,7 @@ def _read_marked(path: Path, subject: Subject, processed: ProcessedVolume) -> np
     if (subject.mask_above >= 1 and highest == 1) or (exact and 0 < highest <= subject.mask_above):
         raise ValueError(
             f"The mask {mask.name} holds values up to {highest:g}, and those above {subject.mask_above:g} are marked:"
-            " set `label_max`"
-            " to the value of a marked voxel (or a smaller `mask_above`)."
+            " set `label_max` to the value of a marked voxel (or a smaller `mask_above`)."
         )
     return array > subject.mask_above
 

@@ -142,8 +142,7 @@ class VolumeProcessor(ConfigMixin):
         ):
             raise ValueError(
                 "`resize` torchio needs `crop` (H, W, N) and a `size` (H, W) that is smaller by the same factor in"
-                " both directions, got"
-                f" {crop!r} and {size!r}."
+                f" both directions, got {crop!r} and {size!r}."
             )
         # The rule brain_percentiles takes the quantile and its mirror image.
         check_number("quantile", quantile, above=0.5 if intensity == "brain_percentiles" else 0, most=1)
@@ -369,8 +368,7 @@ class VolumeProcessor(ConfigMixin):
             if missing or unknown:
                 raise ValueError(
                     f"This checkpoint needs the modalities {', '.join(modalities)}; missing:"
-                    f" {', '.join(missing) or 'none'},"
-                    f" unknown: {', '.join(unknown) or 'none'}."
+                    f" {', '.join(missing) or 'none'}, unknown: {', '.join(unknown) or 'none'}."
                 )
             arrays = {name: volume.arrays[name] for name in modalities}
         volume = InputVolume(arrays, volume.affine, volume.header, volume.is_picture, volume.ndim, volume.name)

@@ -136,9 +136,8 @@ def _read_modalities(source: Mapping) -> InputVolume:
         if volume.shape != first.shape or not np.allclose(volume.affine, first.affine, atol=1e-3):
             raise ValueError(
                 f"Modalities `{first_name}` and `{name}` lie on different grids: shapes {first.shape} and"
-                f" {volume.shape},"
-                f" affines {first.affine.round(3).tolist()} and {volume.affine.round(3).tolist()}. Resample them to"
-                " one grid first."
+                f" {volume.shape}, affines {first.affine.round(3).tolist()} and {volume.affine.round(3).tolist()}."
+                " Resample them to one grid first."
             )
     arrays = {name: next(iter(volume.arrays.values())) for name, volume in volumes.items()}
     return InputVolume(arrays, first.affine, first.header, first.is_picture, first.ndim, first.name)
@@ -193,8 +192,7 @@ def _from_nibabel(image, name: str) -> InputVolume:
     if no_codes:
         warnings.warn(
             f"{name} has no usable affine: left and right cannot be told apart. Its voxel sizes and axes are taken as"
-            " they"
-            " stand; write the right affine into the header if you know it.",
+            " they stand; write the right affine into the header if you know it.",
             stacklevel=2,
         )
     if array.ndim == 3:
@@ -233,8 +231,7 @@ def _from_array(array: np.ndarray) -> InputVolume:
     if array.ndim not in (2, 3):
         raise ValueError(
             f"An array or tensor must have the shape (X, Y) or (X, Y, Z), got {array.shape}. Several modalities go"
-            " into a dict"
-            " of arrays; slices that are already processed, a tensor (N, C, H, W), go to the pipeline."
+            " into a dict of arrays; slices that are already processed, a tensor (N, C, H, W), go to the pipeline."
         )
     if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool) or np.iscomplexobj(array):
         raise TypeError(f"An array must hold real numbers, got data type {array.dtype}.")

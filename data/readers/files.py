@@ -100,9 +100,8 @@ def read_file_patterns(
         full_name = _fill(name, values)
         if full_name in subjects:
             raise ValueError(
-                f"Two subjects are called {full_name}: {subjects[full_name].volume} and {values}. Put more fields"
-                " into `name`"
-                f" ({', '.join(sorted(fields))})."
+                f"Two subjects are called {full_name}: {subjects[full_name].volume} and {values}. Put more fields into"
+                f" `name` ({', '.join(sorted(fields))})."
             )
 
         def find(pattern, values=values, full_name=full_name):
