@@ -27,12 +27,12 @@ def make_card(
     split, and nothing else.
 
     Args:
-        name (`str`): Of the data set.
-        processor ([`VolumeProcessor`]): Made the slices.
-        recipe (`dict`): `source`, `license` and `rehosting` are stated, the rest is quoted.
-        rows (`list[dict]`): Of `subjects.parquet`.
-        failures (`dict[str, str]`): Subjects that were left out, with the reason.
-        correction (`dict`, *optional*): As from [`~data.correction.Correction.describe`].
+        name: Of the data set.
+        processor: Made the slices.
+        recipe: `source`, `license` and `rehosting` are stated, the rest is quoted.
+        rows: Of `subjects.parquet`.
+        failures: Subjects that were left out, with the reason.
+        correction: As from [`~data.correction.Correction.describe`].
     """
     lines, files = [], []
     for split in SPLITS:

@@ -27,15 +27,13 @@ class Leak:
     """Describes one finding.
 
     Args:
-        kind (`str`):
-            `"group"`: subjects of one group (or one name) in two splits. `"slices"`: pictures that are nearly the
+        kind: `"group"`: subjects of one group (or one name) in two splits. `"slices"`: pictures that are nearly the
             same.
-        set_a, split_a, subject_a, set_b, split_b, subject_b (`str`):
-            Where; `subject_a` holds the group's name for `"group"`.
-        slices (`int`): Slices of `subject_a` that have a twin in `subject_b`; 0 for a group.
-        slice_a, slice_b (`int`): The most similar pair, on the networks' grids; -1 for a group.
-        distance (`int`): Bits of 64 in which its hashes differ; -1 for a group.
-        correlation (`float`): Of its pixels; 0 for a group.
+        set_a, split_a, subject_a, set_b, split_b, subject_b: Where; `subject_a` holds the group's name for `"group"`.
+        slices: Slices of `subject_a` that have a twin in `subject_b`; 0 for a group.
+        slice_a, slice_b: The most similar pair, on the networks' grids; -1 for a group.
+        distance: Bits of 64 in which its hashes differ; -1 for a group.
+        correlation: Of its pixels; 0 for a group.
     """
 
     kind: str
@@ -76,10 +74,10 @@ def find_leaks(
     found.
 
     Args:
-        paths (`list[str]`): Prepared data sets: folders, ids on the Hub, names of phantoms.
-        max_distance (`int`, defaults to 10): Bits in which the hashes of a pair may differ, 0 to 64.
-        min_correlation (`float`, defaults to 0.97): Of the pixels of a pair.
-        min_brain (`float`, defaults to 0.02): Slices with a smaller share of brain look all alike and are passed over.
+        paths: Prepared data sets: folders, ids on the Hub, names of phantoms.
+        max_distance: Bits in which the hashes of a pair may differ, 0 to 64.
+        min_correlation: Of the pixels of a pair.
+        min_brain: Slices with a smaller share of brain look all alike and are passed over.
 
     Returns:
         `list[Leak]`: Groups first, then pairs of subjects, the most slices first.

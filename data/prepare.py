@@ -83,22 +83,20 @@ def prepare(
     label. The label of a subject is the given one, or else 1 if any of its masks has a voxel.
 
     Args:
-        subjects (`list[Subject]`): What a reader found.
-        processor ([`VolumeProcessor`]): Makes the slices, which must all have one size.
-        out (`str` or `Path`): Folder to write; must not exist.
-        recipe (`dict`): Written to `recipe.yaml`; `license`, `rehosting` and `source` go into the card.
-        correction ([`~data.correction.Correction`], *optional*):
-            Applied before the processor. `corrections.csv` lists what was done, the folder `quality` has a picture of
-            every subject.
-        slices ([`SliceRule`], *optional*): Which slices are kept.
-        raters ([`RaterRule`], *optional*): Make several annotations of the one that subjects have.
-        split ([`SplitRule`], *optional*): How subjects are divided; as the subjects say by default.
-        dtype (`str`): `"float32"` or `"float16"` of `image`.
-        root (`str` or `Path`, *optional*):
-            What file names are written relative to; the common folder of all files by default.
-        shard_rows (`int`): Slices per file.
-        num_proc (`int`): Processes that subjects are shared out to. Changes no bit of the result.
-        progress (`bool`): Show a progress bar.
+        subjects: What a reader found.
+        processor: Makes the slices, which must all have one size.
+        out: Folder to write; must not exist.
+        recipe: Written to `recipe.yaml`; `license`, `rehosting` and `source` go into the card.
+        correction: Applied before the processor. `corrections.csv` lists what was done, the folder `quality` has a
+            picture of every subject.
+        slices: Which slices are kept.
+        raters: Make several annotations of the one that subjects have.
+        split: How subjects are divided; as the subjects say by default.
+        dtype: `"float32"` or `"float16"` of `image`.
+        root: What file names are written relative to; the common folder of all files by default.
+        shard_rows: Slices per file.
+        num_proc: Processes that subjects are shared out to. Changes no bit of the result.
+        progress: Show a progress bar.
 
     Returns:
         `dict[str, str]`: Subjects that could not be read and why. The others were written.
@@ -272,15 +270,13 @@ def prepare_recipe(
     Reads the raw data set in `root` as a recipe says and writes the prepared one; see [`prepare`] for what it returns.
 
     Args:
-        recipe (`dict`):
-            `reader` (a key of `READERS`), `reader_options`, `processor` (settings of [`VolumeProcessor`]), and
+        recipe: `reader` (a key of `READERS`), `reader_options`, `processor` (settings of [`VolumeProcessor`]), and
             optionally `correction` ([`~data.correction.Correction`]), `slices` ([`SliceRule`]), `raters`
             ([`RaterRule`]), `split` ([`SplitRule`]), `dtype`, `license` (identifier of the Hub), `rehosting`
             (`"allowed"` or `"forbidden"` by the licence) and `source` (one line of the card). Paths in it are relative
             to `root`.
-        template, reference (`str` or `Path`, *optional*):
-            Files of `correction`: the template that subjects are registered to, and the scan whose histograms they are
-            matched to (a file, or a folder with one per modality, called after it).
+        template, reference: Files of `correction`: the template that subjects are registered to, and the scan whose
+            histograms they are matched to (a file, or a folder with one per modality, called after it).
         root, out, num_proc, progress: As in [`prepare`].
 
     Raises:

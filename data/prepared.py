@@ -110,8 +110,8 @@ class PreparedSplit(_DescribedSplit):
         Reads some columns of some rows, stacked; other columns are not read.
 
         Args:
-            indices (`Sequence[int]`): Numbers of the rows; -1 is the last.
-            columns (`Sequence[str]`): Of `COLUMNS`, and `"annotations"`: how many of a row's masks are there.
+            indices: Numbers of the rows; -1 is the last.
+            columns: Of `COLUMNS`, and `"annotations"`: how many of a row's masks are there.
 
         Raises:
             IndexError: There is no such row.
@@ -211,14 +211,12 @@ class StreamedSplit(_DescribedSplit):
         Reads all slices once, in an order that `seed` decides.
 
         Args:
-            seed (`Sequence[int]`): As of `numpy.random.default_rng`.
-            buffer_size (`int`):
-                Slices in memory to shuffle among. They are read in groups of 128 neighbours, whose order is shuffled
-                too.
-            columns (`Sequence[str]`):
-                `"image"`, `"mask"`, `"brain"`, `"label"`, `"annotations"` (how many of the masks are there); others
-                are not read.
-            population (`str`): One of `POPULATIONS`; other slices are left out.
+            seed: As of `numpy.random.default_rng`.
+            buffer_size: Slices in memory to shuffle among. They are read in groups of 128 neighbours, whose order is
+                shuffled too.
+            columns: `"image"`, `"mask"`, `"brain"`, `"label"`, `"annotations"` (how many of the masks are there);
+                others are not read.
+            population: One of `POPULATIONS`; other slices are left out.
 
         Returns:
             `Iterator[dict[str, np.ndarray]]`:
@@ -275,12 +273,11 @@ def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> P
     memory.
 
     Args:
-        path (`str` or `Path`):
-            Folder, or id of a data set on the Hub. The name of a phantom (`"phantom-mini"`) makes it on first use, in
-            the same cache.
-        split (`str`): `"train"`, `"validation"` or `"test"`.
-        streaming (`bool`):
-            Return a [`StreamedSplit`] instead, which reads the rows as it goes. Only the other files are downloaded.
+        path: Folder, or id of a data set on the Hub. The name of a phantom (`"phantom-mini"`) makes it on first use,
+            in the same cache.
+        split: `"train"`, `"validation"` or `"test"`.
+        streaming: Return a [`StreamedSplit`] instead, which reads the rows as it goes. Only the other files are
+            downloaded.
 
     Raises:
         FileNotFoundError: There is no such folder or Hub data set.

@@ -26,15 +26,13 @@ class RaterRule:
     raters show that a program works; they do not show how real ones differ.
 
     Args:
-        number (`int`, defaults to 4): Raters.
-        radius (`float`, defaults to 1.0):
-            Standard deviation, in mm, of how much wider (dilation) or narrower (erosion) a rater draws. A pixel of a
-            picture is 1 mm.
-        warp (`float`, defaults to 1.0):
-            Standard deviation, in mm along each axis, of the displacement of the boundary.
-        warp_scale (`float`, defaults to 8.0): Distance, in mm, over which the displacement changes.
-        drop (`float`, defaults to 0.1): Probability that a rater overlooks a component, 0 to 1.
-        seed (`int`, defaults to 0): Of all draws.
+        number: Raters.
+        radius: Standard deviation, in mm, of how much wider (dilation) or narrower (erosion) a rater draws. A pixel of
+            a picture is 1 mm.
+        warp: Standard deviation, in mm along each axis, of the displacement of the boundary.
+        warp_scale: Distance, in mm, over which the displacement changes.
+        drop: Probability that a rater overlooks a component, 0 to 1.
+        seed: Of all draws.
     """
 
     number: int = 4
@@ -57,11 +55,10 @@ class RaterRule:
         Draws the annotations of one subject.
 
         Args:
-            mask (`np.ndarray` of shape `(H, W)` or `(X, Y, Z)`, boolean or 0/1):
-                The given mask; all raters leave an empty one empty.
-            spacing (`Sequence[float]`):
-                Voxel size along every axis, in mm. An axis of one voxel (of a picture) is left alone.
-            name (`str`): Of the subject.
+            mask (`np.ndarray` of shape `(H, W)` or `(X, Y, Z)`, boolean or 0/1): The given mask; all raters leave an
+                empty one empty.
+            spacing: Voxel size along every axis, in mm. An axis of one voxel (of a picture) is left alone.
+            name: Of the subject.
 
         Returns:
             `np.ndarray` of shape `(A, *mask.shape)`: bool. Without `radius`, `warp` and `drop` all are `mask`.

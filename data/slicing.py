@@ -30,12 +30,12 @@ def slices_of(
     Makes the kept slices of a subject.
 
     Args:
-        subject ([`Subject`]): Its files are read.
-        processor ([`VolumeProcessor`]): Makes the slices.
-        rule ([`SliceRule`]): Which slices are kept.
-        raters ([`RaterRule`], *optional*): Makes the annotations of the subject's mask.
-        training (`bool`): Whether the subject is in the training split.
-        annotations (`int`): A, masks per slice; those that the subject lacks are zeros.
+        subject: Its files are read.
+        processor: Makes the slices.
+        rule: Which slices are kept.
+        raters: Makes the annotations of the subject's mask.
+        training: Whether the subject is in the training split.
+        annotations: A, masks per slice; those that the subject lacks are zeros.
 
     Returns:
         `tuple[dict, dict]`: Arrays `image (N, C, H, W)`, `mask (N, A, H, W)`, `brain (N, H, W)`, `label (N,)`,

@@ -27,10 +27,10 @@ def smooth_field(rng, shape, spacing, extent, knot_spacing):
     the same whatever the number of threads.
 
     Args:
-        rng (`np.random.Generator`): Draws the coefficients.
-        shape (`tuple[int, ...]`): Of the field.
-        spacing, extent (`Sequence[float]`): Voxel size and length of every axis, in the unit of `knot_spacing`.
-        knot_spacing (`float`): Distance of the knots: the field changes over this length.
+        rng: Draws the coefficients.
+        shape: Of the field.
+        spacing, extent: Voxel size and length of every axis, in the unit of `knot_spacing`.
+        knot_spacing: Distance of the knots: the field changes over this length.
 
     Returns:
         `np.ndarray` of `shape`: float32.

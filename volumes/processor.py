@@ -34,12 +34,12 @@ class ProcessedVolume:
     """Holds the slices of one volume, ready for a network.
 
     Args:
-        slices (`torch.Tensor` of shape `(N, C, H, W)`):
-            float32, modalities in the processor's order, in `value_range`.
+        slices (`torch.Tensor` of shape `(N, C, H, W)`): float32, modalities in the processor's order, in
+            `value_range`.
         brain (`torch.Tensor` of shape `(N, H, W)`): bool, where maps count. All `True` without a brain rule.
-        geometry ([`Geometry`]): The way back to the input's grid.
+        geometry: The way back to the input's grid.
         units_offset, units_scale (`np.ndarray` of shape `(N, C)`): `value * scale + offset` is in the input's units.
-        source ([`InputVolume`]): The input.
+        source: The input.
     """
 
     slices: torch.Tensor
@@ -60,26 +60,19 @@ class VolumeProcessor(ConfigMixin):
     range.
 
     Args:
-        modalities (`tuple[str, ...]`, defaults to `("image",)`):
-            Names in channel order. A dict is read by name, a 4-D file by position; one modality accepts any single
-            image.
-        plane (`str`, defaults to `"axial"`):
-            `"axial"`, `"coronal"` or `"sagittal"`: the plane that slices are taken in, in radiological convention.
-        spacing (`tuple[float | None, float | None, float | None]`, *optional*):
-            Voxel size in mm along (H, W, slice) that volumes are brought to; `None` keeps the input's.
-        crop (`"brain"` or `tuple[int, ...]`, *optional*):
-            `"brain"` cuts slices to the bounding box of the brain; `(H, W)` or `(H, W, N)` cuts or zero-pads about the
-            centre, in voxels after `spacing`.
-        size (`tuple[int, int]`, *optional*):
-            Slice size (H, W) of the network; `None` keeps what the steps before give.
-        resize (`str`, defaults to `"fit"`):
-            `"fit"` keeps the aspect ratio and pads with background, `"stretch"` does not. `"torchio"`: as `CropOrPad`
-            and `Resample` of torchio do it, in cDDPM and SADM: `crop` has three numbers, the factor from it to `size`
-            is that of the slice axis, too, an odd voxel is cut at the low end and not at the high one, and images are
-            interpolated by cubic B-splines without antialiasing, which overshoot a little.
-        antialias (`bool`, defaults to `True`):
-            Widen the linear kernel when reducing (as PIL and `interpolate(antialias=True)`). ANDi does, AnoFPDM does
-            not.
+        modalities: Names in channel order. A dict is read by name, a 4-D file by position; one modality accepts any
+            single image.
+        plane: `"axial"`, `"coronal"` or `"sagittal"`: the plane that slices are taken in, in radiological convention.
+        spacing: Voxel size in mm along (H, W, slice) that volumes are brought to; `None` keeps the input's.
+        crop: `"brain"` cuts slices to the bounding box of the brain; `(H, W)` or `(H, W, N)` cuts or zero-pads about
+            the centre, in voxels after `spacing`.
+        size: Slice size (H, W) of the network; `None` keeps what the steps before give.
+        resize: `"fit"` keeps the aspect ratio and pads with background, `"stretch"` does not. `"torchio"`: as
+            `CropOrPad` and `Resample` of torchio do it, in cDDPM and SADM: `crop` has three numbers, the factor from
+            it to `size` is that of the slice axis, too, an odd voxel is cut at the low end and not at the high one,
+            and images are interpolated by cubic B-splines without antialiasing, which overshoot a little.
+        antialias: Widen the linear kernel when reducing (as PIL and `interpolate(antialias=True)`). ANDi does, AnoFPDM
+            does not.
         intensity (`str`, defaults to `"percentile"`):
             `"percentile"`: divide by the `quantile` of the voxels > 0 of the volume (ANDi 2.2, AnoFPDM 2.4).
             `"slice_minmax"`: after `"percentile"`, every slice and channel to [0, 1], (x - min) / (max - min + 1e-5)
@@ -90,17 +83,15 @@ class VolumeProcessor(ConfigMixin):
             `"mean_std_no_offset"`: AnoDDPM's own rule: the same clip, divided by 3s, nothing subtracted; above 1 where
             m > s.
             `"given"`: `input_range` to [0, 1].
-        quantile (`float`, defaults to 0.99): Of the rules `"percentile"`, `"slice_minmax"` and `"brain_percentiles"`.
-        input_range (`tuple[float, float]`, defaults to `(0.0, 255.0)`): Of the rule `"given"`, in the input's units.
-        value_range (`tuple[float, float]`, defaults to `(-1.0, 1.0)`): What [0, 1] becomes in the network.
-        clip (`bool`, defaults to `True`): Limit values to `value_range`. ANDi's exceed it (`False`).
-        brain_mask (`str`, defaults to `"nonzero"`):
-            `"nonzero"`: where any modality is above `background`, holes filled per slice. `"given"`: a mask comes with
-            every volume. `"none"`: the whole slice counts. A mask that is given wins over `"nonzero"`.
-        background (`float`, defaults to 0.0): Of the rule `"nonzero"`, in the input's units.
-        curvature_flow (`int`, defaults to 0):
-            Smooth every image first, at its own resolution: iterations of SimpleITK's `CurvatureFlow` with steps of
-            0.125. cDDPM and SADM 3. Needs the extra `preprocess`.
+        quantile: Of the rules `"percentile"`, `"slice_minmax"` and `"brain_percentiles"`.
+        input_range: Of the rule `"given"`, in the input's units.
+        value_range: What [0, 1] becomes in the network.
+        clip: Limit values to `value_range`. ANDi's exceed it (`False`).
+        brain_mask: `"nonzero"`: where any modality is above `background`, holes filled per slice. `"given"`: a mask
+            comes with every volume. `"none"`: the whole slice counts. A mask that is given wins over `"nonzero"`.
+        background: Of the rule `"nonzero"`, in the input's units.
+        curvature_flow: Smooth every image first, at its own resolution: iterations of SimpleITK's `CurvatureFlow` with
+            steps of 0.125. cDDPM and SADM 3. Needs the extra `preprocess`.
     """
 
     config_name = "processor_config.json"
@@ -199,13 +190,11 @@ class VolumeProcessor(ConfigMixin):
         Makes the slices of a volume.
 
         Args:
-            volume:
-                Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, [`InputVolume`], or a dict of
-                them by modality (key `"brain"`: the brain mask). A 4-D file holds the modalities in the processor's
+            volume: Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, [`InputVolume`], or a dict
+                of them by modality (key `"brain"`: the brain mask). A 4-D file holds the modalities in the processor's
                 order.
-            brain_mask (*optional*):
-                Same kinds; voxels > 0 are brain. On the grid of the volume. An array has no affine of its own and
-                takes the volume's; a picture's is `(rows, columns)`.
+            brain_mask: Same kinds; voxels > 0 are brain. On the grid of the volume. An array has no affine of its own
+                and takes the volume's; a picture's is `(rows, columns)`.
 
         Returns:
             [`ProcessedVolume`]

@@ -26,12 +26,11 @@ def find_scans(
     Finds the scans in files and folders.
 
     Args:
-        paths (`list[str]`):
-            Files (one scan each), or folders: one scan with a file per modality, or several scans in files or
+        paths: Files (one scan each), or folders: one scan with a file per modality, or several scans in files or
             sub-folders. The file of a modality is called after it, alone (`flair.nii.gz`) or at the end
             (`patient1_flair.nii.gz`).
-        modalities (`list[str]`): Of the checkpoint, in its order.
-        brain (`str`, *optional*): Name of the brain mask beside each scan.
+        modalities: Of the checkpoint, in its order.
+        brain: Name of the brain mask beside each scan.
 
     Returns:
         `tuple[list[Scan], list[tuple[str, str]]]`: Scans with different names, and paths without a scan with the

@@ -31,14 +31,13 @@ class InputVolume:
     """Holds one or several co-registered images on one grid, before any processing.
 
     Args:
-        arrays (`dict[str, np.ndarray]`):
-            Name to float32 array `(X, Y, Z)` in the file's units. An unnamed input (a file, an array) has the single
-            key `""`, an unnamed 4-D file the keys `"0"`, `"1"`, ...
+        arrays: Name to float32 array `(X, Y, Z)` in the file's units. An unnamed input (a file, an array) has the
+            single key `""`, an unnamed 4-D file the keys `"0"`, `"1"`, ...
         affine (`np.ndarray` of shape `(4, 4)`): Voxel indices to world millimetres (RAS+).
-        header (`nibabel.Nifti1Header` or `None`): Header that results copy units and codes from.
-        is_picture (`bool`): Whether the input is a 2-D picture, whose results are pictures too.
-        ndim (`int`): Dimensions of one modality as it came, 2 or 3.
-        name (`str`): What messages call it.
+        header: Header that results copy units and codes from.
+        is_picture: Whether the input is a 2-D picture, whose results are pictures too.
+        ndim: Dimensions of one modality as it came, 2 or 3.
+        name: What messages call it.
     """
 
     arrays: dict[str, np.ndarray]

@@ -61,16 +61,16 @@ class PhantomSubject:
     Holds one synthetic subject.
 
     Args:
-        name (`str`): Kind and index, for example `"healthy_0003"` or `"tumour_0020"`.
-        images (`dict[str, np.ndarray]`):
-            Modality (`"t1"`, `"t2"`, `"flair"`) to float32 volume `(X, Y, Z)`, about 0 to 1.6, 0 outside the brain.
+        name: Kind and index, for example `"healthy_0003"` or `"tumour_0020"`.
+        images: Modality (`"t1"`, `"t2"`, `"flair"`) to float32 volume `(X, Y, Z)`, about 0 to 1.6, 0 outside the
+            brain.
         brain (`np.ndarray` of shape `(X, Y, Z)`): uint8, 1 inside the brain.
-        lesion (`np.ndarray` of shape `(X, Y, Z)`):
-            uint8, 0 healthy, 1 lesion, 2 necrotic core of a tumour. Non-zero exactly where `soft_lesion > 0.5`.
-        soft_lesion (`np.ndarray` of shape `(X, Y, Z)`):
-            float32 in [0, 1], the weight with which lesion intensities were mixed into the images.
+        lesion (`np.ndarray` of shape `(X, Y, Z)`): uint8, 0 healthy, 1 lesion, 2 necrotic core of a tumour. Non-zero
+            exactly where `soft_lesion > 0.5`.
+        soft_lesion (`np.ndarray` of shape `(X, Y, Z)`): float32 in [0, 1], the weight with which lesion intensities
+            were mixed into the images.
         affine (`np.ndarray` of shape `(4, 4)`): Voxel to RAS millimetres.
-        parameters (`dict`): JSON-able: arguments, every drawn parameter and `lesion_volume_ml`.
+        parameters: JSON-able: arguments, every drawn parameter and `lesion_volume_ml`.
     """
 
     name: str
@@ -87,7 +87,7 @@ class PhantomSubject:
         `brain.nii.gz`, `lesion.nii.gz` (uint8) and `phantom.json` (`parameters`).
 
         Args:
-            folder (`str` or `Path`): Created if it does not exist; files of the same names are overwritten.
+            folder: Created if it does not exist; files of the same names are overwritten.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -459,20 +459,17 @@ def make_subject(
     anatomy and noise, so that their difference is the lesion. Bit for bit the same on one machine.
 
     Args:
-        index (`int`): Which subject, 0 or more.
-        seed (`int`, defaults to 0): Which data set, 0 or more.
-        lesion (`str`, *optional*):
-            `"tumour"` (an irregular blob of 4 to 20 mm radius, often with a necrotic core if larger than 8 mm), `"ms"`
-            (5 to 40 blobs of 1.5 to 5 mm near the ventricles) or `"stroke"` (a wedge that reaches the cortex of one
-            hemisphere). `None` is healthy.
-        spacing (`float`, defaults to 2.0): Voxel size in mm, 1 to 8.
-        anatomy (`str`, defaults to `"mni152"`):
-            `"mni152"` deforms the tissue maps of ICBM152 2009a and needs nilearn; `"geometric"` deforms nested
+        index: Which subject, 0 or more.
+        seed: Which data set, 0 or more.
+        lesion: `"tumour"` (an irregular blob of 4 to 20 mm radius, often with a necrotic core if larger than 8 mm),
+            `"ms"` (5 to 40 blobs of 1.5 to 5 mm near the ventricles) or `"stroke"` (a wedge that reaches the cortex of
+            one hemisphere). `None` is healthy.
+        spacing: Voxel size in mm, 1 to 8.
+        anatomy: `"mni152"` deforms the tissue maps of ICBM152 2009a and needs nilearn; `"geometric"` deforms nested
             ellipsoids, for fast tests.
-        contrast (`float`, defaults to 1.0):
-            Contrast of the lesion in [0, 1]: 0 leaves the healthy image, 1 gives full lesion intensities. The mask
-            does not depend on it.
-        mass_effect (`bool`, defaults to `False`): Whether a tumour pushes the tissue around it outwards.
+        contrast: Contrast of the lesion in [0, 1]: 0 leaves the healthy image, 1 gives full lesion intensities. The
+            mask does not depend on it.
+        mass_effect: Whether a tumour pushes the tissue around it outwards.
 
     Returns:
         [`PhantomSubject`]
@@ -555,12 +552,10 @@ def write_phantom(
     no half-made data set.
 
     Args:
-        folder (`str` or `Path`): Where the data set goes; must not exist.
-        name (`str`, defaults to `"phantom-mini"`):
-            A key of `PHANTOM_SETS`. `"phantom-mini"` has 32 subjects, `"phantom-std"` 300.
-        seed, anatomy, spacing, contrast:
-            As in [`make_subject`]. No two subjects of a set share an index.
-        progress (`bool`, defaults to `True`): Whether to show a progress bar.
+        folder: Where the data set goes; must not exist.
+        name: A key of `PHANTOM_SETS`. `"phantom-mini"` has 32 subjects, `"phantom-std"` 300.
+        seed, anatomy, spacing, contrast: As in [`make_subject`]. No two subjects of a set share an index.
+        progress: Whether to show a progress bar.
 
     Raises:
         FileExistsError: `folder` exists.

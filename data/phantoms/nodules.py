@@ -33,13 +33,12 @@ class RaterCase:
     Holds one picture of the phantom and its annotations.
 
     Args:
-        name (`str`): Patient and picture, for example `"patient_0003_1"`.
-        patient (`str`): Whose picture it is.
+        name: Patient and picture, for example `"patient_0003_1"`.
+        patient: Whose picture it is.
         image (`np.ndarray` of shape `(H, W)`): uint8.
         masks (`np.ndarray` of shape `(A, H, W)`): uint8, 0 or 1, one annotation per rater, perhaps empty.
-        parameters (`dict`):
-            JSON-able. `overlooked`, `with_halo` and `with_satellite` are the probabilities that a rater leaves the
-            picture empty, and that one who does not includes the halo or the satellite.
+        parameters: JSON-able. `overlooked`, `with_halo` and `with_satellite` are the probabilities that a rater leaves
+            the picture empty, and that one who does not includes the halo or the satellite.
     """
 
     name: str
@@ -160,11 +159,11 @@ def make_case(
     frequency of an annotation is known (make many raters), and a method can learn it.
 
     Args:
-        patient (`int`): Which patient, 0 or more. The nodule is the patient's.
-        picture (`int`, defaults to 0): Which picture of the patient: further ones are taken farther from its centre.
-        seed (`int`, defaults to `SET_SEED`): Which data set, 0 or more.
-        size (`int`, defaults to 64): Height and width in pixels, at least 32; everything scales with it.
-        num_raters (`int`, defaults to 4): Annotations. The first ones do not depend on how many follow.
+        patient: Which patient, 0 or more. The nodule is the patient's.
+        picture: Which picture of the patient: further ones are taken farther from its centre.
+        seed: Which data set, 0 or more.
+        size: Height and width in pixels, at least 32; everything scales with it.
+        num_raters: Annotations. The first ones do not depend on how many follow.
 
     Returns:
         [`RaterCase`]
@@ -223,10 +222,10 @@ def write_rater_phantom(
     no half-made data set.
 
     Args:
-        folder (`str` or `Path`): Where the data set goes; must not exist.
-        name (`str`, defaults to `"phantom-raters"`): A key of `RATER_SETS`: 320 patients with two pictures each.
+        folder: Where the data set goes; must not exist.
+        name: A key of `RATER_SETS`: 320 patients with two pictures each.
         seed, size, num_raters: As in [`make_case`].
-        progress (`bool`, defaults to `True`): Whether to show a progress bar.
+        progress: Whether to show a progress bar.
 
     Raises:
         FileExistsError: `folder` exists.

@@ -38,19 +38,16 @@ def prepare_phantom(
     Makes a phantom and prepares it; returns and raises what [`~data.prepare.prepare`] does.
 
     Args:
-        name (`str`):
-            One of `PHANTOMS`: `"phantom-mini"` and `"phantom-std"` are brains, `"phantom-raters"` pictures with
+        name: One of `PHANTOMS`: `"phantom-mini"` and `"phantom-std"` are brains, `"phantom-raters"` pictures with
             several annotations.
-        out (`str` or `Path`): Folder to write; must not exist.
-        recipe (`dict`, *optional*): Instead of the packaged one, see [`phantom_recipe`].
-        anatomy (`str`, defaults to `"mni152"`): Of brains, as in [`~data.phantoms.brains.write_phantom`].
-        seed (`int`): As in [`~data.phantoms.brains.write_phantom`] and [`~data.phantoms.nodules.write_rater_phantom`].
-        raw (`str` or `Path`, *optional*):
-            Where the raw volumes are kept; must not exist. They are not kept by default.
-        template, reference (`str` or `Path`, *optional*):
-            As in [`~data.prepare.prepare_recipe`], of a recipe with `correction`.
-        num_proc (`int`, defaults to 1): As in [`~data.prepare.prepare`]; the raw volumes are made by one process.
-        progress (`bool`, defaults to `True`): Show progress bars.
+        out: Folder to write; must not exist.
+        recipe: Instead of the packaged one, see [`phantom_recipe`].
+        anatomy: Of brains, as in [`~data.phantoms.brains.write_phantom`].
+        seed: As in [`~data.phantoms.brains.write_phantom`] and [`~data.phantoms.nodules.write_rater_phantom`].
+        raw: Where the raw volumes are kept; must not exist. They are not kept by default.
+        template, reference: As in [`~data.prepare.prepare_recipe`], of a recipe with `correction`.
+        num_proc: As in [`~data.prepare.prepare`]; the raw volumes are made by one process.
+        progress: Show progress bars.
     """
     out = Path(out)
     if out.exists():

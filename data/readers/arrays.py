@@ -26,9 +26,9 @@ class PictureStack(StoredVolume):
     are shown.
 
     Args:
-        files (`tuple[Path, ...]`): One slice each, R x K pixels, any kind that PIL reads.
-        channels (`dict[str, int]`, *optional*): Name to channel of colour pictures; grey ones by default.
-        filler (`int`, *optional*): Channel that stands in for others that were not taken: those are an error.
+        files: One slice each, R x K pixels, any kind that PIL reads.
+        channels: Name to channel of colour pictures; grey ones by default.
+        filler: Channel that stands in for others that were not taken: those are an error.
     """
 
     files: tuple[Path, ...]
@@ -78,10 +78,10 @@ class ArrayStack(StoredVolume):
     """Reads arrays of `.npz` files, one on another.
 
     Args:
-        files (`tuple[Path, ...]`): One slice each.
-        key (`str`): Array in the file: `(1, C, X, Y)`.
-        channels (`dict[str, int]`, *optional*): Name to channel; one channel by default.
-        affine (`tuple`): Sixteen numbers, voxels to millimetres, by rows.
+        files: One slice each.
+        key: Array in the file: `(1, C, X, Y)`.
+        channels: Name to channel; one channel by default.
+        affine: Sixteen numbers, voxels to millimetres, by rows.
     """
 
     files: tuple[Path, ...]
@@ -145,14 +145,12 @@ def read_picture_stacks(
     A subject with a slice that is missing or damaged is listed when the set is made, and the others are written.
 
     Args:
-        root (`str` or `Path`): Folder of the data set.
-        modalities (`dict[str, int]`): Name to channel, from 0. TCGA-LGG: 0 before contrast, 1 FLAIR, 2 after contrast.
-        pictures, masks (`str`):
-            File names with the field `{slice}`, a number that grows upwards; `{subject}` is the folder's name. `masks`
-            null: unlabelled.
-        filler (`int`, *optional*):
-            Channel that stands in where a sequence was not taken (FLAIR in TCGA-LGG): a subject whose modality is a
-            copy of it is listed as unreadable.
+        root: Folder of the data set.
+        modalities: Name to channel, from 0. TCGA-LGG: 0 before contrast, 1 FLAIR, 2 after contrast.
+        pictures, masks: File names with the field `{slice}`, a number that grows upwards; `{subject}` is the folder's
+            name. `masks` null: unlabelled.
+        filler: Channel that stands in where a sequence was not taken (FLAIR in TCGA-LGG): a subject whose modality is
+            a copy of it is listed as unreadable.
 
     Returns:
         `list[Subject]`, sorted by name; marked is what is above 0.
@@ -193,14 +191,13 @@ def read_array_stacks(
     a subject follow one another without a gap.
 
     Args:
-        root (`str` or `Path`): Folder of the data set.
-        modalities (`dict[str, int]`): Name to channel, from 0.
-        arrays (`str`): File names with the field `{slice}`; `{subject}` is the folder's name.
-        image, mask (`str`): Arrays in a file; `mask` null: unlabelled.
-        mask_above (`float`, defaults to 0.5): Value of the mask above which a voxel is marked.
-        orientation (`str`, defaults to `"LPS"`):
-            Directions in which X, Y and the slices grow; those of the files they were made of.
-        spacing (`tuple[float, float, float]`): Voxel size in mm, of X, Y and the slices.
+        root: Folder of the data set.
+        modalities: Name to channel, from 0.
+        arrays: File names with the field `{slice}`; `{subject}` is the folder's name.
+        image, mask: Arrays in a file; `mask` null: unlabelled.
+        mask_above: Value of the mask above which a voxel is marked.
+        orientation: Directions in which X, Y and the slices grow; those of the files they were made of.
+        spacing: Voxel size in mm, of X, Y and the slices.
 
     Returns:
         `list[Subject]`, sorted by name.
@@ -243,8 +240,8 @@ def read_crop_pickles(root: str | Path, files: str = "*.pickle") -> list[Subject
     the file otherwise. All of it is in memory while the set is made.
 
     Args:
-        root (`str` or `Path`): Folder of the data set.
-        files (`str`, defaults to `"*.pickle"`): Pattern of the pickles in it.
+        root: Folder of the data set.
+        files: Pattern of the pickles in it.
 
     Returns:
         `list[Subject]`, sorted by name.

@@ -54,25 +54,21 @@ def read_file_patterns(
     A subject with a file that is missing or not unique is listed when the set is made, and the others are written.
 
     Args:
-        root (`str` or `Path`): Folder of the data set.
-        modalities (`dict[str, str]`): Name to pattern below `root`; all with the same fields.
-        masks (`list[str]`):
-            Patterns of the lesion masks, one per annotator, with fields of the modalities. None: unlabelled.
-        brain (`str`, *optional*): Pattern of the brain mask, likewise.
-        name (`str`, defaults to `"{subject}"`): Of a subject, made of the fields; unique.
-        group (`str`, *optional*):
-            What no split may divide, made of the fields (`"{subject}"` of several sessions); `name` by default.
-        splits (`dict[str, str]`, *optional*):
-            Values of the field `split` to `"train"`, `"validation"` or `"test"`; subjects with other values are left
-            out. By default the value is train (or training), validation (or val) or test (or testing).
-        label (`int`, *optional*): Of every subject: 0 in a healthy set.
-        healthy (`list[str]`): Values of the field `class` that are healthy; the others are anomalous.
-        missing_masks (`str`, defaults to `"error"`):
-            What a subject without any mask is: `"error"` unreadable, `"healthy"`, or `"unknown"`.
-        mask_above (`float`, defaults to 0.0): Value in the files of the masks above which a voxel is marked.
-        ages (`str` or `Path`, *optional*): Table (`.csv`, `.tsv` or `.xls`, relative to `root`) of ages in years.
-        ages_key (`str`): What it names a subject by, made of the fields; zeros in front do not matter.
-        ages_columns (`list[str]`): Its columns with the key and the age.
+        root: Folder of the data set.
+        modalities: Name to pattern below `root`; all with the same fields.
+        masks: Patterns of the lesion masks, one per annotator, with fields of the modalities. None: unlabelled.
+        brain: Pattern of the brain mask, likewise.
+        name: Of a subject, made of the fields; unique.
+        group: What no split may divide, made of the fields (`"{subject}"` of several sessions); `name` by default.
+        splits: Values of the field `split` to `"train"`, `"validation"` or `"test"`; subjects with other values are
+            left out. By default the value is train (or training), validation (or val) or test (or testing).
+        label: Of every subject: 0 in a healthy set.
+        healthy: Values of the field `class` that are healthy; the others are anomalous.
+        missing_masks: What a subject without any mask is: `"error"` unreadable, `"healthy"`, or `"unknown"`.
+        mask_above: Value in the files of the masks above which a voxel is marked.
+        ages: Table (`.csv`, `.tsv` or `.xls`, relative to `root`) of ages in years.
+        ages_key: What it names a subject by, made of the fields; zeros in front do not matter.
+        ages_columns: Its columns with the key and the age.
 
     Returns:
         `list[Subject]`, sorted by name.
@@ -146,12 +142,12 @@ def read_bids(
     the set is made, and the others are written.
 
     Args:
-        root (`str` or `Path`): Folder of the data set.
-        modalities (`dict[str, str]`): Name to pattern. Sessions with none of them are no subjects.
-        masks (`list[str]`): Patterns of the lesion masks, one per annotator. None: unlabelled.
-        brain (`str`, *optional*): Pattern of the brain mask.
-        label_column (`str`, *optional*): Column of `participants.tsv` that tells healthy from ill; `n/a` is unknown.
-        healthy (`list[str]`): Its values that are healthy; the others are anomalous.
+        root: Folder of the data set.
+        modalities: Name to pattern. Sessions with none of them are no subjects.
+        masks: Patterns of the lesion masks, one per annotator. None: unlabelled.
+        brain: Pattern of the brain mask.
+        label_column: Column of `participants.tsv` that tells healthy from ill; `n/a` is unknown.
+        healthy: Its values that are healthy; the others are anomalous.
         missing_masks, mask_above: As in [`read_file_patterns`].
 
     Returns:

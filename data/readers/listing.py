@@ -121,9 +121,9 @@ def read_table(path: Path, columns: Sequence[str], option: str) -> list[dict[str
     Reads the rows of a table as text: `.csv`, `.tsv`, or the first sheet of an `.xls` file.
 
     Args:
-        path (`Path`): The file.
-        columns (`list[str]`): What it must have.
-        option (`str`): What messages call it.
+        path: The file.
+        columns: What it must have.
+        option: What messages call it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"`{option}`: there is no file {path}.")
