@@ -76,14 +76,13 @@ class InputVolume:
 
 
 class StoredVolume(ABC):
-    """Stands for a volume that no file of its own holds: slices in a file each, an entry of an archive. Readers make
-    them, and [`read_volume`] takes them like a path.
-
-    Attributes:
-        files (`tuple[Path, ...]`): What it is read from.
-    """
+    """Stands for a volume that no file of its own holds, but `files` together: slices in a file each, an entry of an
+    archive. Readers make them, and [`read_volume`] takes them like a path."""
 
     files: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        return str(self.files[0])
 
     @abstractmethod
     def read(self) -> InputVolume:

@@ -397,7 +397,7 @@ def _read_table(root: Path, table: str, columns: Sequence[str]) -> list[dict[str
 
 
 def _in_modality(path: str, modality: str) -> str:
-    """Returns a path of a table in another modality than T1: folders called t1, and t1 as a word of the file's name."""
+    """Returns a path of a table, which names T1, in another modality: replaces t1 in folders and the file's name."""
     *folders, name = path.lstrip("/").split("/")
     folders = [modality if folder == "t1" else folder for folder in folders]
     return "/".join([*folders, _T1_WORD.sub(modality, name)])
