@@ -90,8 +90,8 @@ class Correction:
         return [name for name in names if name not in ("template", "reference", "modalities")]
 
     def check(self) -> None:
-        """Raises an `ImportError` if SimpleITK or the program of `skull_strip` is missing, a `ValueError` if a file is not
-        given, or is given and not used."""
+        """Raises an `ImportError` if SimpleITK or the program of `skull_strip` is missing, a `ValueError` if a file is
+        not given, or is given and not used."""
         try:
             import SimpleITK  # noqa: F401
         except ImportError as error:

@@ -89,14 +89,12 @@ def prepare(
         recipe: Written to `recipe.yaml`; `license`, `rehosting` and `source` go into the card.
         correction: Applied before the processor. `corrections.csv` lists what was done, the folder `quality` has a
             picture of every subject.
-        slices: Which slices are kept.
         raters: Make several annotations of the one that subjects have.
         split: How subjects are divided; as the subjects say by default.
         dtype: `"float32"` or `"float16"` of `image`.
         root: What file names are written relative to; the common folder of all files by default.
         shard_rows: Slices per file.
         num_proc: Processes that subjects are shared out to. Changes no bit of the result.
-        progress: Show a progress bar.
 
     Returns:
         `dict[str, str]`: Subjects that could not be read and why. The others were written.
@@ -136,7 +134,9 @@ def prepare(
         bar = tqdm(ordered, desc="prepare", unit="subject", disable=not progress)
         done = zip(bar, shards.run_tasks(rules.finish_piece, tasks, num_proc), strict=True)
         rows, failures = _read_rows(done, pieces, split_of, Path(root))
-        _check_splits(rows, slices)
+        for name in {row["split"] for row in rows}:
+            if not any(row["rows"] for row in rows if row["split"] == name):
+                raise ValueError(f"`slices` keeps no slice of the split {name}: {slices}.")
     except (ValueError, ImportError):
         # What is done is kept: a subject or the split may be what has to change.
         if not any(piece.exists() for piece in pieces.values()):
@@ -146,7 +146,11 @@ def prepare(
     # A folder of a temporary folder: it has ordinary permissions, and the renaming stays on one disk.
     with tempfile.TemporaryDirectory(dir=partial) as temporary:
         unfinished = Path(temporary) / out.name
-        _write_rows(unfinished, rows, pieces, shard_rows)
+        (unfinished / "data").mkdir(parents=True)
+        for name in SPLITS:
+            tables = (shards.read_piece(pieces[row["subject"]]) for row in rows if row["split"] == name)
+            shards.write_shards(tables, unfinished / "data", name, shard_rows)
+        pq.write_table(pa.Table.from_pylist(rows, schema=SUBJECTS_SCHEMA), unfinished / SUBJECTS)
         if correction is not None:
             _write_corrections(unfinished, rows, pieces)
         processor.save_pretrained(unfinished / PROCESSOR)
@@ -192,8 +196,7 @@ class _Rules:
 def _read_rows(
     done: Iterable[tuple[Subject, str | None]], pieces: dict[str, Path], split_of: dict[str, str], root: Path
 ) -> tuple[list[dict], dict[str, str]]:
-    """Reads the rows of `subjects.parquet` from the pieces as they are `done`. Returns them, and why subjects
-    failed."""
+    """Reads the rows of `subjects.parquet` from the pieces as they are done; returns them, and why subjects failed."""
     rows: list[dict] = []
     failures: dict[str, str] = {}
     for subject, failure in done:
@@ -213,15 +216,6 @@ def _read_rows(
     return rows, failures
 
 
-def _write_rows(folder: Path, rows: list[dict], pieces: dict[str, Path], shard_rows: int) -> None:
-    """Writes the shards of all splits and `subjects.parquet`."""
-    (folder / "data").mkdir(parents=True)
-    for split in SPLITS:
-        tables = (shards.read_piece(pieces[row["subject"]]) for row in rows if row["split"] == split)
-        shards.write_shards(tables, folder / "data", split, shard_rows)
-    pq.write_table(pa.Table.from_pylist(rows, schema=SUBJECTS_SCHEMA), folder / SUBJECTS)
-
-
 def _write_corrections(folder: Path, rows: list[dict], pieces: dict[str, Path]) -> None:
     """Writes `corrections.csv` and `quality/SUBJECT.png`."""
     (folder / "quality").mkdir()
@@ -235,13 +229,8 @@ def _write_corrections(folder: Path, rows: list[dict], pieces: dict[str, Path]) 
 
 
 def read_recipe(name: str | Path) -> dict:
-    """
-    Reads a recipe: a YAML file, or one that comes with the package by its bare name, such as `tcga_lgg_flair`.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is no mapping, or has an unknown key.
-    """
+    """Reads and checks a recipe: a YAML file, or one that comes with the package by its bare name, such as
+    `tcga_lgg_flair`."""
     packaged = Path(__file__).parent.parent / "configs" / "recipes"
     path = Path(name)
     if not path.is_file() and path.parent.name == "":
@@ -267,7 +256,8 @@ def prepare_recipe(
     progress: bool = True,
 ) -> dict[str, str]:
     """
-    Reads the raw data set in `root` as a recipe says and writes the prepared one; see [`prepare`] for what it returns.
+    Reads the raw data set in `root` as a recipe says and writes the prepared one, as [`prepare`]. An unknown or
+    missing key is a `ValueError`.
 
     Args:
         recipe: `reader` (a key of `READERS`), `reader_options`, `processor` (settings of [`VolumeProcessor`]), and
@@ -277,10 +267,6 @@ def prepare_recipe(
             to `root`.
         template, reference: Files of `correction`: the template that subjects are registered to, and the scan whose
             histograms they are matched to (a file, or a folder with one per modality, called after it).
-        root, out, num_proc, progress: As in [`prepare`].
-
-    Raises:
-        ValueError: An unknown or missing key, and as [`prepare`].
     """
     _check_block("recipe", recipe, RECIPE_KEYS, required=("reader", "reader_options", "processor"))
     check_choice("reader", recipe["reader"], READERS)
@@ -289,7 +275,10 @@ def prepare_recipe(
     parameters = {key: value for key, value in inspect.signature(reader).parameters.items() if key != "root"}
     required = [key for key, value in parameters.items() if value.default is inspect.Parameter.empty]
     _check_block("reader_options", options, parameters, required)
-    absolute = [text for value in options.values() for text in _texts(value) if Path(text).is_absolute()]
+    absolute = []
+    for value in options.values():
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        absolute += [text for text in values if isinstance(text, str) and Path(text).is_absolute()]
     if absolute:
         raise ValueError(f"`reader_options` must hold paths relative to the root, got {', '.join(absolute)}.")
     processor, rules = read_rules(recipe, template, reference)
@@ -311,12 +300,10 @@ def read_rules(
 ) -> tuple[VolumeProcessor, dict]:
     """Returns the processor and the rules of a recipe, as [`prepare`] takes them."""
     rules = {}
-    for key, rule in (("slices", SliceRule), ("split", SplitRule)):
-        _check_block(key, recipe.get(key, {}), [field.name for field in dataclasses.fields(rule)])
-        rules[key] = rule(**recipe.get(key, {}))
-    if "raters" in recipe:
-        _check_block("raters", recipe["raters"], [field.name for field in dataclasses.fields(RaterRule)])
-        rules["raters"] = RaterRule(**recipe["raters"])
+    for key, rule in (("slices", SliceRule), ("split", SplitRule), ("raters", RaterRule)):
+        if key in recipe:
+            _check_block(key, recipe[key], [field.name for field in dataclasses.fields(rule)])
+            rules[key] = rule(**recipe[key])
     processor = VolumeProcessor.from_dict(recipe["processor"])
     if "correction" in recipe or template is not None or reference is not None:
         _check_block("correction", recipe.get("correction", {}), Correction.rules())
@@ -332,12 +319,6 @@ def _check_block(block: str, given: dict, known: Iterable[str], required: Iterab
     missing = [key for key in required if key not in given]
     if missing:
         raise ValueError(f"`{block}` needs the key {', '.join(missing)}.")
-
-
-def _texts(value) -> list[str]:
-    """Returns the texts in an option of a reader."""
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-    return [item for item in values if isinstance(item, str)]
 
 
 def _check_subjects(subjects: Sequence[Subject], raters: RaterRule | None) -> None:
@@ -364,9 +345,3 @@ def _check_train_rule(rule: str, subjects: Sequence[Subject]) -> None:
                 f"`slices.train: healthy_by_label` needs a label or a mask of every training subject, {subject.name}"
                 " has neither. Use `all` if the training subjects are healthy."
             )
-
-
-def _check_splits(rows: list[dict], rule: SliceRule) -> None:
-    for name in {row["split"] for row in rows}:
-        if not any(row["rows"] for row in rows if row["split"] == name):
-            raise ValueError(f"`slices` keeps no slice of the split {name}: {rule}.")

@@ -223,13 +223,13 @@ def read_crop_pickles(root: str | Path, files: str = "*.pickle") -> list[Subject
         raise ValueError(f"No file in {root} is {files}; there are {list_names(root)}.")
     subjects: dict[str, Subject] = {}
     for path in paths:
-        try:
-            with open(path, "rb") as file:
+        with open(path, "rb") as file:
+            try:
                 crops = _ArrayUnpickler(file).load()
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{path} cannot be read: {error}.") from error
-        except Exception as error:  # a damaged pickle ends in any kind of error
-            raise ValueError(f"{path} cannot be read, it may be truncated or damaged: {error}.") from error
+            except pickle.UnpicklingError as error:
+                raise ValueError(f"{path} cannot be read: {error}.") from error
+            except Exception as error:  # a damaged pickle ends in any kind of error
+                raise ValueError(f"{path} cannot be read, it may be truncated or damaged: {error}.") from error
         if not isinstance(crops, dict):
             raise ValueError(f"{path} must hold a dict of crops, got {type(crops).__name__}.")
         while crops:  # what is taken over need not be in memory twice
@@ -254,7 +254,7 @@ def read_crop_pickles(root: str | Path, files: str = "*.pickle") -> list[Subject
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits arrays of numbers and plain containers (dict, list, tuple, set, text, numbers): nothing that runs code."""
+    """Admits arrays of numbers and plain containers (dict, list, tuple, set, text): nothing that runs code."""
 
     # How numpy puts arrays and numbers together; its modules are called otherwise before version 2.
     _MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
