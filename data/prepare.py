@@ -121,16 +121,16 @@ def prepare(
     annotations = max(1, *(len(subject.masks) for subject in subjects)) if raters is None else raters.number
     rules = _Rules(processor, correction, slices, raters, annotations, dtype)
     corrected = None if correction is None else correction.describe()
-    described = [dataclasses.asdict(rule) if rule else None for rule in (slices, raters)]
-    settings = [processor.settings(), *described, annotations, dtype, corrected, shards.code_digest()]
+    described = [dataclasses.asdict(slices), raters and dataclasses.asdict(raters), annotations, dtype, corrected]
+    settings = [processor.settings(), *described, shards.code_digest()]
     partial = out.with_name(f"{out.name}.partial")
     ordered = sorted(subjects, key=lambda subject: (SPLITS.index(split_of[subject.name]), subject.name))
-    training = {subject.name: split_of[subject.name] == "train" for subject in subjects}
-    pieces = {s.name: partial / shards.piece_name(settings, s, training[s.name]) for s in ordered}
+    tasks = [(subject, split_of[subject.name] == "train") for subject in ordered]
+    pieces = {task[0].name: partial / shards.piece_name(settings, *task) for task in tasks}
 
     shards.open_partial(partial)
     try:
-        tasks = [(subject, training[subject.name], pieces[subject.name]) for subject in ordered]
+        tasks = [(*task, piece) for task, piece in zip(tasks, pieces.values(), strict=True)]
         bar = tqdm(ordered, desc="prepare", unit="subject", disable=not progress)
         done = zip(bar, shards.run_tasks(rules.finish_piece, tasks, num_proc), strict=True)
         rows, failures = _read_rows(done, pieces, split_of, Path(root))

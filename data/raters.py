@@ -51,18 +51,9 @@ class RaterRule:
         check_number("raters.drop", self.drop, least=0, most=1)
 
     def annotate(self, mask: np.ndarray, spacing: Sequence[float], name: str) -> np.ndarray:
-        """
-        Draws the annotations of one subject.
-
-        Args:
-            mask (`np.ndarray` of shape `(H, W)` or `(X, Y, Z)`, boolean or 0/1): The given mask; all raters leave an
-                empty one empty.
-            spacing: Voxel size along every axis, in mm. An axis of one voxel (of a picture) is left alone.
-            name: Of the subject.
-
-        Returns:
-            `np.ndarray` of shape `(A, *mask.shape)`: bool. Without `radius`, `warp` and `drop` all are `mask`.
-        """
+        """Draws the annotations `(A, *mask.shape)`, bool, of the mask `(H, W)` or `(X, Y, Z)` of the subject `name`;
+        an empty one stays empty. `spacing` is in mm along every axis; an axis of one voxel (of a picture) is left
+        alone. Without `radius`, `warp` and `drop` all are `mask`."""
         mask = np.asarray(mask) > 0
         if len(spacing) != mask.ndim:
             raise ValueError(f"`spacing` must have a number for each axis of {mask.shape}, got {tuple(spacing)}.")
@@ -86,8 +77,7 @@ class RaterRule:
     def _redraw(
         self, mask: np.ndarray, spacing: Sequence[float], wider: float, rng: np.random.Generator
     ) -> np.ndarray:
-        """Moves the boundary of `mask`, which is not empty, by a smooth displacement and makes it `wider` by so many
-        mm."""
+        """Moves the boundary of a mask, which is not empty, by a smooth displacement, and `wider` by so many mm."""
         if mask.all():  # a lesion without boundary
             return mask
         axes = [axis for axis in range(mask.ndim) if mask.shape[axis] > 1]

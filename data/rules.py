@@ -91,11 +91,8 @@ class SplitRule:
             raise ValueError(f"`split.fractions` must be numbers >= 0 that sum to 1, got {self.fractions}.")
 
     def assign(self, subjects: Sequence[Subject]) -> dict[str, str]:
-        """Returns the split of every subject, by its name; a group is in one split only.
-
-        Raises:
-            ValueError: A group is divided, a subject has no split, or a split would get no group.
-        """
+        """Returns the split of every subject, by its name; raises if a group is divided, a subject has no split, or a
+        split would get no group."""
         if self.fractions is None:
             split_of_group: dict[str, str] = {}
             for subject in subjects:
@@ -122,7 +119,7 @@ class SplitRule:
             ends = np.cumsum([*(int(share * len(groups)) for share in shares[:-1]), len(groups)])
             ends = np.minimum(ends, len(groups))
         else:
-            groups.sort(key=self._hash)
+            groups.sort(key=lambda group: hashlib.sha256(f"{self.seed}:{group}".encode()).digest())
             ends = np.rint(np.cumsum(shares) * len(groups)).astype(int)
         split_of_group = {}
         for name, start, end in zip(self.fractions, [0, *ends], ends, strict=False):
@@ -130,6 +127,3 @@ class SplitRule:
                 raise ValueError(f"`split.fractions` leaves no group for {name}: there are {len(groups)} groups.")
             split_of_group |= dict.fromkeys(groups[start:end], name)
         return {subject.name: split_of_group[subject.group] for subject in subjects}
-
-    def _hash(self, group: str) -> bytes:
-        return hashlib.sha256(f"{self.seed}:{group}".encode()).digest()
