@@ -146,13 +146,7 @@ def prepare(
     # A folder of a temporary folder: it has ordinary permissions, and the renaming stays on one disk.
     with tempfile.TemporaryDirectory(dir=partial) as temporary:
         unfinished = Path(temporary) / out.name
-        (unfinished / "data").mkdir(parents=True)
-        for name in SPLITS:
-            tables = (shards.read_piece(pieces[row["subject"]]) for row in rows if row["split"] == name)
-            shards.write_shards(tables, unfinished / "data", name, shard_rows)
-        pq.write_table(pa.Table.from_pylist(rows, schema=SUBJECTS_SCHEMA), unfinished / SUBJECTS)
-        if correction is not None:
-            _write_corrections(unfinished, rows, pieces)
+        _write_rows(unfinished, rows, pieces, shard_rows)
         processor.save_pretrained(unfinished / PROCESSOR)
         (unfinished / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
         (unfinished / "README.md").write_text(make_card(out.name, processor, recipe, rows, failures, corrected))
@@ -216,8 +210,16 @@ def _read_rows(
     return rows, failures
 
 
-def _write_corrections(folder: Path, rows: list[dict], pieces: dict[str, Path]) -> None:
-    """Writes `corrections.csv` and `quality/SUBJECT.png`."""
+def _write_rows(folder: Path, rows: list[dict], pieces: dict[str, Path], shard_rows: int) -> None:
+    """Writes the shards of all splits and `subjects.parquet`, and `corrections.csv` and `quality/SUBJECT.png` if there
+    are any."""
+    (folder / "data").mkdir(parents=True)
+    for split in SPLITS:
+        tables = (shards.read_piece(pieces[row["subject"]]) for row in rows if row["split"] == split)
+        shards.write_shards(tables, folder / "data", split, shard_rows)
+    pq.write_table(pa.Table.from_pylist(rows, schema=SUBJECTS_SCHEMA), folder / SUBJECTS)
+    if "correction" not in rows[0]:
+        return
     (folder / "quality").mkdir()
     with open(folder / "corrections.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["subject", *rows[0]["correction"]], lineterminator="\n")

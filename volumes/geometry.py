@@ -97,8 +97,7 @@ class Geometry:
 
 
 def plane_orientation(affine: np.ndarray, plane: str) -> np.ndarray:
-    """Returns the nibabel orientation `(3, 2)` that turns voxel axes into the axes (W, H, slice) of a plane of
-    `PLANES`."""
+    """Returns the nibabel orientation `(3, 2)` that turns voxel axes into (W, H, slice) of a plane of `PLANES`."""
     orientations = nib.orientations
     return orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(PLANES[plane]))
 
@@ -143,9 +142,8 @@ def _gather(array, axis, size, start, step):
 
 
 def _linear_weights(source: int, target: int, start: float, step: float, antialias: bool) -> np.ndarray:
-    # Row k interpolates at source coordinate start + k * step. Weights are renormalised at the border of the source
-    # and zero beyond it, which makes a plain resize equal to torch's
-    # `interpolate(mode="bilinear", align_corners=False)`.
+    # Row k interpolates at source coordinate start + k * step. Weights are renormalised at the source's border and zero
+    # beyond it, which makes a plain resize equal to torch's `interpolate(mode="bilinear", align_corners=False)`.
     centre = start + step * np.arange(target)
     radius = max(1.0, step) if antialias else 1.0
     weights = np.clip(1.0 - np.abs(np.arange(source)[None] - centre[:, None]) / radius, 0.0, None)

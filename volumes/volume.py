@@ -52,8 +52,7 @@ class InputVolume:
         return next(iter(self.arrays.values())).shape
 
     def as_given(self, array: np.ndarray) -> np.ndarray:
-        """Returns a result `(X, Y, Z)` in the form of the input: `(rows, columns)` of a picture, `(X, Y)` of a 2-D
-        array."""
+        """Returns a result `(X, Y, Z)` as the input came: `(rows, columns)` of a picture, `(X, Y)` of a 2-D array."""
         if self.is_picture:
             return array[..., 0].T
         return array[..., 0] if self.ndim == 2 else array
@@ -183,7 +182,12 @@ def _from_nibabel(image, name: str) -> InputVolume:
     affine = np.asarray(image.affine, dtype=np.float64)
     header = image.header if isinstance(image.header, nib.Nifti1Header) else None
     no_codes = header is not None and not (int(header["sform_code"]) or int(header["qform_code"]))
-    if not np.isfinite(affine).all() or not _is_regular(affine):
+    if (
+        not np.isfinite(affine).all()
+        or (  # or singular, relative to the voxel size, whatever its unit
+            abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * np.prod(np.linalg.norm(affine[:3, :3], axis=0))
+        )
+    ):
         zooms = [zoom if np.isfinite(zoom) and zoom > 0 else 1.0 for zoom in image.header.get_zooms()[:3]]
         affine = np.diag([*(zooms + [1.0] * 3)[:3], 1.0])
         no_codes = True
@@ -193,16 +197,10 @@ def _from_nibabel(image, name: str) -> InputVolume:
             " they stand; write the right affine into the header if you know it.",
             stacklevel=2,
         )
-    if array.ndim == 3:
-        arrays = {"": array}
-    else:
+    arrays = {"": array}
+    if array.ndim == 4:
         arrays = {str(index): array[..., index] for index in range(array.shape[3])}
     return _checked(InputVolume(arrays, affine, header, False, min(image.ndim, 3), name))
-
-
-def _is_regular(affine: np.ndarray) -> bool:
-    # Relative to the voxel size, whatever its unit.
-    return abs(np.linalg.det(affine[:3, :3])) > 1e-6 * np.prod(np.linalg.norm(affine[:3, :3], axis=0))
 
 
 def _from_picture(picture: PIL.Image.Image, name: str) -> InputVolume:
