@@ -26,9 +26,9 @@ def slices_of(
     training: bool,
     annotations: int,
 ) -> tuple[dict, dict]:
-    """Makes the slices that are kept of a subject, which is in the `training` split or not: arrays `image (N, C, H,
-    W)`, `mask (N, A, H, W)` (A is `annotations`; those that the subject lacks are zeros), `brain (N, H, W)`, `label
-    (N,)` and `slice (N,)`, and its columns of `subjects.parquet`."""
+    """Makes the slices that are kept of a subject, which is in the `training` split or not. Returns arrays
+    `image (N, C, H, W)`, `mask (N, A, H, W)` (A is `annotations`; those that the subject lacks are zeros),
+    `brain (N, H, W)`, `label (N,)` and `slice (N,)`, and its columns of `subjects.parquet`."""
     processed = processor.preprocess(subject.volume, subject.brain)
     geometry = processed.geometry
     images, brain = processed.slices.numpy(), processed.brain.numpy()

@@ -225,7 +225,9 @@ def _check_fields(
     for option, text in made.items():
         unknown = sorted(fields_of(text or "") - fields)
         if unknown:
-            raise ValueError(f"`{option}` has the field {', '.join(unknown)}; those of `modalities` are {listed}.")
+            raise ValueError(
+                f"`{option}` has the field {', '.join(unknown)}; the fields of `modalities` are {listed}."
+            )
     for option, given, field in (("splits", splits, "split"), ("healthy", healthy, "class")):
         if given and field not in fields:
             raise ValueError(f"`{option}` needs the field {{{field}}} in the patterns of `modalities`.")
