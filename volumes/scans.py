@@ -10,7 +10,7 @@ from .volume import IMAGE_SUFFIXES, VOLUME_SUFFIXES
 
 @dataclass(frozen=True)
 class Scan:
-    """Names one scan: for its results, what the pipeline is called with (volume and mask), the path that was given."""
+    """Names one scan: its name among the results, the volume and brain mask for the pipeline, the path as given."""
 
     name: str
     volume: dict | Path
