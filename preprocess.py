@@ -20,8 +20,7 @@ from anodiff.configs import parse_options
 
 _WHY_PRIVATE = (
     "\nAs a private repository only: the licence of the images forbids to offer them for download. Keep it private,"
-    " and share the"
-    " recipe instead."
+    " and share the recipe instead."
 )
 
 
@@ -75,38 +74,24 @@ def main(argv: list[str] | None = None) -> int:
         from anodiff.data.prepare import prepare_recipe, read_recipe
 
         recipe = None if options.recipe is None else read_recipe(options.recipe)
-        if options.push_to_hub and not options.hub_private and recipe is not None and "license" not in recipe:
+        public = options.push_to_hub and not options.hub_private
+        if public and recipe is not None and "license" not in recipe:
             raise ValueError("A public data set needs `license` in the recipe: who may do what with the images?")
         forbidden = recipe is not None and recipe.get("rehosting") == "forbidden"
-        if options.push_to_hub and not options.hub_private and forbidden:
+        if public and forbidden:
             raise ValueError(
                 "`--hub_private false` is refused: by `rehosting: forbidden` of the recipe, the licence forbids to"
-                " offer the images for"
-                " download."
+                " offer the images for download."
             )
         if options.push_to_hub:
             # Whatever a push would fail at, before the work.
             open_repository(options.push_to_hub, private=options.hub_private, repo_type="dataset")
-        if options.phantom is not None:
-            failures = prepare_phantom(
-                options.phantom,
-                options.out,
-                recipe=recipe,
-                anatomy=options.phantom_anatomy,
-                raw=options.root,
-                template=options.template,
-                reference=options.reference,
-                num_proc=options.num_proc,
-            )
+        common = {"template": options.template, "reference": options.reference, "num_proc": options.num_proc}
+        if options.phantom is None:
+            failures = prepare_recipe(recipe, options.root, options.out, **common)
         else:
-            failures = prepare_recipe(
-                recipe,
-                options.root,
-                options.out,
-                template=options.template,
-                reference=options.reference,
-                num_proc=options.num_proc,
-            )
+            own = {"recipe": recipe, "anatomy": options.phantom_anatomy, "raw": options.root}
+            failures = prepare_phantom(options.phantom, options.out, **own, **common)
     except (ValueError, OSError, ImportError, PublishingError) as error:
         print(f"preprocess.py: {error}", file=sys.stderr)
         return 1

@@ -15,35 +15,17 @@ _REHOSTING = {
 
 
 def make_card(
-    name: str,
-    processor: VolumeProcessor,
-    recipe: dict,
-    rows: list[dict],
-    failures: dict[str, str],
-    correction: dict | None = None,
+    name: str, processor: VolumeProcessor, recipe: dict, rows: list[dict], failures: dict, correction: dict | None
 ) -> str:
-    """
-    Returns the card of a prepared data set in Markdown. Its header makes `load_dataset` find the shards of every
-    split, and nothing else.
-
-    Args:
-        name (`str`): Of the data set.
-        processor ([`VolumeProcessor`]): Made the slices.
-        recipe (`dict`): `source`, `license` and `rehosting` are stated, the rest is quoted.
-        rows (`list[dict]`): Of `subjects.parquet`.
-        failures (`dict[str, str]`): Subjects that were left out, with the reason.
-        correction (`dict`, *optional*): As from [`~data.correction.Correction.describe`].
-    """
+    """Returns the card of a prepared data set in Markdown, whose header makes `load_dataset` find the shards of every
+    split, from the rows of `subjects.parquet`, the subjects that were left out with the reason, and what
+    [`~data.correction.Correction.describe`] says."""
     lines, files = [], []
     for split in SPLITS:
         of_split = [row for row in rows if row["split"] == split and row["rows"]]
         if of_split:
-            counts = (
-                len(of_split),
-                sum(row["rows"] for row in of_split),
-                sum(row["anomalous_rows"] for row in of_split),
-            )
-            lines.append(f"| {split} | " + " | ".join(map(str, counts)) + " |")
+            kept, anomalous = (sum(row[name] for row in of_split) for name in ("rows", "anomalous_rows"))
+            lines.append(f"| {split} | {len(of_split)} | {kept} | {anomalous} |")
             files.append({"split": split, "path": SHARDS.format(split=split)})
     header = {
         "license": recipe.get("license", "unknown"),

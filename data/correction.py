@@ -10,8 +10,8 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import lazy_loader
 import nibabel as nib
 import numpy as np
 
@@ -21,9 +21,7 @@ from ..volumes.volume import InputVolume, read_volume
 from .readers.subjects import Subject
 
 
-if TYPE_CHECKING:
-    import SimpleITK as sitk
-
+sitk = lazy_loader.load("SimpleITK")  # an extra; `Correction.check` says if it is missing
 
 # Arrays are (X, Y, Z), affines lead to RAS+ as in nibabel; ITK's world is LPS, and its arrays run backwards.
 
@@ -49,25 +47,19 @@ class Correction:
     each other in the world.
 
     Args:
-        skull_strip (`str`, *optional*):
-            `"hd-bet"` or `"synthstrip"`: program that makes the brain mask of the modality `by`; outside it everything
-            is 0 then.
-        register (`str`, *optional*):
-            `"rigid"` or `"affine"`: the modality `by` to the template, by mutual information.
-        by (`str`, *optional*): Modality that brain and registration are found in; the first by default.
-        spacing (`tuple[float, float, float]`, *optional*):
-            Voxel size of the new grid in mm along its axes; the template's, or without one the subject's, by default.
-            To reduce a volume without aliasing use `spacing` of the processor.
-        cut (`bool`, defaults to `False`): Cut the grid to the box of the brain.
-        n4 (`int`, defaults to 0):
-            N4 bias field correction in the brain: iterations at each of four levels. cDDPM and SADM 200.
-        match_histogram (`bool`, defaults to `False`):
-            Match every modality to that of the reference scan, as ANDi: SimpleITK, 256 levels, one point, above the
-            mean.
-        template (`Path`, *optional*): Of `register`; should be stripped if subjects are.
-        reference (`Path`, *optional*):
-            Of `match_histogram`: a file, or a folder with one per modality, called after it.
-        modalities (`tuple[str, ...]`): Names of the channels, in order.
+        skull_strip: `"hd-bet"` or `"synthstrip"`, the program that makes the brain mask of the modality `by`; outside
+            it everything is 0 then.
+        register: `"rigid"` or `"affine"`: the modality `by` to the template, by mutual information.
+        by: Modality that brain and registration are found in; the first by default.
+        spacing: Voxel size of the new grid in mm along its axes; the template's, or without one the subject's, by
+            default. To reduce a volume without aliasing use `spacing` of the processor.
+        cut: Cut the grid to the box of the brain.
+        n4: N4 bias field correction in the brain: iterations at each of four levels. cDDPM and SADM 200.
+        match_histogram: Match every modality to that of the reference scan, as ANDi: SimpleITK, 256 levels, one point,
+            above the mean.
+        template: File of `register`; should be stripped if subjects are.
+        reference: Of `match_histogram`: a file, or a folder with one per modality, called after it.
+        modalities: Names of the channels, in order.
     """
 
     skull_strip: str | None = None
@@ -93,20 +85,19 @@ class Correction:
 
     @classmethod
     def rules(cls) -> list[str]:
-        """Returns the names of what a recipe may set; files are not among them, because their paths differ between
-        machines."""
+        """Returns the names of what a recipe may set: no files, whose paths differ between machines."""
         names = [field.name for field in dataclasses.fields(cls)]
         return [name for name in names if name not in ("template", "reference", "modalities")]
 
     def check(self) -> None:
-        """
-        Checks that programs and files for the correction are there.
-
-        Raises:
-            ImportError: SimpleITK or the program of `skull_strip` is missing.
-            ValueError: A file is not given, or is given and not used.
-        """
-        _import_sitk()
+        """Raises an `ImportError` if SimpleITK or the program of `skull_strip` is missing, a `ValueError` if a file is
+        not given, or is given and not used."""
+        try:
+            import SimpleITK  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "`correction` of a recipe needs SimpleITK: `pip install anodiff[preprocess]`."
+            ) from error
         for rule, wanted, name, path in (
             ("register", self.register is not None, "template", self.template),
             ("match_histogram", self.match_histogram, "reference", self.reference),
@@ -119,18 +110,17 @@ class Correction:
             others = [name for name in STRIPPERS if shutil.which(STRIPPERS[name])]
             raise ImportError(
                 f"`correction.skull_strip: {self.skull_strip}` needs the program `{STRIPPERS[self.skull_strip]}`,"
-                " which is not"
-                f" installed ({_INSTALL[self.skull_strip]}). Installed are {', '.join(others) or 'none'}."
+                f" which is not installed ({_INSTALL[self.skull_strip]}). Installed are {', '.join(others) or 'none'}."
             )
 
     def describe(self) -> dict:
         """Returns the rules that are set, and the files by name and SHA-256, in plain values."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        described = {}
-        for name in self.rules():
-            if getattr(self, name) != defaults[name]:
-                value = getattr(self, name)
-                described[name] = list(value) if isinstance(value, (tuple, list)) else value
+        defaults = type(self)()
+        described = {
+            name: getattr(self, name) for name in self.rules() if getattr(self, name) != getattr(defaults, name)
+        }
+        if self.spacing is not None:
+            described["spacing"] = list(self.spacing)
         if self.template is not None:
             described["template"] = _fingerprint(Path(self.template))
         if self.reference is not None:
@@ -139,43 +129,32 @@ class Correction:
 
     def apply(self, subject: Subject, picture: Path) -> tuple[Subject, dict]:
         """
-        Corrects one subject.
+        Corrects one subject. Returns it with corrected volumes ([`InputVolume`]) in place of its files, and its row of
+        `corrections.csv`; `picture` is a PNG file to write: three planes with the contours of brain and masks.
 
-        Args:
-            subject ([`Subject`]): Its files are read.
-            picture (`Path`): PNG file to write: three planes with the contours of brain and masks.
-
-        Returns:
-            `tuple[Subject, dict]`: The subject with corrected volumes ([`InputVolume`]) in place of its files, and its
-            row of `corrections.csv`.
-
-        Raises:
-            ValueError: The files do not fit together, or ITK or the program gives up on them.
-            OSError: A file cannot be read.
+        Raises a `ValueError` if the files do not fit together, or ITK or the program gives up on them.
         """
-        sitk = _import_sitk()
-        # The order of sums, and with it the last bits, would depend on threads: `num_proc` shares out subjects
-        # instead.
+        # The order of sums, and with it the last bits, would depend on threads: `num_proc` shares out subjects.
         threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
         try:
-            return self._apply(sitk, subject, picture)
+            return self._apply(subject, picture)
         except RuntimeError as error:  # what ITK raises, with its own source lines in front
             reason = str(error).strip().rpartition("\n")[2]
             raise ValueError(f"Subject {subject.name}: the correction failed: {reason}") from error
         finally:
             sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
 
-    def _apply(self, sitk, subject: Subject, picture: Path) -> tuple[Subject, dict]:
+    def _apply(self, subject: Subject, picture: Path) -> tuple[Subject, dict]:
         # 1. Everything into ITK's images, each on its own grid.
-        images, masks, given = self._read_images(sitk, subject)
+        images, masks, given = self._read_images(subject)
         by = images[self.by or self.modalities[0]]
         row = {"input_shape": list(by.GetSize()), "input_spacing": _rounded(by.GetSpacing())}
-        lesion_before = [_millilitres(sitk, mask, subject.mask_above) for mask in masks]
+        lesion_before = [_millilitres(mask, subject.mask_above) for mask in masks]
 
         # 2. The brain, and where it is in the template.
         if self.skull_strip is not None:
-            given = self._strip(sitk, by)
+            given = self._strip(by)
         brain = by
         if given is not None:
             brain = sitk.Resample(given, by, sitk.Transform(), sitk.sitkNearestNeighbor)
@@ -184,41 +163,40 @@ class Correction:
         row |= dict.fromkeys(("metric", "rotation_degrees", "volume_ratio", "shift_mm", "matrix"), "")
         grid, transform, template = by, sitk.Transform(), None
         if self.register is not None:
-            grid = template = _image(sitk, *_read_one(Path(self.template)))
+            grid = template = _image(*_read_one(Path(self.template)))
             moving = by if given is None else sitk.Mask(by, brain)
-            transform, metric = _register(sitk, template, moving, self.register)
+            transform, metric = _register(template, moving, self.register)
             row |= {"metric": round(metric, 4), **_describe_transform(transform, template)}
 
         # 3. One grid for all.
-        grid, brain = self._new_grid(sitk, subject.name, grid, brain, transform)
+        grid, brain = self._new_grid(subject.name, grid, brain, transform)
         images = {name: sitk.Resample(image, grid, transform, sitk.sitkLinear) for name, image in images.items()}
         masks = [sitk.Resample(mask, grid, transform, sitk.sitkNearestNeighbor) for mask in masks]
-        lesion_after = [_millilitres(sitk, mask, subject.mask_above) for mask in masks]
+        lesion_after = [_millilitres(mask, subject.mask_above) for mask in masks]
         for path, before, after in zip(subject.masks, lesion_before, lesion_after, strict=True):
             if before > 0 and after == 0:
                 raise ValueError(
                     f"Nothing of the {before} ml that {path} marks is left on the new grid: look at the registration,"
-                    " the box"
-                    " (`cut`) and the voxel size."
+                    " the box (`cut`) and the voxel size."
                 )
         if self.skull_strip is not None:
             images = {name: sitk.Mask(image, brain) for name, image in images.items()}
 
         # 4. Intensities.
-        images, described = self._correct_intensities(sitk, images, brain)
+        images, described = self._correct_intensities(images, brain)
         row |= described
 
         # 5. Back, and what was done.
         row |= {"output_shape": list(grid.GetSize()), "output_spacing": _rounded(grid.GetSpacing())}
-        row |= {"brain_ml": _millilitres(sitk, brain, 0), "lesion_ml": lesion_before, "lesion_ml_after": lesion_after}
-        affine, inside = _affine(grid), _array(sitk, brain) > 0
+        row |= {"brain_ml": _millilitres(brain, 0), "lesion_ml": lesion_before, "lesion_ml_after": lesion_after}
+        affine, inside = _affine(grid), _array(brain) > 0
         row["overlap_with_template"], beneath = "", None
         if template is not None:
-            beneath = _array(sitk, sitk.Resample(template, grid, sitk.Transform(), sitk.sitkLinear))
+            beneath = _array(sitk.Resample(template, grid, sitk.Transform(), sitk.sitkLinear))
             common = (inside & (beneath > 0)).sum()
             row["overlap_with_template"] = round(2 * common / (inside.sum() + (beneath > 0).sum()), 4)
-        arrays = {name: _array(sitk, image) for name, image in images.items()}
-        marks = [_array(sitk, mask) for mask in masks]
+        arrays = {name: _array(image) for name, image in images.items()}
+        marks = [_array(mask) for mask in masks]
         marked = np.any([mark > subject.mask_above for mark in marks], axis=0)
         _draw(picture, subject.name, affine, arrays[self.by or self.modalities[0]], beneath, inside, marked)
         volume = InputVolume(arrays, affine, None, False, 3, subject.name)
@@ -226,44 +204,57 @@ class Correction:
         kept = None if given is None else _volume(inside.astype(np.float32), affine, f"brain of {subject.name}")
         return dataclasses.replace(subject, volume=volume, masks=found, brain=kept), row
 
-    def _read_images(self, sitk, subject: Subject) -> tuple[dict, list, sitk.Image | None]:
+    def _read_images(self, subject: Subject) -> tuple[dict, list, sitk.Image | None]:
         """Reads the modalities, the masks and the brain mask if there is one."""
-        images = {name: _image(sitk, *volume) for name, volume in self._read(subject).items()}
-        masks = [_image(sitk, *_read_one(mask)) for mask in subject.masks]
-        brain = None if subject.brain is None else _image(sitk, *_read_one(subject.brain))
+        images = {name: _image(*volume) for name, volume in self._read(subject).items()}
+        masks = [_image(*_read_one(mask)) for mask in subject.masks]
+        brain = None if subject.brain is None else _image(*_read_one(subject.brain))
         for path, mask in zip((*subject.masks, subject.brain), (*masks, brain), strict=True):
             # A mask with a wrong affine would be moved away from its lesion without a word.
-            if mask is not None and not any(_on_one_grid(mask, image) for image in images.values()):
+            if mask is not None and not any(
+                mask.GetSize() == image.GetSize() and np.allclose(_affine(mask), _affine(image), atol=1e-3)
+                for image in images.values()
+            ):
                 raise ValueError(
                     f"The mask {path} must lie on the grid of one of {', '.join(images)}: shape and affine."
                 )
         return images, masks, brain
 
-    def _new_grid(self, sitk, name: str, grid: sitk.Image, brain: sitk.Image, transform) -> tuple:
+    def _new_grid(self, name: str, grid: sitk.Image, brain: sitk.Image, transform) -> tuple:
         """Returns the grid that everything is brought to, with the brain on it."""
-        if self.spacing is not None:
-            grid = _respaced(sitk, grid, self.spacing)
+        if self.spacing is not None:  # over the same field of view, about the same centre
+            size, old = np.array(grid.GetSize()), np.array(grid.GetSpacing())
+            count = np.maximum(np.rint(size * old / self.spacing), 1).astype(int)
+            first = (size - 1) / 2 - (count - 1) / 2 * self.spacing / old  # in voxels of the old grid
+            new = sitk.Image(count.tolist(), sitk.sitkFloat32)
+            new.SetSpacing([float(mm) for mm in self.spacing])
+            new.SetDirection(grid.GetDirection())
+            new.SetOrigin(grid.TransformContinuousIndexToPhysicalPoint(first.tolist()))
+            grid = new
         brain = sitk.Resample(brain, grid, transform, sitk.sitkNearestNeighbor)
         if not sitk.GetArrayViewFromImage(brain).any():
             raise ValueError(f"Subject {name}: nothing of the brain is left on the new grid.")
         if self.cut:
-            low, size = _box(sitk, brain)
-            grid = sitk.RegionOfInterest(grid, size, low)
-            brain = sitk.RegionOfInterest(brain, size, low)
+            indices = np.nonzero(sitk.GetArrayViewFromImage(brain).T)
+            low = [int(index.min()) for index in indices]
+            size = [int(np.ptp(index) + 1) for index in indices]
+            grid, brain = (sitk.RegionOfInterest(image, size, low) for image in (grid, brain))
         return grid, brain
 
-    def _correct_intensities(self, sitk, images: dict, brain: sitk.Image) -> tuple[dict, dict]:
+    def _correct_intensities(self, images: dict, brain: sitk.Image) -> tuple[dict, dict]:
         """Returns the images with bias field and histograms corrected, and what `corrections.csv` says of that."""
         row = {"n4_field": "", "matched_to": ""}
         if self.n4:
-            corrected = {name: _correct_bias(sitk, image, brain, self.n4) for name, image in images.items()}
+            corrected = {name: _correct_bias(image, brain, self.n4) for name, image in images.items()}
             images = {name: image for name, (image, _) in corrected.items()}
             row["n4_field"] = [field for _, field in corrected.values()]
         if self.match_histogram:
             references = self._reference_files()
-            images = {
-                name: _match(sitk, image, _image(sitk, *_read_one(references[name]))) for name, image in images.items()
-            }
+            for name, image in images.items():
+                matched = sitk.HistogramMatching(
+                    image, _image(*_read_one(references[name])), 256, 1, True
+                )  # ANDi's call
+                images[name] = sitk.Mask(matched, image != 0)
             row["matched_to"] = [file.name for file in references.values()]
         return images, row
 
@@ -283,9 +274,7 @@ class Correction:
                 f" {', '.join(volumes)}."
             )
         if self.register is None and self.spacing is None:
-            read_volume(
-                subject.volume
-            )  # raises if the modalities lie on different grids: nothing would bring them together
+            read_volume(subject.volume)  # raises if the modalities lie on different grids: nothing would unite them
         return volumes
 
     def _reference_files(self) -> dict[str, Path]:
@@ -304,7 +293,7 @@ class Correction:
             )
         return {self.modalities[0]: Path(volume)}
 
-    def _strip(self, sitk, image: sitk.Image) -> sitk.Image:
+    def _strip(self, image: sitk.Image) -> sitk.Image:
         """Returns the brain mask that the program makes."""
         import torch
 
@@ -312,7 +301,7 @@ class Correction:
         with tempfile.TemporaryDirectory() as folder:
             source, brain = Path(folder) / "scan.nii.gz", Path(folder) / "out" / "scan.nii.gz"
             brain.parent.mkdir()
-            nib.save(nib.Nifti1Image(_array(sitk, image), _affine(image)), source)
+            nib.save(nib.Nifti1Image(_array(image), _affine(image)), source)
             if self.skull_strip == "hd-bet":
                 mask = brain.with_name("scan_bet.nii.gz")
                 command = ["hd-bet", "-i", source, "-o", brain, "--save_bet_mask", "-device", "cuda" if gpu else "cpu"]
@@ -327,19 +316,10 @@ class Correction:
             array, affine = _read_one(mask)
             if array.shape != image.GetSize() or not array.any():
                 raise ValueError(
-                    f"`{command[0]}` made a brain mask of shape {array.shape} with {int((array > 0).sum())} voxels"
-                    " for a volume of"
-                    f" shape {image.GetSize()}."
+                    f"`{command[0]}` made a brain mask of shape {array.shape} with {int((array > 0).sum())} voxels for"
+                    f" a volume of shape {image.GetSize()}."
                 )
-        return _image(sitk, (array > 0).astype(np.float32), _affine(image))
-
-
-def _import_sitk():
-    try:
-        import SimpleITK
-    except ImportError as error:
-        raise ImportError("`correction` of a recipe needs SimpleITK: `pip install anodiff[preprocess]`.") from error
-    return SimpleITK
+        return _image((array > 0).astype(np.float32), _affine(image))
 
 
 def _fingerprint(file: Path) -> str:
@@ -355,7 +335,7 @@ def _read_one(source) -> tuple[np.ndarray, np.ndarray]:
     return next(iter(volume.arrays.values())), volume.affine
 
 
-def _image(sitk, array: np.ndarray, affine: np.ndarray) -> sitk.Image:
+def _image(array: np.ndarray, affine: np.ndarray) -> sitk.Image:
     world = _LPS @ affine
     spacing = np.linalg.norm(world[:3, :3], axis=0)
     direction = world[:3, :3] / spacing
@@ -370,11 +350,7 @@ def _image(sitk, array: np.ndarray, affine: np.ndarray) -> sitk.Image:
     return image
 
 
-def _on_one_grid(one: sitk.Image, other: sitk.Image) -> bool:
-    return one.GetSize() == other.GetSize() and np.allclose(_affine(one), _affine(other), atol=1e-3)
-
-
-def _array(sitk, image: sitk.Image) -> np.ndarray:
+def _array(image: sitk.Image) -> np.ndarray:
     return np.ascontiguousarray(sitk.GetArrayFromImage(image).T, dtype=np.float32)
 
 
@@ -389,7 +365,7 @@ def _volume(array: np.ndarray, affine: np.ndarray, name: str) -> InputVolume:
     return InputVolume({"": array}, affine, None, False, 3, name)
 
 
-def _millilitres(sitk, image: sitk.Image, above: float) -> float:
+def _millilitres(image: sitk.Image, above: float) -> float:
     count = int((sitk.GetArrayViewFromImage(image) > above).sum())
     return round(count * float(np.prod(image.GetSpacing())) / 1000, 3)
 
@@ -398,27 +374,8 @@ def _rounded(values) -> list[float]:
     return [round(float(value), 6) for value in values]
 
 
-def _respaced(sitk, grid: sitk.Image, spacing) -> sitk.Image:
-    """Returns a grid over the same field of view, about the same centre."""
-    size, old = np.array(grid.GetSize()), np.array(grid.GetSpacing())
-    count = np.maximum(np.rint(size * old / spacing), 1).astype(int)
-    first = (size - 1) / 2 - (count - 1) / 2 * spacing / old  # in voxels of the old grid
-    new = sitk.Image(count.tolist(), sitk.sitkFloat32)
-    new.SetSpacing([float(mm) for mm in spacing])
-    new.SetDirection(grid.GetDirection())
-    new.SetOrigin(grid.TransformContinuousIndexToPhysicalPoint(first.tolist()))
-    return new
-
-
-def _box(sitk, mask: sitk.Image) -> tuple[list[int], list[int]]:
-    array = sitk.GetArrayViewFromImage(mask).T > 0
-    ends = [np.flatnonzero(array.any(axis=tuple(other for other in range(3) if other != axis))) for axis in range(3)]
-    return [int(index[0]) for index in ends], [int(index[-1] - index[0] + 1) for index in ends]
-
-
-def _register(sitk, fixed: sitk.Image, moving: sitk.Image, kind: str) -> tuple[sitk.Transform, float]:
-    """Finds the transform that leads points of `fixed` to those of `moving`; returns it and the (negative) mutual
-    information.
+def _register(fixed: sitk.Image, moving: sitk.Image, kind: str) -> tuple[sitk.Transform, float]:
+    """Returns the transform that leads points of `fixed` to those of `moving`, and the (negative) mutual information.
 
     Centres of mass, then rigid, then affine, each at a quarter and at half of the template's resolution. With one
     thread and the fixed seed it gives the same bits every time.
@@ -453,8 +410,7 @@ def _register(sitk, fixed: sitk.Image, moving: sitk.Image, kind: str) -> tuple[s
 
 
 def _describe_transform(transform, grid: sitk.Image) -> dict:
-    """Returns the matrix from template world to subject world (RAS+, mm), and what it does in numbers that a person
-    can check."""
+    """Returns the matrix from template world to subject world (RAS+, mm), and in numbers what it does."""
     matrix = np.eye(4)
     matrix[:3, :3] = np.reshape(transform.GetMatrix(), (3, 3))
     matrix[:3, 3] = transform.TransformPoint((0.0, 0.0, 0.0))
@@ -470,7 +426,7 @@ def _describe_transform(transform, grid: sitk.Image) -> dict:
     }
 
 
-def _correct_bias(sitk, image: sitk.Image, brain: sitk.Image, iterations: int) -> tuple[sitk.Image, list[float]]:
+def _correct_bias(image: sitk.Image, brain: sitk.Image, iterations: int) -> tuple[sitk.Image, list[float]]:
     """Returns the corrected image, and the least and greatest value of the field that was taken out of the brain."""
     shrink = [max(1, min(_N4_SHRINK, size // 8)) for size in image.GetSize()]
     method = sitk.N4BiasFieldCorrectionImageFilter()
@@ -478,28 +434,14 @@ def _correct_bias(sitk, image: sitk.Image, brain: sitk.Image, iterations: int) -
     method.SetConvergenceThreshold(_N4_TOLERANCE)
     method.Execute(sitk.Shrink(image, shrink), sitk.Shrink(brain, shrink))
     field = sitk.Exp(method.GetLogBiasFieldAsImage(image))
-    inside = _array(sitk, field)[_array(sitk, brain) > 0]
+    inside = _array(field)[_array(brain) > 0]
     corrected = sitk.Cast(image / field, sitk.sitkFloat32)  # a quotient has 64 bits, which histogram matching refuses
     return corrected, [round(float(inside.min()), 4), round(float(inside.max()), 4)]
 
 
-def _match(sitk, image: sitk.Image, reference: sitk.Image) -> sitk.Image:
-    """Matches histograms by ANDi's call; the background stays 0."""
-    matched = sitk.HistogramMatching(image, reference, 256, 1, True)
-    return sitk.Mask(matched, image != 0)
-
-
-def _draw(
-    path: Path,
-    title: str,
-    affine: np.ndarray,
-    image: np.ndarray,
-    template: np.ndarray | None,
-    brain: np.ndarray,
-    mask: np.ndarray,
-) -> None:
+def _draw(path: Path, title: str, affine: np.ndarray, image: np.ndarray, template, brain, mask) -> None:
     """Draws the axial, coronal and sagittal plane through the middle of the lesion (without one, of the brain), in
-    radiological convention; the template beneath, with the same contours."""
+    radiological convention; the template (an array or `None`) beneath, with the same contours."""
     from matplotlib.figure import Figure
 
     def canonical(array):
@@ -507,8 +449,7 @@ def _draw(
 
     zooms = canonical(image).header.get_zooms()
     layers = {"brain": canonical(brain).get_fdata(), "mask": canonical(np.broadcast_to(mask, brain.shape)).get_fdata()}
-    middle = np.argwhere(layers["mask"] if mask.any() else layers["brain"])
-    middle = np.median(middle, axis=0).astype(int)
+    middle = np.median(np.argwhere(layers["mask" if mask.any() else "brain"]), axis=0).astype(int)
     rows = {title: canonical(image).get_fdata()}
     if template is not None:
         rows["template"] = canonical(template).get_fdata()

@@ -17,6 +17,9 @@ from .prepared import PreparedSplit, list_splits, load_prepared
 
 # N slices, P pixels of a thumbnail.
 
+_MAX_DISTANCE = 10  # bits of 64 in which the hashes of a pair may differ
+_MIN_CORRELATION = 0.97  # of the pixels of a pair
+_MIN_BRAIN = 0.02  # slices with a smaller share look all alike and are passed over
 _THUMBNAIL = 32
 _BATCH = 256
 _BLOCK = 2048
@@ -27,15 +30,13 @@ class Leak:
     """Describes one finding.
 
     Args:
-        kind (`str`):
-            `"group"`: subjects of one group (or one name) in two splits. `"slices"`: pictures that are nearly the
+        kind: `"group"`: subjects of one group (or one name) in two splits. `"slices"`: pictures that are nearly the
             same.
-        set_a, split_a, subject_a, set_b, split_b, subject_b (`str`):
-            Where; `subject_a` holds the group's name for `"group"`.
-        slices (`int`): Slices of `subject_a` that have a twin in `subject_b`; 0 for a group.
-        slice_a, slice_b (`int`): The most similar pair, on the networks' grids; -1 for a group.
-        distance (`int`): Bits of 64 in which its hashes differ; -1 for a group.
-        correlation (`float`): Of its pixels; 0 for a group.
+        set_a, split_a, subject_a, set_b, split_b, subject_b: Where; `subject_a` holds the group's name for `"group"`.
+        slices: Slices of `subject_a` that have a twin in `subject_b`; 0 for a group.
+        slice_a, slice_b: The most similar pair, on the networks' grids; -1 for a group.
+        distance: Bits of 64 in which its hashes differ; -1 for a group.
+        correlation: Of its pixels; 0 for a group.
     """
 
     kind: str
@@ -56,38 +57,23 @@ class Leak:
         if self.kind == "group":
             return f"group {self.subject_a} is in {where_a} and in {where_b}"
         return (
-            f"{self.slices} slice{'s' if self.slices > 1 else ''} of {self.subject_a} in {where_a} nearly equal"
-            " slices of"
-            f" {self.subject_b} in {where_b}: slices {self.slice_a} and {self.slice_b} differ in {self.distance} of"
-            " 64 bits and"
-            f" correlate by {self.correlation:.4f}"
+            f"{self.slices} slice{'s' if self.slices > 1 else ''} of {self.subject_a} in {where_a} nearly equal slices"
+            f" of {self.subject_b} in {where_b}: slices {self.slice_a} and {self.slice_b} differ in {self.distance} of"
+            f" 64 bits and correlate by {self.correlation:.4f}"
         )
 
 
-def find_leaks(
-    paths: Sequence[str | Path], *, max_distance: int = 10, min_correlation: float = 0.97, min_brain: float = 0.02
-) -> list[Leak]:
+def find_leaks(paths: Sequence[str | Path]) -> list[Leak]:
     """
-    Compares the splits of prepared data sets with each other: what has different names (train and test) must share
-    nothing, be it in one data set or in several. What is alike within train, or within test, is no leak.
+    Compares the splits of prepared data sets (folders, ids on the Hub, names of phantoms) with each other: what has
+    different names (train and test) must share nothing, be it in one data set or in several. What is alike within
+    train, or within test, is no leak. Returns groups first, then pairs of subjects, the most slices first.
 
     A slice is cut to the box of its brain and brought to 32 x 32 pixels (the mean of its modalities), so that it is
     found again after a shift, a margin or a change of size. Pairs whose 64-bit perceptual hashes (signs of the lowest
     8 x 8 cosine frequencies about their median) differ in few bits are confirmed by the correlation of their pixels:
     registered brains of different people have similar hashes. A mirrored slice, or one turned by 90 degrees, is not
     found.
-
-    Args:
-        paths (`list[str]`): Prepared data sets: folders, ids on the Hub, names of phantoms.
-        max_distance (`int`, defaults to 10): Bits in which the hashes of a pair may differ, 0 to 64.
-        min_correlation (`float`, defaults to 0.97): Of the pixels of a pair.
-        min_brain (`float`, defaults to 0.02): Slices with a smaller share of brain look all alike and are passed over.
-
-    Returns:
-        `list[Leak]`: Groups first, then pairs of subjects, the most slices first.
-
-    Raises:
-        ValueError: Nothing to compare: one split in all.
     """
     splits = {(str(path), name): load_prepared(path, name) for path in paths for name in list_splits(path)}
     if len({name for _, name in splits}) < 2:
@@ -98,14 +84,14 @@ def find_leaks(
         for key, split in splits.items()
     }
     leaks, sides = [], list(splits)
-    signatures = {key: _Signatures(split, min_brain) for key, split in splits.items()}
+    signatures = {key: _Signatures(split) for key, split in splits.items()}
     alike: list[Leak] = []
     for index, a in enumerate(sides):
         for b in sides[index + 1 :]:
             if a[1] == b[1]:
                 continue
             leaks += [Leak("group", *a, name, *b, name) for name in sorted(groups[a] & groups[b])]
-            alike += _compare(a, signatures[a], b, signatures[b], max_distance, min_correlation)
+            alike += _compare(a, signatures[a], b, signatures[b])
     return leaks + sorted(alike, key=lambda leak: (-leak.slices, leak.subject_a, leak.subject_b))
 
 
@@ -127,15 +113,21 @@ def hash_pictures(thumbnails: np.ndarray) -> np.ndarray:
 class _Signatures:
     """Holds hashes and thumbnails of the slices of a split that have enough brain."""
 
-    def __init__(self, split: PreparedSplit, min_brain: float):
+    def __init__(self, split: PreparedSplit):
         thumbnails, kept = [np.zeros((0, _THUMBNAIL, _THUMBNAIL), np.float32)], []
         for start in range(0, len(split), _BATCH):
             rows = np.arange(start, min(start + _BATCH, len(split)))
             batch = split.read_rows(rows, ("image", "brain"))
             for row, image, brain in zip(rows, batch["image"].mean(1), batch["brain"], strict=True):
-                thumbnail = _thumbnail(image, brain) if brain.mean() >= min_brain else None
-                if thumbnail is not None:
-                    thumbnails.append(thumbnail[None])
+                if brain.mean() < _MIN_BRAIN:
+                    continue
+                inside = np.argwhere(brain)
+                (top, left), (bottom, right) = inside.min(0), inside.max(0) + 1
+                picture = PIL.Image.fromarray(np.ascontiguousarray(image, dtype=np.float32)).resize(
+                    (_THUMBNAIL, _THUMBNAIL), PIL.Image.Resampling.BILINEAR, box=(left, top, right, bottom)
+                )
+                if np.asarray(picture).std() > 1e-6:
+                    thumbnails.append(np.asarray(picture)[None])
                     kept.append(row)
         pictures = np.concatenate(thumbnails)
         # +1 and -1: a product of two hashes is 64 - 2 x distance.
@@ -146,23 +138,13 @@ class _Signatures:
         self.subjects, self.slices = batch["subject"], batch["slice"]
 
 
-def _thumbnail(image: np.ndarray, brain: np.ndarray) -> np.ndarray | None:
-    rows, columns = np.flatnonzero(brain.any(1)), np.flatnonzero(brain.any(0))
-    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-    picture = PIL.Image.fromarray(np.ascontiguousarray(image, dtype=np.float32))
-    small = np.asarray(picture.resize((_THUMBNAIL, _THUMBNAIL), PIL.Image.Resampling.BILINEAR, box=box))
-    return small if small.std() > 1e-6 else None
-
-
-def _compare(
-    a: tuple[str, str], one: _Signatures, b: tuple[str, str], other: _Signatures, distance: int, correlation: float
-) -> list[Leak]:
+def _compare(a: tuple[str, str], one: _Signatures, b: tuple[str, str], other: _Signatures) -> list[Leak]:
     found: dict[tuple[str, str], list[tuple[float, int, int, int]]] = {}
     for start in range(0, len(one.hashes), _BLOCK):
         bits = (64 - one.hashes[start : start + _BLOCK] @ other.hashes.T) / 2
-        for i, j in np.argwhere(bits <= distance):
+        for i, j in np.argwhere(bits <= _MAX_DISTANCE):
             similarity = float(one.pixels[start + i] @ other.pixels[j])
-            if similarity >= correlation:
+            if similarity >= _MIN_CORRELATION:
                 pair = (str(one.subjects[start + i]), str(other.subjects[j]))
                 where = (int(one.slices[start + i]), int(other.slices[j]))
                 found.setdefault(pair, []).append((similarity, int(bits[i, j]), *where))

@@ -83,22 +83,18 @@ def prepare(
     label. The label of a subject is the given one, or else 1 if any of its masks has a voxel.
 
     Args:
-        subjects (`list[Subject]`): What a reader found.
-        processor ([`VolumeProcessor`]): Makes the slices, which must all have one size.
-        out (`str` or `Path`): Folder to write; must not exist.
-        recipe (`dict`): Written to `recipe.yaml`; `license`, `rehosting` and `source` go into the card.
-        correction ([`~data.correction.Correction`], *optional*):
-            Applied before the processor. `corrections.csv` lists what was done, the folder `quality` has a picture of
-            every subject.
-        slices ([`SliceRule`], *optional*): Which slices are kept.
-        raters ([`RaterRule`], *optional*): Make several annotations of the one that subjects have.
-        split ([`SplitRule`], *optional*): How subjects are divided; as the subjects say by default.
-        dtype (`str`): `"float32"` or `"float16"` of `image`.
-        root (`str` or `Path`, *optional*):
-            What file names are written relative to; the common folder of all files by default.
-        shard_rows (`int`): Slices per file.
-        num_proc (`int`): Processes that subjects are shared out to. Changes no bit of the result.
-        progress (`bool`): Show a progress bar.
+        subjects: What a reader found.
+        processor: Makes the slices, which must all have one size.
+        out: Folder to write; must not exist.
+        recipe: Written to `recipe.yaml`; `license`, `rehosting` and `source` go into the card.
+        correction: Applied before the processor. `corrections.csv` lists what was done, the folder `quality` has a
+            picture of every subject.
+        raters: Make several annotations of the one that subjects have.
+        split: How subjects are divided; as the subjects say by default.
+        dtype: `"float32"` or `"float16"` of `image`.
+        root: What file names are written relative to; the common folder of all files by default.
+        shard_rows: Slices per file.
+        num_proc: Processes that subjects are shared out to. Changes no bit of the result.
 
     Returns:
         `dict[str, str]`: Subjects that could not be read and why. The others were written.
@@ -125,20 +121,22 @@ def prepare(
     annotations = max(1, *(len(subject.masks) for subject in subjects)) if raters is None else raters.number
     rules = _Rules(processor, correction, slices, raters, annotations, dtype)
     corrected = None if correction is None else correction.describe()
-    described = [dataclasses.asdict(rule) if rule else None for rule in (slices, raters)]
-    settings = [processor.settings(), *described, annotations, dtype, corrected, shards.code_digest()]
+    described = [dataclasses.asdict(slices), raters and dataclasses.asdict(raters), annotations, dtype, corrected]
+    settings = [processor.settings(), *described, shards.code_digest()]
     partial = out.with_name(f"{out.name}.partial")
     ordered = sorted(subjects, key=lambda subject: (SPLITS.index(split_of[subject.name]), subject.name))
-    training = {subject.name: split_of[subject.name] == "train" for subject in subjects}
-    pieces = {s.name: partial / shards.piece_name(settings, s, training[s.name]) for s in ordered}
+    tasks = [(subject, split_of[subject.name] == "train") for subject in ordered]
+    pieces = {task[0].name: partial / shards.piece_name(settings, *task) for task in tasks}
 
     shards.open_partial(partial)
     try:
-        tasks = [(subject, training[subject.name], pieces[subject.name]) for subject in ordered]
+        tasks = [(*task, piece) for task, piece in zip(tasks, pieces.values(), strict=True)]
         bar = tqdm(ordered, desc="prepare", unit="subject", disable=not progress)
         done = zip(bar, shards.run_tasks(rules.finish_piece, tasks, num_proc), strict=True)
         rows, failures = _read_rows(done, pieces, split_of, Path(root))
-        _check_splits(rows, slices)
+        for name in {row["split"] for row in rows}:
+            if not any(row["rows"] for row in rows if row["split"] == name):
+                raise ValueError(f"`slices` keeps no slice of the split {name}: {slices}.")
     except (ValueError, ImportError):
         # What is done is kept: a subject or the split may be what has to change.
         if not any(piece.exists() for piece in pieces.values()):
@@ -149,8 +147,6 @@ def prepare(
     with tempfile.TemporaryDirectory(dir=partial) as temporary:
         unfinished = Path(temporary) / out.name
         _write_rows(unfinished, rows, pieces, shard_rows)
-        if correction is not None:
-            _write_corrections(unfinished, rows, pieces)
         processor.save_pretrained(unfinished / PROCESSOR)
         (unfinished / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
         (unfinished / "README.md").write_text(make_card(out.name, processor, recipe, rows, failures, corrected))
@@ -194,8 +190,7 @@ class _Rules:
 def _read_rows(
     done: Iterable[tuple[Subject, str | None]], pieces: dict[str, Path], split_of: dict[str, str], root: Path
 ) -> tuple[list[dict], dict[str, str]]:
-    """Reads the rows of `subjects.parquet` from the pieces as they are `done`. Returns them, and why subjects
-    failed."""
+    """Reads the rows of `subjects.parquet` from the pieces as they are done; returns them, and why subjects failed."""
     rows: list[dict] = []
     failures: dict[str, str] = {}
     for subject, failure in done:
@@ -206,8 +201,7 @@ def _read_rows(
         if rows and row["size"] != rows[0]["size"]:
             raise ValueError(
                 f"Subject {subject.name} has slices {tuple(row['size'])}, those before it {tuple(rows[0]['size'])}:"
-                " set `size` of"
-                " the processor."
+                " set `size` of the processor."
             )
         names = shards.source_files(subject, root)
         rows.append({"subject": subject.name, "split": split_of[subject.name], **row, **names})
@@ -217,16 +211,15 @@ def _read_rows(
 
 
 def _write_rows(folder: Path, rows: list[dict], pieces: dict[str, Path], shard_rows: int) -> None:
-    """Writes the shards of all splits and `subjects.parquet`."""
+    """Writes the shards of all splits and `subjects.parquet`, and `corrections.csv` and `quality/SUBJECT.png` if there
+    are any."""
     (folder / "data").mkdir(parents=True)
     for split in SPLITS:
         tables = (shards.read_piece(pieces[row["subject"]]) for row in rows if row["split"] == split)
         shards.write_shards(tables, folder / "data", split, shard_rows)
     pq.write_table(pa.Table.from_pylist(rows, schema=SUBJECTS_SCHEMA), folder / SUBJECTS)
-
-
-def _write_corrections(folder: Path, rows: list[dict], pieces: dict[str, Path]) -> None:
-    """Writes `corrections.csv` and `quality/SUBJECT.png`."""
+    if "correction" not in rows[0]:
+        return
     (folder / "quality").mkdir()
     with open(folder / "corrections.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["subject", *rows[0]["correction"]], lineterminator="\n")
@@ -238,13 +231,8 @@ def _write_corrections(folder: Path, rows: list[dict], pieces: dict[str, Path]) 
 
 
 def read_recipe(name: str | Path) -> dict:
-    """
-    Reads a recipe: a YAML file, or one that comes with the package by its bare name, such as `tcga_lgg_flair`.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is no mapping, or has an unknown key.
-    """
+    """Reads and checks a recipe: a YAML file, or one that comes with the package by its bare name, such as
+    `tcga_lgg_flair`."""
     packaged = Path(__file__).parent.parent / "configs" / "recipes"
     path = Path(name)
     if not path.is_file() and path.parent.name == "":
@@ -270,22 +258,17 @@ def prepare_recipe(
     progress: bool = True,
 ) -> dict[str, str]:
     """
-    Reads the raw data set in `root` as a recipe says and writes the prepared one; see [`prepare`] for what it returns.
+    Reads the raw data set in `root` as a recipe says and writes the prepared one, as [`prepare`]. An unknown or
+    missing key is a `ValueError`.
 
     Args:
-        recipe (`dict`):
-            `reader` (a key of `READERS`), `reader_options`, `processor` (settings of [`VolumeProcessor`]), and
+        recipe: `reader` (a key of `READERS`), `reader_options`, `processor` (settings of [`VolumeProcessor`]), and
             optionally `correction` ([`~data.correction.Correction`]), `slices` ([`SliceRule`]), `raters`
             ([`RaterRule`]), `split` ([`SplitRule`]), `dtype`, `license` (identifier of the Hub), `rehosting`
             (`"allowed"` or `"forbidden"` by the licence) and `source` (one line of the card). Paths in it are relative
             to `root`.
-        template, reference (`str` or `Path`, *optional*):
-            Files of `correction`: the template that subjects are registered to, and the scan whose histograms they are
-            matched to (a file, or a folder with one per modality, called after it).
-        root, out, num_proc, progress: As in [`prepare`].
-
-    Raises:
-        ValueError: An unknown or missing key, and as [`prepare`].
+        template, reference: Files of `correction`: the template that subjects are registered to, and the scan whose
+            histograms they are matched to (a file, or a folder with one per modality, called after it).
     """
     _check_block("recipe", recipe, RECIPE_KEYS, required=("reader", "reader_options", "processor"))
     check_choice("reader", recipe["reader"], READERS)
@@ -294,7 +277,10 @@ def prepare_recipe(
     parameters = {key: value for key, value in inspect.signature(reader).parameters.items() if key != "root"}
     required = [key for key, value in parameters.items() if value.default is inspect.Parameter.empty]
     _check_block("reader_options", options, parameters, required)
-    absolute = [text for value in options.values() for text in _texts(value) if Path(text).is_absolute()]
+    absolute = []
+    for value in options.values():
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        absolute += [text for text in values if isinstance(text, str) and Path(text).is_absolute()]
     if absolute:
         raise ValueError(f"`reader_options` must hold paths relative to the root, got {', '.join(absolute)}.")
     processor, rules = read_rules(recipe, template, reference)
@@ -316,12 +302,10 @@ def read_rules(
 ) -> tuple[VolumeProcessor, dict]:
     """Returns the processor and the rules of a recipe, as [`prepare`] takes them."""
     rules = {}
-    for key, rule in (("slices", SliceRule), ("split", SplitRule)):
-        _check_block(key, recipe.get(key, {}), [field.name for field in dataclasses.fields(rule)])
-        rules[key] = rule(**recipe.get(key, {}))
-    if "raters" in recipe:
-        _check_block("raters", recipe["raters"], [field.name for field in dataclasses.fields(RaterRule)])
-        rules["raters"] = RaterRule(**recipe["raters"])
+    for key, rule in (("slices", SliceRule), ("split", SplitRule), ("raters", RaterRule)):
+        if key in recipe:
+            _check_block(key, recipe[key], [field.name for field in dataclasses.fields(rule)])
+            rules[key] = rule(**recipe[key])
     processor = VolumeProcessor.from_dict(recipe["processor"])
     if "correction" in recipe or template is not None or reference is not None:
         _check_block("correction", recipe.get("correction", {}), Correction.rules())
@@ -337,12 +321,6 @@ def _check_block(block: str, given: dict, known: Iterable[str], required: Iterab
     missing = [key for key in required if key not in given]
     if missing:
         raise ValueError(f"`{block}` needs the key {', '.join(missing)}.")
-
-
-def _texts(value) -> list[str]:
-    """Returns the texts in an option of a reader."""
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-    return [item for item in values if isinstance(item, str)]
 
 
 def _check_subjects(subjects: Sequence[Subject], raters: RaterRule | None) -> None:
@@ -367,12 +345,5 @@ def _check_train_rule(rule: str, subjects: Sequence[Subject]) -> None:
         if rule == "healthy_by_label" and subject.label is None and not subject.masks:
             raise ValueError(
                 f"`slices.train: healthy_by_label` needs a label or a mask of every training subject, {subject.name}"
-                " has"
-                " neither. Use `all` if the training subjects are healthy."
+                " has neither. Use `all` if the training subjects are healthy."
             )
-
-
-def _check_splits(rows: list[dict], rule: SliceRule) -> None:
-    for name in {row["split"] for row in rows}:
-        if not any(row["rows"] for row in rows if row["split"] == name):
-            raise ValueError(f"`slices` keeps no slice of the split {name}: {rule}.")

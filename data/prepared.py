@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -21,8 +21,7 @@ from .phantoms.sets import PHANTOMS, cached_phantom
 
 # N slices, C modalities, A annotations, H x W pixels.
 
-# Whose slices a method learns from: everybody's, those not known to be anomalous, those of subjects with at least one
-# annotation.
+# Whose slices a method learns from: all, those not known to be anomalous, those of subjects with an annotation.
 POPULATIONS = ("all", "healthy", "annotated")
 
 _SETTINGS = f"{PROCESSOR}/processor_config.json"
@@ -55,11 +54,9 @@ class PreparedSplit(_DescribedSplit):
 
     Attributes:
         subjects (`list[str]`): Names of the subjects with at least one row, in the order of the rows.
-        labels, slices, annotations (`np.ndarray` of shape `(len(split),)`):
-            int64, of every row. `annotations` is how many of its masks are there; the rest is zeros.
-        subject_info (`dict[str, dict]`):
-            Row of `subjects.parquet` of every subject of the split: `group`, `label`, `annotations`, `rows`, grid and
-            source files.
+        labels, slices, annotations (`np.ndarray` of shape `(len(split),)`): int64, of every row. `annotations` is how
+            many of its masks are there; the rest is zeros.
+        subject_info (`dict[str, dict]`): Row of `subjects.parquet` of every subject of the split, by its name.
         processor_settings (`dict`): As `VolumeProcessor.settings()`.
         modalities (`tuple[str, ...]`): In channel order.
         recipe (`dict`): What the set was made by.
@@ -90,8 +87,8 @@ class PreparedSplit(_DescribedSplit):
 
     def __getitem__(self, index) -> dict:
         if isinstance(index, (int, np.integer)):
-            return {name: column[0] for name, column in self.__getitems__([index]).items()}
-        return self.__getitems__(range(*index.indices(len(self))) if isinstance(index, slice) else index)
+            return {name: column[0] for name, column in self.read_rows([index]).items()}
+        return self.read_rows(range(*index.indices(len(self))) if isinstance(index, slice) else index)
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
         return self.read_rows(indices)
@@ -106,16 +103,8 @@ class PreparedSplit(_DescribedSplit):
         return len(self.rows_of(population))
 
     def read_rows(self, indices: Sequence[int], columns: Sequence[str] = COLUMNS) -> dict:
-        """
-        Reads some columns of some rows, stacked; other columns are not read.
-
-        Args:
-            indices (`Sequence[int]`): Numbers of the rows; -1 is the last.
-            columns (`Sequence[str]`): Of `COLUMNS`, and `"annotations"`: how many of a row's masks are there.
-
-        Raises:
-            IndexError: There is no such row.
-        """
+        """Reads some `columns` (of `COLUMNS`, and `"annotations"`: how many of a row's masks are there) of the rows
+        with these numbers, stacked. -1 is the last row; one that does not exist is an `IndexError`."""
         rows = np.asarray(indices, dtype=np.int64)
         if rows.size and (rows.min() < -len(self) or rows.max() >= len(self)):
             raise IndexError(f"An index is outside the {len(self)} rows: {rows.min()} to {rows.max()}.")
@@ -147,18 +136,14 @@ class PreparedSplit(_DescribedSplit):
         return self._rows[subject]
 
     def read_subject(self, subject: str) -> dict:
-        """Reads all rows of a subject, stacked; `mask` is `(N, A, H, W)` with the annotations that the subject has,
-        perhaps none."""
-        batch = self.__getitems__(self.subject_rows(subject))
-        batch["mask"] = batch["mask"][:, : self.subject_info[subject]["annotations"]]
-        return {name: column for name, column in batch.items() if name != "subject"}
+        """Reads all rows of a subject, stacked; `mask` has as many annotations as the subject, perhaps none."""
+        batch = self.read_rows(self.subject_rows(subject), [name for name in COLUMNS if name != "subject"])
+        return batch | {"mask": batch["mask"][:, : self.subject_info[subject]["annotations"]]}
 
     def _map_columns(self) -> None:
-        # Arrow stores a chunk's pixels in one piece: a numpy view of it costs nothing and stays on disk until it is
-        # read.
-        self._views = {
-            name: [_pixels(chunk) for chunk in self.dataset.data.column(name).chunks] for name in COLUMNS[:3]
-        }
+        # Arrow stores a chunk's pixels in one piece: a numpy view costs nothing and stays on disk until it is read.
+        columns = {name: self.dataset.data.column(name) for name in COLUMNS[:3]}
+        self._views = {name: [_pixels(chunk) for chunk in column.chunks] for name, column in columns.items()}
         self._chunk_ends = np.cumsum([len(view) for view in self._views["image"]])
         self._chunk_starts = np.concatenate([[0], self._chunk_ends[:-1]])
 
@@ -176,11 +161,8 @@ class StreamedSplit(_DescribedSplit):
     Reads one split of a prepared data set from start to end and stores nothing; made by [`load_prepared`] with
     `streaming`.
 
-    Iterating gives the rows in their order, as dicts of arrays of one row. The length comes from `subjects.parquet`.
-
-    Attributes:
-        subjects (`list[str]`): Names of the subjects with at least one row.
-        subject_info, processor_settings, modalities, recipe: As of [`PreparedSplit`].
+    Iterating gives the rows in their order, as dicts of arrays of one row. The length comes from `subjects.parquet`;
+    `subjects`, `subject_info`, `processor_settings`, `modalities` and `recipe` are as of [`PreparedSplit`].
     """
 
     def __init__(self, shards: list[str], folder: Path, split: str):
@@ -208,22 +190,12 @@ class StreamedSplit(_DescribedSplit):
         self, seed: Sequence[int], buffer_size: int, columns: Sequence[str] = ("image",), population: str = "all"
     ) -> Iterator[dict[str, np.ndarray]]:
         """
-        Reads all slices once, in an order that `seed` decides.
+        Reads all slices once, in an order that `seed` (as of `numpy.random.default_rng`) decides. Yields the `columns`
+        of one slice at a time (of `"image"`, `"mask"`, `"brain"`, `"label"`, `"annotations"`), read-only, of the
+        stored type; others are not read. Slices outside of the population, one of `POPULATIONS`, are left out.
 
-        Args:
-            seed (`Sequence[int]`): As of `numpy.random.default_rng`.
-            buffer_size (`int`):
-                Slices in memory to shuffle among. They are read in groups of 128 neighbours, whose order is shuffled
-                too.
-            columns (`Sequence[str]`):
-                `"image"`, `"mask"`, `"brain"`, `"label"`, `"annotations"` (how many of the masks are there); others
-                are not read.
-            population (`str`): One of `POPULATIONS`; other slices are left out.
-
-        Returns:
-            `Iterator[dict[str, np.ndarray]]`:
-                The columns of one slice, read-only, of the stored type. A slice that is left out is transferred too,
-                and costs nothing else.
+        `buffer_size` slices are in memory to shuffle among; they are read in groups of 128 neighbours, whose order is
+        shuffled too.
 
         Raises:
             ConnectionError: The rows could not be read any further.
@@ -242,13 +214,11 @@ class StreamedSplit(_DescribedSplit):
                 generator=np.random.default_rng(seed), buffer_size=buffer_size, max_buffer_input_shards=1
             )
             for table in stream.with_format("arrow").iter(batch_size=64):  # views; the size changes nothing
-                arrays = {name: table.column(name).combine_chunks() for name in names}
-                arrays = {
-                    name: _pixels(array)
-                    if isinstance(array, pa.ExtensionArray)
-                    else array.to_numpy(zero_copy_only=False)
-                    for name, array in arrays.items()
-                }
+                arrays = {}
+                for name in names:
+                    array = table.column(name).combine_chunks()
+                    pixels = isinstance(array, pa.ExtensionArray)
+                    arrays[name] = _pixels(array) if pixels else array.to_numpy(zero_copy_only=False)
                 if "subject" in names:
                     counts = [self.subject_info[subject]["annotations"] for subject in arrays["subject"]]
                     arrays["annotations"] = np.array(counts, dtype=np.int64)
@@ -272,15 +242,12 @@ class StreamedSplit(_DescribedSplit):
 def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> PreparedSplit | StreamedSplit:
     """
     Opens one split of a prepared data set. `datasets` keeps an Arrow copy in its own cache, which is mapped into
-    memory.
+    memory; with `streaming` nothing is kept, and of a data set on the Hub only the other files are downloaded.
 
     Args:
-        path (`str` or `Path`):
-            Folder, or id of a data set on the Hub. The name of a phantom (`"phantom-mini"`) makes it on first use, in
-            the same cache.
-        split (`str`): `"train"`, `"validation"` or `"test"`.
-        streaming (`bool`):
-            Return a [`StreamedSplit`] instead, which reads the rows as it goes. Only the other files are downloaded.
+        path: Folder, or id of a data set on the Hub. The name of a phantom (`"phantom-mini"`) makes it on first use,
+            in the same cache.
+        split: `"train"`, `"validation"` or `"test"`.
 
     Raises:
         FileNotFoundError: There is no such folder or Hub data set.
@@ -292,24 +259,22 @@ def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> P
     available = _splits_in(folder)
     if split not in available:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(available)}.")
-    if not streaming:
-        shards = _complete(path, split, map(str, folder.glob(names)))
-        return PreparedSplit(_open(shards, split), folder, split)
-    try:
-        if remote:
+    shards = sorted(map(str, folder.glob(names)))
+    if streaming and remote:
+        try:
             # The commit that the other files are of, whatever is pushed while the rows are read.
             found = huggingface_hub.HfFileSystem().glob(f"datasets/{path}@{folder.name}/{names}")
-            shards = _complete(path, split, (f"hf://{name}" for name in found))
-        else:
-            shards = _complete(path, split, map(str, folder.glob(names)))
-        return StreamedSplit(shards, folder, split)
-    except huggingface_hub.errors.HTTPError as error:
-        raise ConnectionError(f"The rows of {path} cannot be streamed: {type(error).__name__}: {error}") from error
+        except huggingface_hub.errors.HTTPError as error:
+            raise ConnectionError(f"The rows of {path} cannot be streamed: {type(error).__name__}: {error}") from error
+        shards = sorted(f"hf://{name}" for name in found)
+    count = int(re.search(r"-of-(\d+)\.parquet$", shards[0])[1]) if shards else 1
+    if len(shards) != count:
+        raise ValueError(f"{path} is incomplete: the split {split} has {len(shards)} of {count} files in data/.")
+    return StreamedSplit(shards, folder, split) if streaming else PreparedSplit(_open(shards, split), folder, split)
 
 
 def list_splits(path: str | Path) -> list[str]:
-    """Returns the names of the splits of a prepared data set, in the order of `SPLITS`; errors as of
-    [`load_prepared`]."""
+    """Returns the splits of a prepared data set, in the order of `SPLITS`; errors as of [`load_prepared`]."""
     return _splits_in(_find(path, [])[0])
 
 
@@ -321,7 +286,18 @@ def _find(path: str | Path, shards: list[str]) -> tuple[Path, bool]:
     folder = Path(path)
     remote = not folder.is_dir()
     if remote:
-        folder = _download(str(path), shards)
+        patterns = [*_SIDE_FILES, *shards]
+        try:
+            folder = Path(huggingface_hub.snapshot_download(str(path), repo_type="dataset", allow_patterns=patterns))
+        except (
+            huggingface_hub.errors.HFValidationError,
+            huggingface_hub.errors.RepositoryNotFoundError,
+            huggingface_hub.errors.LocalEntryNotFoundError,  # no connection, and not in the cache
+        ) as error:
+            raise FileNotFoundError(
+                f"There is neither a folder {path}, nor a phantom of this name ({', '.join(PHANTOMS)}), nor can it be"
+                f" read from the Hub ({type(error).__name__})."
+            ) from error
     missing = [name for name in _SIDE_FILES if not (folder / name).is_file()]
     if missing:
         there = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
@@ -334,15 +310,6 @@ def _find(path: str | Path, shards: list[str]) -> tuple[Path, bool]:
 def _splits_in(folder: Path) -> list[str]:
     names = set(pq.read_table(folder / SUBJECTS)["split"].to_pylist())
     return [name for name in SPLITS if name in names]
-
-
-def _complete(path: str | Path, split: str, shards: Iterable[str]) -> list[str]:
-    """Returns the shards in their order; raises if one is missing."""
-    shards = sorted(shards)
-    count = int(re.search(r"-of-(\d+)\.parquet$", shards[0])[1]) if shards else 1
-    if len(shards) != count:
-        raise ValueError(f"{path} is incomplete: the split {split} has {len(shards)} of {count} files in data/.")
-    return shards
 
 
 def _open(
@@ -366,24 +333,6 @@ def _open(
             f" {', '.join(dataset.features)}."
         )
     return dataset
-
-
-def _download(repo_id: str, shards: list[str]) -> Path:
-    """Downloads the side files and those that match `shards`; returns their folder in the Hub's cache."""
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(repo_id, repo_type="dataset", allow_patterns=[*_SIDE_FILES, *shards])
-        )
-    except (
-        huggingface_hub.errors.HFValidationError,
-        huggingface_hub.errors.RepositoryNotFoundError,
-        huggingface_hub.errors.LocalEntryNotFoundError,  # no connection, and not in the cache
-    ) as error:
-        raise FileNotFoundError(
-            f"There is neither a folder {repo_id}, nor a phantom of this name ({', '.join(PHANTOMS)}), nor can it be"
-            " read from"
-            f" the Hub ({type(error).__name__})."
-        ) from error
 
 
 def _pixels(chunk: pa.ExtensionArray) -> np.ndarray:

@@ -26,15 +26,13 @@ class RaterRule:
     raters show that a program works; they do not show how real ones differ.
 
     Args:
-        number (`int`, defaults to 4): Raters.
-        radius (`float`, defaults to 1.0):
-            Standard deviation, in mm, of how much wider (dilation) or narrower (erosion) a rater draws. A pixel of a
-            picture is 1 mm.
-        warp (`float`, defaults to 1.0):
-            Standard deviation, in mm along each axis, of the displacement of the boundary.
-        warp_scale (`float`, defaults to 8.0): Distance, in mm, over which the displacement changes.
-        drop (`float`, defaults to 0.1): Probability that a rater overlooks a component, 0 to 1.
-        seed (`int`, defaults to 0): Of all draws.
+        number: Raters.
+        radius: Standard deviation, in mm, of how much wider (dilation) or narrower (erosion) a rater draws. A pixel of
+            a picture is 1 mm.
+        warp: Standard deviation, in mm along each axis, of the displacement of the boundary.
+        warp_scale: Distance, in mm, over which the displacement changes.
+        drop: Probability that a rater overlooks a component, 0 to 1.
+        seed: Of all draws.
     """
 
     number: int = 4
@@ -53,19 +51,9 @@ class RaterRule:
         check_number("raters.drop", self.drop, least=0, most=1)
 
     def annotate(self, mask: np.ndarray, spacing: Sequence[float], name: str) -> np.ndarray:
-        """
-        Draws the annotations of one subject.
-
-        Args:
-            mask (`np.ndarray` of shape `(H, W)` or `(X, Y, Z)`, boolean or 0/1):
-                The given mask; all raters leave an empty one empty.
-            spacing (`Sequence[float]`):
-                Voxel size along every axis, in mm. An axis of one voxel (of a picture) is left alone.
-            name (`str`): Of the subject.
-
-        Returns:
-            `np.ndarray` of shape `(A, *mask.shape)`: bool. Without `radius`, `warp` and `drop` all are `mask`.
-        """
+        """Draws the annotations `(A, *mask.shape)`, bool, of the mask `(H, W)` or `(X, Y, Z)` of the subject `name`;
+        an empty one stays empty. `spacing` is in mm along every axis; an axis of one voxel (of a picture) is left
+        alone. Without `radius`, `warp` and `drop` all are `mask`."""
         mask = np.asarray(mask) > 0
         if len(spacing) != mask.ndim:
             raise ValueError(f"`spacing` must have a number for each axis of {mask.shape}, got {tuple(spacing)}.")
@@ -89,8 +77,7 @@ class RaterRule:
     def _redraw(
         self, mask: np.ndarray, spacing: Sequence[float], wider: float, rng: np.random.Generator
     ) -> np.ndarray:
-        """Moves the boundary of `mask`, which is not empty, by a smooth displacement and makes it `wider` by so many
-        mm."""
+        """Moves the boundary of a mask, which is not empty, by a smooth displacement, and `wider` by so many mm."""
         if mask.all():  # a lesion without boundary
             return mask
         axes = [axis for axis in range(mask.ndim) if mask.shape[axis] > 1]

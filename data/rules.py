@@ -25,21 +25,18 @@ class SliceRule:
     kept.
 
     Args:
-        min_brain (`float`, defaults to 0.0): Smallest fraction of the slice's pixels that must be brain, 0 to 1.
-        first, last (`int`, *optional*): First and last slice, counted on the network's grid from 0, both included.
-        step (`int`, defaults to 1): Take every `step`-th slice from `first` on.
-        min_sum (`float`, defaults to 0.0):
-            Take the slices from the first to the last whose intensities sum to more than this: mean over modalities,
-            each in units of the processor's `quantile` of its voxels > 0, summed over the slice's pixels on the
-            input's grid. 0 for no limits; AnoFPDM 0.5.
-        masks (`str`, defaults to `"nearest"`):
-            How a mask comes to the network's grid: `"nearest"` voxel, or `"linear"` interpolation above 1/2, as the
+        min_brain: Smallest fraction of the slice's pixels that must be brain, 0 to 1.
+        first, last: First and last slice, counted on the network's grid from 0, both included.
+        step: Take every `step`-th slice from `first` on.
+        min_sum: Take the slices from the first to the last whose intensities sum to more than this: mean over
+            modalities, each in units of the processor's `quantile` of its voxels > 0, summed over the slice's pixels
+            on the input's grid. 0 for no limits; AnoFPDM 0.5.
+        masks: How a mask comes to the network's grid: `"nearest"` voxel, or `"linear"` interpolation above 1/2, as the
             images are interpolated (AnoFPDM; a lesion smaller than about a network pixel may vanish, and its slice is
             healthy then).
-        train (`str`, defaults to `"all"`):
-            What is kept of the training split. `"healthy_by_mask"`: slices that no lesion touches, at the mask's own
-            resolution (a lesion smaller than a network pixel counts). `"healthy_by_label"`: slices of subjects with
-            label 0. `"all"`.
+        train: What is kept of the training split. `"healthy_by_mask"`: slices that no lesion touches, at the mask's
+            own resolution (a lesion smaller than a network pixel counts). `"healthy_by_label"`: slices of subjects
+            with label 0. `"all"`.
     """
 
     min_brain: float = 0.0
@@ -67,15 +64,12 @@ class SplitRule:
     """Says how subjects are divided: as the data set says, or by fractions of the groups.
 
     Args:
-        fractions (`dict[str, float]`, *optional*):
-            Split to its share of the groups; they sum to 1. Neither the file system nor the order of the subjects
-            matters.
-        seed (`int`, defaults to 0): Of the fractions.
-        order (`str`, defaults to `"hash"`):
-            Order that the groups are dealt in: `"hash"`, that of their hashes with the seed, which adding a group does
-            not change;
-            `"shuffle"`, AnoFPDM's: the sorted names shuffled by Python's `random`, each share rounded down and the
-            last split taking the rest.
+        fractions: Split to its share of the groups; they sum to 1. Neither the file system nor the order of the
+            subjects matters.
+        seed: Of the fractions.
+        order: Order that the groups are dealt in: `"hash"`, that of their hashes with the seed, which adding a group
+            does not change; `"shuffle"`, AnoFPDM's: the sorted names shuffled by Python's `random`, each share rounded
+            down and the last split taking the rest.
     """
 
     fractions: dict[str, float] | None = None
@@ -97,11 +91,8 @@ class SplitRule:
             raise ValueError(f"`split.fractions` must be numbers >= 0 that sum to 1, got {self.fractions}.")
 
     def assign(self, subjects: Sequence[Subject]) -> dict[str, str]:
-        """Returns the split of every subject, by its name; a group is in one split only.
-
-        Raises:
-            ValueError: A group is divided, a subject has no split, or a split would get no group.
-        """
+        """Returns the split of every subject, by its name; raises if a group is divided, a subject has no split, or a
+        split would get no group."""
         if self.fractions is None:
             split_of_group: dict[str, str] = {}
             for subject in subjects:
@@ -113,8 +104,7 @@ class SplitRule:
                 if split_of_group.setdefault(subject.group, subject.split) != subject.split:
                     raise ValueError(
                         f"Group {subject.group} is in two splits, {split_of_group[subject.group]} and {subject.split}"
-                        " (subject"
-                        f" {subject.name}): what is learnt from it would be tested on it."
+                        f" (subject {subject.name}): what is learnt from it would be tested on it."
                     )
             return {subject.name: subject.split for subject in subjects}
         given = [subject.name for subject in subjects if subject.split is not None]
@@ -129,7 +119,7 @@ class SplitRule:
             ends = np.cumsum([*(int(share * len(groups)) for share in shares[:-1]), len(groups)])
             ends = np.minimum(ends, len(groups))
         else:
-            groups.sort(key=self._hash)
+            groups.sort(key=lambda group: hashlib.sha256(f"{self.seed}:{group}".encode()).digest())
             ends = np.rint(np.cumsum(shares) * len(groups)).astype(int)
         split_of_group = {}
         for name, start, end in zip(self.fractions, [0, *ends], ends, strict=False):
@@ -137,6 +127,3 @@ class SplitRule:
                 raise ValueError(f"`split.fractions` leaves no group for {name}: there are {len(groups)} groups.")
             split_of_group |= dict.fromkeys(groups[start:end], name)
         return {subject.name: split_of_group[subject.group] for subject in subjects}
-
-    def _hash(self, group: str) -> bytes:
-        return hashlib.sha256(f"{self.seed}:{group}".encode()).digest()

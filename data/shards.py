@@ -44,12 +44,7 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_G
 
 
 def open_partial(folder: Path) -> None:
-    """
-    Makes the folder of the pieces, or takes up the one that an interrupted run left.
-
-    Raises:
-        FileExistsError: The folder exists, and no interrupted run made it.
-    """
+    """Makes the folder of the pieces, or takes up the one that an interrupted run left; another is an error."""
     if folder.exists() and not (folder / _MARKER).is_file():
         raise FileExistsError(f"{folder} exists, and is no interrupted run: its place is needed, move it away.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,19 +53,16 @@ def open_partial(folder: Path) -> None:
 
 def code_digest() -> str:
     """Returns the SHA-256 of the modules that produce prepared data; it is part of every cache key."""
-    digest, root = hashlib.sha256(), Path(__file__).parent.parent
-    for module in PRODUCERS:
-        digest.update((root / module).read_bytes())
-    return digest.hexdigest()
+    root = Path(__file__).parent.parent
+    return hashlib.sha256(b"".join((root / module).read_bytes() for module in PRODUCERS)).hexdigest()
 
 
 def piece_name(settings: list, subject: Subject, training: bool) -> str:
     """Returns the name of a subject's piece: a hash of the settings, of what the reader says of the subject, and of
     the size and time of its files."""
     states = [[file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else [] for file in subject.files]
-    return hashlib.sha256(
-        json.dumps([settings, repr(subject), training, states], sort_keys=True).encode()
-    ).hexdigest()[:32]
+    key = json.dumps([settings, repr(subject), training, states], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def source_files(subject: Subject, root: Path) -> dict:
@@ -102,12 +94,8 @@ def make_table(arrays: dict, subject: str, dtype: str) -> pa.Table:
         pa.ExtensionArray.from_storage(features[name](), numpy_to_pyarrow_listarray(array))
         for name, array in (("image", image), ("mask", mask), ("brain", brain))
     ]
-    columns = [
-        *pixels,
-        pa.array(arrays["label"]),
-        pa.array([subject] * len(image), pa.string()),
-        pa.array(arrays["slice"]),
-    ]
+    names = pa.array([subject] * len(image), pa.string())
+    columns = [*pixels, pa.array(arrays["label"]), names, pa.array(arrays["slice"])]
     return pa.Table.from_arrays(columns, schema=features.arrow_schema)
 
 
@@ -135,8 +123,7 @@ def read_piece(path: Path) -> pa.Table:
 
 
 def write_shards(tables: Iterable[pa.Table], folder: Path, split: str, shard_rows: int) -> None:
-    """Writes `split-00000-of-0000N.parquet` files of `shard_rows` rows. N is known at the end only, so the files are
-    renamed then."""
+    """Writes `split-00000-of-0000N.parquet` files of `shard_rows` rows, which are renamed when N is known."""
     pending: list[pa.Table] = []
     shards: list[Path] = []
     rows = 0
@@ -160,21 +147,17 @@ def write_shards(tables: Iterable[pa.Table], folder: Path, split: str, shard_row
 def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int) -> Iterator:
     """
     Yields `function(*task)` of every task in order: one after the other here, or by `num_proc` processes that take the
-    next task when they are free.
+    next task when they are free. A `ChildProcessError` says that one of them died.
 
     `datasets.map` is for rows of one table: it divides the subjects before it starts, however long each takes, forks a
     process in which torch and BLAS may run threads, and gathers the rows of several subjects in the memory of every
     worker, in its own cache, so that a run that is interrupted begins anew.
-
-    Raises:
-        ChildProcessError: A worker process died.
     """
     if num_proc == 1:
         for task in tasks:
             yield function(*task)
         return
-    # One thread each: matrix products give the same bits by one thread and by several (OpenBLAS, which comes with
-    # numpy).
+    # One thread each: matrix products give the same bits by one thread and by several (numpy's OpenBLAS).
     outside = {name: os.environ.get(name) for name in _THREADS}
     pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _start_worker)
     try:
@@ -190,8 +173,7 @@ def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int) -> Iter
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "A worker process was stopped from outside, perhaps for want of memory: every worker holds one subject."
-            " What is done is"
-            " kept; run the same command again, with a smaller `num_proc`."
+            " What is done is kept; run the same command again, with a smaller `num_proc`."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -26,21 +26,9 @@ def slices_of(
     training: bool,
     annotations: int,
 ) -> tuple[dict, dict]:
-    """
-    Makes the kept slices of a subject.
-
-    Args:
-        subject ([`Subject`]): Its files are read.
-        processor ([`VolumeProcessor`]): Makes the slices.
-        rule ([`SliceRule`]): Which slices are kept.
-        raters ([`RaterRule`], *optional*): Makes the annotations of the subject's mask.
-        training (`bool`): Whether the subject is in the training split.
-        annotations (`int`): A, masks per slice; those that the subject lacks are zeros.
-
-    Returns:
-        `tuple[dict, dict]`: Arrays `image (N, C, H, W)`, `mask (N, A, H, W)`, `brain (N, H, W)`, `label (N,)`,
-        `slice (N,)`, and the columns of `subjects.parquet`.
-    """
+    """Makes the slices that are kept of a subject, which is in the `training` split or not. Returns arrays
+    `image (N, C, H, W)`, `mask (N, A, H, W)` (A is `annotations`; those that the subject lacks are zeros),
+    `brain (N, H, W)`, `label (N,)` and `slice (N,)`, and its columns of `subjects.parquet`."""
     processed = processor.preprocess(subject.volume, subject.brain)
     geometry = processed.geometry
     images, brain = processed.slices.numpy(), processed.brain.numpy()
@@ -125,8 +113,7 @@ def _read_marked(path: Path, subject: Subject, processed: ProcessedVolume) -> np
     if (subject.mask_above >= 1 and highest == 1) or (exact and 0 < highest <= subject.mask_above):
         raise ValueError(
             f"The mask {mask.name} holds values up to {highest:g}, and those above {subject.mask_above:g} are marked:"
-            " set `label_max`"
-            " to the value of a marked voxel (or a smaller `mask_above`)."
+            " set `label_max` to the value of a marked voxel (or a smaller `mask_above`)."
         )
     return array > subject.mask_above
 
@@ -149,6 +136,5 @@ def _intensity_sums(processed: ProcessedVolume, processor: VolumeProcessor) -> n
 
 
 def _touched(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Returns `(N,)` bool: which slices see any voxel of a mask. Every voxel counts, as the widened kernel leaves none
-    out."""
+    """Returns which slices see any voxel of a mask, `(N,)` bool; the widened kernel leaves none out."""
     return dataclasses.replace(geometry, antialias=True, bspline=False).to_network(mask).any((1, 2))

@@ -20,26 +20,17 @@ def _spline_matrix(n, spacing, n_knots, knot_spacing):
 
 
 def smooth_field(rng, shape, spacing, extent, knot_spacing):
-    """
-    Draws a Gaussian field of mean 0 and standard deviation 1: cubic B-splines with independent normal coefficients.
+    """Draws a Gaussian field `shape`, float32, of mean 0 and standard deviation 1: cubic B-splines with independent
+    normal coefficients from the generator `rng`. `spacing` and `extent` (voxel size and length of every axis) have the
+    unit of `knot_spacing`, the length over which the field changes.
 
     Sparse products, one per axis: exact at any spacing, much faster than a cubic zoom, and (unlike BLAS) bit for bit
     the same whatever the number of threads.
-
-    Args:
-        rng (`np.random.Generator`): Draws the coefficients.
-        shape (`tuple[int, ...]`): Of the field.
-        spacing, extent (`Sequence[float]`): Voxel size and length of every axis, in the unit of `knot_spacing`.
-        knot_spacing (`float`): Distance of the knots: the field changes over this length.
-
-    Returns:
-        `np.ndarray` of `shape`: float32.
     """
     n_knots = [int(length // knot_spacing) + 4 for length in extent]
     field = rng.standard_normal(n_knots, dtype=np.float32)
     for n, step, knots in zip(shape, spacing, n_knots, strict=True):
         matrix = _spline_matrix(n, step, knots, knot_spacing)
-        # Each product takes the first axis and appends its result as the last: in the end the order is that of
-        # `shape`.
+        # Each product takes the first axis and appends its result as the last: in the end the order is `shape`'s.
         field = np.moveaxis((matrix @ field.reshape(knots, -1)).reshape(n, *field.shape[1:]), 0, -1)
     return field

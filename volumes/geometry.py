@@ -24,19 +24,15 @@ class Geometry:
     """Says how the network's slices lie in the input volume, and brings arrays from one grid to the other.
 
     Args:
-        input_shape (`tuple[int, int, int]`): Voxels of the input, `(X, Y, Z)`.
+        input_shape: Voxels of the input, `(X, Y, Z)`.
         input_affine (`np.ndarray` of shape `(4, 4)`): Input voxel indices to world millimetres (RAS+).
-        plane (`str`): Slice plane, a key of `PLANES`.
-        start (`tuple[float, float, float]`):
-            Where the centre of network voxel 0 lies, in voxels of the reoriented input, in the order (W, H, slice).
-        step (`tuple[float, float, float]`):
-            Distance of neighbouring network voxels, in voxels of the reoriented input.
-        network_shape (`tuple[int, int, int]`): Voxels of the network's grid, `(W, H, N)`.
-        antialias (`bool`):
-            Widen the interpolation kernel where the network's grid is the coarser one. On the way back it is always
-            widened where the input's grid is coarser.
-        bspline (`bool`):
-            Bring images to the network's grid by cubic B-splines, without `antialias`, instead of linearly.
+        plane: Slice plane, a key of `PLANES`.
+        start: Where the centre of network voxel 0 lies, in voxels of the reoriented input, in the order (W, H, slice).
+        step: Distance of neighbouring network voxels, in voxels of the reoriented input.
+        network_shape: Voxels of the network's grid, `(W, H, N)`.
+        antialias: Widen the interpolation kernel where the network's grid is the coarser one. On the way back it is
+            always widened where the input's grid is coarser.
+        bspline: Bring images to the network's grid by cubic B-splines, without `antialias`, instead of linearly.
     """
 
     input_shape: tuple[int, int, int]
@@ -101,8 +97,7 @@ class Geometry:
 
 
 def plane_orientation(affine: np.ndarray, plane: str) -> np.ndarray:
-    """Returns the nibabel orientation `(3, 2)` that turns voxel axes into the axes (W, H, slice) of a plane of
-    `PLANES`."""
+    """Returns the nibabel orientation `(3, 2)` that turns voxel axes into (W, H, slice) of a plane of `PLANES`."""
     orientations = nib.orientations
     return orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(PLANES[plane]))
 
@@ -147,9 +142,8 @@ def _gather(array, axis, size, start, step):
 
 
 def _linear_weights(source: int, target: int, start: float, step: float, antialias: bool) -> np.ndarray:
-    # Row k interpolates at source coordinate start + k * step. Weights are renormalised at the border of the source
-    # and zero beyond it, which makes a plain resize equal to torch's
-    # `interpolate(mode="bilinear", align_corners=False)`.
+    # Row k interpolates at source coordinate start + k * step. Weights are renormalised at the source's border and zero
+    # beyond it, which makes a plain resize equal to torch's `interpolate(mode="bilinear", align_corners=False)`.
     centre = start + step * np.arange(target)
     radius = max(1.0, step) if antialias else 1.0
     weights = np.clip(1.0 - np.abs(np.arange(source)[None] - centre[:, None]) / radius, 0.0, None)

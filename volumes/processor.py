@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import scipy.ndimage
@@ -29,17 +29,17 @@ _NO_BRAIN_LEFT = (
 )
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ProcessedVolume:
     """Holds the slices of one volume, ready for a network.
 
     Args:
-        slices (`torch.Tensor` of shape `(N, C, H, W)`):
-            float32, modalities in the processor's order, in `value_range`.
+        slices (`torch.Tensor` of shape `(N, C, H, W)`): float32, modalities in the processor's order, in
+            `value_range`.
         brain (`torch.Tensor` of shape `(N, H, W)`): bool, where maps count. All `True` without a brain rule.
-        geometry ([`Geometry`]): The way back to the input's grid.
+        geometry: The way back to the input's grid.
         units_offset, units_scale (`np.ndarray` of shape `(N, C)`): `value * scale + offset` is in the input's units.
-        source ([`InputVolume`]): The input.
+        source: The input.
     """
 
     slices: torch.Tensor
@@ -60,47 +60,36 @@ class VolumeProcessor(ConfigMixin):
     range.
 
     Args:
-        modalities (`tuple[str, ...]`, defaults to `("image",)`):
-            Names in channel order. A dict is read by name, a 4-D file by position; one modality accepts any single
-            image.
-        plane (`str`, defaults to `"axial"`):
-            `"axial"`, `"coronal"` or `"sagittal"`: the plane that slices are taken in, in radiological convention.
-        spacing (`tuple[float | None, float | None, float | None]`, *optional*):
-            Voxel size in mm along (H, W, slice) that volumes are brought to; `None` keeps the input's.
-        crop (`"brain"` or `tuple[int, ...]`, *optional*):
-            `"brain"` cuts slices to the bounding box of the brain; `(H, W)` or `(H, W, N)` cuts or zero-pads about the
-            centre, in voxels after `spacing`.
-        size (`tuple[int, int]`, *optional*):
-            Slice size (H, W) of the network; `None` keeps what the steps before give.
-        resize (`str`, defaults to `"fit"`):
-            `"fit"` keeps the aspect ratio and pads with background, `"stretch"` does not. `"torchio"`: as `CropOrPad`
-            and `Resample` of torchio do it, in cDDPM and SADM: `crop` has three numbers, the factor from it to `size`
-            is that of the slice axis, too, an odd voxel is cut at the low end and not at the high one, and images are
-            interpolated by cubic B-splines without antialiasing, which overshoot a little.
-        antialias (`bool`, defaults to `True`):
-            Widen the linear kernel when reducing (as PIL and `interpolate(antialias=True)`). ANDi does, AnoFPDM does
-            not.
-        intensity (`str`, defaults to `"percentile"`):
-            `"percentile"`: divide by the `quantile` of the voxels > 0 of the volume (ANDi 2.2, AnoFPDM 2.4).
+        modalities: Names in channel order. A dict is read by name, a 4-D file by position; one modality accepts any
+            single image.
+        plane: `"axial"`, `"coronal"` or `"sagittal"`: the plane that slices are taken in, in radiological convention.
+        spacing: Voxel size in mm along (H, W, slice) that volumes are brought to; `None` keeps the input's.
+        crop: `"brain"` cuts slices to the bounding box of the brain; `(H, W)` or `(H, W, N)` cuts or zero-pads about
+            the centre, in voxels after `spacing`.
+        size: Slice size (H, W) of the network; `None` keeps what the steps before give.
+        resize: `"fit"` keeps the aspect ratio and pads with background, `"stretch"` does not. `"torchio"`: as
+            `CropOrPad` and `Resample` of torchio do it, in cDDPM and SADM: `crop` has three numbers, the factor from
+            it to `size` is that of the slice axis, too, an odd voxel is cut at the low end and not at the high one,
+            and images are interpolated by cubic B-splines without antialiasing, which overshoot a little.
+        antialias: Widen the linear kernel when reducing (as PIL and `interpolate(antialias=True)`). ANDi does, AnoFPDM
+            does not.
+        intensity: `"percentile"`: divide by the `quantile` of the voxels > 0 of the volume (ANDi 2.2, AnoFPDM 2.4).
             `"slice_minmax"`: after `"percentile"`, every slice and channel to [0, 1], (x - min) / (max - min + 1e-5)
             (AnoFPDM's loader).
             `"brain_percentiles"`: [1 - `quantile`, `quantile`] of the voxels of the brain mask that `crop` leaves, to
             [0, 1], and clip to that before anything is interpolated (cDDPM and SADM: percentiles 1 and 99).
-            `"mean_std"`: clip to [m - s, m + 2s] of the volume, then to [0, 1].
-            `"mean_std_no_offset"`: AnoDDPM's own rule: the same clip, divided by 3s, nothing subtracted; above 1 where
-            m > s.
+            `"mean_std"`: clip to [m - s, m + 2s] of the volume, then to [0, 1]. `"mean_std_no_offset"`: AnoDDPM's own
+            rule: the same clip, divided by 3s, nothing subtracted; above 1 where m > s.
             `"given"`: `input_range` to [0, 1].
-        quantile (`float`, defaults to 0.99): Of the rules `"percentile"`, `"slice_minmax"` and `"brain_percentiles"`.
-        input_range (`tuple[float, float]`, defaults to `(0.0, 255.0)`): Of the rule `"given"`, in the input's units.
-        value_range (`tuple[float, float]`, defaults to `(-1.0, 1.0)`): What [0, 1] becomes in the network.
-        clip (`bool`, defaults to `True`): Limit values to `value_range`. ANDi's exceed it (`False`).
-        brain_mask (`str`, defaults to `"nonzero"`):
-            `"nonzero"`: where any modality is above `background`, holes filled per slice. `"given"`: a mask comes with
-            every volume. `"none"`: the whole slice counts. A mask that is given wins over `"nonzero"`.
-        background (`float`, defaults to 0.0): Of the rule `"nonzero"`, in the input's units.
-        curvature_flow (`int`, defaults to 0):
-            Smooth every image first, at its own resolution: iterations of SimpleITK's `CurvatureFlow` with steps of
-            0.125. cDDPM and SADM 3. Needs the extra `preprocess`.
+        quantile: Of the rules `"percentile"`, `"slice_minmax"` and `"brain_percentiles"`.
+        input_range: Of the rule `"given"`, in the input's units.
+        value_range: What [0, 1] becomes in the network.
+        clip: Limit values to `value_range`. ANDi's exceed it (`False`).
+        brain_mask: `"nonzero"`: where any modality is above `background`, holes filled per slice. `"given"`: a mask
+            comes with every volume. `"none"`: the whole slice counts. A mask that is given wins over `"nonzero"`.
+        background: Of the rule `"nonzero"`, in the input's units.
+        curvature_flow: Smooth every image first, at its own resolution: iterations of SimpleITK's `CurvatureFlow` with
+            steps of 0.125. cDDPM and SADM 3. Needs the extra `preprocess`.
     """
 
     config_name = "processor_config.json"
@@ -142,8 +131,7 @@ class VolumeProcessor(ConfigMixin):
         ):
             raise ValueError(
                 "`resize` torchio needs `crop` (H, W, N) and a `size` (H, W) that is smaller by the same factor in"
-                " both directions, got"
-                f" {crop!r} and {size!r}."
+                f" both directions, got {crop!r} and {size!r}."
             )
         # The rule brain_percentiles takes the quantile and its mirror image.
         check_number("quantile", quantile, above=0.5 if intensity == "brain_percentiles" else 0, most=1)
@@ -161,8 +149,7 @@ class VolumeProcessor(ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> VolumeProcessor:
-        """Loads `processor_config.json` from a folder or a Hub repository (`subfolder`, `revision`, ... as in
-        diffusers)."""
+        """Loads `processor_config.json` from a folder or a Hub repository; further arguments as in diffusers."""
         return cls.from_dict(cls.load_config(pretrained_model_name_or_path, **kwargs))
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
@@ -180,13 +167,11 @@ class VolumeProcessor(ConfigMixin):
         return slices * (high - low) + low
 
     def settings(self) -> dict:
-        """Returns the settings as plain JSON values, which are equal before and after saving, so that processors can
-        be compared."""
+        """Returns the settings as plain JSON values, which are equal before and after saving: they can be compared."""
         return {key: _lists(value) for key, value in self.config.items() if not key.startswith("_")}
 
     def check_equal(self, settings: dict, what: str) -> None:
-        """Raises a `ValueError` that names every setting in which `what` (its `settings`) differs from this
-        processor."""
+        """Raises a `ValueError` that names every setting in which `what`, with these `settings`, differs."""
         own = self.settings()
         different = [key for key in own if key in settings and _lists(settings[key]) != own[key]]
         if different:
@@ -197,24 +182,15 @@ class VolumeProcessor(ConfigMixin):
 
     def preprocess(self, volume, brain_mask=None) -> ProcessedVolume:
         """
-        Makes the slices of a volume.
+        Makes the slices of a volume: a path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image,
+        [`InputVolume`], or a dict of them by modality (key `"brain"`: the brain mask). A 4-D file holds the modalities
+        in the processor's order.
 
-        Args:
-            volume:
-                Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, [`InputVolume`], or a dict of
-                them by modality (key `"brain"`: the brain mask). A 4-D file holds the modalities in the processor's
-                order.
-            brain_mask (*optional*):
-                Same kinds; voxels > 0 are brain. On the grid of the volume. An array has no affine of its own and
-                takes the volume's; a picture's is `(rows, columns)`.
+        `brain_mask` is of the same kinds, on the grid of the volume; voxels > 0 are brain. An array has no affine of
+        its own and takes the volume's; a picture's is `(rows, columns)`.
 
-        Returns:
-            [`ProcessedVolume`]
-
-        Raises:
-            ValueError: Missing or unknown modality, wrong number of channels, different grids, constant image, empty
-                brain.
-            ImportError: `curvature_flow` without SimpleITK.
+        Raises a `ValueError` for a missing or unknown modality, a wrong number of channels, different grids, a
+        constant image or an empty brain.
         """
         volume, brain = self._read(volume, brain_mask)
         arrays = np.stack([volume.arrays[key] for key in volume.arrays])
@@ -229,8 +205,7 @@ class VolumeProcessor(ConfigMixin):
                 " `background`."
             )
 
-        # 1. Intensities of the whole volume: (C, X, Y, Z) to about [0, 1]. offset + scale * value gives the input's
-        # units.
+        # 1. Intensities of the whole volume: (C, X, Y, Z) to about [0, 1]; offset + scale * value is in its units.
         if self.config.curvature_flow:
             arrays = _curvature_flow(arrays, volume.affine, self.config.curvature_flow)
         geometry = self.geometry(volume.shape, volume.affine, brain)
@@ -271,14 +246,13 @@ class VolumeProcessor(ConfigMixin):
         )
 
     def preprocess_mask(self, mask, geometry: Geometry) -> np.ndarray:
-        """Brings a reference mask on the input's grid (same kinds as a volume; an array `(X, Y, Z)` has no affine of
-        its own) to `(N, H, W)` float32, its labels kept (nearest neighbour)."""
+        """Brings a reference mask on the input's grid (kinds as of a brain mask) to `(N, H, W)` float32, its labels
+        kept (nearest neighbour)."""
         labels = _read_mask(mask, geometry.input_shape, geometry.input_affine, "`mask` must lie on the volume's grid")
         return geometry.to_network(labels, nearest=True)
 
     def postprocess(self, maps: torch.Tensor, processed: ProcessedVolume) -> np.ndarray:
-        """Brings maps `(N, H, W)` onto the grid of the input, `(X, Y, Z)` float32, linearly; outside the slices they
-        are 0."""
+        """Brings maps `(N, H, W)` onto the input's grid, `(X, Y, Z)` float32, linearly; 0 outside the slices."""
         return processed.geometry.to_input(maps.detach().float().cpu().numpy())
 
     def postprocess_image(self, slices: torch.Tensor, processed: ProcessedVolume) -> np.ndarray:
@@ -296,10 +270,9 @@ class VolumeProcessor(ConfigMixin):
 
         # In voxels of the reoriented input, axes (W, H, slice): where the field of view begins, its length, its voxel.
         begin, length, step = np.zeros(3), extent.copy(), np.ones(3)
-        if self.config.spacing is not None:
-            for axis, millimetres in zip((1, 0, 2), self.config.spacing, strict=True):
-                if millimetres is not None:
-                    step[axis] = millimetres / zooms[axis]
+        for axis, millimetres in zip((1, 0, 2), self.config.spacing or (None, None, None), strict=True):
+            if millimetres is not None:
+                step[axis] = millimetres / zooms[axis]
         if self.config.crop == "brain":
             for axis in (0, 1):
                 other = tuple(index for index in range(3) if index != source_axis[axis])
@@ -369,11 +342,10 @@ class VolumeProcessor(ConfigMixin):
             if missing or unknown:
                 raise ValueError(
                     f"This checkpoint needs the modalities {', '.join(modalities)}; missing:"
-                    f" {', '.join(missing) or 'none'},"
-                    f" unknown: {', '.join(unknown) or 'none'}."
+                    f" {', '.join(missing) or 'none'}, unknown: {', '.join(unknown) or 'none'}."
                 )
             arrays = {name: volume.arrays[name] for name in modalities}
-        volume = InputVolume(arrays, volume.affine, volume.header, volume.is_picture, volume.ndim, volume.name)
+        volume = dataclasses.replace(volume, arrays=arrays)
 
         if brain_mask is not None:
             if volume.is_picture and isinstance(brain_mask, (np.ndarray, torch.Tensor)) and brain_mask.ndim == 2:
@@ -385,15 +357,15 @@ class VolumeProcessor(ConfigMixin):
         if self.config.brain_mask == "none":
             return volume, np.ones(volume.shape, dtype=bool)
         brain = np.any([array > self.config.background for array in arrays.values()], axis=0)
-        orientation = plane_orientation(volume.affine, self.config.plane)
-        slice_axis = int(np.argsort(orientation[:, 0])[2])
-        return volume, _fill_holes(brain, slice_axis)
+        slice_axis = int(np.argsort(plane_orientation(volume.affine, self.config.plane)[:, 0])[2])
+        filled = [scipy.ndimage.binary_fill_holes(plane) for plane in np.moveaxis(brain, slice_axis, 0)]
+        return volume, np.stack(filled, slice_axis)
 
     def _volume_intensity(
         self, arrays: np.ndarray, brain: np.ndarray, geometry: Geometry, name: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Applies the rule of the whole volume to `(C, X, Y, Z)`; returns per channel the offset and scale that it
-        took out, too."""
+        """Applies the rule of the whole volume to `(C, X, Y, Z)`; returns also the offset and scale of each
+        channel."""
         rule = self.config.intensity
         offset, scale = np.zeros(len(arrays)), np.ones(len(arrays))
         if rule in ("percentile", "slice_minmax"):
@@ -458,11 +430,6 @@ def _read_mask(mask, shape: tuple[int, int, int], affine: np.ndarray, requiremen
             " first."
         )
     return next(iter(volume.arrays.values()))
-
-
-def _fill_holes(mask: np.ndarray, slice_axis: int) -> np.ndarray:
-    filled = [scipy.ndimage.binary_fill_holes(plane) for plane in np.moveaxis(mask, slice_axis, 0)]
-    return np.moveaxis(np.stack(filled), 0, slice_axis)
 
 
 def _is_list(value, *lengths: int) -> bool:

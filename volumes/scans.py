@@ -10,8 +10,7 @@ from .volume import IMAGE_SUFFIXES, VOLUME_SUFFIXES
 
 @dataclass(frozen=True)
 class Scan:
-    """Names one scan: a name for its results, what the pipeline is called with (volume and mask), the path that a
-    person gave."""
+    """Names one scan: its name among the results, the volume and brain mask for the pipeline, the path as given."""
 
     name: str
     volume: dict | Path
@@ -23,22 +22,15 @@ def find_scans(
     paths: list[str], modalities: list[str], brain: str | None = None
 ) -> tuple[list[Scan], list[tuple[str, str]]]:
     """
-    Finds the scans in files and folders.
+    Finds the scans in files and folders. Returns scans with different names, and paths without a scan with the reason;
+    raises if the results of several scans would go into one folder.
 
     Args:
-        paths (`list[str]`):
-            Files (one scan each), or folders: one scan with a file per modality, or several scans in files or
+        paths: Files (one scan each), or folders: one scan with a file per modality, or several scans in files or
             sub-folders. The file of a modality is called after it, alone (`flair.nii.gz`) or at the end
             (`patient1_flair.nii.gz`).
-        modalities (`list[str]`): Of the checkpoint, in its order.
-        brain (`str`, *optional*): Name of the brain mask beside each scan.
-
-    Returns:
-        `tuple[list[Scan], list[tuple[str, str]]]`: Scans with different names, and paths without a scan with the
-        reason.
-
-    Raises:
-        ValueError: The results of several scans would go into one folder.
+        modalities: Of the checkpoint, in its order.
+        brain: Name of the brain mask beside each scan.
     """
     found: list[tuple[Path, dict | Path]] = []
     failed = []
@@ -46,7 +38,12 @@ def find_scans(
         if not path.is_dir():
             found.append((path, path))
             continue
-        scans = _scans_of_folder(path, modalities, brain)
+        one = _by_modality(path, modalities)
+        scans = [(path, one)] if one else []
+        if not one:
+            folders = [(child, _by_modality(child, modalities)) for child in sorted(path.iterdir()) if child.is_dir()]
+            scans = [(child, volume) for child, volume in folders if volume]
+        scans = scans or [(file, file) for file in _files(path) if file.name != brain]
         if not scans:
             wanted = ", ".join(f"{name}.nii.gz" for name in modalities)
             failed.append((str(path), f"holds no scan: neither {wanted}, nor scans in files or sub-folders."))
@@ -65,16 +62,6 @@ def find_scans(
             f"Several scans would be written into the same folder: {', '.join(twice)}. Predict them separately."
         )
     return scans, failed
-
-
-def _scans_of_folder(folder: Path, modalities: list[str], brain: str | None) -> list[tuple[Path, dict | Path]]:
-    one = _by_modality(folder, modalities)
-    if one:
-        return [(folder, one)]
-    subjects = [(child, _by_modality(child, modalities)) for child in sorted(folder.iterdir()) if child.is_dir()]
-    subjects = [(child, volume) for child, volume in subjects if volume]
-    files = [path for path in _files(folder) if path.name != brain]
-    return subjects or [(path, path) for path in files]
 
 
 def _by_modality(folder: Path, modalities: list[str]) -> dict[str, Path] | None:

@@ -31,14 +31,13 @@ class InputVolume:
     """Holds one or several co-registered images on one grid, before any processing.
 
     Args:
-        arrays (`dict[str, np.ndarray]`):
-            Name to float32 array `(X, Y, Z)` in the file's units. An unnamed input (a file, an array) has the single
-            key `""`, an unnamed 4-D file the keys `"0"`, `"1"`, ...
+        arrays: Name to float32 array `(X, Y, Z)` in the file's units. An unnamed input (a file, an array) has the
+            single key `""`, an unnamed 4-D file the keys `"0"`, `"1"`, ...
         affine (`np.ndarray` of shape `(4, 4)`): Voxel indices to world millimetres (RAS+).
-        header (`nibabel.Nifti1Header` or `None`): Header that results copy units and codes from.
-        is_picture (`bool`): Whether the input is a 2-D picture, whose results are pictures too.
-        ndim (`int`): Dimensions of one modality as it came, 2 or 3.
-        name (`str`): What messages call it.
+        header: Header that results copy units and codes from.
+        is_picture: Whether the input is a 2-D picture, whose results are pictures too.
+        ndim: Dimensions of one modality as it came, 2 or 3.
+        name: What messages call it.
     """
 
     arrays: dict[str, np.ndarray]
@@ -53,8 +52,7 @@ class InputVolume:
         return next(iter(self.arrays.values())).shape
 
     def as_given(self, array: np.ndarray) -> np.ndarray:
-        """Returns a result `(X, Y, Z)` in the form of the input: `(rows, columns)` of a picture, `(X, Y)` of a 2-D
-        array."""
+        """Returns a result `(X, Y, Z)` as the input came: `(rows, columns)` of a picture, `(X, Y)` of a 2-D array."""
         if self.is_picture:
             return array[..., 0].T
         return array[..., 0] if self.ndim == 2 else array
@@ -77,14 +75,13 @@ class InputVolume:
 
 
 class StoredVolume(ABC):
-    """Stands for a volume that no file of its own holds: slices in a file each, an entry of an archive. Readers make
-    them, and [`read_volume`] takes them like a path.
-
-    Attributes:
-        files (`tuple[Path, ...]`): What it is read from.
-    """
+    """Stands for a volume that no file of its own holds, but `files` together: slices in a file each, an entry of an
+    archive. Readers make them, and [`read_volume`] takes them like a path."""
 
     files: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        return str(self.files[0])
 
     @abstractmethod
     def read(self) -> InputVolume:
@@ -136,9 +133,8 @@ def _read_modalities(source: Mapping) -> InputVolume:
         if volume.shape != first.shape or not np.allclose(volume.affine, first.affine, atol=1e-3):
             raise ValueError(
                 f"Modalities `{first_name}` and `{name}` lie on different grids: shapes {first.shape} and"
-                f" {volume.shape},"
-                f" affines {first.affine.round(3).tolist()} and {volume.affine.round(3).tolist()}. Resample them to"
-                " one grid first."
+                f" {volume.shape}, affines {first.affine.round(3).tolist()} and {volume.affine.round(3).tolist()}."
+                " Resample them to one grid first."
             )
     arrays = {name: next(iter(volume.arrays.values())) for name, volume in volumes.items()}
     return InputVolume(arrays, first.affine, first.header, first.is_picture, first.ndim, first.name)
@@ -186,27 +182,25 @@ def _from_nibabel(image, name: str) -> InputVolume:
     affine = np.asarray(image.affine, dtype=np.float64)
     header = image.header if isinstance(image.header, nib.Nifti1Header) else None
     no_codes = header is not None and not (int(header["sform_code"]) or int(header["qform_code"]))
-    if not np.isfinite(affine).all() or not _is_regular(affine):
+    if (
+        not np.isfinite(affine).all()
+        or (  # or singular, relative to the voxel size, whatever its unit
+            abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * np.prod(np.linalg.norm(affine[:3, :3], axis=0))
+        )
+    ):
         zooms = [zoom if np.isfinite(zoom) and zoom > 0 else 1.0 for zoom in image.header.get_zooms()[:3]]
         affine = np.diag([*(zooms + [1.0] * 3)[:3], 1.0])
         no_codes = True
     if no_codes:
         warnings.warn(
             f"{name} has no usable affine: left and right cannot be told apart. Its voxel sizes and axes are taken as"
-            " they"
-            " stand; write the right affine into the header if you know it.",
+            " they stand; write the right affine into the header if you know it.",
             stacklevel=2,
         )
-    if array.ndim == 3:
-        arrays = {"": array}
-    else:
+    arrays = {"": array}
+    if array.ndim == 4:
         arrays = {str(index): array[..., index] for index in range(array.shape[3])}
     return _checked(InputVolume(arrays, affine, header, False, min(image.ndim, 3), name))
-
-
-def _is_regular(affine: np.ndarray) -> bool:
-    # Relative to the voxel size, whatever its unit.
-    return abs(np.linalg.det(affine[:3, :3])) > 1e-6 * np.prod(np.linalg.norm(affine[:3, :3], axis=0))
 
 
 def _from_picture(picture: PIL.Image.Image, name: str) -> InputVolume:
@@ -233,8 +227,7 @@ def _from_array(array: np.ndarray) -> InputVolume:
     if array.ndim not in (2, 3):
         raise ValueError(
             f"An array or tensor must have the shape (X, Y) or (X, Y, Z), got {array.shape}. Several modalities go"
-            " into a dict"
-            " of arrays; slices that are already processed, a tensor (N, C, H, W), go to the pipeline."
+            " into a dict of arrays; slices that are already processed, a tensor (N, C, H, W), go to the pipeline."
         )
     if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool) or np.iscomplexobj(array):
         raise TypeError(f"An array must hold real numbers, got data type {array.dtype}.")

@@ -61,20 +61,16 @@ class PhantomSubject:
     Holds one synthetic subject.
 
     Args:
-        name (`str`):
-            Kind and index, for example `"healthy_0003"` or `"tumour_0020"`.
-        images (`dict[str, np.ndarray]`):
-            Modality (`"t1"`, `"t2"`, `"flair"`) to float32 volume `(X, Y, Z)`, about 0 to 1.6, 0 outside the brain.
-        brain (`np.ndarray` of shape `(X, Y, Z)`):
-            uint8, 1 inside the brain.
-        lesion (`np.ndarray` of shape `(X, Y, Z)`):
-            uint8, 0 healthy, 1 lesion, 2 necrotic core of a tumour. Non-zero exactly where `soft_lesion > 0.5`.
-        soft_lesion (`np.ndarray` of shape `(X, Y, Z)`):
-            float32 in [0, 1], the weight with which lesion intensities were mixed into the images.
-        affine (`np.ndarray` of shape `(4, 4)`):
-            Voxel to RAS millimetres.
-        parameters (`dict`):
-            JSON-able: arguments, every drawn parameter and `lesion_volume_ml`.
+        name: Kind and index, for example `"healthy_0003"` or `"tumour_0020"`.
+        images: Modality (`"t1"`, `"t2"`, `"flair"`) to float32 volume `(X, Y, Z)`, about 0 to 1.6, 0 outside the
+            brain.
+        brain (`np.ndarray` of shape `(X, Y, Z)`): uint8, 1 inside the brain.
+        lesion (`np.ndarray` of shape `(X, Y, Z)`): uint8, 0 healthy, 1 lesion, 2 necrotic core of a tumour. Non-zero
+            exactly where `soft_lesion > 0.5`.
+        soft_lesion (`np.ndarray` of shape `(X, Y, Z)`): float32 in [0, 1], the weight with which lesion intensities
+            were mixed into the images.
+        affine (`np.ndarray` of shape `(4, 4)`): Voxel to RAS millimetres.
+        parameters: JSON-able: arguments, every drawn parameter and `lesion_volume_ml`.
     """
 
     name: str
@@ -86,14 +82,8 @@ class PhantomSubject:
     parameters: dict
 
     def save(self, folder: str | Path) -> None:
-        """
-        Writes `t1.nii.gz`, `t2.nii.gz`, `flair.nii.gz` (int16, value x 1000, no scale factor in the header),
-        `brain.nii.gz`, `lesion.nii.gz` (uint8) and `phantom.json` (`parameters`).
-
-        Args:
-            folder (`str` or `Path`):
-                Created if it does not exist; files of the same names are overwritten.
-        """
+        """Writes `t1.nii.gz`, `t2.nii.gz`, `flair.nii.gz` (int16, value x 1000, no scale factor in the header),
+        `brain.nii.gz`, `lesion.nii.gz` (uint8) and `phantom.json` (`parameters`) into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         volumes = {name: np.round(image * 1000).astype(np.int16) for name, image in self.images.items()}
@@ -160,25 +150,19 @@ def _mni152_template() -> _Template:
             '`anatomy="mni152"` takes its tissue maps from nilearn: pip install "anodiff[phantom]", '
             'or use `anatomy="geometric"`.'
         ) from error
-    brain = load_mni152_brain_mask(resolution=1)
-    maps = [
-        load(resolution=1).get_fdata(dtype=np.float32) for load in (load_mni152_gm_template, load_mni152_wm_template)
-    ]
-    return _make_template(*maps, brain.get_fdata(dtype=np.float32), 1.0, brain.affine[:3, 3], stride=2)
+    loaders = (load_mni152_gm_template, load_mni152_wm_template, load_mni152_brain_mask)
+    maps = [load(resolution=1) for load in loaders]
+    arrays = [image.get_fdata(dtype=np.float32) for image in maps]
+    return _make_template(*arrays, 1.0, maps[2].affine[:3, 3], stride=2)
 
 
 @lru_cache(maxsize=1)
 def _geometric_template() -> _Template:
-    """Makes nested deformed ellipsoids on 64 x 76 x 60 voxels of 3 mm: CSF rim, folded GM shell, WM, two
-    ventricles."""
+    """Makes nested deformed ellipsoids on 64 x 76 x 60 voxels of 3 mm: CSF rim, folded GM shell, WM, ventricles."""
     shape, spacing = (64, 76, 60), 3.0
     origin = -spacing * (np.array(shape) - 1) / 2
-    x, y, z = (
-        axis.astype(np.float32)
-        for axis in np.meshgrid(
-            *(o + spacing * np.arange(n) for o, n in zip(origin, shape, strict=True)), indexing="ij"
-        )
-    )
+    axes = [(o + spacing * np.arange(n)).astype(np.float32) for o, n in zip(origin, shape, strict=True)]
+    x, y, z = np.meshgrid(*axes, indexing="ij")
 
     def inner_distance(centre, semi_axes):  # mm below the surface of an ellipsoid, nearly
         radius = np.sqrt(sum(((p - c) / a) ** 2 for p, c, a in zip((x, y, z), centre, semi_axes, strict=True)))
@@ -198,8 +182,7 @@ def _geometric_template() -> _Template:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Holds the voxels of the output. Knots are counted over `extent`, so that smooth fields do not depend on
-    `spacing`."""
+    """Holds the output's voxels. Knots are counted over `extent`: smooth fields do not depend on `spacing`."""
 
     shape: tuple[int, int, int]
     spacing: float
@@ -223,8 +206,7 @@ def _jacobian_determinant(source, spacing):
 
 
 def _draw_shape(rng, grid, template):
-    """Draws where the subject's voxels lie in the template, `(3, X, Y, Z)` in mm. Rejects maps that fold or nearly
-    do."""
+    """Draws where the subject's voxels lie in the template, `(3, X, Y, Z)` in mm; rejects maps that nearly fold."""
     for draw in range(1, _MAX_DRAWS + 1):
         matrix = (np.eye(3) + rng.normal(0, 0.03, (3, 3))) @ np.diag(rng.uniform(0.95, 1.05, 3))
         offsets = [position - np.float32(c) for position, c in zip(grid.positions(), template.centre, strict=True)]
@@ -261,8 +243,7 @@ class _Anatomy:
     parameters: dict
 
     def tissue_weights(self, template, source):
-        """Returns partial-volume weights of CSF, GM, WM `(3, V)`, which sum to 1, of what lies at `source` in the
-        template."""
+        """Returns the weights of CSF, GM, WM `(3, V)`, which sum to 1, of what lies at `source` in the template."""
         gm, wm = (_sample(volume, template.spacing, template, source) for volume in (template.gm, template.wm))
         fractions = np.stack([np.maximum(1 - gm - wm, 0), gm, wm])
         weights = fractions ** np.float32(self.sharpness) * self.modulation
@@ -310,19 +291,14 @@ def _draw_tumour(rng, positions, weights, smoothed_wm, shape_field):
     d = radius * (1 + np.float32(0.3) * weights[1]) + np.float32(0.22) * shape_field
     soft = expit((1 - d) * np.float32(sharpness))
     core = expit((0.5 - d) * np.float32(2 * sharpness)) if has_core else np.zeros_like(d)
-    parameters = {
-        "centre_mm": centre.tolist(),
-        "semi_axes_mm": semi_axes.tolist(),
-        "edge": sharpness,
-        "core": has_core,
-    }
-    return soft, core, parameters, radius
+    where = {"centre_mm": centre.tolist(), "semi_axes_mm": semi_axes.tolist()}
+    parameters = {**where, "edge": sharpness, "core": has_core}
+    return soft, core, parameters
 
 
 def _draw_ms(rng, positions, weights, ventricle_distance, shape_field):
-    probability = np.where(
-        (weights[2] > 0.5) & (ventricle_distance > 0), np.exp(-ventricle_distance / 8.0), 0.0
-    ).astype(np.float64)
+    near = np.exp(-ventricle_distance / 8.0)
+    probability = np.where((weights[2] > 0.5) & (ventricle_distance > 0), near, 0.0).astype(np.float64)
     count = int(rng.integers(5, 41))
     centres = rng.choice(probability.size, count, replace=False, p=probability / probability.sum())
     edge = rng.uniform(3, 7)
@@ -332,16 +308,12 @@ def _draw_ms(rng, positions, weights, ventricle_distance, shape_field):
         semi_axes = radius * rng.uniform(0.7, 1.3, 3)
         d = _ellipsoidal_radius(rng, positions, centre, semi_axes) + np.float32(0.22) * shape_field
         soft = np.maximum(soft, expit((1 - d) * np.float32(edge)))
-    return (
-        soft,
-        np.zeros_like(soft),
-        {"centres_mm": positions[:, centres].T.tolist(), "radii_mm": radii.tolist(), "edge": edge},
-    )
+    parameters = {"centres_mm": positions[:, centres].T.tolist(), "radii_mm": radii.tolist(), "edge": edge}
+    return soft, np.zeros_like(soft), parameters
 
 
 def _draw_stroke(rng, positions, weights, depth, offset, brain_centre, shape_field):
-    """Draws a wedge: an ellipsoid below the cortex, cut by a plane that runs from the cortex inwards, in one
-    hemisphere."""
+    """Draws a wedge in one hemisphere: an ellipsoid below the cortex, cut by a plane from the cortex inwards."""
     side, _, height = offset  # mm in the template from the centre of the brain
     # The cortex of the convexity; at the base, cerebellum and brain stem are near the surface too.
     candidates = np.flatnonzero((weights[1] > 0.5) & (depth < 12) & (np.abs(side) > 12) & (height > -10))
@@ -361,33 +333,23 @@ def _draw_stroke(rng, positions, weights, depth, offset, brain_centre, shape_fie
     d = (np.maximum(radius, 1 - beyond_plane) + 0.22 * shape_field).astype(np.float32)
     same_hemisphere = expit(np.sign(side[chosen]) * side)
     soft = expit((1 - d) * np.float32(edge)) * same_hemisphere
-    parameters = {
-        "centre_mm": centre.tolist(),
-        "semi_axes_mm": semi_axes.tolist(),
-        "plane_normal": normal.tolist(),
-        "plane_shift": shift,
-        "edge": edge,
-    }
+    where = {"centre_mm": centre.tolist(), "semi_axes_mm": semi_axes.tolist()}
+    parameters = {**where, "plane_normal": normal.tolist(), "plane_shift": shift, "edge": edge}
     return soft, np.zeros_like(soft), parameters
 
 
 def _draw_lesion(kind, rng, grid, template, anatomy, weights):
-    """
-    Draws a lesion: soft lesion `(V,)`, soft core `(V,)`, parameters, and for a tumour the ellipsoidal radius `(V,)`,
-    for mass effect.
-
-    Draws again after a lesion of less than 0.05 ml, for example a small one that fell into a sulcus.
-    """
+    """Draws a lesion: soft lesion `(V,)`, soft core `(V,)`, parameters. Draws again after a lesion of less than 0.05
+    ml, for example a small one that fell into a sulcus."""
     brain, positions, source = anatomy.brain, anatomy.positions, anatomy.source
     for draw in range(1, _MAX_DRAWS + 1):
         # Two scales: a lesion of a few mm would be a perfect ellipsoid with the coarse one alone.
         shape_field = (0.8 * _smooth_field(rng, grid, 14.0) + 0.6 * _smooth_field(rng, grid, 6.0))[brain]
-        radius = None
         if kind == "tumour":
             wm = np.zeros(grid.shape, dtype=np.float32)
             wm[brain] = weights[2]
             smoothed_wm = ndimage.gaussian_filter(wm, 4.0 / grid.spacing)[brain]
-            soft, core, parameters, radius = _draw_tumour(rng, positions, weights, smoothed_wm, shape_field)
+            soft, core, parameters = _draw_tumour(rng, positions, weights, smoothed_wm, shape_field)
         elif kind == "ms":
             distance = _sample(template.ventricle_distance, template.distance_spacing, template, source)
             soft, core, parameters = _draw_ms(rng, positions, weights, distance, shape_field)
@@ -397,7 +359,7 @@ def _draw_lesion(kind, rng, grid, template, anatomy, weights):
             soft, core, parameters = _draw_stroke(rng, positions, weights, depth, offset, template.centre, shape_field)
         volume = float((_keep_out_of_csf(soft, weights) > 0.5).sum()) * grid.spacing**3 / 1000
         if volume >= _MIN_LESION_ML:
-            return soft, core, parameters | {"draws": draw}, radius
+            return soft, core, parameters | {"draws": draw}
     raise RuntimeError(f'No `lesion="{kind}"` of {_MIN_LESION_ML} ml or more in {_MAX_DRAWS} draws.')
 
 
@@ -407,12 +369,8 @@ def _keep_out_of_csf(soft, weights):
 
 
 def _draw_images(rng, grid, anatomy, weights, lesion, contrast):
-    """
-    Draws what the scanner sees: the images `(X, Y, Z)` of all modalities, and their noise levels.
-
-    `lesion` is `None` or the soft lesion `(V,)`, the soft core `(V,)` and, per modality, the intensities of lesion and
-    core.
-    """
+    """Draws what the scanner sees: the images `(X, Y, Z)` of all modalities, 0 outside the brain, and their noise
+    levels. `lesion` is `None` or soft lesion `(V,)`, soft core `(V,)` and, per modality, the intensities of both."""
     brain, texture = anatomy.brain, anatomy.texture
     brain_blurred = ndimage.gaussian_filter(brain.astype(np.float32), 0.45)[brain]
     images, noise_levels = {}, {}
@@ -431,19 +389,12 @@ def _draw_images(rng, grid, anatomy, weights, lesion, contrast):
         noise_levels[m] = float(rng.uniform(0.01, 0.03))
         bias = np.exp(np.float32(0.10) * _smooth_field(rng, grid, 90.0)[brain])
         noise = np.float32(noise_levels[m]) * rng.standard_normal((2, image.size), dtype=np.float32)
-        images[m] = _scan(image, grid, brain, brain_blurred, bias, noise)
+        images[m] = np.zeros(grid.shape, dtype=np.float32)
+        images[m][brain] = image * bias
+        # The point spread: divided by the blurred mask, so that the zeros outside do not darken the rim.
+        blurred = ndimage.gaussian_filter(images[m], 0.45)[brain] / brain_blurred
+        images[m][brain] = np.hypot(blurred + noise[0], noise[1])  # Rician
     return images, noise_levels
-
-
-def _scan(image, grid, brain, brain_blurred, bias, noise):
-    """Applies bias field, point spread and Rician noise to one modality: `(V,)` to `(X, Y, Z)`, 0 outside the
-    brain."""
-    volume = np.zeros(grid.shape, dtype=np.float32)
-    volume[brain] = image * bias
-    # Divided by the blurred mask, so that the zeros outside do not darken the rim.
-    blurred = ndimage.gaussian_filter(volume, 0.45)[brain] / brain_blurred
-    volume[brain] = np.hypot(blurred + noise[0], noise[1])
-    return volume
 
 
 def make_subject(
@@ -454,41 +405,25 @@ def make_subject(
     spacing: float = 2.0,
     anatomy: str = "mni152",
     contrast: float = 1.0,
-    mass_effect: bool = False,
 ) -> PhantomSubject:
     """
     Makes one synthetic subject with T1, T2 and FLAIR images.
 
     Anatomy, lesion and scanner draw from separate streams of `SeedSequence([seed, index])`: the same index gives the
-    same subject whatever else is made, and subjects that differ only in `lesion`, `contrast` or `mass_effect` share
+    same subject whatever else is made, and subjects that differ only in `lesion` or `contrast` share
     anatomy and noise, so that their difference is the lesion. Bit for bit the same on one machine.
 
     Args:
-        index (`int`):
-            Which subject, 0 or more.
-        seed (`int`, defaults to 0):
-            Which data set, 0 or more.
-        lesion (`str`, *optional*):
-            `"tumour"` (an irregular blob of 4 to 20 mm radius, often with a necrotic core if larger than 8 mm), `"ms"`
-            (5 to 40 blobs of 1.5 to 5 mm near the ventricles) or `"stroke"` (a wedge that reaches the cortex of one
-            hemisphere). `None` is healthy.
-        spacing (`float`, defaults to 2.0):
-            Voxel size in mm, 1 to 8.
-        anatomy (`str`, defaults to `"mni152"`):
-            `"mni152"` deforms the tissue maps of ICBM152 2009a and needs nilearn; `"geometric"` deforms nested
+        index: Which subject, 0 or more.
+        seed: Which data set, 0 or more.
+        lesion: `"tumour"` (an irregular blob of 4 to 20 mm radius, often with a necrotic core if larger than 8 mm),
+            `"ms"` (5 to 40 blobs of 1.5 to 5 mm near the ventricles) or `"stroke"` (a wedge that reaches the cortex of
+            one hemisphere). `None` is healthy.
+        spacing: Voxel size in mm, 1 to 8.
+        anatomy: `"mni152"` deforms the tissue maps of ICBM152 2009a and needs nilearn; `"geometric"` deforms nested
             ellipsoids, for fast tests.
-        contrast (`float`, defaults to 1.0):
-            Contrast of the lesion in [0, 1]: 0 leaves the healthy image, 1 gives full lesion intensities. The mask
-            does not depend on it.
-        mass_effect (`bool`, defaults to `False`):
-            Whether a tumour pushes the tissue around it outwards.
-
-    Returns:
-        [`PhantomSubject`]
-
-    Raises:
-        ValueError: An argument is out of range, or `index` or `seed` is not an integer.
-        ImportError: `anatomy="mni152"` and nilearn is not installed.
+        contrast: Contrast of the lesion in [0, 1]: 0 leaves the healthy image, 1 gives full lesion intensities. The
+            mask does not depend on it.
     """
     check_integer("index", index, 0)
     check_integer("seed", seed, 0)
@@ -496,8 +431,6 @@ def make_subject(
     check_choice("anatomy", anatomy, ANATOMIES)
     check_number("spacing", spacing, least=1, most=8)
     check_number("contrast", contrast, least=0, most=1)
-    if mass_effect and lesion != "tumour":
-        raise ValueError(f'`mass_effect` needs `lesion="tumour"`, got {lesion!r}.')
     template = _mni152_template() if anatomy == "mni152" else _geometric_template()
     shape = tuple(int(n) for n in template.extent // spacing + 1)
     grid = _Grid(shape, float(spacing), template.origin, template.extent)
@@ -509,12 +442,7 @@ def make_subject(
     weights = subject.tissue_weights(template, subject.source)
     soft, drawn, parameters, lesion_means = np.zeros(weights.shape[1], dtype=np.float32), None, None, None
     if lesion is not None:
-        soft, core, parameters, radius = _draw_lesion(lesion, lesion_rng, grid, template, subject, weights)
-        if mass_effect:
-            # First order: the template is sampled nearer to the centre. The skull stays: `brain` is not deformed.
-            offset = subject.positions - np.float32(parameters["centre_mm"])[:, None]
-            pushed = subject.source - np.float32(0.15) * offset * np.exp(-((radius / 1.5) ** 2))
-            weights = subject.tissue_weights(template, pushed)
+        soft, core, parameters = _draw_lesion(lesion, lesion_rng, grid, template, subject, weights)
         soft = _keep_out_of_csf(soft, weights)
         lesion_means = {
             m: [float(mean[m] * (1 + lesion_rng.normal(0, 0.06))) for mean in (LESION_MEANS, CORE_MEANS)]
@@ -537,7 +465,7 @@ def make_subject(
     affine[:3, 3] = grid.origin
     parameters = {
         **{"seed": int(seed), "index": int(index), "anatomy": anatomy, "spacing": grid.spacing, "lesion": lesion},
-        **{"contrast": float(contrast), "mass_effect": bool(mass_effect), **subject.parameters, "noise": noise_levels},
+        **{"contrast": float(contrast), **subject.parameters, "noise": noise_levels},
         "lesion_parameters": parameters,
         "lesion_means": lesion_means,
         "lesion_volume_ml": float(np.count_nonzero(mask) * grid.spacing**3 / 1000),
@@ -553,7 +481,6 @@ def write_phantom(
     seed: int = SET_SEED,
     anatomy: str = "mni152",
     spacing: float = 2.0,
-    contrast: float = 1.0,
     progress: bool = True,
 ) -> None:
     """
@@ -561,21 +488,7 @@ def write_phantom(
     `splits/train.csv`, `splits/validation.csv`, `splits/test.csv` (header `subject`). Training subjects are healthy.
 
     The subjects are made in a temporary folder beside `folder`, which is renamed at the end: an interrupted run leaves
-    no half-made data set.
-
-    Args:
-        folder (`str` or `Path`):
-            Where the data set goes; must not exist.
-        name (`str`, defaults to `"phantom-mini"`):
-            A key of `PHANTOM_SETS`. `"phantom-mini"` has 32 subjects, `"phantom-std"` 300.
-        seed, anatomy, spacing, contrast:
-            As in [`make_subject`]. No two subjects of a set share an index.
-        progress (`bool`, defaults to `True`):
-            Whether to show a progress bar.
-
-    Raises:
-        FileExistsError: `folder` exists.
-        ValueError: `name` is unknown, or an argument of [`make_subject`] is out of range.
+    no half-made data set. `folder` must not exist; `seed`, `anatomy` and `spacing` are as in [`make_subject`].
     """
     folder = Path(folder)
     check_choice("name", name, PHANTOM_SETS)
@@ -587,9 +500,7 @@ def write_phantom(
         unfinished = Path(temporary) / folder.name
         subjects = {split: [] for split in PHANTOM_SETS[name]}
         for index, (split, lesion) in enumerate(tqdm(kinds, desc=name, unit="subject", disable=not progress)):
-            subject = make_subject(
-                index, seed=seed, lesion=lesion, spacing=spacing, anatomy=anatomy, contrast=contrast
-            )
+            subject = make_subject(index, seed=seed, lesion=lesion, spacing=spacing, anatomy=anatomy)
             subject.save(unfinished / subject.name)
             subjects[split].append(subject.name)
         (unfinished / "splits").mkdir()

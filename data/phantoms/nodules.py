@@ -1,5 +1,4 @@
-"""A phantom of pictures with several annotations, whose raters are known: something like lung nodules in CT
-sections."""
+"""A phantom of pictures with several annotations, whose raters are known: something like lung nodules in CT."""
 
 from __future__ import annotations
 
@@ -21,10 +20,13 @@ from ..smooth_fields import smooth_field
 from .brains import SET_SEED
 
 
-# A raters, H x W pixels.
+# A raters, H x W pixels, both _SIZE.
 
 # Patients and pictures of each.
 RATER_SETS = {"phantom-raters": (320, 2)}
+
+_SIZE = 64
+_MIDDLE = (_SIZE - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,12 @@ class RaterCase:
     Holds one picture of the phantom and its annotations.
 
     Args:
-        name (`str`): Patient and picture, for example `"patient_0003_1"`.
-        patient (`str`): Whose picture it is.
+        name: Patient and picture, for example `"patient_0003_1"`.
+        patient: Whose picture it is.
         image (`np.ndarray` of shape `(H, W)`): uint8.
         masks (`np.ndarray` of shape `(A, H, W)`): uint8, 0 or 1, one annotation per rater, perhaps empty.
-        parameters (`dict`):
-            JSON-able. `overlooked`, `with_halo` and `with_satellite` are the probabilities that a rater leaves the
-            picture empty, and that one who does not includes the halo or the satellite.
+        parameters: JSON-able. `overlooked`, `with_halo` and `with_satellite` are the probabilities that a rater leaves
+            the picture empty, and that one who does not includes the halo or the satellite.
     """
 
     name: str
@@ -49,8 +50,7 @@ class RaterCase:
     parameters: dict
 
     def save(self, folder: str | Path) -> None:
-        """Writes `image.png`, `label0.png`, ... (0 and 255) and `phantom.json` into `folder`, which is made if
-        missing."""
+        """Writes `image.png`, `label0.png`, ... (0 and 255) and `phantom.json` into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(self.image).save(folder / "image.png")
@@ -61,8 +61,7 @@ class RaterCase:
 
 @dataclass(frozen=True)
 class _Nodule:
-    """Describes what a picture shows, lengths in pixels, angles in radians; contrasts on the grey scale from 0 to
-    1."""
+    """Describes what a picture shows: pixels, radians, contrasts on the grey scale from 0 to 1."""
 
     row: float
     column: float
@@ -78,8 +77,8 @@ class _Nodule:
     satellite_angle: float
 
     def depths(self, rows: np.ndarray, columns: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns how many pixels inside the boundary of each part these places lie, negative outside; absent parts
-        are left out."""
+        """Returns how many pixels inside the boundary of each part that is there these places lie, negative
+        outside."""
         y, x = rows - self.row, columns - self.column
         distance, angle = np.hypot(y, x), np.arctan2(y, x)
         waves = [a * np.cos(k * (angle - phase)) for k, (a, phase) in enumerate(self.harmonics, 2)]
@@ -95,25 +94,24 @@ class _Nodule:
         return depths
 
 
-def _draw_nodule(seed: int, patient: int, picture: int, size: int) -> _Nodule:
+def _draw_nodule(seed: int, patient: int, picture: int) -> _Nodule:
     """Draws the patient's nodule, as the section `picture` shows it."""
-    pixel, middle = size / 64, (size - 1) / 2
     rng = np.random.default_rng(np.random.SeedSequence([seed, patient]))
-    radius = pixel * rng.uniform(5, 11)
+    radius = rng.uniform(5, 11)
     contrast = rng.uniform(0.10, 0.60)
     has_halo, has_satellite = rng.random(2) < (0.6, 0.4)
     nodule = {
-        "row": middle + pixel * rng.uniform(-8, 8),
-        "column": middle + pixel * rng.uniform(-8, 8),
+        "row": _MIDDLE + rng.uniform(-8, 8),
+        "column": _MIDDLE + rng.uniform(-8, 8),
         "radius": radius,
         "harmonics": tuple((rng.normal(0, 0.10 / k), rng.uniform(0, 2 * np.pi)) for k in range(1, 5)),
-        "edge": pixel * rng.uniform(0.4, 1.0),
+        "edge": rng.uniform(0.4, 1.0),
         "contrast": contrast,
         "halo": radius * rng.uniform(0.4, 0.8),
         "halo_contrast": rng.uniform(0.25, 0.65),
         "halo_angle": rng.uniform(0, 2 * np.pi),
-        "satellite": pixel * rng.uniform(2.0, 3.5),
-        "satellite_distance": radius * 1.3 + pixel * rng.uniform(5.0, 8.0),
+        "satellite": rng.uniform(2.0, 3.5),
+        "satellite_distance": radius * 1.3 + rng.uniform(5.0, 8.0),
         "satellite_angle": rng.uniform(0, 2 * np.pi),
     }
     nodule["halo"] *= has_halo
@@ -123,30 +121,25 @@ def _draw_nodule(seed: int, patient: int, picture: int, size: int) -> _Nodule:
     return _Nodule(**nodule)
 
 
-def _draw_section(seed: int, patient: int, picture: int, size: int, nodule: _Nodule) -> np.ndarray:
+def _draw_section(seed: int, patient: int, picture: int, nodule: _Nodule) -> np.ndarray:
     """Draws the picture `(H, W)` uint8: the nodule with the tissue around it."""
-    pixel, middle = size / 64, (size - 1) / 2
     rng = np.random.default_rng(np.random.SeedSequence([seed, patient, picture]))
-    rows, columns = np.indices((size, size), dtype=np.float64)
-    image = 0.22 + 0.04 * _pixel_field(rng, size, 14 * pixel) + 0.02 * _pixel_field(rng, size, 5 * pixel)
+    rows, columns = np.indices((_SIZE, _SIZE), dtype=np.float64)
+    image = 0.22 + 0.04 * _pixel_field(rng, 14) + 0.02 * _pixel_field(rng, 5)
     for _ in range(rng.integers(3, 7)):  # vessels
-        angle, offset = rng.uniform(0, np.pi), pixel * rng.uniform(-30, 30)
-        bend = pixel * rng.uniform(2, 5) * _pixel_field(rng, size, 30 * pixel)
-        across = (rows - middle) * np.cos(angle) - (columns - middle) * np.sin(angle) - offset + bend
-        image = np.maximum(
-            image, rng.uniform(0.3, 0.55) * np.exp(-0.5 * (across / (pixel * rng.uniform(0.7, 1.4))) ** 2)
-        )
+        angle, offset = rng.uniform(0, np.pi), rng.uniform(-30, 30)
+        bend = rng.uniform(2, 5) * _pixel_field(rng, 30)
+        across = (rows - _MIDDLE) * np.cos(angle) - (columns - _MIDDLE) * np.sin(angle) - offset + bend
+        image = np.maximum(image, rng.uniform(0.3, 0.55) * np.exp(-0.5 * (across / rng.uniform(0.7, 1.4)) ** 2))
     depths = nodule.depths(rows, columns)
     strengths = {"core": 1.0, "halo": nodule.halo_contrast, "satellite": 0.8}
     shown = [strengths[part] * expit(depth / nodule.edge) for part, depth in depths.items()]
     image = image + nodule.contrast * np.max(shown, axis=0)
-    image = ndimage.gaussian_filter(image, 0.5 * pixel) + rng.uniform(0.01, 0.03) * rng.standard_normal((size, size))
+    image = ndimage.gaussian_filter(image, 0.5) + rng.uniform(0.01, 0.03) * rng.standard_normal((_SIZE, _SIZE))
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
-def make_case(
-    patient: int, picture: int = 0, *, seed: int = SET_SEED, size: int = 64, num_raters: int = 4
-) -> RaterCase:
+def make_case(patient: int, picture: int = 0, *, seed: int = SET_SEED, num_raters: int = 4) -> RaterCase:
     """
     Makes one picture, something like a CT section with a lung nodule, and annotations that differ for reasons that one
     can see in it:
@@ -159,36 +152,27 @@ def make_case(
     The raters' choices are independent of each other, and their probabilities follow from the picture: so the
     frequency of an annotation is known (make many raters), and a method can learn it.
 
-    Args:
-        patient (`int`): Which patient, 0 or more. The nodule is the patient's.
-        picture (`int`, defaults to 0): Which picture of the patient: further ones are taken farther from its centre.
-        seed (`int`, defaults to `SET_SEED`): Which data set, 0 or more.
-        size (`int`, defaults to 64): Height and width in pixels, at least 32; everything scales with it.
-        num_raters (`int`, defaults to 4): Annotations. The first ones do not depend on how many follow.
-
-    Returns:
-        [`RaterCase`]
+    The nodule is the patient's; further pictures of it are taken farther from its centre. The first raters do not
+    depend on how many follow.
     """
     check_integer("patient", patient, 0)
     check_integer("picture", picture, 0)
     check_integer("seed", seed, 0)
-    check_integer("size", size, 32)
     check_integer("num_raters", num_raters, 1)
-    nodule = _draw_nodule(seed, patient, picture, size)
-    image = _draw_section(seed, patient, picture, size, nodule)
+    nodule = _draw_nodule(seed, patient, picture)
+    image = _draw_section(seed, patient, picture, nodule)
 
     # The raters. What is faint is overlooked, what is conspicuous is not.
-    pixel = size / 64
-    rows, columns = np.indices((size, size), dtype=np.float64)
+    rows, columns = np.indices((_SIZE, _SIZE), dtype=np.float64)
     overlooked = 0.7 * float(expit((0.20 - nodule.contrast) / 0.04))
     with_halo = float(np.interp(nodule.halo_contrast, (0.25, 0.65), (0.25, 0.75))) if nodule.halo else 0.0
     with_satellite = 0.6 if nodule.satellite else 0.0
-    masks = np.zeros((num_raters, size, size), dtype=np.uint8)
+    masks = np.zeros((num_raters, _SIZE, _SIZE), dtype=np.uint8)
     for rater, mask in enumerate(masks):
         rng = np.random.default_rng(np.random.SeedSequence([seed, patient, picture, rater]))
         sees, takes_halo, takes_satellite = rng.random(3) < (1 - overlooked, with_halo, with_satellite)
-        wider = 0.6 * pixel * rng.standard_normal()
-        unsteady = [0.5 * pixel * _pixel_field(rng, size, 8 * pixel) for _ in range(2)]
+        wider = 0.6 * rng.standard_normal()
+        unsteady = [0.5 * _pixel_field(rng, 8) for _ in range(2)]
         depths = nodule.depths(rows + unsteady[0], columns + unsteady[1])
         marked = depths["core"] + wider > 0
         if takes_halo:
@@ -198,39 +182,21 @@ def make_case(
         mask[:] = marked & sees
     name = f"patient_{patient:04d}"
     probabilities = {"overlooked": overlooked, "with_halo": with_halo, "with_satellite": with_satellite}
-    parameters = {"seed": int(seed), "patient": int(patient), "picture": int(picture), "size": int(size)}
+    parameters = {"seed": int(seed), "patient": int(patient), "picture": int(picture)}
     return RaterCase(f"{name}_{picture}", name, image, masks, parameters | probabilities | asdict(nodule))
 
 
-def _pixel_field(rng: np.random.Generator, size: int, knot_spacing: float) -> np.ndarray:
-    return smooth_field(rng, (size, size), (1.0, 1.0), (size - 1.0, size - 1.0), knot_spacing)
+def _pixel_field(rng: np.random.Generator, knot_spacing: float) -> np.ndarray:
+    return smooth_field(rng, (_SIZE, _SIZE), (1.0, 1.0), (_SIZE - 1.0, _SIZE - 1.0), knot_spacing)
 
 
-def write_rater_phantom(
-    folder: str | Path,
-    name: str = "phantom-raters",
-    *,
-    seed: int = SET_SEED,
-    size: int = 64,
-    num_raters: int = 4,
-    progress: bool = True,
-) -> None:
+def write_rater_phantom(folder: str | Path, name: str = "phantom-raters", *, progress: bool = True) -> None:
     """
     Writes a whole data set: one folder per picture (see [`RaterCase.save`]), and `patients.csv` with the columns
     `case` and `patient`, so that a split keeps the pictures of a patient together.
 
     The pictures are made in a temporary folder beside `folder`, which is renamed at the end: an interrupted run leaves
-    no half-made data set.
-
-    Args:
-        folder (`str` or `Path`): Where the data set goes; must not exist.
-        name (`str`, defaults to `"phantom-raters"`): A key of `RATER_SETS`: 320 patients with two pictures each.
-        seed, size, num_raters: As in [`make_case`].
-        progress (`bool`, defaults to `True`): Whether to show a progress bar.
-
-    Raises:
-        FileExistsError: `folder` exists.
-        ValueError: `name` is unknown, or an argument of [`make_case`] is out of range.
+    no half-made data set. `folder` must not exist.
     """
     folder = Path(folder)
     check_choice("name", name, RATER_SETS)
@@ -242,7 +208,7 @@ def write_rater_phantom(
         unfinished = Path(temporary) / folder.name
         rows = []
         for index in tqdm(range(patients * pictures), desc=name, unit="picture", disable=not progress):
-            case = make_case(*divmod(index, pictures), seed=seed, size=size, num_raters=num_raters)
+            case = make_case(*divmod(index, pictures))
             case.save(unfinished / case.name)
             rows.append((case.name, case.patient))
         with open(unfinished / "patients.csv", "w", newline="") as file:

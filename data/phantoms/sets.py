@@ -27,7 +27,6 @@ def prepare_phantom(
     *,
     recipe: dict | None = None,
     anatomy: str = "mni152",
-    seed: int = SET_SEED,
     raw: str | Path | None = None,
     template: str | Path | None = None,
     reference: str | Path | None = None,
@@ -35,22 +34,13 @@ def prepare_phantom(
     progress: bool = True,
 ) -> dict[str, str]:
     """
-    Makes a phantom and prepares it; returns and raises what [`~data.prepare.prepare`] does.
+    Makes a phantom of `PHANTOMS` and prepares it, as [`~data.prepare.prepare_recipe`] does. `"phantom-mini"` and
+    `"phantom-std"` are brains, `"phantom-raters"` are pictures with several annotations.
 
     Args:
-        name (`str`):
-            One of `PHANTOMS`: `"phantom-mini"` and `"phantom-std"` are brains, `"phantom-raters"` pictures with
-            several annotations.
-        out (`str` or `Path`): Folder to write; must not exist.
-        recipe (`dict`, *optional*): Instead of the packaged one, see [`phantom_recipe`].
-        anatomy (`str`, defaults to `"mni152"`): Of brains, as in [`~data.phantoms.brains.write_phantom`].
-        seed (`int`): As in [`~data.phantoms.brains.write_phantom`] and [`~data.phantoms.nodules.write_rater_phantom`].
-        raw (`str` or `Path`, *optional*):
-            Where the raw volumes are kept; must not exist. They are not kept by default.
-        template, reference (`str` or `Path`, *optional*):
-            As in [`~data.prepare.prepare_recipe`], of a recipe with `correction`.
-        num_proc (`int`, defaults to 1): As in [`~data.prepare.prepare`]; the raw volumes are made by one process.
-        progress (`bool`, defaults to `True`): Show progress bars.
+        recipe: Instead of the packaged one, see [`phantom_recipe`].
+        anatomy: Of brains, as in [`~data.phantoms.brains.make_subject`].
+        raw: Where the raw volumes are kept; must not exist. They are not kept by default.
     """
     out = Path(out)
     if out.exists():
@@ -58,7 +48,7 @@ def prepare_phantom(
     check_choice("name", name, PHANTOMS)
     brains = name in PHANTOM_SETS
     recipe = dict(recipe or phantom_recipe(name))
-    recipe["source"] = f"{name} of anodiff, {f'anatomy {anatomy}, ' if brains else ''}seed {seed}"
+    recipe["source"] = f"{name} of anodiff, {f'anatomy {anatomy}, ' if brains else ''}seed {SET_SEED}"
     files = {"template": template, "reference": reference}
     _, rules = read_rules(recipe, **files)
     if "correction" in rules:
@@ -67,9 +57,9 @@ def prepare_phantom(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-raw-", dir=out.parent) as temporary:
         raw = Path(temporary) / name if raw is None else Path(raw)
         if brains:
-            write_phantom(raw, name, seed=seed, anatomy=anatomy, progress=progress)
+            write_phantom(raw, name, anatomy=anatomy, progress=progress)
         else:
-            write_rater_phantom(raw, name, seed=seed, progress=progress)
+            write_rater_phantom(raw, name, progress=progress)
         return prepare_recipe(recipe, raw, out, **files, num_proc=num_proc, progress=progress)
 
 
@@ -95,6 +85,6 @@ def cached_phantom(name: str) -> Path:
 
 
 def is_phantom(recipe: dict) -> bool:
-    """Returns whether the images that were prepared with `recipe` may be shown to everybody, because they are of a
-    phantom and not of a person. The rule is the start of `source`, as [`prepare_phantom`] writes it."""
+    """Returns whether the images that were prepared with `recipe` are of a phantom, so that they may be shown to
+    everybody. The rule is the start of `source`, as [`prepare_phantom`] writes it."""
     return re.match(r"phantom-\w+ of anodiff\b", recipe.get("source", "")) is not None

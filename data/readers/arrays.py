@@ -1,8 +1,8 @@
-"""Finds the subjects of data sets that keep no volumes: a picture or an array per slice, and crops in a pickle."""
+"""Finds the subjects of data sets that keep no volumes: a picture or an array per slice, and crops in a pickle. What
+`subjects.py` says of readers holds here too."""
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,17 +26,14 @@ class PictureStack(StoredVolume):
     are shown.
 
     Args:
-        files (`tuple[Path, ...]`): One slice each, R x K pixels, any kind that PIL reads.
-        channels (`dict[str, int]`, *optional*): Name to channel of colour pictures; grey ones by default.
-        filler (`int`, *optional*): Channel that stands in for others that were not taken: those are an error.
+        files: One slice each, R x K pixels, any kind that PIL reads.
+        channels: Name to channel of colour pictures; grey ones by default.
+        filler: Channel that stands in for others that were not taken: those are an error.
     """
 
     files: tuple[Path, ...]
     channels: Mapping[str, int] | None = None
     filler: int | None = None
-
-    def __str__(self) -> str:
-        return str(self.files[0])
 
     def read(self) -> InputVolume:
         slices = []
@@ -78,19 +75,16 @@ class ArrayStack(StoredVolume):
     """Reads arrays of `.npz` files, one on another.
 
     Args:
-        files (`tuple[Path, ...]`): One slice each.
-        key (`str`): Array in the file: `(1, C, X, Y)`.
-        channels (`dict[str, int]`, *optional*): Name to channel; one channel by default.
-        affine (`tuple`): Sixteen numbers, voxels to millimetres, by rows.
+        files: One slice each.
+        key: Array in the file: `(1, C, X, Y)`.
+        channels: Name to channel; one channel by default.
+        affine: Sixteen numbers, voxels to millimetres, by rows.
     """
 
     files: tuple[Path, ...]
     key: str
     channels: Mapping[str, int] | None
     affine: tuple[float, ...]
-
-    def __str__(self) -> str:
-        return str(self.files[0])
 
     def read(self) -> InputVolume:
         slices = []
@@ -140,40 +134,29 @@ def read_picture_stacks(
 ) -> list[Subject]:
     """
     Finds one subject per folder, with a picture per slice, whose channels are modalities, and a picture per mask:
-    `kaggle_3m` of TCGA-LGG. No voxel size is known; every voxel counts as 1 mm.
-
-    A subject with a slice that is missing or damaged is listed when the set is made, and the others are written.
+    `kaggle_3m` of TCGA-LGG. No voxel size is known; every voxel counts as 1 mm. Marked is what is above 0.
 
     Args:
-        root (`str` or `Path`): Folder of the data set.
-        modalities (`dict[str, int]`): Name to channel, from 0. TCGA-LGG: 0 before contrast, 1 FLAIR, 2 after contrast.
-        pictures, masks (`str`):
-            File names with the field `{slice}`, a number that grows upwards; `{subject}` is the folder's name. `masks`
-            null: unlabelled.
-        filler (`int`, *optional*):
-            Channel that stands in where a sequence was not taken (FLAIR in TCGA-LGG): a subject whose modality is a
-            copy of it is listed as unreadable.
-
-    Returns:
-        `list[Subject]`, sorted by name; marked is what is above 0.
-
-    Raises:
-        ValueError: No subject.
+        modalities: Name to channel, from 0. TCGA-LGG: 0 before contrast, 1 FLAIR, 2 after contrast.
+        pictures, masks: File names with the field `{slice}`, a number that grows upwards; `{subject}` is the folder's
+            name. `masks` null: unlabelled.
+        filler: Channel that stands in where a sequence was not taken (FLAIR in TCGA-LGG): a subject whose modality is
+            a copy of it is listed as unreadable.
     """
     root = require_folder(root)
     subjects = []
     for folder, stack in _stacks(root, pictures):
-        volume = stack if isinstance(stack, Missing) else PictureStack(tuple(stack.values()), dict(modalities), filler)
+        if isinstance(stack, Missing):
+            subjects.append(Subject(folder.name, stack, () if masks is None else (stack,)))
+            continue
         found = ()
-        if masks is not None and not isinstance(stack, Missing):
+        if masks is not None:
             mask = _slices_in(folder, masks)
             missing = sorted(stack.keys() - mask.keys())
             found = (PictureStack(tuple(mask[number] for number in stack if number in mask)),)
             if missing:
                 found = (Missing(f"Subject {folder.name} has no mask {masks} of the slices {missing}."),)
-        elif masks is not None:
-            found = (stack,)
-        subjects.append(Subject(folder.name, volume, found))
+        subjects.append(Subject(folder.name, PictureStack(tuple(stack.values()), dict(modalities), filler), found))
     return subjects
 
 
@@ -193,20 +176,12 @@ def read_array_stacks(
     a subject follow one another without a gap.
 
     Args:
-        root (`str` or `Path`): Folder of the data set.
-        modalities (`dict[str, int]`): Name to channel, from 0.
-        arrays (`str`): File names with the field `{slice}`; `{subject}` is the folder's name.
-        image, mask (`str`): Arrays in a file; `mask` null: unlabelled.
-        mask_above (`float`, defaults to 0.5): Value of the mask above which a voxel is marked.
-        orientation (`str`, defaults to `"LPS"`):
-            Directions in which X, Y and the slices grow; those of the files they were made of.
-        spacing (`tuple[float, float, float]`): Voxel size in mm, of X, Y and the slices.
-
-    Returns:
-        `list[Subject]`, sorted by name.
-
-    Raises:
-        ValueError: No subject, an unknown orientation.
+        modalities: Name to channel, from 0.
+        arrays: File names with the field `{slice}`; `{subject}` is the folder's name.
+        image, mask: Arrays in a file; `mask` null: unlabelled.
+        mask_above: Value of the mask above which a voxel is marked.
+        orientation: Directions in which X, Y and the slices grow; those of the files they were made of.
+        spacing: Voxel size in mm, of X, Y and the slices.
     """
     root = require_folder(root)
     try:
@@ -240,17 +215,7 @@ def read_crop_pickles(root: str | Path, files: str = "*.pickle") -> list[Subject
     `series_uid`. Crops of one series are one group.
 
     A pickle can run any code when it is opened: this reader admits arrays of numbers and plain containers, and refuses
-    the file otherwise. All of it is in memory while the set is made.
-
-    Args:
-        root (`str` or `Path`): Folder of the data set.
-        files (`str`, defaults to `"*.pickle"`): Pattern of the pickles in it.
-
-    Returns:
-        `list[Subject]`, sorted by name.
-
-    Raises:
-        ValueError: No file, something else than arrays and containers, another structure, one name in two files.
+    the file otherwise. All of it is in memory while the set is made. `files` is the pattern of the pickles in `root`.
     """
     root = require_folder(root)
     paths = sorted(root.glob(files))
@@ -259,7 +224,12 @@ def read_crop_pickles(root: str | Path, files: str = "*.pickle") -> list[Subject
     subjects: dict[str, Subject] = {}
     for path in paths:
         with open(path, "rb") as file:
-            crops = load_arrays(file, str(path))
+            try:
+                crops = _ArrayUnpickler(file).load()
+            except pickle.UnpicklingError as error:
+                raise ValueError(f"{path} cannot be read: {error}.") from error
+            except Exception as error:  # a damaged pickle ends in any kind of error
+                raise ValueError(f"{path} cannot be read, it may be truncated or damaged: {error}.") from error
         if not isinstance(crops, dict):
             raise ValueError(f"{path} must hold a dict of crops, got {type(crops).__name__}.")
         while crops:  # what is taken over need not be in memory twice
@@ -283,23 +253,9 @@ def read_crop_pickles(root: str | Path, files: str = "*.pickle") -> list[Subject
     return [subjects[name] for name in sorted(subjects)]
 
 
-def load_arrays(file: io.BufferedIOBase, name: str):
-    """
-    Unpickles arrays of numbers and plain containers (dict, list, tuple, set, text, numbers), and nothing that could
-    run code.
-
-    Raises:
-        ValueError: There is anything else in it, or it is damaged.
-    """
-    try:
-        return _ArrayUnpickler(file).load()
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{name} cannot be read: {error}.") from error
-    except Exception as error:  # a damaged pickle ends in any kind of error
-        raise ValueError(f"{name} cannot be read, it may be truncated or damaged: {error}.") from error
-
-
 class _ArrayUnpickler(pickle.Unpickler):
+    """Admits arrays of numbers and plain containers (dict, list, tuple, set, text): nothing that runs code."""
+
     # How numpy puts arrays and numbers together; its modules are called otherwise before version 2.
     _MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
     _FUNCTIONS = {

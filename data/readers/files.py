@@ -1,4 +1,5 @@
-"""Finds the subjects of data sets whose layout is described by file names: by patterns with fields, and BIDS."""
+"""Finds the subjects of data sets whose layout is described by file names: by patterns with fields, and BIDS. What
+`subjects.py` says of readers holds here too."""
 
 from __future__ import annotations
 
@@ -51,36 +52,21 @@ def read_file_patterns(
 
     The field `site` is kept with the subject, `split` is its split, `class` its class; others are free.
 
-    A subject with a file that is missing or not unique is listed when the set is made, and the others are written.
-
     Args:
-        root (`str` or `Path`): Folder of the data set.
-        modalities (`dict[str, str]`): Name to pattern below `root`; all with the same fields.
-        masks (`list[str]`):
-            Patterns of the lesion masks, one per annotator, with fields of the modalities. None: unlabelled.
-        brain (`str`, *optional*): Pattern of the brain mask, likewise.
-        name (`str`, defaults to `"{subject}"`): Of a subject, made of the fields; unique.
-        group (`str`, *optional*):
-            What no split may divide, made of the fields (`"{subject}"` of several sessions); `name` by default.
-        splits (`dict[str, str]`, *optional*):
-            Values of the field `split` to `"train"`, `"validation"` or `"test"`; subjects with other values are left
-            out. By default the value is train (or training), validation (or val) or test (or testing).
-        label (`int`, *optional*): Of every subject: 0 in a healthy set.
-        healthy (`list[str]`): Values of the field `class` that are healthy; the others are anomalous.
-        missing_masks (`str`, defaults to `"error"`):
-            What a subject without any mask is: `"error"` unreadable, `"healthy"`, or `"unknown"`.
-        mask_above (`float`, defaults to 0.0): Value in the files of the masks above which a voxel is marked.
-        ages (`str` or `Path`, *optional*): Table (`.csv`, `.tsv` or `.xls`, relative to `root`) of ages in years.
-        ages_key (`str`): What it names a subject by, made of the fields; zeros in front do not matter.
-        ages_columns (`list[str]`): Its columns with the key and the age.
-
-    Returns:
-        `list[Subject]`, sorted by name.
-
-    Raises:
-        ValueError: No subject, unknown fields, values or splits, two subjects with one name.
-        FileNotFoundError: There is no table `ages`.
-        ImportError: An `.xls` table without xlrd.
+        modalities: Name to pattern below `root`; all with the same fields.
+        masks: Patterns of the lesion masks, one per annotator, with fields of the modalities. None: unlabelled.
+        brain: Pattern of the brain mask, likewise.
+        name: Of a subject, made of the fields; unique.
+        group: What no split may divide, made of the fields (`"{subject}"` of several sessions); `name` by default.
+        splits: Values of the field `split` to `"train"`, `"validation"` or `"test"`; subjects with other values are
+            left out. By default the value is train (or training), validation (or val) or test (or testing).
+        label: Of every subject: 0 in a healthy set.
+        healthy: Values of the field `class` that are healthy; the others are anomalous.
+        missing_masks: What a subject without any mask is: `"error"` unreadable, `"healthy"`, or `"unknown"`.
+        mask_above: Value in the files of the masks above which a voxel is marked.
+        ages: Table (`.csv`, `.tsv` or `.xls`, relative to `root`) of ages in years.
+        ages_key: What it names a subject by, made of the fields; zeros in front do not matter.
+        ages_columns: Its columns with the key and the age.
     """
     root = require_folder(root)
     require_list("masks", masks)
@@ -100,9 +86,8 @@ def read_file_patterns(
         full_name = _fill(name, values)
         if full_name in subjects:
             raise ValueError(
-                f"Two subjects are called {full_name}: {subjects[full_name].volume} and {values}. Put more fields"
-                " into `name`"
-                f" ({', '.join(sorted(fields))})."
+                f"Two subjects are called {full_name}: {subjects[full_name].volume} and {values}. Put more fields into"
+                f" `name` ({', '.join(sorted(fields))})."
             )
 
         def find(pattern, values=values, full_name=full_name):
@@ -143,24 +128,15 @@ def read_bids(
 
     A pattern is relative to the folder of the session, `anat/*_T1w.nii.gz`. What is not there is looked for in the
     same place of every `derivatives/PIPELINE`: masks and brain masks, mostly. `participants.tsv` gives labels, and
-    ages and sites where it has columns called so. A session with a file that is missing or not unique is listed when
-    the set is made, and the others are written.
+    ages and sites where it has columns called so.
 
     Args:
-        root (`str` or `Path`): Folder of the data set.
-        modalities (`dict[str, str]`): Name to pattern. Sessions with none of them are no subjects.
-        masks (`list[str]`): Patterns of the lesion masks, one per annotator. None: unlabelled.
-        brain (`str`, *optional*): Pattern of the brain mask.
-        label_column (`str`, *optional*): Column of `participants.tsv` that tells healthy from ill; `n/a` is unknown.
-        healthy (`list[str]`): Its values that are healthy; the others are anomalous.
+        modalities: Name to pattern. Sessions with none of them are no subjects.
+        masks: Patterns of the lesion masks, one per annotator. None: unlabelled.
+        brain: Pattern of the brain mask.
+        label_column: Column of `participants.tsv` that tells healthy from ill; `n/a` is unknown.
+        healthy: Its values that are healthy; the others are anomalous.
         missing_masks, mask_above: As in [`read_file_patterns`].
-
-    Returns:
-        `list[Subject]`, sorted by name.
-
-    Raises:
-        ValueError: No subject, `participants.tsv` without the column or a participant.
-        FileNotFoundError: `label_column` without `participants.tsv`.
     """
     root = require_folder(root)
     require_modalities(modalities)
@@ -168,7 +144,10 @@ def read_bids(
     _check_labels(missing_masks, None, healthy)
     if bool(label_column) != bool(healthy):
         raise ValueError("`label_column` and `healthy` belong together: a column and its values that are healthy.")
-    participants = _read_participants(root, label_column)
+    participants, table = {}, root / "participants.tsv"
+    if label_column is not None or table.is_file():
+        rows = read_table(table, ["participant_id", *([label_column] if label_column else [])], "label_column")
+        participants = {"sub-" + row["participant_id"].removeprefix("sub-"): row for row in rows}
     pipelines = folders_in(root / "derivatives") if (root / "derivatives").is_dir() else []
     subjects = []
     for participant, session in _sessions(root):
@@ -185,7 +164,7 @@ def read_bids(
             continue
         row = participants.get(participant, {})
         if label_column is not None and not row:
-            raise ValueError(f"{root / 'participants.tsv'} does not list {participant}.")
+            raise ValueError(f"{table} does not list {participant}.")
         label = None
         if label_column is not None and row[label_column] not in ("", "n/a"):
             label = 0 if row[label_column] in healthy else 1
@@ -212,8 +191,7 @@ def read_bids(
 
 
 def _splits_of_keys(root: Path, keys: list[tuple], splits: Mapping[str, str] | None) -> dict[tuple, str]:
-    """Returns the split of every key of fields that is in one; raises if that is none, or the split of a key is
-    unknown."""
+    """Returns the split of every key of fields that is in one; raises if none is, or a split is unknown."""
     names = SPLIT_NAMES if splits is None else splits
     there = sorted({dict(key)["split"] for key in keys})
     unknown = [name for name in there if name not in names]
@@ -226,18 +204,8 @@ def _splits_of_keys(root: Path, keys: list[tuple], splits: Mapping[str, str] | N
     return {key: names[dict(key)["split"]] for key in keys if dict(key)["split"] in names}
 
 
-def _read_participants(root: Path, label_column: str | None) -> dict[str, dict[str, str]]:
-    """Reads the rows of `participants.tsv`, if it is there or has to be, by the participant's folder."""
-    if label_column is None and not (root / "participants.tsv").is_file():
-        return {}
-    columns = ["participant_id", *([label_column] if label_column else [])]
-    table = read_table(root / "participants.tsv", columns, "label_column")
-    return {"sub-" + row["participant_id"].removeprefix("sub-"): row for row in table}
-
-
 def _sessions(root: Path) -> Iterator[tuple[str, Path]]:
-    """Yields the participants and folders of all sessions; what has none, or scans beside them, is a session
-    itself."""
+    """Yields the participants and folders of all sessions; what has none, or scans beside them, is one itself."""
     for participant in (folder for folder in folders_in(root) if folder.name.startswith("sub-")):
         sessions = [folder for folder in folders_in(participant) if folder.name.startswith("ses-")]
         beside = [participant] if not sessions or (participant / "anat").is_dir() else []

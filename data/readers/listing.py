@@ -11,24 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...volumes.volume import InputVolume, StoredVolume
+from ..layout import SPLITS
 
 
-SPLIT_NAMES = {
-    "train": "train",
-    "validation": "validation",
-    "val": "validation",
-    "test": "test",
-    "training": "train",
-    "testing": "test",
-}
+SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "validation", "training": "train", "testing": "test"}
 
 _TOKEN = re.compile(r"\{(\w+)\}|(\*\*/)|(\*)|(\?)")
 
 
 @dataclass(frozen=True)
 class Missing(StoredVolume):
-    """Stands for a file that is missing or not unique: its subject is listed as unreadable, with the reason, and the
-    others are read."""
+    """Stands for a file that is missing or not unique: its subject is listed as unreadable, with the reason."""
 
     reason: str
     files: tuple[Path, ...] = ()
@@ -76,20 +69,14 @@ def list_names(folder: Path) -> str:
 
 
 def match_files(folder: Path, pattern: str) -> list[Path]:
-    """Returns the files that match a glob pattern, in which `{subject}` is the folder's name. Hidden files do not
-    match."""
+    """Returns the files that match a glob pattern, in which `{subject}` is the folder's name, but for hidden ones."""
     found = folder.glob(pattern.replace("{subject}", glob.escape(folder.name)))
     return sorted(path for path in found if not path.name.startswith("."))  # macOS puts `._NAME` beside a file
 
 
 def match_fields(root: Path, pattern: str) -> list[tuple[dict[str, str], Path]]:
-    """
-    Returns the files below `root` that match a glob pattern with fields: `{name}` is a part of one name in the path,
-    and the same wherever it stands. Hidden files and folders do not match.
-
-    Returns:
-        `list[tuple[dict[str, str], Path]]`: The fields' values and the file, sorted by file.
-    """
+    """Returns the files below `root` that match a glob pattern with fields, sorted, with the fields' values: `{name}`
+    is a part of one name in the path, and the same wherever it stands. Hidden files and folders do not match."""
     expression, wildcard, end, seen = "", "", 0, set()
     for token in _TOKEN.finditer(pattern):
         literal = pattern[end : token.start()]
@@ -117,18 +104,23 @@ def fields_of(pattern: str) -> set[str]:
 
 
 def read_table(path: Path, columns: Sequence[str], option: str) -> list[dict[str, str]]:
-    """
-    Reads the rows of a table as text: `.csv`, `.tsv`, or the first sheet of an `.xls` file.
-
-    Args:
-        path (`Path`): The file.
-        columns (`list[str]`): What it must have.
-        option (`str`): What messages call it.
-    """
+    """Reads the rows of a table, which must have the `columns`, as text: `.csv`, `.tsv`, or the first sheet of an
+    `.xls` file. `option` is what messages call it."""
     if not path.is_file():
         raise FileNotFoundError(f"`{option}`: there is no file {path}.")
     if path.suffix.lower() == ".xls":
-        header, *rows = _read_sheet(path, option) or [[]]
+        try:
+            import xlrd
+        except ImportError as error:
+            raise ImportError(
+                f"`{option}`: reading {path.name} needs xlrd: `pip install anodiff[preprocess]`; or save it as CSV and"
+                " name that file."
+            ) from error
+        try:
+            sheet = xlrd.open_workbook(path).sheet_by_index(0)
+        except (xlrd.XLRDError, xlrd.compdoc.CompDocError) as error:
+            raise ValueError(f"`{option}`: {path} cannot be read as a spreadsheet: {error}.") from error
+        header, *rows = [list(map(str, sheet.row_values(row))) for row in range(sheet.nrows)] or [[]]
     else:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *rows = list(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")) or [[]]
@@ -137,18 +129,3 @@ def read_table(path: Path, columns: Sequence[str], option: str) -> list[dict[str
         raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(header) or 'none'}.")
     # Rows may be shorter than the header.
     return [dict(itertools.zip_longest(header, row[: len(header)], fillvalue="")) for row in rows if any(row)]
-
-
-def _read_sheet(path: Path, option: str) -> list[list[str]]:
-    try:
-        import xlrd
-    except ImportError as error:
-        raise ImportError(
-            f"`{option}`: reading {path.name} needs xlrd: `pip install anodiff[preprocess]`; or save it as CSV and"
-            " name that file."
-        ) from error
-    try:
-        sheet = xlrd.open_workbook(path).sheet_by_index(0)
-    except (xlrd.XLRDError, xlrd.compdoc.CompDocError) as error:
-        raise ValueError(f"`{option}`: {path} cannot be read as a spreadsheet: {error}.") from error
-    return [[str(value) for value in sheet.row_values(row)] for row in range(sheet.nrows)]

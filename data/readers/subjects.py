@@ -1,12 +1,17 @@
 """Finds the subjects of a raw data set: which files belong together, what is known about them, what a split must not
-divide."""
+divide.
+
+Every reader returns its subjects sorted by name, and raises a `ValueError` (a `FileNotFoundError` for a table) that
+says what in `root`, the folder of the data set, does not fit its options. A file of a subject that is missing or not
+unique is no error: the subject is left out when the set is made, [`prepare`] lists it, and the others are written.
+"""
 
 from __future__ import annotations
 
 import csv
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,21 +40,19 @@ class Subject:
     """Names the files of one subject of a raw data set, and what is known about it. Nothing is read yet.
 
     Args:
-        name (`str`): Unique in its data set.
-        volume (`dict[str, Path]`, `Path` or [`~volumes.volume.StoredVolume`]): Modality to file, or one file.
-        masks (`tuple[Path, ...]`):
-            Lesion masks on the volume's grid, one per annotator; empty if the subject is unlabelled. Subjects of one
-            data set may have different numbers of them.
-        brain (`Path`, *optional*): Brain mask on the volume's grid.
-        label (`int`, *optional*): 1 anomalous, 0 healthy, `None` unknown or to be seen from the masks.
-        split (`str`, *optional*): `"train"`, `"validation"` or `"test"`, where the data set says so.
-        group (`str`, *optional*): What no split may divide (a patient); the name by default.
-        mask_above (`float`, defaults to 0.0): Value in the files of the masks above which a voxel is marked.
-        mask_max (`float`, *optional*):
-            Value of a marked voxel, where it is known: a mask that is not empty and stays at or below `mask_above` is
-            an error then.
-        age (`float`, *optional*): In years, where the data set says so.
-        site (`str`, *optional*): Centre or scanner, where the data set says so.
+        name: Unique in its data set.
+        volume: Modality to file, or one file.
+        masks: Lesion masks on the volume's grid, one per annotator; empty if the subject is unlabelled. Subjects of
+            one data set may have different numbers of them.
+        brain: Brain mask on the volume's grid.
+        label: 1 anomalous, 0 healthy, `None` unknown or to be seen from the masks.
+        split: `"train"`, `"validation"` or `"test"`, where the data set says so.
+        group: What no split may divide (a patient); the name by default.
+        mask_above: Value in the files of the masks above which a voxel is marked.
+        mask_max: Value of a marked voxel, where it is known: a mask that is not empty and stays at or below
+            `mask_above` is an error then.
+        age: In years, where the data set says so.
+        site: Centre or scanner, where the data set says so.
     """
 
     name: str
@@ -74,18 +77,17 @@ class Subject:
     @property
     def volume_files(self) -> list[Path]:
         """Returns the files that the volume is read from, in channel order."""
-        sources = self.volume.values() if isinstance(self.volume, dict) else [self.volume]
-        return [file for source in sources for file in _files_of(source)]
+        return _files_of(self.volume.values() if isinstance(self.volume, dict) else [self.volume])
 
     @property
     def mask_files(self) -> list[Path]:
         """Returns the files that the masks are read from."""
-        return [file for source in self.masks for file in _files_of(source)]
+        return _files_of(self.masks)
 
     @property
     def files(self) -> list[Path]:
         """Returns all files of the subject."""
-        return [*self.volume_files, *self.mask_files, *(_files_of(self.brain) if self.brain else ())]
+        return [*self.volume_files, *self.mask_files, *_files_of([self.brain] if self.brain else [])]
 
 
 def read_volume_folders(
@@ -100,46 +102,33 @@ def read_volume_folders(
     Finds one subject per folder: `root/SUBJECT/...`. Folders that hold none of the modalities are no subjects.
 
     Args:
-        root (`str` or `Path`): Folder of the data set.
-        modalities (`dict[str, str]`):
-            Name to glob pattern inside the subject's folder, e.g. `{"flair": "{subject}_flair.nii.gz"}`; `{subject}`
-            is the folder's name. A pattern must match one file.
-        masks (`list[str]`): Patterns of the lesion masks, one per annotator. None: the data set is unlabelled.
-        brain (`str`, *optional*): Pattern of the brain mask.
-        splits (`str` or `Path`, *optional*):
-            Folder (relative to `root`) with `train.csv`, `validation.csv` (or `val.csv`), `test.csv`, whose column
+        modalities: Name to glob pattern inside the subject's folder, e.g. `{"flair": "{subject}_flair.nii.gz"}`;
+            `{subject}` is the folder's name. A pattern must match one file.
+        masks: Patterns of the lesion masks, one per annotator. None: the data set is unlabelled.
+        brain: Pattern of the brain mask.
+        splits: Folder (relative to `root`) with `train.csv`, `validation.csv` (or `val.csv`), `test.csv`, whose column
             `subject` or `Subject_ID` (ANDi's), or else first column, lists the subjects; `scans_train.csv` (ANDi's) is
             a name too. Every subject must be in one of them.
-        mask_above (`float`, defaults to 0.0): Value in the files of the masks above which a voxel is marked.
-
-    Returns:
-        `list[Subject]`, sorted by name.
-
-    Raises:
-        ValueError: No subject is complete; a subject is in two splits, in none, or does not exist. A file that is
-            missing or not unique leaves out its subject, and [`prepare`] lists it.
+        mask_above: Value in the files of the masks above which a voxel is marked.
     """
     root = require_folder(root)
     require_modalities(modalities)
     require_list("masks", masks)
-    subjects = {}
-    for folder in folders_in(root):
-        if any(match_files(folder, pattern) for pattern in modalities.values()):
-            subjects[folder.name] = {
-                "volume": {name: _file_or_missing(folder, pattern) for name, pattern in modalities.items()},
-                "masks": tuple(_file_or_missing(folder, pattern) for pattern in masks),
-                "brain": _file_or_missing(folder, brain) if brain is not None else None,
-            }
-    if not subjects:
-        patterns = ", ".join(modalities.values())
-        raise ValueError(f"No folder in {root} holds a file {patterns}; there are {list_names(root)}.")
-    missing = [_first_missing(files) for files in subjects.values()]
-    if all(missing):
-        raise ValueError(missing[0].reason)  # the patterns are wrong, not a subject
-    split_of = {} if splits is None else _read_splits(root / splits, set(subjects))
-    return [
-        Subject(name, **files, split=split_of.get(name), mask_above=mask_above) for name, files in subjects.items()
+    folders = _folders_with(root, folders_in(root), modalities)
+    split_of = {} if splits is None else _read_splits(root / splits, {folder.name for folder in folders})
+    subjects = [
+        Subject(
+            folder.name,
+            volume={name: _file_or_missing(folder, pattern) for name, pattern in modalities.items()},
+            masks=tuple(_file_or_missing(folder, pattern) for pattern in masks),
+            brain=_file_or_missing(folder, brain) if brain is not None else None,
+            split=split_of.get(folder.name),
+            mask_above=mask_above,
+        )
+        for folder in folders
     ]
+    _check_patterns(subjects)
+    return subjects
 
 
 def read_image_folders(
@@ -150,18 +139,9 @@ def read_image_folders(
     and test (or testing), else `root/CLASS/*`. Every picture is a subject, named by its path without the suffix.
 
     Args:
-        root (`str` or `Path`): Folder of the data set.
-        healthy (`list[str]`): Classes that are healthy; the others are anomalous.
-        groups (`str` or `Path`, *optional*):
-            CSV file (relative to `root`) with a column `file`, relative to `root`, and the column `group_column`:
+        healthy: Classes that are healthy; the others are anomalous.
+        groups: CSV file (relative to `root`) with a column `file`, relative to `root`, and the column `group_column`:
             pictures of one group (a patient, copies of one slice) stay in one split. Every picture must be listed.
-        group_column (`str`): Of `groups`.
-
-    Returns:
-        `list[Subject]`, sorted by name.
-
-    Raises:
-        ValueError: No pictures, an unknown class, a mixed layout, a picture without group, two pictures with one name.
     """
     root = require_folder(root)
     if isinstance(healthy, str) or not healthy:
@@ -174,25 +154,19 @@ def read_image_folders(
             f"`healthy` names {', '.join(unknown)}; the classes in {root} are {', '.join(class_names) or 'none'}."
         )
 
-    group_of = None if groups is None else _read_groups(root / groups, "file", group_column)
+    pictures = {
+        path.relative_to(root): (split, path)
+        for split, folder in classes
+        for path in sorted(folder.iterdir())
+        if path.name.lower().endswith(IMAGE_SUFFIXES) and not path.name.startswith(".")
+    }
+    group_of = _read_groups(root, groups, "file", group_column, [file.as_posix() for file in pictures])
     subjects: dict[str, Subject] = {}
-    for split, folder in classes:
-        for path in sorted(folder.iterdir()):
-            if not path.name.lower().endswith(IMAGE_SUFFIXES) or path.name.startswith("."):
-                continue
-            file = path.relative_to(root).as_posix()
-            name = Path(file).with_suffix("").as_posix()
-            if name in subjects:
-                raise ValueError(f"Two pictures have the name {name}: {subjects[name].volume} and {path}.")
-            if group_of is not None and file not in group_of:
-                raise ValueError(f"{root / groups} does not list {file} in its column `file`.")
-            subjects[name] = Subject(
-                name,
-                volume=path,
-                label=0 if folder.name in healthy else 1,
-                split=split,
-                group="" if group_of is None else group_of[file],
-            )
+    for file, (split, path) in pictures.items():
+        name, label = file.with_suffix("").as_posix(), 0 if path.parent.name in healthy else 1
+        if name in subjects:
+            raise ValueError(f"Two pictures have the name {name}: {subjects[name].volume} and {path}.")
+        subjects[name] = Subject(name, path, label=label, split=split, group=group_of.get(file.as_posix(), ""))
     if not subjects:
         raise ValueError(
             f"There is no picture ({', '.join(IMAGE_SUFFIXES)}) in the classes of {root}: {list_names(root)}."
@@ -218,29 +192,15 @@ def read_annotated_folders(
     A case may have fewer annotations than others, or none; one that marks nothing is an annotation.
 
     Args:
-        root (`str` or `Path`): Folder of the data set.
-        modalities (`dict[str, str]`):
-            Channel to glob pattern inside the case's folder, each of one file: `{"image": "image_*"}`.
-        annotations (`list[str]`): Glob patterns inside the case's folder, each of any number of files: `["label*"]`.
-        label_threshold (`float`, defaults to 0.5):
-            What is marked: above this share of `label_max`. JPEG leaves small values around every edge, so that 0.0,
-            the rule of CIMD's authors, marks half as much again.
-        label_max (`float`, defaults to 255.0):
-            Value of a marked pixel: 255 in pictures of 8 bits, 1 in files that hold 0 and 1.
-        split_folders (`bool`, defaults to `True`):
-            Whether folders of the first level called train (or training), validation (or val) and test (or testing)
-            are the splits. `False`: no case has a split.
-        groups (`str` or `Path`, *optional*):
-            CSV file (relative to `root`) with a column `case`, relative to `root`, and the column `group_column`:
+        modalities: Channel to glob pattern inside the case's folder, each of one file: `{"image": "image_*"}`.
+        annotations: Glob patterns inside the case's folder, each of any number of files: `["label*"]`.
+        label_threshold: What is marked: above this share of `label_max`. JPEG leaves small values around every edge,
+            so that 0.0, the rule of CIMD's authors, marks half as much again.
+        label_max: Value of a marked pixel: 255 in pictures of 8 bits, 1 in files that hold 0 and 1.
+        split_folders: Whether folders of the first level called train (or training), validation (or val) and test (or
+            testing) are the splits. `False`: no case has a split.
+        groups: CSV file (relative to `root`) with a column `case`, relative to `root`, and the column `group_column`:
             cases of one group (a patient) stay in one split. Every case must be listed.
-        group_column (`str`): Of `groups`.
-
-    Returns:
-        `list[Subject]`, sorted by name.
-
-    Raises:
-        ValueError: No complete case, no annotation at all, a mixed layout, a case without group. A channel that is
-            missing or not unique leaves out its case, and [`prepare`] lists it.
     """
     root = require_folder(root)
     require_modalities(modalities)
@@ -249,40 +209,26 @@ def read_annotated_folders(
         raise ValueError("`annotations` must name at least one pattern, got none.")
     check_number("label_threshold", label_threshold, least=0, below=1)
     check_number("label_max", label_max, above=0)
-    cases = {}
-    for split, top in _split_folders(root) if split_folders else [(None, root)]:
-        for folder in (top, *folders_below(top)):
-            if any(match_files(folder, pattern) for pattern in modalities.values()):
-                cases[folder.relative_to(root).as_posix()] = split, folder
-    if not cases:
-        patterns = ", ".join(modalities.values())
-        raise ValueError(f"No folder in {root} holds a file {patterns}; there are {list_names(root)}.")
-    group_of = None if groups is None else _read_groups(root / groups, "case", group_column)
+    tops = _split_folders(root) if split_folders else [(None, root)]
+    split_of = {folder: split for split, top in tops for folder in (top, *folders_below(top))}
+    cases = {folder.relative_to(root).as_posix(): folder for folder in _folders_with(root, split_of, modalities)}
+    group_of = _read_groups(root, groups, "case", group_column, cases)
     subjects = []
-    for name in sorted(cases):
-        split, folder = cases[name]
-        if group_of is not None and name not in group_of:
-            raise ValueError(f"{root / groups} does not list {name} in its column `case`.")
+    for name, folder in sorted(cases.items()):
         volume = {channel: _file_or_missing(folder, pattern, name) for channel, pattern in modalities.items()}
-        found = sorted(
-            {path for pattern in annotations for path in match_files(folder, pattern)} - set(volume.values())
-        )
+        found = {path for pattern in annotations for path in match_files(folder, pattern)} - set(volume.values())
         subjects.append(
             Subject(
                 name,
                 volume=volume,
-                masks=tuple(found),
-                split=split,
-                group="" if group_of is None else group_of[name],
+                masks=tuple(sorted(found)),
+                split=split_of[folder],
+                group=group_of.get(name, ""),
                 mask_above=label_threshold * label_max,
                 mask_max=label_max,
             )
         )
-    missing = [
-        next((file for file in subject.volume.values() if isinstance(file, Missing)), None) for subject in subjects
-    ]
-    if all(missing):
-        raise ValueError(missing[0].reason)  # the patterns are wrong, not a case
+    _check_patterns(subjects)
     if not any(subject.masks for subject in subjects):
         raise ValueError(f"`annotations`: no case in {root} holds a file {', '.join(annotations)}.")
     return subjects
@@ -300,28 +246,18 @@ def read_split_tables(
     `root/Data`, too.
 
     The columns are `img_name`, `img_path`, `mask_path`, and where the authors have them `label` and `seg_path`; the
-    paths begin with "/" and mean `root` (or `root/Data`). A table names the T1 file: for another modality, folders
-    called t1 and the t1 in the file's name are replaced below `root`, never in `root` itself. What the tables get
-    wrong is repaired with a warning that names it: a scan that is listed twice is taken once, and one in several
-    splits stays in the last of train, validation and test, so that nothing is tested that was learnt from.
+    paths begin with "/" and mean `root` (or `root/Data`). A subject is called `img_name` without modality and suffix;
+    `seg_path` is the mask, marked above 0. A table names the T1 file: for another modality, folders called t1 and the
+    t1 in the file's name are replaced below `root`, never in `root` itself. What the tables get wrong is repaired with
+    a warning that names it: a scan that is listed twice is taken once, and one in several splits stays in the last of
+    train, validation and test, so that nothing is tested that was learnt from.
 
     Args:
-        root (`str` or `Path`): Folder of the data set.
-        modality (`str`): `"t1"`, or what takes its place in the names of folders and files, such as `"t2"`.
-        splits (`dict[str, list[str]]`):
-            Split to its tables, with or without `.csv`. `Brats21_val[10:]` is the rows from the eleventh on,
+        modality: `"t1"`, or what takes its place in the names of folders and files, such as `"t2"`.
+        splits: Split to its tables, with or without `.csv`. `Brats21_val[10:]` is the rows from the eleventh on,
             `Brats21_val[:10]` those before.
-        available (`str`, *optional*):
-            Table, `avail_t2`, whose column `0` lists the scans of IXI that have the modality, by `img_name`; of tables
-            called `IXI_...` the others are left out.
-
-    Returns:
-        `list[Subject]`, sorted by name: `img_name` without modality and suffix. Label 1 where a row says so, or none
-        where the table has no `label`; `seg_path` is the mask, marked above 0.
-
-    Raises:
-        ValueError: An unknown split, a table without the columns, a label that is not 0 or 1, or no subject.
-        FileNotFoundError: There is no such table. That a volume is missing is found when it is read.
+        available: Table, `avail_t2`, whose column `0` lists the scans of IXI that have the modality, by `img_name`; of
+            tables called `IXI_...` the others are left out.
     """
     root = require_folder(root)
     root = root / "Data" if (root / "Data" / "splits").is_dir() else root
@@ -366,13 +302,12 @@ def read_split_tables(
     return [subjects[name] for name in sorted(subjects)]
 
 
-def _files_of(source: Path | StoredVolume) -> tuple[Path, ...]:
-    return source.files if isinstance(source, StoredVolume) else (Path(source),)
+def _files_of(sources: Iterable[Path | StoredVolume]) -> list[Path]:
+    return [file for one in sources for file in (one.files if isinstance(one, StoredVolume) else [Path(one)])]
 
 
 def _split_folders(root: Path) -> list[tuple[str | None, Path]]:
-    """Returns the folders of the first level with the splits that they are called after; if none is, the root without
-    a split."""
+    """Returns the folders of the first level with the splits that they are called after; or the root without split."""
     first_level = folders_in(root)
     if not any(folder.name in SPLIT_NAMES for folder in first_level):
         return [(None, root)]
@@ -393,9 +328,21 @@ def _file_or_missing(folder: Path, pattern: str, name: str = "") -> Path | Missi
     return Missing(f"Subject {name or folder.name}: the pattern {pattern!r} must match one file, it matches {what}.")
 
 
-def _first_missing(files: dict) -> Missing | None:
-    everything = (*files["volume"].values(), *files["masks"], files["brain"])
-    return next((file for file in everything if isinstance(file, Missing)), None)
+def _folders_with(root: Path, folders: Iterable[Path], modalities: Mapping[str, str]) -> list[Path]:
+    """Returns the folders that hold any of the modalities; raises if none does."""
+    patterns = modalities.values()
+    found = [folder for folder in folders if any(match_files(folder, pattern) for pattern in patterns)]
+    if not found:
+        raise ValueError(f"No folder in {root} holds a file {', '.join(patterns)}; there are {list_names(root)}.")
+    return found
+
+
+def _check_patterns(subjects: Sequence[Subject]) -> None:
+    """Raises if every subject lacks a file: then the patterns are wrong, and not a subject."""
+    files = ((*subject.volume.values(), *subject.masks, subject.brain) for subject in subjects)
+    missing = [next((file for file in own if isinstance(file, Missing)), None) for own in files]
+    if all(missing):
+        raise ValueError(missing[0].reason)
 
 
 def _read_splits(folder: Path, names: set[str]) -> dict[str, str]:
@@ -411,10 +358,9 @@ def _read_splits(folder: Path, names: set[str]) -> dict[str, str]:
             rows = [row for row in csv.reader(file) if any(row)]
         column = 0
         named = [column for column in ("subject", "Subject_ID") if rows and column in rows[0]]
-        if named:
-            column = rows.pop(0).index(named[0])
-        elif rows and rows[0][0] not in names:
-            rows.pop(0)  # a header with another word for it
+        if named or (rows and rows[0][0] not in names):  # a header, perhaps with another word for it
+            header = rows.pop(0)
+            column = header.index(named[0]) if named else 0
         for row in rows:
             name = row[column].strip()
             if name not in names:
@@ -429,8 +375,15 @@ def _read_splits(folder: Path, names: set[str]) -> dict[str, str]:
     return split_of
 
 
-def _read_groups(path: Path, key: str, column: str) -> dict[str, str]:
-    return {row[key]: row[column] for row in read_table(path, (key, column), "groups")}
+def _read_groups(root: Path, groups: str | Path | None, key: str, column: str, names: Iterable[str]) -> dict[str, str]:
+    """Reads the groups of all `names`; without a table there are none."""
+    if groups is None:
+        return {}
+    group_of = {row[key]: row[column] for row in read_table(root / groups, (key, column), "groups")}
+    for name in names:
+        if name not in group_of:
+            raise ValueError(f"{root / groups} does not list {name} in its column `{key}`.")
+    return group_of
 
 
 def _read_table(root: Path, table: str, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -444,8 +397,7 @@ def _read_table(root: Path, table: str, columns: Sequence[str]) -> list[dict[str
 
 
 def _in_modality(path: str, modality: str) -> str:
-    """Returns a path of a table, which names T1, in another modality: folders called t1, and t1 as a word of the
-    file's name."""
+    """Returns a path of a table, which names T1, in another modality: replaces t1 in folders and the file's name."""
     *folders, name = path.lstrip("/").split("/")
     folders = [modality if folder == "t1" else folder for folder in folders]
     return "/".join([*folders, _T1_WORD.sub(modality, name)])

@@ -170,7 +170,6 @@ def test_a_case():
         assert not np.array_equal(other.image, case.image)
     for arguments, message in (
         ({"patient": -1}, "`patient` must be an integer of at least 0, got -1"),
-        ({"patient": 0, "size": 16}, "`size` must be an integer of at least 32, got 16"),
         ({"patient": 0, "num_raters": 0}, "`num_raters` must be an integer of at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):

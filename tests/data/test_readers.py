@@ -83,7 +83,7 @@ def test_volume_folders_name_what_is_missing_or_ambiguous(tmp_path):
     [
         ("test.csv", [["subject"], ["a"]], "Subject a is in two splits: test and train"),
         ("test.csv", [["subject"], ["zoe"]], "test.csv lists the subject 'zoe'"),
-        ("fold0.csv", [["subject"]], "must be named after a split: train, validation, val, test"),
+        ("fold0.csv", [["subject"]], "must be named after a split: train, validation, test, val"),
         ("val.csv", [["subject"]], r"No file in .* lists b\[1\] \(1 of 3 subjects\)"),
     ],
 )
