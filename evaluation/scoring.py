@@ -21,19 +21,18 @@ def sweep_thresholds(sweep: tuple[float, float, float]) -> np.ndarray:
 
 
 def dice_curve(maps: np.ndarray, mask: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """
-    Returns the Dice of one volume at many thresholds, from one histogram whose edges are the thresholds.
-
-    Args:
-        maps, mask (`np.ndarray`, the same shape): Scores, used as float32, and lesion mask of one volume.
-        thresholds (`np.ndarray` of shape `(T,)`): Increasing; `map > threshold` is compared in float32.
-
-    Returns:
-        `np.ndarray` of shape `(T,)`: float64, `nan` where mask and prediction are both empty.
-    """
+    """Returns the Dice of one volume at each of the increasing `thresholds (T,)`, for `map > threshold` in float32:
+    `(T,)`, float64, `nan` where mask and prediction are both empty."""
     mask = np.asarray(mask, dtype=bool).ravel()
-    above = _counts_above(maps, thresholds)
-    overlap = _counts_above(np.asarray(maps).ravel()[mask], thresholds)
+    edges = np.asarray(thresholds, np.float32)
+
+    def count_above(scores: np.ndarray) -> np.ndarray:
+        # From one histogram whose edges are the thresholds. "left": number of thresholds below a score.
+        passed = np.searchsorted(edges, np.asarray(scores, np.float32), side="left")
+        return np.bincount(passed, minlength=len(edges) + 1)[::-1].cumsum()[::-1][1:]
+
+    scores = np.asarray(maps).ravel()
+    above, overlap = count_above(scores), count_above(scores[mask])
     total = above + np.count_nonzero(mask)
     return np.divide(2 * overlap, total, out=np.full(len(total), np.nan), where=total > 0)
 
@@ -68,11 +67,4 @@ def healthy_scores(cases: list[Path]) -> np.ndarray:
 
 def healthy_threshold(scores: np.ndarray, fpr: float) -> float | None:
     """Returns [`threshold_for_fpr`] of the result of [`healthy_scores`], `None` without a healthy voxel."""
-    return threshold_for_fpr([scores], [np.ones(scores.shape, bool)], fpr) if scores.size else None
-
-
-def _counts_above(maps: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """How many scores lie above each threshold, `(T,)` int64."""
-    # "left": number of thresholds below a score.
-    passed = np.searchsorted(np.asarray(thresholds, np.float32), np.asarray(maps, np.float32).ravel(), side="left")
-    return np.bincount(passed, minlength=len(thresholds) + 1)[::-1].cumsum()[::-1][1:]
+    return threshold_for_fpr(scores, fpr) if scores.size else None
