@@ -18,11 +18,11 @@ def dice(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
     return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else empty
 
 
-def iou(pred: np.ndarray, gt: np.ndarray) -> float:
-    """Returns the intersection over union TP / (TP + FP + FN) of one mask; 1 where both masks are empty, as in
-    AnoFPDM's program (0 in AnoDDPM's)."""
+def iou(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
+    """Returns the intersection over union TP / (TP + FP + FN) of one mask, and `empty` where both masks are empty: 1 in
+    AnoFPDM's program, 0 in AnoDDPM's."""
     tp, fp, fn, _ = confusion(pred, gt)
-    return tp / (tp + fp + fn) if tp + fp + fn else 1.0
+    return tp / (tp + fp + fn) if tp + fp + fn else empty
 
 
 def precision(pred: np.ndarray, gt: np.ndarray) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,11 @@ def describe_sweep(thresholds: np.ndarray, curve: np.ndarray) -> dict[str, list]
         "thresholds": [float(value) for value in thresholds],
         "dice": [None if np.isnan(value) else float(value) for value in curve],
     }
+
+
+def masked_cases(files: list[Path]) -> Iterator[Case]:
+    """Yields the cases that have a reference mask."""
+    return (case for case in map(Case.load, files) if case.mask is not None)
 
 
 def healthy_scores(cases: list[Path]) -> np.ndarray:
