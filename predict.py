@@ -1,9 +1,9 @@
 """Anomaly maps of new scans, or ensembles of segmentations (CIMD).
 
-    python predict.py --model owner/anoddpm-flair scan.nii.gz -o out python predict.py --model outputs/train/pipeline
-    scans/ -o out --brain brain.nii.gz python predict.py --model owner/two-modalities patient1/ patient2/ -o out    #
-    flair.nii.gz, t1.nii.gz in each folder python predict.py --model owner/anoddpm-flair scan.nii.gz -o out
-    --dispersion 8    # also how far eight draws lie apart
+python predict.py --model owner/anoddpm-flair scan.nii.gz -o out
+python predict.py --model outputs/train/pipeline scans/ -o out --brain brain.nii.gz
+python predict.py --model owner/two-modalities patient1/ patient2/ -o out    # flair.nii.gz, t1.nii.gz in each folder
+python predict.py --model owner/anoddpm-flair scan.nii.gz -o out --dispersion 8    # also how far eight draws lie apart
 
 A folder stands for the scans in it: its files, or its sub-folders with one file per modality.
 Research use, not a medical device.
@@ -49,13 +49,9 @@ class PredictOptions:
 
 def main(argv: list[str] | None = None) -> int:
     """Makes the maps or members of scans; returns 0, or 1 if a scan failed."""
+    shorthands = {"-o": "--output"}
     options = parse_options(
-        PredictOptions,
-        argv,
-        prog="predict.py",
-        description=__doc__,
-        positional="scans",
-        shorthands={"-o": "--output"},
+        PredictOptions, argv, prog="predict.py", description=__doc__, positional="scans", shorthands=shorthands
     )
     if not options.model:
         raise SystemExit("error: `--model` is missing: a pipeline folder or a Hub id.")
@@ -87,8 +83,8 @@ def main(argv: list[str] | None = None) -> int:
             predict_scan(pipeline, scan, options)
         except Exception as error:  # noqa: BLE001 (whatever is wrong with one scan, the others are still wanted)
             failed.append((str(scan.source), f"{type(error).__name__}: {error}"))
-    done = len(scans) - sum(1 for scan in scans if str(scan.source) in dict(failed))
-    print(f"{done} scan(s) done, results in {options.output}")
+    failures = dict(failed)
+    print(f"{sum(str(scan.source) not in failures for scan in scans)} scan(s) done, results in {options.output}")
     for name, reason in failed:
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0

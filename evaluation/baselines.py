@@ -8,27 +8,13 @@ from scipy import ndimage
 
 
 def intensity_map(
-    image: np.ndarray,
-    brain: np.ndarray,
-    channel: int,
-    value_range: tuple[float, float],
-    over_median: bool = False,
+    image: np.ndarray, brain: np.ndarray, channel: int, value_range: tuple[float, float], over_median: bool = False
 ) -> np.ndarray:
-    """
-    Returns the intensity of one modality as an anomaly map: bright is anomalous.
+    """Returns the intensity of one modality `channel` of a subject's slices `(N, C, H, W)` as an anomaly map: bright is
+    anomalous. The two ends of `value_range` become 0 and 1; values below are 0. `(N, H, W)`, float32.
 
-    Args:
-        image (`np.ndarray` of shape `(N, C, H, W)`): Slices of one subject in the processor's value range.
-        brain (`np.ndarray` of shape `(N, H, W)`, boolean): Brain masks.
-        channel (`int`): Modality.
-        value_range (`tuple[float, float]`): What the map's 0 and 1 are.
-        over_median (`bool`, *optional*, defaults to `False`):
-            Divide by the median of the subject's brain. A bright lesion moves the percentile that the processor
-            divides by, but hardly the median: the stronger baseline.
-
-    Returns:
-        `np.ndarray` of shape `(N, H, W)`, float32, >= 0.
-    """
+    `over_median` divides by the median of the subject's brain. A bright lesion moves the percentile that the processor
+    divides by, but hardly the median: the stronger baseline."""
     low, high = value_range
     maps = np.clip((image[:, channel] - low) / (high - low), 0.0, None).astype(np.float32)
     if over_median and brain.any():
@@ -37,33 +23,19 @@ def intensity_map(
 
 
 def equalised_map(image: np.ndarray, brain: np.ndarray, channel: int, value_range: tuple[float, float]) -> np.ndarray:
-    """Returns the histogram-equalised intensity of one modality as an anomaly map: ANDi's thresholding baseline,
-    there of the FLAIR image.
+    """Returns the histogram-equalised intensity of one modality as an anomaly map, arguments as in [`intensity_map`]:
+    ANDi's thresholding baseline, there of the FLAIR image.
 
     The authors equalise the volume before they bring it to the network's size, with [`equalise`]; here it is the
-    prepared slices, so that the values differ a little where resizing mixes them.
-
-    Args:
-        image, brain, channel, value_range: As in [`intensity_map`].
-
-    Returns:
-        `np.ndarray` of shape `(N, H, W)`, float32, 0 to 1.
-    """
+    prepared slices, so that the values differ a little where resizing mixes them."""
     low, high = value_range
     return np.where(brain, equalise(np.clip((image[:, channel] - low) / (high - low), 0.0, None)), np.float32(0))
 
 
 def equalise(values: np.ndarray) -> np.ndarray:
-    """Equalises the histogram of the voxels > 0 of a volume, as scikit-image's `equalize_hist` with a mask: the share
-    of these voxels below a value, interpolated between the centres of 256 equal bins from the smallest to the largest
-    of them.
-
-    Args:
-        values (`np.ndarray`): Volume of any shape, used as float32 and divided by its maximum.
-
-    Returns:
-        `np.ndarray` of the same shape, float32, 0 to 1, 0 where `values` is not above 0.
-    """
+    """Equalises the histogram of the voxels > 0 of a volume of any shape, as scikit-image's `equalize_hist` with a mask:
+    the share of these voxels below a value, interpolated between the centres of 256 equal bins from the smallest to the
+    largest of them. Values are used as float32; those not above 0 become 0."""
     values = np.asarray(values, np.float32)
     positive = values > 0
     if not positive.any():
@@ -76,13 +48,8 @@ def equalise(values: np.ndarray) -> np.ndarray:
 
 
 def slice_statistics(image: np.ndarray, brain: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns statistics of every slice that know nothing of anatomy, `(N,)` each: brain area in pixels, mean
-    intensity and mean absolute Laplacian (sharpness) in the brain, over all modalities.
-
-    Args:
-        image (`np.ndarray` of shape `(N, C, H, W)`): Slices.
-        brain (`np.ndarray` of shape `(N, H, W)`, boolean): Brain masks.
-    """
+    """Returns statistics of every slice `(N, C, H, W)` that know nothing of anatomy, `(N,)` each: brain area in pixels,
+    mean intensity and mean absolute Laplacian (sharpness) in the brain, over all modalities."""
     area = brain.sum((1, 2))
     inside = brain[:, None] / np.maximum(area, 1)[:, None, None, None] / image.shape[1]
     sharpness = np.abs(np.stack([[ndimage.laplace(channel) for channel in channels] for channels in image]))

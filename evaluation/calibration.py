@@ -18,13 +18,8 @@ CALIBRATION_POLICIES = ("labels", "healthy", "yen", "otsu")
 
 
 class LabelledSlices:
-    """The slices of a prepared split with their labels, subject by subject, for [`calibrate`]. The column of masks is
-    not read.
-
-    Args:
-        split ([`PreparedSplit`]): Slices of unknown label (-1) are left out.
-        max_slices (`int`, *optional*): Take this many of the slices, evenly spread; all by default.
-    """
+    """The slices of a prepared split with their labels, subject by subject, for [`calibrate`]: all, or `max_slices` of
+    them, evenly spread. Those of unknown label (-1) are left out, and the column of masks is not read."""
 
     def __init__(self, split: PreparedSplit, max_slices: int | None = None):
         self.split = split
@@ -60,29 +55,18 @@ def calibrate(
     """Chooses the values that turn a pipeline's maps into masks, from slices with labels and without any mask, and
     puts them into its configuration, so that they are saved with it.
 
-    `policy="labels"` is the calibration of a method that has one of its own (AnoFPDM), [`~AnomalyPipeline.calibrate`].
-    For any pipeline there is a `threshold`: `"healthy"`, the score that a share `healthy_fpr` of the brain pixels of
-    healthy slices exceeds; `"yen"` and `"otsu"`, of all brain pixels, which need no labels.
+    `policy="labels"` is the calibration of a method that has one of its own (AnoFPDM), [`~AnomalyPipeline.calibrate`],
+    which `guidance_scales` are for. For any pipeline there is a `threshold` of its maps: `"healthy"`, the score that a
+    share `healthy_fpr` of the brain pixels of healthy slices exceeds; `"yen"` and `"otsu"`, of all brain pixels, which
+    need no labels.
 
     Args:
-        pipeline ([`AnomalyPipeline`]): What is calibrated, with all its other values as they will be used.
-        slices (iterable of `dict`, to be walked more than once):
-            For each subject `image (N, C, H, W)` in the processor's value range, `label (N,)` (1 unhealthy, 0
-            healthy), `slice (N,)`, the numbers that the random numbers depend on, and `brain (N, H, W)` for a
-            `threshold`. Nothing else is read. See [`LabelledSlices`].
-        policy (`str`, defaults to `"labels"`): `"labels"`, `"healthy"`, `"yen"` or `"otsu"`.
-        guidance_scales (`Sequence[float]`, *optional*):
-            Candidates of the policy "labels"; the pipeline's own by default.
-        healthy_fpr (`float`, defaults to 0.05): Of the policy "healthy".
+        slices (iterable of `dict`, to be walked more than once): As of [`LabelledSlices`]; nothing else is read.
         seed, batch_size, noise: As of the pipeline's call.
 
     Returns:
         `dict`: The record: `policy`, `slices`, `anomalous_slices`, `values` (what went into the configuration), and
         for `"labels"` what the method adds.
-
-    Raises:
-        ValueError: An unknown policy, one that the pipeline or the labels do not allow, or a `guidance_scales` without
-        use.
     """
     check_choice("policy", policy, CALIBRATION_POLICIES)
     if guidance_scales and policy != "labels":
@@ -90,26 +74,23 @@ def calibrate(
     arguments = {"seed": seed, "batch_size": batch_size, "noise": noise}
     if policy == "labels":
         return pipeline.calibrate(slices, guidance_scales=guidance_scales, **arguments)
-    values = {"threshold": _map_threshold(pipeline, slices, policy, healthy_fpr, arguments)}
-    pipeline.register_to_config(**values)
-    labels = np.concatenate([item["label"] for item in slices])
-    anomalous = int((labels == 1).sum())
-    return {"policy": policy, "slices": len(labels), "anomalous_slices": anomalous, "values": values}
-
-
-def _map_threshold(
-    pipeline: AnomalyPipeline, slices: Iterable[dict], policy: str, healthy_fpr: float, arguments: dict
-) -> float:
-    """Threshold of the post-processed maps, pooled over all slices."""
-    maps, brains = [], []
-    device = pipeline._execution_device
+    scores, labels = [], []
     for item in slices:
-        images, brain = torch.as_tensor(item["image"]).to(device), torch.as_tensor(item["brain"], device=device)
-        results = pipeline.map_slices(images, brain.bool(), item["slice"].tolist(), **arguments)
-        chosen = np.asarray(item["label"]) == 0 if policy == "healthy" else slice(None)
-        maps.append(results.maps.numpy()[chosen])
-        brains.append(np.asarray(item["brain"], bool)[chosen])
+        brain = torch.as_tensor(item["brain"], dtype=torch.bool, device=pipeline._execution_device)
+        images = torch.as_tensor(item["image"], device=brain.device)
+        maps = pipeline.map_slices(images, brain, item["slice"].tolist(), **arguments).maps.numpy()
+        used = item["label"] == 0 if policy == "healthy" else np.ones(len(maps), bool)
+        scores.append(maps[used[:, None, None] & item["brain"]])
+        labels.append(item["label"])
+    scores, labels = np.concatenate(scores), np.concatenate(labels)
     if policy == "healthy":
-        return threshold_for_fpr(maps, brains, healthy_fpr)
-    values = np.concatenate([part[inside] for part, inside in zip(maps, brains, strict=True)])
-    return yen_threshold(values) if policy == "yen" else otsu_threshold(values)
+        threshold = threshold_for_fpr(scores, healthy_fpr)
+    else:
+        threshold = yen_threshold(scores) if policy == "yen" else otsu_threshold(scores)
+    pipeline.register_to_config(threshold=threshold)
+    return {
+        "policy": policy,
+        "slices": len(labels),
+        "anomalous_slices": int((labels == 1).sum()),
+        "values": {"threshold": threshold},
+    }

@@ -1,5 +1,5 @@
-"""The models of an evaluation: which protocol scores them, loaded with its values, named in its table, and with
-calibrated values stored in their folders."""
+"""The models of an evaluation: which protocol scores them, how they are loaded and described, and how values that were
+found go into their folders."""
 
 from __future__ import annotations
 
@@ -21,20 +21,14 @@ from ..data.prepared import PreparedSplit
 from ..hub.model_index import read_model_index
 from ..pipelines.base import AnomalyPipeline
 from ..pipelines.postprocessing import PostProcessing
-from .calibration import CALIBRATION_POLICIES, LabelledSlices, calibrate
 from .options import EvalOptions
 from .protocols import PROTOCOLS
 from .scoring import sweep_thresholds
 
 
 def choose_protocol(options: EvalOptions) -> ModuleType:
-    """Returns the protocol that the options name, of [`PROTOCOLS`]; for models that the default does not score the
-    first one that does.
-
-    Raises:
-        ValueError: There is no such protocol, it does not score these models, they are of several tasks, or it has no
-        use for `sweep`.
-    """
+    """Returns the protocol that the options name; for models that the default does not score the first one that does.
+    Raises a `ValueError` if it does not score these models, they are of several tasks, or it has no use for `sweep`."""
     check_choice("protocol", options.protocol, PROTOCOLS)
     protocol = PROTOCOLS[options.protocol]
     classes = {model: read_model_index(model).get("_class_name") for model in options.model}
@@ -59,20 +53,17 @@ def choose_protocol(options: EvalOptions) -> ModuleType:
     return protocol
 
 
-def load_pipeline(model: str, options: EvalOptions, device: torch.device) -> AnomalyPipeline:
-    """Loads a checkpoint with the values that the options put into the place of its own."""
+def load_pipeline(model: str, options: EvalOptions, device: torch.device, split: PreparedSplit) -> AnomalyPipeline:
+    """Loads a checkpoint that fits the data, with the values that the options put into the place of its own."""
     pipeline = AnomalyPipeline.from_pretrained(model).to(device)
+    pipeline.processor.check_equal(split.processor_settings, f"{model} was trained with")
     check_keys("inference", options.inference, pipeline.default_settings(), type(pipeline).__name__)
     if options.filter_order is not None and "filter_order" not in pipeline.config:
         raise ValueError(f"`filter_order` is no option of {type(pipeline).__name__}: leave it out.")
     # Built anew, so that its constructor checks the values.
-    own = {
-        key: value
-        for key, value in pipeline.config.items()
-        if key not in pipeline.components and not key.startswith("_")
-    }
-    settings = own | postprocessing_changes(options) | options.inference
-    pipeline = type(pipeline)(**pipeline.components, **settings)
+    config = {key: value for key, value in pipeline.config.items() if not key.startswith("_")}
+    settings = config | pipeline.components | postprocessing_changes(options) | options.inference
+    pipeline = type(pipeline)(**settings)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.enable_fast_inference(autocast=options.mixed_precision)
     return pipeline
@@ -84,62 +75,11 @@ def postprocessing_changes(options: EvalOptions) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_stored(options: EvalOptions) -> None:
-    """Raises a `ValueError` for values that could not be found or stored in the checkpoints, before anything is
-    evaluated."""
-    if options.calibrate is None and (options.guidance_scales or options.calibration_slices):
-        raise ValueError("`guidance_scales` and `calibration_slices` belong to `calibrate labels`.")
-    if options.calibrate is not None:
-        check_choice("calibrate", options.calibrate, CALIBRATION_POLICIES)
-        if options.calibration_slices and options.calibrate != "labels":
-            raise ValueError(f"`calibration_slices` belongs to `calibrate labels`, got it with {options.calibrate}.")
-        if options.validation_split == "none":
-            raise ValueError("`calibrate` needs a validation split, got `validation_split` none.")
-        if options.set_threshold:
-            raise ValueError("Give either `calibrate` or `set_threshold`: both store a threshold in the checkpoint.")
-    check_choice("set_threshold", options.set_threshold, ("validation", "healthy", None))
-    option = "calibrate" if options.calibrate else "set_threshold" if options.set_threshold else None
-    # What is stored in a checkpoint must have been found with its own settings.
-    if option and (options.inference or postprocessing_changes(options)):
-        raise ValueError(f"`{option}` needs the checkpoint's own settings: leave `inference` and post-processing out.")
-    remote = [model for model in options.model if not Path(model).is_dir()]
-    if option and remote:
-        raise ValueError(f"`{option}` needs checkpoint folders, got {', '.join(remote)}.")
-
-
-def calibrate_checkpoint(
-    model: str, slices: LabelledSlices, split: PreparedSplit, options: EvalOptions, device: torch.device
-) -> dict:
-    """Calibrates a checkpoint folder on slices of a split and stores the values in it; returns the record of
-    [`calibrate`]."""
-    pipeline = load_pipeline(model, options, device)
-    pipeline.processor.check_equal(split.processor_settings, f"{model} was trained with")
-    record = calibrate(
-        pipeline,
-        slices,
-        options.calibrate,
-        guidance_scales=options.guidance_scales,
-        healthy_fpr=options.healthy_fpr,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
-    _store_values(Path(model), record["values"])
-    return record
-
-
-def set_threshold(folder: Path, threshold: float | None) -> None:
-    """Stores a threshold in a checkpoint folder."""
-    if threshold is None:
-        raise ValueError("`set_threshold`: the validation split does not allow this policy, no threshold was stored.")
-    _store_values(folder, {"threshold": threshold})
-
-
-def _store_values(folder: Path, values: dict) -> None:
+def store_values(folder: Path, values: dict) -> None:
     """Puts values of the pipeline's configuration into a checkpoint folder and the table of its card."""
     index = folder / "model_index.json"
-    index.write_text(
-        json.dumps(json.loads(index.read_text(encoding="utf-8")) | values, indent=2) + "\n", encoding="utf-8"
-    )
+    config = json.loads(index.read_text(encoding="utf-8")) | values
+    index.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     card = folder / "README.md"
     if card.exists():
         text = card.read_text(encoding="utf-8")

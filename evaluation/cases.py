@@ -18,10 +18,9 @@ from ..pipelines.postprocessing import PostProcessing
 
 
 def slice_numbers(split: PreparedSplit, subject: str, slices: np.ndarray) -> np.ndarray:
-    """Returns the numbers that the random numbers of a subject's slices depend on, `(N,)`: `slices`, those of the
-    slices in their volume, as in a call of the pipeline. A picture, a subject of one slice, has the number of its row
-    in the split: all pictures are slice 0 of their own volume, and what a method draws by chance would count in every
-    one of them."""
+    """Returns the numbers that the random numbers of a subject's slices depend on, `(N,)`: `slices`, their numbers in
+    the volume, as in a call of the pipeline. A picture, a subject of one slice, has the number of its row in the split:
+    all pictures are slice 0 of their own volume, and would share their noise."""
     is_picture = split.subject_info[subject]["network_shape"][2] == 1
     return np.asarray(split.subject_rows(subject)) if is_picture else slices
 
@@ -49,38 +48,27 @@ class _Stored:
 
 @dataclass(frozen=True)
 class Case(_Stored):
-    """
-    One subject under a method that makes anomaly maps.
-
-    Args:
-        subject (`str`): Name.
-        maps (`np.ndarray` of shape `(N, H, W)`): Post-processed anomaly maps.
-        brain (`np.ndarray` of shape `(N, H, W)`): bool.
-        mask (`np.ndarray` of shape `(N, H, W)`, *optional*): bool, where a reference mask exists.
-        labels (`np.ndarray` of shape `(N,)`): 1 anomalous slice, 0 healthy, -1 unknown.
-        slice_scores (`np.ndarray` of shape `(N,)`): Score of each slice.
-        volume_score (`float`): Score of the subject.
-        own_mask (`np.ndarray` of shape `(N, H, W)`, *optional*):
-            bool, the segmentation of a method that chooses its thresholds itself.
-        own_labels (`np.ndarray` of shape `(N,)`, *optional*):
-            With `own_mask`: 1 where the method calls a slice anomalous, else 0.
-        error (`np.ndarray` of shape `(N, H, W)`, *optional*):
-            Absolute difference of slice and reconstruction, mean over modalities, on [0, 1]; for the protocol `sadm`.
-        foreground (`np.ndarray` of shape `(N, H, W)`, *optional*):
-            bool, where the protocol `anofpdm` measures AUROC and AUPRC.
-    """
+    """One subject under a method that makes anomaly maps."""
 
     subject: str
     maps: np.ndarray
+    """`(N, H, W)`, post-processed."""
     brain: np.ndarray
+    """`(N, H, W)`, bool, as all masks."""
     mask: np.ndarray | None
+    """`(N, H, W)`, where a reference exists."""
     labels: np.ndarray
+    """`(N,)`: 1 anomalous slice, 0 healthy, -1 unknown."""
     slice_scores: np.ndarray
     volume_score: float
     own_mask: np.ndarray | None = None
+    """`(N, H, W)`, of a method that chooses its thresholds itself."""
     own_labels: np.ndarray | None = None
+    """`(N,)`, with `own_mask`: 1 where the method calls a slice anomalous, else 0."""
     error: np.ndarray | None = None
+    """`(N, H, W)`, absolute difference of slice and reconstruction, mean over modalities, on [0, 1]; for `sadm`."""
     foreground: np.ndarray | None = None
+    """`(N, H, W)`, where the protocol `anofpdm` measures AUROC and AUPRC."""
 
     @property
     def label(self) -> int:
@@ -92,63 +80,51 @@ class Case(_Stored):
 
 @dataclass(frozen=True)
 class EnsembleCase(_Stored):
-    """
-    One subject with annotations under a method that makes several masks of it.
-
-    Args:
-        subject (`str`): Name.
-        group (`str`): Subjects of one group, a patient, are drawn together for an interval.
-        slices (`np.ndarray` of shape `(N,)`): Numbers of the slices in their volume.
-        annotations (`np.ndarray` of shape `(N, A, H, W)`): bool.
-        masks (`np.ndarray` of shape `(N, E, H, W)`): bool.
-        mean, deviation (`np.ndarray` of shape `(N, H, W)`): float32, of the members, which need not be masks.
-    """
+    """One subject with annotations under a method that makes several masks of it."""
 
     compressed: ClassVar[bool] = True
     subject: str
     group: str
+    """Subjects of one group, a patient, are drawn together for an interval."""
     slices: np.ndarray
+    """`(N,)`, numbers of the slices in their volume."""
     annotations: np.ndarray
+    """`(N, A, H, W)`, bool."""
     masks: np.ndarray
+    """`(N, E, H, W)`, bool."""
     mean: np.ndarray
+    """`(N, H, W)`, float32, of the members, which need not be masks; so is `deviation`."""
     deviation: np.ndarray
 
 
 def make_case(item: dict, maps: np.ndarray, postprocessing: PostProcessing, **optional) -> Case:
-    """Returns the case of a subject from the columns of its rows and its name, `item`, filtered maps `(N, H, W)`,
-    float32, what says how scores are made of maps, and the optional values of a [`Case`]."""
+    """Returns the case of a subject, `item` as an evaluation reads it, from filtered maps `(N, H, W)`, float32, and the
+    optional values of a [`Case`]."""
     # Several annotators: a voxel counts as lesion where at least half of them say so.
     mask = item["mask"].mean(1) >= 0.5 if item["mask"].shape[1] and (item["label"] >= 0).all() else None
-    brain = item["brain"]
     return Case(
         subject=item["subject"],
         maps=maps,
-        brain=brain,
+        brain=item["brain"],
         mask=mask,
         labels=item["label"],
-        slice_scores=postprocessing.score_slices(maps, brain),
-        volume_score=postprocessing.score(maps, brain),
+        slice_scores=postprocessing.score_slices(maps, item["brain"]),
+        volume_score=postprocessing.score(maps, item["brain"]),
         **optional,
     )
 
 
 class Needs(NamedTuple):
-    """
-    What a protocol needs beside maps or masks.
-
-    Args:
-        settings (`dict`): Settings instead of the checkpoint's, of the methods that have them.
-        details (`dict[str, Callable]`):
-            Name of an optional value of [`Case`] to the function that makes it, of slices `(N, C, H, W)`, their
-            reconstruction or `None`, and the range of their values; it may return `None`.
-        baselines (`Callable`):
-            From the settings of the processor to a dict, name of a row to the function that makes its maps
-            `(N, H, W)`, float32, of slices and their brain masks.
-    """
+    """What a protocol needs beside maps or masks."""
 
     settings: dict = {}
+    """Settings instead of the checkpoint's, of the methods that have them."""
     details: dict[str, Callable] = {}
+    """Name of an optional value of [`Case`] to the function that makes it, of slices `(N, C, H, W)`, their
+    reconstruction or `None`, and the range of their values; it may return `None`."""
     baselines: Callable[[dict], dict[str, Callable]] = lambda processor: {}
+    """From the settings of the processor to a dict, name of a row to the function that makes its maps `(N, H, W)`,
+    float32, of slices and their brain masks."""
 
 
 class Scores(NamedTuple):

@@ -12,25 +12,22 @@ import math
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from ..checks import check_choice, check_integer
+from ..checks import check_choice
+from .metrics import as_mask
 
-
-# n samples, m annotations.
 
 DIVERSITY_READINGS = ("pairs", "variances", "pairs_with_self")
 
 
 def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the intersection over union of every mask of `a (n, ...)` with every one of `b (m, ...)`: `(n, m)`, 1
-    for two empty masks."""
+    """Returns the intersection over union of every mask of `a (n, ...)` with every one of `b (m, ...)`: `(n, m)`."""
     _, areas, shared = _counts(a, b)
     union = areas[0][:, None] + areas[1][None] - shared
     return np.where(union > 0, shared / np.maximum(union, 1), 1.0)
 
 
 def pairwise_dice(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the Dice of every mask of `a (n, ...)` with every one of `b (m, ...)`: `(n, m)`, 1 for two empty
-    masks."""
+    """Returns the Dice of every mask of `a (n, ...)` with every one of `b (m, ...)`: `(n, m)`."""
     _, areas, shared = _counts(a, b)
     total = areas[0][:, None] + areas[1][None]
     return np.where(total > 0, 2 * shared / np.maximum(total, 1), 1.0)
@@ -43,13 +40,9 @@ def sample_diversity(masks: np.ndarray) -> float:
 
 
 def generalized_energy_distance(pred: np.ndarray, gt: np.ndarray) -> float:
-    """Returns the generalised energy distance (squared) 2 E[d(S, Y)] - E[d(S, S')] - E[d(Y, Y')] with d = 1 - IoU; 0
-    is best.
-
-    The expectations are over all ordered pairs, each mask with itself included (V-statistic):
-        so it depends on the number of samples,
-    which must be stated, and falls with it.
-    """
+    """Returns the generalised energy distance (squared) 2 E[d(S, Y)] - E[d(S, S')] - E[d(Y, Y')] with d = 1 - IoU; 0 is
+    best. The expectations are over all ordered pairs, each mask with itself included (V-statistic): so it falls with
+    the number of samples, which must be stated."""
     distance = 1 - pairwise_iou(pred, gt).mean()
     return float(2 * distance - sample_diversity(pred) - sample_diversity(gt))
 
@@ -77,21 +70,13 @@ def maximum_dice_matching(pred: np.ndarray, gt: np.ndarray) -> float:
 
 def diversity_agreement(pred: np.ndarray, gt: np.ndarray, reading: str = "pairs") -> float:
     """Returns the diversity agreement 1 - (|max V(Y) - max V(S)| + |min V(Y) - min V(S)|) / 2, where V is the
-    "variance" of two masks.
+    "variance" of two masks; 1 is best. A set of one mask has the V 0. Close to 1 for small lesions, because the
+    background dilutes it.
 
-    The paper leaves open which variance. Close to 1 for small lesions in all readings, because the background dilutes
-    it.
-
-    Args:
-        pred, gt: Samples and annotations.
-        reading (`str`, defaults to `"pairs"`):
-            `"pairs"`: V is the variance over pixels of the difference of two masks, over all pairs of different masks.
-            `"pairs_with_self"`: the same, each mask with itself included, so that the smallest V is 0. `"variances"`:
-            V is the absolute difference of the two masks' own variances, over all pairs of different masks.
-
-    Returns:
-        `float`: In [0, 1], 1 is best. A set of one mask has the V 0.
-    """
+    The paper leaves open which variance. `reading` `"pairs"`: V is the variance over pixels of the difference of two
+    masks, over all pairs of different masks; `"pairs_with_self"`: the same, each mask with itself included, so that the
+    smallest V is 0; `"variances"`: V is the absolute difference of the two masks' own variances, over all pairs of
+    different masks."""
     check_choice("reading", reading, DIVERSITY_READINGS)
     extremes = []
     for masks in (pred, gt):
@@ -115,28 +100,14 @@ def collective_insight(pred: np.ndarray, gt: np.ndarray, reading: str = "pairs")
     """Returns CIMD's Collective Insight 3 Sc Dmax Da / (Sc + Dmax + Da) of [`combined_sensitivity`],
     [`maximum_dice_matching`] and [`diversity_agreement`] in one of its readings; 0 where all three are 0. In [0, 1], 1
     is best. The paper calls it a harmonic mean, which it is not: that would have products of pairs below."""
-    parts = (
-        combined_sensitivity(pred, gt),
-        maximum_dice_matching(pred, gt),
-        diversity_agreement(pred, gt, reading),
-    )
+    parts = combined_sensitivity(pred, gt), maximum_dice_matching(pred, gt), diversity_agreement(pred, gt, reading)
     return 3 * math.prod(parts) / sum(parts) if sum(parts) else 0.0
 
 
 def score_ensemble(pred: np.ndarray, gt: np.ndarray) -> dict[str, float]:
-    """
-    Returns every metric of one image.
-
-    Args:
-        pred (`np.ndarray` of shape `(n, ...)`): Samples, boolean or 0/1.
-        gt (`np.ndarray` of shape `(m, ...)`): Annotations.
-
-    Returns:
-        `dict[str, float]`: `ged`, `hm_iou`, `combined_sensitivity`, `maximum_dice`, `diversity_agreement` and
-        `collective_insight` (with `_variances` and `_pairs_with_self` for the other readings), `sample_diversity`,
-        `annotation_diversity`, and `dice_majority`, the Dice of what more than half of the samples and more than half
-        of the annotations mark.
-    """
+    """Returns every metric of one image: those of this module, `diversity_agreement` and `collective_insight` with
+    `_variances` and `_pairs_with_self` for the other readings, and `dice_majority`, the Dice of what more than half of
+    the samples and more than half of the annotations mark."""
     pred, gt = _masks(pred), _masks(gt)
     scores = {
         "ged": generalized_energy_distance(pred, gt),
@@ -161,42 +132,24 @@ class FrequencyCalibration:
     With few samples even an ensemble of further raters is no diagonal: their share is a noisy estimate of the
     frequency, so that high shares are somewhat too high and low ones too low.
 
-    Args:
-        bins (`int`, defaults to 10):
-            Equal bins of the predicted frequency in [0, 1]; a value between two bins belongs to the upper one.
+    A value between two of the `bins`, equal bins of the predicted frequency in [0, 1], belongs to the upper one.
     """
 
     def __init__(self, bins: int = 10):
-        check_integer("bins", bins, 1)
         self.bins = bins
         self._sums = np.zeros((3, bins))  # pixels, predicted and observed frequencies
 
     def update(self, predicted: np.ndarray, observed: np.ndarray) -> None:
-        """
-        Adds pixels.
-
-        Args:
-            predicted, observed (`np.ndarray`, the same shape):
-                Share of the samples and of the annotations that mark each pixel, 0 to 1. Pixels may be chosen by
-                `predicted`, but not by `observed`: where an annotation marks, no ensemble is calibrated.
-        """
+        """Adds pixels: the share of the samples and of the annotations that mark each of them. They may be chosen by
+        `predicted`, but not by `observed`: where an annotation marks, no ensemble is calibrated."""
         predicted, observed = (np.asarray(values, np.float64).ravel() for values in (predicted, observed))
-        if predicted.shape != observed.shape:
-            raise ValueError(
-                "`predicted` and `observed` must have the same shape, got"
-                f" {predicted.size} and {observed.size} values."
-            )
-        for name, values in (("predicted", predicted), ("observed", observed)):
-            if values.size and not (values.min() >= 0 and values.max() <= 1):
-                raise ValueError(f"`{name}` must lie in [0, 1], got {values.min():g} to {values.max():g}.")
         # A share such as 0.3 must not fall below its bin's edge by a rounding error.
         index = np.clip(np.floor(predicted * self.bins + 1e-6), 0, self.bins - 1).astype(int)
         for row, weights in zip(self._sums, (None, predicted, observed), strict=True):
             row += np.bincount(index, weights, self.bins)
 
     def curve(self) -> dict[str, np.ndarray]:
-        """Returns, of the bins that hold pixels, `pixels`, and the mean `predicted` and `observed` frequency in
-        them."""
+        """Returns `pixels`, mean `predicted` and mean `observed` frequency of the bins that hold pixels."""
         pixels, predicted, observed = self._sums[:, self._sums[0] > 0]
         return {"pixels": pixels.astype(np.int64), "predicted": predicted / pixels, "observed": observed / pixels}
 
@@ -211,11 +164,7 @@ def _masks(masks: np.ndarray) -> np.ndarray:
     masks = np.asarray(masks)
     if masks.ndim < 2 or not len(masks) or not masks[0].size:
         raise ValueError(f"Masks must have the shape (n, ...) with at least one mask and pixel, got {masks.shape}.")
-    if masks.dtype != bool:
-        if not ((masks == 0) | (masks == 1)).all():
-            raise ValueError("Masks must be boolean or hold 0 and 1: apply a threshold first.")
-        masks = masks > 0
-    return masks
+    return as_mask("masks", masks)
 
 
 def _counts(a: np.ndarray, b: np.ndarray) -> tuple[int, tuple[np.ndarray, np.ndarray], np.ndarray]:

@@ -28,21 +28,11 @@ MEMBERS = 16  # of the baselines where no model says how many
 
 def check_options(options: EvalOptions) -> None:
     """Raises a `ValueError` for settings of anomaly maps, which would change nothing."""
-    given = {
-        "calibrate": options.calibrate,
-        "calibration_slices": options.calibration_slices,
-        "guidance_scales": options.guidance_scales,
-        "set_threshold": options.set_threshold,
-        "median_dimensions": options.median_dimensions,
-        "erosion": options.erosion,
-        "min_component_size": options.min_component_size,
-        "slice_score": options.slice_score,
-    }
+    names = "calibrate calibration_slices guidance_scales set_threshold median_dimensions erosion min_component_size"
+    given = {name: vars(options)[name] for name in (*names.split(), "slice_score")}
     wrong = [name for name, value in given.items() if value not in (None, [])]
     if wrong:
-        raise ValueError(
-            f"Ensembles of segmentations have no {', '.join(f'`{name}`' for name in wrong)}: leave it out."
-        )
+        raise ValueError(f"Ensembles of segmentations have no `{'`, `'.join(wrong)}`: leave it out.")
 
 
 def name_splits(options: EvalOptions) -> dict[str, str]:
@@ -90,9 +80,6 @@ def make_baselines(
         rate = rate + marked.sum(0) / annotated.size
     levels = rate > (np.arange(count)[:, None, None] + 0.5) / count
 
-    def mean_rate(row: int) -> np.ndarray:
-        return levels
-
     def random_annotation(row: int) -> np.ndarray:
         rng = np.random.default_rng([options.seed, row])
         chosen = rng.choice(annotated, count)
@@ -103,7 +90,10 @@ def make_baselines(
         masks = np.stack([draw(row) for row in test.subject_rows(item["subject"])])
         return _make_case(item, masks, masks)
 
-    for name, draw in (("mean annotation rate", mean_rate), ("random training annotation", random_annotation)):
+    for name, draw in (
+        ("mean annotation rate", lambda row: levels),
+        ("random training annotation", random_annotation),
+    ):
         row = {"name": name, "kind": "baseline", "settings": {"num_ensemble": count}}
         yield row, partial(make_baseline, draw)
 

@@ -11,11 +11,13 @@ from types import ModuleType
 
 import numpy as np
 
+from ..checks import check_choice
 from ..data.prepared import PreparedSplit
 from ..pipelines.base import AnomalyPipeline, SliceResults
 from ..pipelines.postprocessing import PostProcessing
 from .baselines import intensity_map, slice_statistics
-from .candidates import check_stored, postprocessing_changes
+from .calibration import CALIBRATION_POLICIES
+from .candidates import postprocessing_changes
 from .cases import Case, make_case
 from .options import EvalOptions
 from .pictures import draw_cases
@@ -29,8 +31,25 @@ HEAD = {}
 
 
 def check_options(options: EvalOptions) -> None:
-    """Raises a `ValueError` for options that contradict each other."""
-    check_stored(options)
+    """Raises a `ValueError` for values that could not be found or stored in the checkpoints."""
+    if options.calibrate is None and (options.guidance_scales or options.calibration_slices):
+        raise ValueError("`guidance_scales` and `calibration_slices` belong to `calibrate labels`.")
+    if options.calibrate is not None:
+        check_choice("calibrate", options.calibrate, CALIBRATION_POLICIES)
+        if options.calibration_slices and options.calibrate != "labels":
+            raise ValueError(f"`calibration_slices` belongs to `calibrate labels`, got it with {options.calibrate}.")
+        if options.validation_split == "none":
+            raise ValueError("`calibrate` needs a validation split, got `validation_split` none.")
+        if options.set_threshold:
+            raise ValueError("Give either `calibrate` or `set_threshold`: both store a threshold in the checkpoint.")
+    check_choice("set_threshold", options.set_threshold, ("validation", "healthy", None))
+    option = "calibrate" if options.calibrate else "set_threshold" if options.set_threshold else None
+    # What is stored in a checkpoint must have been found with its own settings.
+    if option and (options.inference or postprocessing_changes(options)):
+        raise ValueError(f"`{option}` needs the checkpoint's own settings: leave `inference` and post-processing out.")
+    remote = [model for model in options.model if not Path(model).is_dir()]
+    if option and remote:
+        raise ValueError(f"`{option}` needs checkpoint folders, got {', '.join(remote)}.")
 
 
 def name_splits(options: EvalOptions) -> dict[str, str]:

@@ -9,26 +9,18 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from ..checks import check_integer
-
 
 def dice(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
-    """
-    Returns the Dice coefficient 2 TP / (2 TP + FP + FN) of one mask.
-
-    Args:
-        pred, gt (`np.ndarray`, boolean or 0/1, the same shape): Predicted and true mask of one slice or volume.
-        empty (`float`, *optional*, defaults to 1.0):
-            Value where both masks are empty. 1 as in AnoDDPM and AnoFPDM; `nan` as in ANDi and SADM, which leaves
-            these masks out of a nan-mean. One empty mask beside a filled one is always 0.
-    """
+    """Returns the Dice coefficient 2 TP / (2 TP + FP + FN) of one mask, boolean or 0/1, and `empty` where both masks
+    are empty: 1 as in AnoDDPM and AnoFPDM; `nan` as in ANDi and SADM, which leaves these masks out of a nan-mean. One
+    empty mask beside a filled one is always 0."""
     tp, fp, fn, _ = confusion(pred, gt)
     return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else empty
 
 
 def iou(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
-    """Returns the intersection over union TP / (TP + FP + FN) of one mask; arguments as in [`dice`]. (Empty masks
-    count 1 in AnoFPDM's program and 0 in AnoDDPM's.)"""
+    """Returns the intersection over union TP / (TP + FP + FN) of one mask, and `empty` where both masks are empty: 1 in
+    AnoFPDM's program, 0 in AnoDDPM's."""
     tp, fp, fn, _ = confusion(pred, gt)
     return tp / (tp + fp + fn) if tp + fp + fn else empty
 
@@ -56,7 +48,7 @@ def false_positive_rate(pred: np.ndarray, gt: np.ndarray) -> float:
 
 
 def confusion(pred: np.ndarray, gt: np.ndarray) -> tuple[int, int, int, int]:
-    """Returns TP, FP, FN and TN of one mask, counts of pixels. Arguments as in [`dice`]."""
+    """Returns TP, FP, FN and TN of one mask, counts of pixels."""
     pred, gt = _mask_pair(pred, gt)
     tp = int(np.count_nonzero(pred & gt))
     fp = int(np.count_nonzero(pred)) - tp
@@ -65,17 +57,10 @@ def confusion(pred: np.ndarray, gt: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def lesion_f1(pred: np.ndarray, gt: np.ndarray) -> float:
-    """Returns the F1 score of lesions instead of voxels, the harmonic mean of (found lesions / lesions) and (right
-    components / predicted components). Components are connected with corners (8 neighbours in 2-D, 26 in 3-D). A
-    lesion is found when one of its voxels is predicted; a predicted component is right when one of its voxels is
-    lesion.
-
-    Args:
-        pred, gt (`np.ndarray`, boolean or 0/1, the same shape): Masks of one volume `(N, H, W)` or one slice `(H, W)`.
-
-    Returns:
-        `float`: F1 in [0, 1]; 1 where both masks are empty, 0 where one of them is.
-    """
+    """Returns the F1 score of the lesions of a volume or slice instead of its voxels, the harmonic mean of (found
+    lesions / lesions) and (right components / predicted components); 1 where both masks are empty, 0 where one of them
+    is. Components are connected with corners (8 neighbours in 2-D, 26 in 3-D). A lesion is found when one of its voxels
+    is predicted; a predicted component is right when one of its voxels is lesion."""
     pred, gt = _mask_pair(pred, gt)
     rates = []
     for components, other in ((gt, pred), (pred, gt)):
@@ -89,56 +74,28 @@ def lesion_f1(pred: np.ndarray, gt: np.ndarray) -> float:
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the area under the ROC curve of slice or subject scores, ties counted one half (as scikit-learn's
-    `roc_auc_score`).
-
-    Args:
-        scores (`np.ndarray`): Finite scores of any unit, higher is more anomalous. Compared in float64.
-        labels (`np.ndarray`, boolean or 0/1, the same shape): True for anomalous.
-
-    Returns:
-        `float`: `nan` without positives or without negatives.
-    """
-    return _auroc(_curve_of_samples(scores, labels))
+    """Returns the area under the ROC curve of slice or subject scores, which are higher the more anomalous, compared in
+    float64, ties counted one half (as scikit-learn's `roc_auc_score`); `nan` without positives or negatives."""
+    return _curve_of_samples(scores, labels).auroc()
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the average precision, the step-wise area under the precision-recall curve with ties as one step (as
-    scikit-learn's `average_precision_score`), of slice or subject scores. Arguments as in [`auroc`]; `nan` without
-    positives, 1 without negatives. Its value for chance is the share of positives, so it compares only at equal
-    prevalence."""
-    return _average_precision(_curve_of_samples(scores, labels))
+    """Returns the average precision of scores as of [`auroc`]: the step-wise area under the precision-recall curve with
+    ties as one step (as scikit-learn's `average_precision_score`); `nan` without positives, 1 without negatives. Its
+    value for chance is the share of positives, so it compares only at equal prevalence."""
+    return _curve_of_samples(scores, labels).average_precision()
 
 
 def bootstrap_interval(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
-    """Returns the 95 % percentile bootstrap interval of the mean of `values`, from 2000 draws of whole subjects with
-    replacement.
-
-    Args:
-        values (`np.ndarray` of shape `(N,)`):
-            One value per volume or slice. `nan` values are left out, as in a nan-mean.
-        groups (`np.ndarray` of shape `(N,)`, *optional*):
-            Subject of each value, so that slices or visits of one subject are drawn together. `None`: each value is a
-            subject of its own.
-
-    Returns:
-        `tuple[float, float]`: lower and upper end; `nan` twice without values.
-    """
+    """Returns the 95 % percentile bootstrap interval of the mean of `values (N,)`, from 2000 draws with replacement of
+    whole `groups (N,)`, so that slices or visits of one subject are drawn together; by default each value is a group of
+    its own."""
     values = np.asarray(values, dtype=np.float64)
-    groups = np.arange(values.size) if groups is None else np.asarray(groups)
-    if values.ndim != 1 or groups.shape != values.shape:
-        raise ValueError(
-            f"`values` and `groups` must be 1-D and equally long, got shapes {values.shape} and {groups.shape}."
-        )
-    valid = ~np.isnan(values)
-    if not valid.any():
-        return float("nan"), float("nan")
-    _, subjects = np.unique(groups[valid], return_inverse=True)
+    subjects = np.arange(values.size) if groups is None else np.unique(groups, return_inverse=True)[1]
     counts = np.bincount(subjects)
-    sums = np.bincount(subjects, weights=values[valid])
+    sums = np.bincount(subjects, weights=values)
     drawn = np.random.default_rng(0).integers(0, counts.size, size=(2000, counts.size))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -151,13 +108,9 @@ class PooledScores:
     wider than 2**-11 (0.05 %) of its values, whatever their range, and nothing has to be known about it in advance.
     Scores of one bin then count as tied; [`error_bounds`] gives, from the counts, how far this can be from the exact
     result. The result does not depend on the order of the updates.
-
-    Args:
-        max_exact (`int`, *optional*, defaults to 50 million): Number of voxels up to which scores are kept.
     """
 
     def __init__(self, max_exact: int = 50_000_000):
-        check_integer("max_exact", max_exact, 0)
         self.max_exact = max_exact
         self.num_positives = 0
         self.num_negatives = 0
@@ -171,14 +124,8 @@ class PooledScores:
         return self._counts is None
 
     def update(self, scores: np.ndarray, labels: np.ndarray) -> None:
-        """
-        Adds voxels.
-
-        Args:
-            scores (`np.ndarray`): Finite anomaly scores of any unit, used as float32.
-            labels (`np.ndarray`, boolean or 0/1, the same shape):
-                True for anomalous voxels. Index both arrays with the brain mask to leave the background out.
-        """
+        """Adds voxels: finite scores of any unit, used as float32, and boolean or 0/1 labels of the same shape. Index both
+        with the brain mask to leave the background out."""
         scores, labels = _score_pair(scores, labels, np.float32)
         # Adding zero turns -0.0, which equals 0.0, into the bits of 0.0.
         samples = (scores[~labels] + np.float32(0), scores[labels] + np.float32(0))
@@ -196,25 +143,21 @@ class PooledScores:
 
     def average_precision(self) -> float:
         """Returns the step-wise average precision; `nan` without positives, 1 without negatives."""
-        return _average_precision(self._curve())
+        return self._curve().average_precision()
 
     def auroc(self) -> float:
         """Returns the area under the ROC curve, ties one half; `nan` without positives or without negatives."""
-        return _auroc(self._curve())
+        return self._curve().auroc()
 
     def best_dice(self) -> tuple[float, float]:
-        """Returns the highest pooled Dice over all thresholds, and that threshold, for `map > threshold` in float32.
-        An oracle when the labels are those of the test set.
-
-        Returns:
-            `tuple[float, float]`: Dice and threshold (the highest one with this Dice, halfway to the next lower
-            score); `nan` twice without positives. Above `max_exact` voxels the thresholds are the edges of the bins
-            and the Dice is the exact one of the threshold.
-        """
+        """Returns the highest pooled Dice over all thresholds, and that threshold, for `map > threshold` in float32 (the
+        highest one with this Dice, halfway to the next lower score); `nan` twice without positives. Above `max_exact`
+        voxels the thresholds are the edges of the bins and the Dice is the exact one of the threshold. An oracle when
+        the labels are those of the test set."""
         curve = self._curve()
         if not curve.num_positives:
             return float("nan"), float("nan")
-        values = _dice_values(curve)
+        values = curve.dice()
         best = int(values.argmax())
         if self._counts is not None:
             return float(values[best]), _upper_edge(int(curve.scores[best]) - 1)
@@ -227,17 +170,9 @@ class PooledScores:
         return float(values[best]), float(lower if threshold >= score else threshold)
 
     def error_bounds(self) -> dict[str, float]:
-        """Returns the largest possible distance of `average_precision`, `auroc` and `best_dice` from their exact
-        values, whatever the order of the scores inside the bins; 0 as long as [`is_exact`], `nan` where the metric
-        is."""
+        """Returns the largest possible distance of `average_precision`, `auroc` and `best_dice` from their exact values,
+        whatever the order of the scores inside the bins. Needs bins, positives and negatives."""
         c = self._curve()
-        if self._counts is None or not c.num_positives:
-            value = 0.0 if c.num_positives else float("nan")
-            return {
-                "average_precision": value,
-                "auroc": value if c.num_negatives else float("nan"),
-                "best_dice": value,
-            }
         tp = c.positives.cumsum()
         fp = c.negatives_above + c.negatives_tied
         # Best order in a bin: its positives, as one tie, before its negatives. Worst: its negatives first, then its
@@ -250,24 +185,19 @@ class PooledScores:
         above = (c.positives * (highest - middle)).sum()
         below = (c.positives * (middle - lowest)).sum()
         best = 2 * tp / (tp + c.negatives_above + c.num_positives)
-        pairs = float(c.num_positives) * c.num_negatives
         return {
             "average_precision": float(max(above, below) / c.num_positives),
-            "auroc": float((c.positives / 2 * c.negatives_tied).sum() / pairs) if pairs else float("nan"),
-            "best_dice": float(max(0.0, best.max() - _dice_values(c).max())),
+            "auroc": float((c.positives / 2 * c.negatives_tied).sum() / (float(c.num_positives) * c.num_negatives)),
+            "best_dice": float(max(0.0, best.max() - c.dice().max())),
         }
-
-    def _sort(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        for kept in self._samples:
-            if len(kept) > 1:
-                kept[:] = [np.concatenate(kept)]
-                kept[0].sort()
-        return self._samples
 
     def _curve(self) -> "_Curve":
         if self._counts is None:
-            negatives, positives = self._sort()
-            return _curve(positives[0], negatives[0])
+            for kept in self._samples:
+                if len(kept) > 1:
+                    kept[:] = [np.concatenate(kept)]
+                    kept[0].sort()
+            return _curve(self._samples[1][0], self._samples[0][0])
         negatives, positives = self._counts
         filled = np.flatnonzero(positives)[::-1]
         above = self.num_negatives - negatives.cumsum()[filled]
@@ -311,54 +241,43 @@ class _Curve(NamedTuple):
     num_positives: int
     num_negatives: int
 
+    def average_precision(self) -> float:
+        if not self.num_positives:
+            return float("nan")
+        tp = self.positives.cumsum()
+        fp = self.negatives_above + self.negatives_tied
+        return float((self.positives * (tp / (tp + fp))).sum() / self.num_positives)
+
+    def auroc(self) -> float:
+        if not self.num_positives or not self.num_negatives:
+            return float("nan")
+        # The share of negatives that each positive beats, ties one half; in floats because the product can pass int64.
+        beaten = (self.num_negatives - self.negatives_above - self.negatives_tied / 2) / self.num_negatives
+        return float((self.positives * beaten).sum() / self.num_positives)
+
+    def dice(self) -> np.ndarray:
+        """Pooled Dice of `score >= self.scores`. Other thresholds only add negatives, so the best one is among them."""
+        tp = self.positives.cumsum()
+        return 2 * tp / (tp + self.negatives_above + self.negatives_tied + self.num_positives)
+
 
 def _curve(positives: np.ndarray, negatives: np.ndarray) -> _Curve:
     """Curve of two sorted arrays of scores."""
-    new = np.ones(positives.size, dtype=bool)
-    new[1:] = positives[1:] != positives[:-1]
-    starts = np.flatnonzero(new)
-    scores = positives[starts]
-    counts = np.diff(starts, append=positives.size)
+    scores, counts = np.unique(positives, return_counts=True)
     below = np.searchsorted(negatives, scores, side="left")
     not_above = np.searchsorted(negatives, scores, side="right")
-    return _Curve(
-        scores[::-1],
-        counts[::-1],
-        negatives.size - not_above[::-1],
-        (not_above - below)[::-1],
-        positives.size,
-        negatives.size,
-    )
+    above = negatives.size - not_above
+    tied = not_above - below
+    return _Curve(scores[::-1], counts[::-1], above[::-1], tied[::-1], positives.size, negatives.size)
 
 
 def _curve_of_samples(scores: np.ndarray, labels: np.ndarray) -> _Curve:
     scores, labels = _score_pair(scores, labels, np.float64)
-    return _curve(np.sort(scores[labels]), np.sort(scores[~labels]))
+    return _curve(scores[labels], np.sort(scores[~labels]))
 
 
-def _average_precision(curve: _Curve) -> float:
-    if not curve.num_positives:
-        return float("nan")
-    tp = curve.positives.cumsum()
-    fp = curve.negatives_above + curve.negatives_tied
-    return float((curve.positives * (tp / (tp + fp))).sum() / curve.num_positives)
-
-
-def _auroc(curve: _Curve) -> float:
-    if not curve.num_positives or not curve.num_negatives:
-        return float("nan")
-    # The share of negatives that each positive beats, ties one half; in floats because the product can pass int64.
-    beaten = (curve.num_negatives - curve.negatives_above - curve.negatives_tied / 2) / curve.num_negatives
-    return float((curve.positives * beaten).sum() / curve.num_positives)
-
-
-def _dice_values(curve: _Curve) -> np.ndarray:
-    """Pooled Dice of `score >= curve.scores`. Other thresholds only add negatives, so the best one is among them."""
-    tp = curve.positives.cumsum()
-    return 2 * tp / (tp + curve.negatives_above + curve.negatives_tied + curve.num_positives)
-
-
-def _as_mask(name: str, array: np.ndarray) -> np.ndarray:
+def as_mask(name: str, array: np.ndarray) -> np.ndarray:
+    """Returns an array of 0 and 1 as bool."""
     array = np.asarray(array)
     if array.dtype == bool:
         return array
@@ -369,14 +288,14 @@ def _as_mask(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _mask_pair(pred: np.ndarray, gt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    pred, gt = _as_mask("pred", pred), _as_mask("gt", gt)
+    pred, gt = as_mask("pred", pred), as_mask("gt", gt)
     if pred.shape != gt.shape:
         raise ValueError(f"`pred` and `gt` must have the same shape, got {pred.shape} and {gt.shape}.")
     return pred, gt
 
 
 def _score_pair(scores: np.ndarray, labels: np.ndarray, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    scores, labels = np.asarray(scores, dtype=dtype), _as_mask("labels", labels)
+    scores, labels = np.asarray(scores, dtype=dtype), as_mask("labels", labels)
     if scores.shape != labels.shape:
         raise ValueError(f"`scores` and `labels` must have the same shape, got {scores.shape} and {labels.shape}.")
     if not np.isfinite(scores).all():

@@ -12,17 +12,13 @@ from ..volumes.geometry import plane_orientation
 from ..volumes.volume import InputVolume
 
 
-def draw_overview(output: AnomalyOutput, path: Path, title: str, *, plane: str = "axial", slices: int = 5) -> None:
-    """Draws the `slices` highest scored slices of a result, in radiological convention: image, pseudo-healthy image,
-    map over the image (one colour scale for all slices, from 0), mask.
+DISPERSION_NOTE = "Deviation is dispersion, not confidence. Research use only."
 
-    Args:
-        output ([`AnomalyOutput`]): Result of a volume (not of a tensor).
-        path (`Path`): PNG file to write.
-        title (`str`): What the scan is called.
-        plane (`str`): Plane of the checkpoint's processor.
-        slices (`int`): Columns at most.
-    """
+
+def draw_overview(output: AnomalyOutput, path: Path, title: str, *, plane: str = "axial", slices: int = 5) -> None:
+    """Draws the `slices` highest scored slices of the result of a volume (not of a tensor) into a PNG file, in
+    radiological convention: image, pseudo-healthy image, map over the image (one colour scale for all slices, from 0),
+    mask. `plane` is that of the checkpoint's processor."""
     from matplotlib.figure import Figure
 
     source = output.source
@@ -53,10 +49,10 @@ def draw_overview(output: AnomalyOutput, path: Path, title: str, *, plane: str =
     for axis_, index in zip(axes[0], chosen, strict=True):
         axis_.set_title(f"slice {index}, score {scores[index]:.3g}", fontsize=7)
     _finish_axes(axes, zooms)
-    _add_bar(figure, overlay, axes, "score", 0.4)
+    add_bar(figure, overlay, axes, "score", 0.4)
     threshold = (output.settings or {}).get("threshold")
-    own_or_above = "the method's mask" if threshold is None else f"score > {threshold:.3g}"
-    note = "" if mask is None else f"; cyan: {own_or_above}"
+    contour = "the method's mask" if threshold is None else f"score > {threshold:.3g}"
+    note = "" if mask is None else f"; cyan: {contour}"
     figure.suptitle(f"{title}: highest scored slices{note}. Research use only.", fontsize=8)
     figure.savefig(path, dpi=120)
 
@@ -70,16 +66,9 @@ def draw_members(
     slices: int = 5,
     members: int = 4,
 ) -> None:
-    """Draws an ensemble in radiological convention, a line for each of the `slices` where its mean is highest: image,
-    the first `members`, mean and deviation. Masks of CIMD are filled over the image, maps of an anomaly pipeline share
-    one colour scale.
-
-    Args:
-        output ([`CIMDOutput`] or [`DispersionOutput`]): Result of a volume (not of a tensor).
-        path, title, plane: As of [`draw_overview`].
-        slices (`int`): Lines at most.
-        members (`int`): Members at most.
-    """
+    """Draws the ensemble of a volume in radiological convention, arguments as of [`draw_overview`], a line for each of
+    the `slices` where its mean is highest: image, the first `members`, mean and deviation. Masks of CIMD are filled
+    over the image, maps of an anomaly pipeline share one colour scale."""
     from matplotlib.figure import Figure
 
     of_masks = isinstance(output, CIMDOutput)
@@ -116,11 +105,9 @@ def draw_members(
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(name, fontsize=8)
     for drawn, label in ((of_deviation, "deviation"), (of_mean, "mean" if of_masks else "score")):
-        _add_bar(figure, drawn, axes, label, 0.9 if len(chosen) == 1 else 0.4, fraction=0.03, pad=0.01)
-    figure.suptitle(
-        f"{title}: {len(output.member_maps)} members. Deviation is dispersion, not confidence. Research use only.",
-        fontsize=8,
-    )
+        add_bar(figure, drawn, axes, label, 0.9 if len(chosen) == 1 else 0.4, fraction=0.03, pad=0.01)
+    note = f"{len(output.member_maps)} members. {DISPERSION_NOTE}"
+    figure.suptitle(f"{title}: {note}", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -151,7 +138,8 @@ def _finish_axes(axes: np.ndarray, zooms: np.ndarray) -> None:
         axis.set_yticks([])
 
 
-def _add_bar(figure, drawn, axes: np.ndarray, label: str, shrink: float, **place: float) -> None:
+def add_bar(figure, drawn, axes: np.ndarray, label: str, shrink: float, **place: float) -> None:
+    """Adds the bar of the colours of `drawn` beside `axes`, small."""
     bar = figure.colorbar(drawn, ax=axes, shrink=shrink, **place)
     bar.set_label(label, fontsize=7)
     bar.ax.tick_params(labelsize=6)

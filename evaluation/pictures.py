@@ -8,14 +8,13 @@ import numpy as np
 
 from ..data.prepared import PreparedSplit
 from .cases import Case, EnsembleCase
+from .overview import DISPERSION_NOTE, add_bar
 
 
 def draw_cases(report: dict, rows: list[tuple[dict, Path]], split: PreparedSplit, path: Path) -> None:
-    """Draws the best, the median and the worst test subject of the first row, one slice each, with the map of every
-    row. Each row stands beside the folder that holds its cases.
-
-    With masks the order is that of Dice at the validation threshold (oracle without one), and the slice the one with
-    most lesion, outlined. Without masks it is the order of the scores among the anomalous subjects."""
+    """Draws the best, the median and the worst test subject of the first row, one slice each, with the map of every row,
+    which stands beside the folder of its cases. The order is that of Dice at the validation threshold (oracle without
+    one), and the slice the one with most lesion, outlined; without masks the scores among the anomalous subjects."""
     from matplotlib.figure import Figure
 
     shown = [(row, folder) for row, folder in rows if not row["name"].endswith("over its median")]
@@ -58,11 +57,9 @@ def draw_cases(report: dict, rows: list[tuple[dict, Path]], split: PreparedSplit
                 axis.contour(mask[index], [0.5], colors="tab:cyan", linewidths=0.8)
     for axis in axes.flat:
         axis.set_axis_off()
-    data = report["data"]
-    figure.suptitle(
-        f"{data['name']}, {data['split']}: maps from 0, one scale per method; cyan reference, green prediction",
-        fontsize=8,
-    )
+    data = f"{report['data']['name']}, {report['data']['split']}"
+    note = "maps from 0, one scale per method; cyan reference, green prediction"
+    figure.suptitle(f"{data}: {note}", fontsize=8)
     figure.savefig(path, dpi=130)
 
 
@@ -98,33 +95,23 @@ def draw_ensemble_cases(report: dict, row: dict, folder: Path, split: PreparedSp
     for line, record, (image, raters_masks, masks, mean, deviation) in zip(axes, chosen, cases, strict=True):
         for axis in line:
             axis.set_axis_off()
-        pictures = [
-            (f"{record['subject']}\nslice {record['slice']}, GED {record['ged']:.2f}", image, "gray", low, high)
-        ]
+        title = f"{record['subject']}\nslice {record['slice']}, GED {record['ged']:.2f}"
+        pictures = [(title, image, "gray", low, high)]
         pictures += [(f"rater {k + 1}", mask, "gray", 0, 1) for k, mask in enumerate(raters_masks[:raters])]
         pictures += [("", None, "", 0, 1)] * (raters - len(raters_masks))
         pictures += [("mean of raters", raters_masks.mean(0), "viridis", 0, 1)]
         pictures += [(f"member {k + 1}", mask, "gray", 0, 1) for k, mask in enumerate(masks[:shown])]
-        pictures += [
-            ("mean of members", mean, "viridis", 0, 1),
-            ("deviation", deviation, "magma", 0, 0.5),
-        ]
+        pictures += [("mean of members", mean, "viridis", 0, 1), ("deviation", deviation, "magma", 0, 0.5)]
         for axis, (title, picture, colours, bottom, top) in zip(line, pictures, strict=True):
             if picture is not None:
                 axis.imshow(picture, cmap=colours, vmin=bottom, vmax=top, interpolation="nearest")
                 axis.set_title(title, fontsize=7)
+    shrink = 0.9 if len(cases) == 1 else 0.4
     for axis, label in ((line[-1], "deviation"), (line[-2], "mean")):
-        bar = figure.colorbar(
-            axis.images[0], ax=axes, shrink=0.9 if len(cases) == 1 else 0.4, fraction=0.02, pad=0.005
-        )
-        bar.set_label(label, fontsize=7)
-        bar.ax.tick_params(labelsize=6)
-    data = report["data"]
-    figure.suptitle(
-        f"{row['name']} on {data['name']}, {data['split']}: best to worst GED,"
-        f" {row['metrics']['num_samples']} members. Deviation is dispersion, not confidence. Research use only.",
-        fontsize=8,
-    )
+        add_bar(figure, axis.images[0], axes, label, shrink, fraction=0.02, pad=0.005)
+    data, count = report["data"], row["metrics"]["num_samples"]
+    title = f"{row['name']} on {data['name']}, {data['split']}: best to worst GED, {count} members. {DISPERSION_NOTE}"
+    figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -138,8 +125,7 @@ def draw_reliability(rows: list[dict], path: Path) -> None:
         axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
         for row in rows:
             curve = row["reliability"][region]
-            ending = "" if region == "all" else "_marked"
-            error = row["metrics"][f"expected_calibration_error{ending}"]
+            error = row["metrics"]["expected_calibration_error" + ("" if region == "all" else "_marked")]
             label = row["name"] if error is None else f"{row['name']}, ECE {error:.3f}"
             axis.plot(curve["predicted"], curve["observed"], marker="o", markersize=3, linewidth=1, label=label)
         axis.set(xlabel="share of the samples", ylabel="share of the annotations", xlim=(0, 1), ylim=(0, 1))

@@ -38,12 +38,12 @@ def push_report(options: EvalOptions, report: dict, recipe: dict, output_dir: Pa
     local = options.push_to_hub not in options.model
     folder = Path(options.model[0]) if local else output_dir / "card"
     folder.mkdir(exist_ok=True)
+    name, split = report["data"]["name"], report["data"]["split"]
     picture, source = None, options.hub_picture
     if source is None and is_phantom(recipe) and (output_dir / "cases.png").exists():
         source = output_dir / "cases.png"
     if source is not None:
-        data = report["data"]
-        picture = f"evaluation-{data['name'].replace('/', '--')}-{data['split']}{Path(source).suffix}"
+        picture = f"evaluation-{name.replace('/', '--')}-{split}{Path(source).suffix}"
         shutil.copy(source, folder / picture)
     own = (folder / "README.md").read_text(encoding="utf-8") if local and (folder / "README.md").exists() else None
     card = own or read_card(options.push_to_hub)
@@ -51,10 +51,5 @@ def push_report(options: EvalOptions, report: dict, recipe: dict, output_dir: Pa
         card = str(make_card(AnomalyPipeline.from_pretrained(options.model[0]), repo_id=options.push_to_hub))
     card = add_evaluation(ModelCard(card), report, repo_id=options.push_to_hub, picture=picture)
     (complete_folder if local else write_card)(folder, str(card))
-    data = report["data"]
-    return push_folder(
-        folder,
-        options.push_to_hub,
-        private=options.hub_private,
-        commit_message=f"Results on {data['name']}, {data['split']}",
-    )
+    message = f"Results on {name}, {split}"
+    return push_folder(folder, options.push_to_hub, private=options.hub_private, commit_message=message)

@@ -72,13 +72,8 @@ def make_report(
 
 
 def markdown(report: dict, columns: dict[str, str]) -> str:
-    """Returns the report as Markdown: a table of every row, the nine protocol fields below it, and the reliability of
-    an ensemble.
-
-    Args:
-        report (`dict`): As of [`make_report`].
-        columns (`dict[str, str]`): Metric to title; those that a row has are shown.
-    """
+    """Returns the report as Markdown: a table of every row under those of the `columns`, metric to title, that a row has,
+    the nine protocol fields below it, and the reliability of an ensemble."""
     data = report["data"]
     measured = {name for row in report["results"] for name in row["metrics"]}
     columns = {name: title for name, title in columns.items() if name in measured}
@@ -105,20 +100,17 @@ def markdown(report: dict, columns: dict[str, str]) -> str:
         f" seed {report['seed']}, draws {report['draws']}.",
         "",
     ]
-    for row in report["results"][:1]:
-        if "reliability" in row:
-            curve = row["reliability"]["all"]
-            lines += [
-                f"## Reliability of {row['name']}",
-                "",
-                "Pixels by the share of the samples that mark them.",
-                "",
-                "| share of the samples | share of the annotations | pixels |",
-                "|---|---|---|",
-            ]
-            for predicted, observed, pixels in zip(
-                curve["predicted"], curve["observed"], curve["pixels"], strict=True
-            ):
-                lines.append(f"| {predicted:.3f} | {observed:.3f} | {pixels} |")
-            lines.append("")
+    first = report["results"][0]
+    if "reliability" in first:
+        curve = first["reliability"]["all"]
+        lines += [
+            f"## Reliability of {first['name']}",
+            "",
+            "Pixels by the share of the samples that mark them.",
+            "",
+            "| share of the samples | share of the annotations | pixels |",
+            "|---|---|---|",
+        ]
+        bins = zip(curve["predicted"], curve["observed"], curve["pixels"], strict=True)
+        lines += [f"| {predicted:.3f} | {observed:.3f} | {pixels} |" for predicted, observed, pixels in bins] + [""]
     return "\n".join(lines)

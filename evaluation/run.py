@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from ..data.prepared import PreparedSplit, load_prepared
 from ..pipelines.base import AnomalyPipeline, SliceResults
 from . import ensembles, maps
-from .calibration import LabelledSlices
-from .candidates import calibrate_checkpoint, choose_protocol, describe_model, load_pipeline, set_threshold
+from .calibration import LabelledSlices, calibrate
+from .candidates import choose_protocol, describe_model, load_pipeline, store_values
 from .cases import slice_numbers
 from .options import EvalOptions
 from .publishing import check_hub, push_report
@@ -33,15 +33,12 @@ KINDS = {"anomaly-detection": maps, "segmentation": ensembles}
 
 
 def evaluate(options: EvalOptions) -> dict:
-    """
-    Evaluates and writes `report.json`, `report.md` and pictures into `options.output_dir`.
+    """Evaluates and writes `report.json`, `report.md` and pictures into `options.output_dir`; returns the report, on
+    every process.
 
     Subjects are dealt to the processes in turn. Random numbers depend on the seed and on a slice's number
     ([`slice_numbers`]), so that results do not depend on the number of processes. Maps and masks go through files of
     the output folder, which all processes must see.
-
-    Returns:
-        `dict`: The report, on every process.
     """
     # The first process scores while the others wait; NCCL would give up after ten minutes.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
@@ -63,7 +60,12 @@ def evaluate(options: EvalOptions) -> dict:
         (output_dir / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False), encoding="utf-8")
         for row in report["results"] if options.set_threshold else ():
             if row["kind"] == "pipeline":
-                set_threshold(Path(row["model"]), row["metrics"][f"threshold_{options.set_threshold}"])
+                threshold = row["metrics"][f"threshold_{options.set_threshold}"]
+                if threshold is None:
+                    raise ValueError(
+                        "`set_threshold`: the validation split does not allow this policy, none was stored."
+                    )
+                store_values(Path(row["model"]), {"threshold": threshold})
         if not options.keep_maps:
             shutil.rmtree(evaluation.folder, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -88,29 +90,35 @@ class _Evaluation:
             check_hub(options, accelerator.is_main_process)
         accelerator.wait_for_everyone()
         with accelerator.main_process_first():
-            self.splits = {
-                part: load_prepared(options.data, name) for part, name in self.kind.name_splits(options).items()
-            }
+            names = self.kind.name_splits(options)
+            self.splits = {part: load_prepared(options.data, name) for part, name in names.items()}
         self.folder = Path(options.output_dir) / "maps"
         self.rows: list[dict] = []
         self.folders: list[Path] = []
 
     def calibrate(self) -> dict[str, dict]:
-        """Calibrates the checkpoints, if that is wanted; returns the records by model. Other processes load what was
-        stored."""
-        if not self.options.calibrate:
-            return {}
-        split, device = self.splits["validation"], self.accelerator.device
-        slices = LabelledSlices(split, self.options.calibration_slices)
-        return {
-            model: calibrate_checkpoint(model, slices, split, self.options, device) for model in self.options.model
-        }
+        """Calibrates the checkpoints, if that is wanted, and stores the values in their folders, which other processes
+        load; returns the records by model."""
+        options, records = self.options, {}
+        if options.calibrate:
+            slices = LabelledSlices(self.splits["validation"], options.calibration_slices)
+            for model in options.model:
+                records[model] = calibrate(
+                    load_pipeline(model, options, self.accelerator.device, self.splits["validation"]),
+                    slices,
+                    options.calibrate,
+                    guidance_scales=options.guidance_scales,
+                    healthy_fpr=options.healthy_fpr,
+                    seed=options.seed,
+                    batch_size=options.batch_size,
+                )
+                store_values(Path(model), records[model]["values"])
+        return records
 
     def compute_models(self) -> None:
         """Writes the cases that the models make of this process's subjects, and adds their rows."""
         for number, model in enumerate(self.options.model):
-            pipeline = load_pipeline(model, self.options, self.accelerator.device)
-            pipeline.processor.check_equal(self.splits["test"].processor_settings, f"{model} was trained with")
+            pipeline = load_pipeline(model, self.options, self.accelerator.device, self.splits["test"])
             # Two models of one name must not share a folder.
             self.folders.append(self.folder / f"{number:02d}")
             times = []
@@ -129,13 +137,8 @@ class _Evaluation:
                         case.save(self.folders[-1] / part)
                     times.append((seconds, start))
             seconds, slices = np.sum(gather_object(times), 0)
-            self.rows.append(
-                {
-                    **describe_model(model, pipeline, self.options),
-                    "settings": self.kind.describe_settings(pipeline),
-                    "seconds_per_slice": float(seconds / slices),
-                }
-            )
+            row = {"settings": self.kind.describe_settings(pipeline), "seconds_per_slice": float(seconds / slices)}
+            self.rows.append({**describe_model(model, pipeline, self.options), **row})
 
     def compute_baselines(self) -> None:
         """Writes the cases that the baselines make of this process's subjects, and adds their rows."""
@@ -173,8 +176,7 @@ class _Evaluation:
 
     @torch.no_grad()
     def _map(self, pipeline: AnomalyPipeline, split: PreparedSplit, items: list[dict]) -> tuple[SliceResults, float]:
-        """Results of some subjects together, and the seconds from slices to filtered maps: not those of reading and
-        writing."""
+        """Results of some subjects together, and the seconds from slices to filtered maps, without reading and writing."""
         images, brain = (torch.from_numpy(np.concatenate([item[key] for item in items])) for key in ("image", "brain"))
         numbers = np.concatenate([slice_numbers(split, item["subject"], item["slice"]) for item in items])
         own = pipeline.default_settings()
@@ -193,9 +195,8 @@ class _Evaluation:
 
     def _read_own(self, split: PreparedSplit) -> Iterator[dict]:
         """The subjects of this process, read."""
-        for subject in self.kind.choose_subjects(split)[
-            self.accelerator.process_index :: self.accelerator.num_processes
-        ]:
+        first, step = self.accelerator.process_index, self.accelerator.num_processes
+        for subject in self.kind.choose_subjects(split)[first::step]:
             yield {"subject": subject, "group": split.subject_info[subject]["group"], **split.read_subject(subject)}
 
     def _batches(self, split: PreparedSplit, title: str) -> Iterator[list[dict]]:

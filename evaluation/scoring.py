@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +22,18 @@ def sweep_thresholds(sweep: tuple[float, float, float]) -> np.ndarray:
 
 
 def dice_curve(maps: np.ndarray, mask: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """
-    Returns the Dice of one volume at many thresholds, from one histogram whose edges are the thresholds.
-
-    Args:
-        maps, mask (`np.ndarray`, the same shape): Scores, used as float32, and lesion mask of one volume.
-        thresholds (`np.ndarray` of shape `(T,)`): Increasing; `map > threshold` is compared in float32.
-
-    Returns:
-        `np.ndarray` of shape `(T,)`: float64, `nan` where mask and prediction are both empty.
-    """
+    """Returns the Dice of one volume at each of the increasing `thresholds (T,)`, for `map > threshold` in float32:
+    `(T,)`, float64, `nan` where mask and prediction are both empty."""
     mask = np.asarray(mask, dtype=bool).ravel()
-    above = _counts_above(maps, thresholds)
-    overlap = _counts_above(np.asarray(maps).ravel()[mask], thresholds)
+    edges = np.asarray(thresholds, np.float32)
+
+    def count_above(scores: np.ndarray) -> np.ndarray:
+        # From one histogram whose edges are the thresholds. "left": number of thresholds below a score.
+        passed = np.searchsorted(edges, np.asarray(scores, np.float32), side="left")
+        return np.bincount(passed, minlength=len(edges) + 1)[::-1].cumsum()[::-1][1:]
+
+    scores = np.asarray(maps).ravel()
+    above, overlap = count_above(scores), count_above(scores[mask])
     total = above + np.count_nonzero(mask)
     return np.divide(2 * overlap, total, out=np.full(len(total), np.nan), where=total > 0)
 
@@ -59,6 +59,11 @@ def describe_sweep(thresholds: np.ndarray, curve: np.ndarray) -> dict[str, list]
     }
 
 
+def masked_cases(files: list[Path]) -> Iterator[Case]:
+    """Yields the cases that have a reference mask."""
+    return (case for case in map(Case.load, files) if case.mask is not None)
+
+
 def healthy_scores(cases: list[Path]) -> np.ndarray:
     """Returns the scores of the brain voxels of all healthy slices, `(V,)` float32. A slice of unknown label is not
     healthy."""
@@ -68,11 +73,4 @@ def healthy_scores(cases: list[Path]) -> np.ndarray:
 
 def healthy_threshold(scores: np.ndarray, fpr: float) -> float | None:
     """Returns [`threshold_for_fpr`] of the result of [`healthy_scores`], `None` without a healthy voxel."""
-    return threshold_for_fpr([scores], [np.ones(scores.shape, bool)], fpr) if scores.size else None
-
-
-def _counts_above(maps: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """How many scores lie above each threshold, `(T,)` int64."""
-    # "left": number of thresholds below a score.
-    passed = np.searchsorted(np.asarray(thresholds, np.float32), np.asarray(maps, np.float32).ravel(), side="left")
-    return np.bincount(passed, minlength=len(thresholds) + 1)[::-1].cumsum()[::-1][1:]
+    return threshold_for_fpr(scores, fpr) if scores.size else None

@@ -13,22 +13,13 @@ from .metrics import PooledScores
 
 
 def threshold_for_dice(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> float:
-    """
-    Returns the threshold with the highest Dice over the pooled voxels of validation volumes with lesion masks.
+    """Returns the threshold with the highest Dice over the pooled voxels of validation volumes: post-processed maps and
+    lesion masks of the same shapes, boolean or 0/1, volume by volume.
 
-    The search is over all distinct scores and exact up to 50 million voxels, and over bins 0.05 % wide above (see
-    [`PooledScores`]). The published programs search a grid (AnoFPDM, ANDi) or halve an interval (SADM), which can miss
-    the optimum. The pooled optimum weighs a volume by its lesion size; it is not the optimum of the mean Dice over
-    volumes.
-
-    Args:
-        maps (sequence of `np.ndarray`, or one array): Anomaly maps, post-processed as they will be at test time.
-        masks (sequence of `np.ndarray`, boolean or 0/1, or one array): Lesion masks of the same shapes.
-
-    Returns:
-        `float`: the threshold, halfway between two scores.
-    """
-    _check_lengths("masks", maps, masks)
+    The search is over all distinct scores, the threshold halfway between two of them, and exact up to 50 million voxels
+    (see [`PooledScores`]). The published programs search a grid (AnoFPDM, ANDi) or halve an interval (SADM), which can
+    miss the optimum. The pooled optimum weighs a volume by its lesion size; it is not that of the mean Dice over
+    volumes."""
     pooled = PooledScores()
     for scores, mask in zip(maps, masks, strict=True):
         pooled.update(scores, mask)
@@ -39,51 +30,25 @@ def threshold_for_dice(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) 
     return pooled.best_dice()[1]
 
 
-def threshold_for_fpr(healthy_maps: Sequence[np.ndarray], brain: Sequence[np.ndarray], fpr: float) -> float:
-    """Returns the lowest score that at most a share `fpr` of the brain voxels of healthy subjects exceeds, pooled
-    over them.
+def threshold_for_fpr(healthy: np.ndarray, fpr: float) -> float:
+    """Returns the lowest of the scores of healthy brain voxels that at most a share `fpr` of them exceeds; at `fpr=0`
+    the largest one.
 
-    It is an order statistic, so exact whatever ties there are. (The program of SADM reads it off scikit-learn's
-    thinned ROC curve, which returns the smallest score at every rate.)
-
-    Args:
-        healthy_maps (sequence of `np.ndarray`, or one array):
-            Anomaly maps of healthy subjects, post-processed as they will be at test time.
-        brain (sequence of boolean `np.ndarray`, or one array):
-            Brain masks of the same shapes: only voxels inside count.
-        fpr (`float`): Accepted false positive rate in [0, 1), for example 0.05.
-
-    Returns:
-        `float`: the threshold; at `fpr=0` the largest healthy score.
-    """
+    It is an order statistic, so exact whatever ties there are. (The program of SADM reads it off scikit-learn's thinned
+    ROC curve, which returns the smallest score at every rate.)"""
     check_number("fpr", fpr, least=0, below=1)
-    _check_lengths("brain", healthy_maps, brain)
-    inside = []
-    for scores, mask in zip(healthy_maps, brain, strict=True):
-        scores, mask = np.asarray(scores, dtype=np.float32), np.asarray(mask, dtype=bool)
-        if scores.shape != mask.shape:
-            raise ValueError(
-                f"`healthy_maps` and `brain` must have the same shapes, got {scores.shape} and {mask.shape}."
-            )
-        inside.append(scores[mask])
-    values = _finite("healthy_maps", np.concatenate(inside) if inside else np.empty(0))
+    values = _finite("healthy", np.asarray(healthy, np.float32).ravel())
     rank = values.size - 1 - math.floor(fpr * values.size)
     return float(np.partition(values, rank)[rank])
 
 
 def yen_threshold(values: np.ndarray) -> float:
-    """Returns the label-free threshold of one map by Yen's maximum correlation criterion (Yen, Chang, Chang 1995), on
-    a histogram of 256 bins over the range of the values, as scikit-image's `threshold_yen`.
+    """Returns the label-free threshold of one map by Yen's maximum correlation criterion (Yen, Chang, Chang 1995), on a
+    histogram of 256 bins over the range of the values, as scikit-image's `threshold_yen`: the centre of a bin, or the
+    value itself for a constant map, so that the mask is empty.
 
     ANDi applies it per volume, background included. It does not change when the map is scaled, so it needs no
-    normalisation, but it always finds something: a healthy volume gets a mask as well.
-
-    Args:
-        values (`np.ndarray`): Anomaly map of one volume, of any shape.
-
-    Returns:
-        `float`: centre of a bin; the value itself for a constant map, so that the mask is empty.
-    """
+    normalisation, but it always finds something: a healthy volume gets a mask as well."""
     counts, edges = _histogram(values)
     if len(counts) == 1:
         return float(edges[-1])
@@ -97,16 +62,8 @@ def yen_threshold(values: np.ndarray) -> float:
 
 
 def otsu_threshold(values: np.ndarray) -> float:
-    """Returns the label-free threshold of one map with the largest variance between the two classes (Otsu 1979), on a
-    histogram of 256 bins over the range of the values, as scikit-image's `threshold_otsu`. Like Yen's it always finds
-    something.
-
-    Args:
-        values (`np.ndarray`): Anomaly map of one volume, of any shape.
-
-    Returns:
-        `float`: centre of a bin; the value itself for a constant map, so that the mask is empty.
-    """
+    """Returns the label-free threshold of one map with the largest variance between the two classes (Otsu 1979), as
+    scikit-image's `threshold_otsu`; otherwise as [`yen_threshold`]."""
     counts, edges = _histogram(values)
     if len(counts) == 1:
         return float(edges[-1])
@@ -119,8 +76,7 @@ def otsu_threshold(values: np.ndarray) -> float:
 
 
 def _histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and edges of 256 bins; one bin that ends at the largest value where 256 have no room between the
-    values."""
+    """Counts and edges of 256 bins; one bin that ends at the largest value where 256 have no room between them."""
     values = _finite("values", np.asarray(values).ravel())
     low, high = values.min(), values.max()
     if high - low <= 256 * np.spacing(max(abs(high), abs(low))):
@@ -128,14 +84,9 @@ def _histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.histogram(values, bins=256)
 
 
-def _check_lengths(name: str, maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> None:
-    if len(maps) != len(masks):
-        raise ValueError(f"`{name}` must have one entry per map, got {len(masks)} for {len(maps)} maps.")
-
-
 def _finite(name: str, values: np.ndarray) -> np.ndarray:
     if not values.size:
-        raise ValueError(f"`{name}` must hold at least one voxel (inside the brain), got none.")
+        raise ValueError(f"`{name}` must hold at least one voxel, got none.")
     if not np.isfinite(values).all():
         raise ValueError(f"`{name}` must be finite, got nan or infinite values.")
     return values

@@ -1,4 +1,4 @@
-"""The evaluation protocols, a module each. A new one is a file here and a line in `PROTOCOLS`.
+"""The evaluation protocols, a module each. A new one is a file here and a name in `PROTOCOLS`.
 
 A protocol is a module with these names:
 
@@ -20,13 +20,5 @@ from importlib import import_module
 
 
 PROTOCOLS = {
-    name: import_module(f".{name}", __name__)
-    for name in (
-        "pooled",
-        "andi",
-        "uad_imag",
-        "anofpdm",
-        "sadm",
-        "ensemble",
-    )
+    name: import_module(f".{name}", __name__) for name in ("pooled", "andi", "uad_imag", "anofpdm", "sadm", "ensemble")
 }

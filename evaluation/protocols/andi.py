@@ -3,10 +3,10 @@ voxels, background included; maps scaled by the smallest and the largest score o
 averaged, over a grid of thresholds, and at Yen's threshold of each volume after one dilation.
 
 The best value of the grid is an oracle, and the scaling needs all test volumes together. Dice is averaged over the
-volumes with a lesion, the same ones at every threshold. Without a lesion it is 0 or, where nothing is predicted,
-undefined: a mean with such volumes would rise where they drop out of it. They count in everything else. Maps are those
-of the cases, 0 outside the brain, where the original program keeps what the network made of the background; slices
-without brain are not among them. Volumes are read one after the other."""
+volumes with a lesion, the same ones at every threshold (in the original over all, `nan` if one has neither lesion nor
+prediction). Without a lesion it is 0 or, where nothing is predicted, undefined: a mean with such volumes would rise
+where they drop out of it. They count in everything else. Maps are those of the cases, 0 outside the brain, where the
+original program keeps what the network made of the background; slices without brain are not among them."""
 
 from __future__ import annotations
 
@@ -63,9 +63,8 @@ def scale_to_range(maps: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None, options: EvalOptions) -> Scores:
-    """Scores one method under ANDi's protocol, with one record per case, and a `sweep`: `thresholds` and `dice`, the
-    mean over the volumes with a lesion (in the original over all, `nan` if one has neither lesion nor prediction). The
-    grid is of scaled maps. Cases without a mask only take part in the scaling."""
+    """Scores one method under ANDi's protocol, with one record per case, and a `sweep`: `thresholds`, of scaled maps, and
+    mean `dice`. Cases without a mask only take part in the scaling."""
     equalised = row["name"] == EQUALISED
     if thresholds is None:
         thresholds = sweep_thresholds(EQUALISED_SWEEP if equalised else SWEEP)

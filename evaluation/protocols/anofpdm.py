@@ -1,14 +1,9 @@
 """The evaluation protocol of AnoFPDM, beside our own in `pooled.py`: slice by slice, in two settings. Mixed: all
 slices. Unhealthy: the slices with a lesion, whose masks are not emptied by a wrong image label.
 
-Dice and IoU are means over slices, and 1 where mask and prediction are both empty, as nearly all healthy slices of a
-good method are; precision and recall are of all pixels together and have their usual names, which the original swaps.
-AUROC and AUPRC (average precision) are of all pixels whose mean over modalities is above -0.95, on [-1, 1]. Components
-of 40 pixels and fewer are removed, in each slice. The image label is the method's own, or whether the mask has a pixel
-before that.
-
-The original scores random batches and averages their values; here every slice counts once. Maps are those of the
-cases, 0 outside the brain."""
+Precision and recall have their usual names, which the original swaps. The image label is the method's own, or whether
+the mask has a pixel before small components are removed. The original scores random batches and averages their values;
+here every slice counts once. Maps are those of the cases, 0 outside the brain."""
 
 from __future__ import annotations
 
@@ -20,7 +15,7 @@ from ...pipelines.postprocessing import remove_small_components
 from ..cases import Case, Needs, Scores
 from ..metrics import PooledScores, dice, iou
 from ..options import EvalOptions
-from ..scoring import healthy_scores, healthy_threshold, sweep_thresholds
+from ..scoring import healthy_scores, healthy_threshold, masked_cases, sweep_thresholds
 
 
 FOREGROUND = -0.95  # of the mean over modalities, on [-1, 1]
@@ -59,8 +54,7 @@ SWEEP = (0.01, 0.69, 0.01)  # the grid that validation data with masks decide on
 
 
 def foreground_of(image: np.ndarray, reconstruction: None, value_range: tuple[float, float]) -> np.ndarray:
-    """Returns where AUROC and AUPRC are measured, `(N, H, W)` bool, of slices `(N, C, H, W)` in `value_range`; the
-    reconstruction does not matter."""
+    """Returns where AUROC and AUPRC are measured, `(N, H, W)` bool, of slices `(N, C, H, W)` in `value_range`."""
     low, high = value_range
     return (image.mean(1) - low) / (high - low) * 2 - 1 > FOREGROUND
 
@@ -70,12 +64,8 @@ NEEDS = Needs(settings={"gate_by_label": False}, details={"foreground": foregrou
 
 
 class SliceScores:
-    """
-    Segmentation metrics of many slices in one setting, fed with one volume after the other.
-
-    Args:
-        min_component_size (`int`, defaults to 41): Smallest 2-D component of a predicted mask, in pixels.
-    """
+    """Segmentation metrics of many slices in one setting, fed with one volume after the other; components of a predicted
+    mask below `min_component_size` pixels are removed, in 2-D."""
 
     def __init__(self, min_component_size: int = MIN_COMPONENT_SIZE):
         self.min_component_size = min_component_size
@@ -83,7 +73,7 @@ class SliceScores:
         self._counts = np.zeros(3, np.int64)  # overlap, predicted, reference
 
     def update(self, predicted: np.ndarray, reference: np.ndarray) -> None:
-        """Adds slices: masks `(N, H, W)`, the predicted ones not yet filtered."""
+        """Adds masks `(N, H, W)`, the predicted ones not yet filtered."""
         predicted = remove_small_components(predicted, self.min_component_size, 2)
         for pair in zip(predicted, reference, strict=True):
             self._dice.append(dice(*pair))
@@ -102,16 +92,8 @@ class SliceScores:
 
 
 def image_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """
-    Returns accuracy, precision and recall of image labels.
-
-    Args:
-        predicted, labels (`np.ndarray` of shape `(N,)`):
-            1 anomalous, 0 healthy; slices of unknown label (-1) do not count.
-
-    Returns:
-        `dict`: `accuracy`, `precision`, `recall`, `None` where undefined.
-    """
+    """Returns `accuracy`, `precision` and `recall` of image labels `(N,)`, 1 anomalous and 0 healthy, `None` where
+    undefined; slices of unknown label (-1) do not count."""
     known = np.asarray(labels) >= 0
     predicted, labels = np.asarray(predicted)[known] == 1, np.asarray(labels)[known] == 1
     overlap = np.count_nonzero(predicted & labels)
@@ -126,9 +108,7 @@ def best_threshold(validation: list[Path], thresholds: np.ndarray) -> tuple[floa
     """Returns the threshold of a grid with the highest mean Dice over the slices of the cases with masks, and that
     Dice; `None` without such cases. Scores equal to a threshold are positive, as in the original."""
     totals, count = np.zeros(len(thresholds)), 0
-    for case in map(Case.load, validation):
-        if case.mask is None:
-            continue
+    for case in masked_cases(validation):
         count += len(case.mask)
         for number, threshold in enumerate(thresholds):
             predicted = remove_small_components(case.maps >= np.float32(threshold), MIN_COMPONENT_SIZE, 2)
@@ -140,11 +120,9 @@ def best_threshold(validation: list[Path], thresholds: np.ndarray) -> tuple[floa
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None, options: EvalOptions) -> Scores:
-    """Scores one method under AnoFPDM's protocol, without records: `anofpdm_{auprc,auroc}_{setting}`,
-    `anofpdm_{dice,iou,precision,recall}_{setting}_{policy}`, `anofpdm_image_{accuracy,precision,recall}_{policy}` and
-    `anofpdm_threshold_{policy}`. Policies: `own`, the method's own masks and labels; `validation`, the grid, in the
-    units of the maps, on validation masks; `healthy`, the share `healthy_fpr` of the options, no masks. Cases without
-    a mask count for the image labels only."""
+    """Scores one method under AnoFPDM's protocol, without records. Policies: `own`, the method's own masks and labels;
+    `validation`, the grid, in the units of the maps, on validation masks; `healthy`, the share `healthy_fpr` of the
+    options, no masks. Cases without a mask count for the image labels only."""
     validation = files.get("validation", [])
     chosen = {
         "validation": best_threshold(validation, sweep_thresholds(SWEEP) if thresholds is None else thresholds)[0],
@@ -164,7 +142,7 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None
             mask, labels = _own_or_above(case, policy, chosen)
             if mask is None:
                 continue
-            image_labels[policy].append((labels, case.labels))
+            image_labels[policy].append(np.stack([labels, case.labels]))
             if case.mask is None:
                 continue
             # A slice that was called healthy has no mask; where the label is given, it is not asked.
@@ -181,8 +159,7 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None
         for setting in SETTINGS:
             for name, value in scores[setting, policy].metrics().items():
                 metrics[f"anofpdm_{name}_{setting}_{policy}"] = value
-        pairs = image_labels[policy]
-        predicted, labels = (np.concatenate(part) for part in zip(*pairs, strict=True)) if pairs else ([], [])
+        predicted, labels = np.concatenate([np.empty((2, 0)), *image_labels[policy]], axis=1)
         for name, value in image_metrics(predicted, labels).items():
             metrics[f"anofpdm_image_{name}_{policy}"] = value
     return Scores(metrics | {f"anofpdm_threshold_{policy}": value for policy, value in chosen.items()}, [])

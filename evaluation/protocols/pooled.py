@@ -11,7 +11,7 @@ from ...pipelines.postprocessing import remove_small_components
 from ..cases import Case, Needs, Scores
 from ..metrics import PooledScores, auroc, average_precision, bootstrap_interval, dice, lesion_f1
 from ..options import EvalOptions
-from ..scoring import healthy_scores, healthy_threshold
+from ..scoring import healthy_scores, healthy_threshold, masked_cases
 from ..thresholds import threshold_for_dice, yen_threshold
 
 
@@ -43,10 +43,9 @@ NEEDS = Needs()
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
-    """Scores one method under every threshold policy, with one record per subject. The policy "own" is there for
-    methods that make masks themselves. Used of the settings: `min_component_size`, the smallest 3-D component of a
-    predicted mask, in voxels; of the options: `healthy_fpr`. Where there are too many voxels to be exact,
-    `error_bounds` are those of [`PooledScores`]."""
+    """Scores one method under every threshold policy, with one record per subject. The policy "own" is there for methods
+    that make masks themselves. Where there are too many voxels to be exact, `error_bounds` are those of
+    [`PooledScores`]."""
     test, validation = files["test"], files.get("validation", [])
     pooled = PooledScores()
     slice_scores, slice_labels, records = [], [], []
@@ -59,7 +58,13 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
         slice_labels.append(case.labels)
         records.append({"subject": case.subject, "label": case.label, "score": case.volume_score})
 
-    found = _thresholds(pooled, validation, options.healthy_fpr)
+    inside = [(case.maps[case.brain], case.mask[case.brain]) for case in masked_cases(validation)]
+    has_lesion = any(mask.any() for _, mask in inside)
+    found = {
+        "oracle": pooled.best_dice()[1] if pooled.num_positives else None,
+        "validation": threshold_for_dice(*zip(*inside, strict=True)) if has_lesion else None,
+        "healthy": healthy_threshold(healthy_scores(validation), options.healthy_fpr),
+    }
     metrics = {
         "voxel_average_precision": pooled.average_precision() if pooled.num_positives else None,
         "voxel_auroc": pooled.auroc() if pooled.num_positives and pooled.num_negatives else None,
@@ -118,20 +123,6 @@ def _score_masks(
                 record[f"dice_{policy}"] = dice(predicted, reference)
                 record[f"lesion_f1_{policy}"] = lesion_f1(predicted, reference)
     return {policy: total * bool(lesions) for policy, total in totals.items()}
-
-
-def _thresholds(pooled: PooledScores, validation: list[Path], healthy_fpr: float) -> dict[str, float | None]:
-    """Threshold of each policy that needs data; `None` where the data do not allow it."""
-    maps, masks = [], []
-    for case in map(Case.load, validation):
-        if case.mask is not None:
-            maps.append(case.maps[case.brain])
-            masks.append(case.mask[case.brain])
-    return {
-        "oracle": pooled.best_dice()[1] if pooled.num_positives else None,
-        "validation": threshold_for_dice(maps, masks) if any(mask.any() for mask in masks) else None,
-        "healthy": healthy_threshold(healthy_scores(validation), healthy_fpr),
-    }
 
 
 def _if_two_classes(metric: Callable, scores: np.ndarray, labels: np.ndarray) -> float | None:

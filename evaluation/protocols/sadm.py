@@ -1,11 +1,10 @@
 """The evaluation protocol of cDDPM and SADM, beside our own in `pooled.py`: volume by volume, over all voxels,
 background included.
 
-Values are means over the test volumes, those that are undefined (Dice of an empty mask that was rightly left empty,
-distances to nothing) left out. The threshold is chosen once, on the pooled voxels of the validation volumes with
-lesions: by the authors' search, which halves an interval ten times (`search`), and by trying every score (`exact`);
-or, without any lesion, as the score that 1, 5 or 10 % of the brain voxels of healthy validation slices exceed (`fpr1`,
-`fpr5`, `fpr10`).
+Values are means over the test volumes, those that are undefined left out. The threshold is chosen once, on the pooled
+voxels of the validation volumes with lesions: by the authors' search, which halves an interval ten times (`search`),
+and by trying every score (`exact`); or, without any lesion, as the score that 1, 5 or 10 % of the brain voxels of
+healthy validation slices exceed (`fpr1`, `fpr5`, `fpr10`).
 
 Counts have their usual names; the original's true positives are true negatives, its false positive rate is the false
 discovery rate, and its healthy thresholds are the smallest score. Means per slice, which it takes along the sagittal
@@ -23,7 +22,7 @@ from ...pipelines.postprocessing import remove_small_components
 from ..cases import Case, Needs, Scores
 from ..metrics import auroc, average_precision, confusion, dice, false_positive_rate, precision, recall
 from ..options import EvalOptions
-from ..scoring import healthy_scores, healthy_threshold
+from ..scoring import healthy_scores, healthy_threshold, masked_cases
 from ..thresholds import threshold_for_dice
 
 
@@ -79,16 +78,10 @@ NEEDS = Needs(details={"error": reconstruction_error})
 
 
 def find_best_val(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Finds the threshold with the highest pooled Dice as cDDPM's search does: of an interval, at first from 0 to the
-    largest score, the Dice at its quarters are compared, and the half with the higher one (the lower half if they are
-    equal) is the next interval. It is not always the best one; [`threshold_for_dice`] is.
-
-    Args:
-        maps, masks (sequences of `np.ndarray`): Scores >= 0 and lesion masks, bool, of some volumes.
-
-    Returns:
-        `tuple[float, float]`: Dice and threshold, for `map > threshold`; `nan` twice without a lesion.
-    """
+    """Returns the pooled Dice and its threshold, for `map > threshold`, that cDDPM's search finds for scores >= 0 and
+    bool masks of some volumes; `nan` twice without a lesion. Of an interval, at first from 0 to the largest score, the
+    Dice at its quarters are compared, and the half with the higher one (the lower half if they are equal) is the next
+    interval. It is not always the best one; [`threshold_for_dice`] is."""
     positives = np.concatenate([scores[mask] for scores, mask in zip(maps, masks, strict=True)])
     if not positives.size:
         return float("nan"), float("nan")
@@ -151,25 +144,21 @@ def reconstruction_metrics(error: np.ndarray, reference: np.ndarray) -> dict[str
 
 def choose_thresholds(validation: list[Path]) -> dict[str, float | None]:
     """Returns the threshold of every policy, `None` where the validation split does not allow it."""
-    maps, masks = [], []
-    for case in map(Case.load, validation):
-        if case.mask is not None and case.mask.any():
-            maps.append(case.maps)
-            masks.append(case.mask)
+    pairs = [(case.maps, case.mask) for case in masked_cases(validation) if case.mask.any()]
     thresholds = dict.fromkeys(POLICIES)
-    if maps:
+    if pairs:
+        maps, masks = zip(*pairs, strict=True)
         thresholds |= {"search": find_best_val(maps, masks)[1], "exact": threshold_for_dice(maps, masks)}
     healthy = healthy_scores(validation)
     return thresholds | {name: healthy_threshold(healthy, fpr) for name, fpr in HEALTHY_RATES.items()}
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
-    """Scores one method under the protocol of cDDPM and SADM: metrics `sadm_...`; a record per case, with its values
-    at the threshold `search`, its confusion counts and its lesion's size; `lesion_sizes`, the thirds of the volumes
-    with lesions by lesion size, with their Dice. `sadm_healthy_fpr_{policy}` is the share of the brain voxels of
-    healthy test slices above the threshold, and `sadm_best_dice` has a threshold of its own for every volume, an
-    oracle. Used of the settings: `min_component_size`, the smallest 3-D component of a mask, in voxels: 8 for cDDPM, 0
-    for SADM. Test volumes without a mask count for the rate of healthy slices only."""
+    """Scores one method under the protocol of cDDPM and SADM, with a record per case: its values at the threshold
+    `search`, its confusion counts and its lesion's size. `lesion_sizes` are the thirds of the volumes with lesions by
+    lesion size: number, smallest and largest in voxels, mean Dice under each policy. `sadm_healthy_fpr_{policy}` is the
+    share of the brain voxels of healthy test slices above the threshold. Of the settings, `min_component_size` (in 3-D,
+    voxels) is 8 for cDDPM, 0 for SADM. Test volumes without a mask count for the rate of healthy slices only."""
     found = choose_thresholds(files.get("validation", []))
     chosen = {policy: value for policy, value in found.items() if value is not None}
     cases = [
@@ -184,11 +173,18 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
         metrics[f"sadm_threshold_{policy}"] = threshold
         some = defined.get(f"dice_{policy}", np.empty(0))
         metrics[f"sadm_dice_{policy}_std"] = float(some.std()) if some.size else None
-        is_measured = threshold is not None and healthy.size
-        metrics[f"sadm_healthy_fpr_{policy}"] = (
-            float((healthy > np.float32(threshold)).mean()) if is_measured else None
-        )
-    sizes = _lesion_sizes(records, chosen)
+        rate = None if threshold is None or not healthy.size else float((healthy > np.float32(threshold)).mean())
+        metrics[f"sadm_healthy_fpr_{policy}"] = rate
+
+    with_lesion = [record for record in records if record.get("sadm_lesion_voxels")]
+    with_lesion.sort(key=lambda record: record["sadm_lesion_voxels"])
+    sizes = []
+    for name, third in zip(LESION_SIZES, np.array_split(np.arange(len(with_lesion)), len(LESION_SIZES)), strict=True):
+        own = [with_lesion[number] for number in third]
+        voxels = [own[0]["sadm_lesion_voxels"], own[-1]["sadm_lesion_voxels"]] if own else None
+        sizes.append({"size": name, "volumes": len(own), "voxels": voxels})
+        for policy in chosen if own else ():
+            sizes[-1][f"dice_{policy}"] = float(np.mean([record[f"sadm_dice_{policy}"] for record in own]))
     metrics |= {f"sadm_dice_{third['size']}": third.get("dice_search") for third in sizes}
     return Scores(metrics, records, {"lesion_sizes": sizes})
 
@@ -215,18 +211,3 @@ def _score_case(case: Case, chosen: dict[str, float], min_component_size: int) -
             record = {f"sadm_{name}": value for name, value in counts.items()}
     record |= {f"sadm_{name}": value for name, value in values.items() if np.isfinite(value)}
     return values, record | {"sadm_lesion_voxels": int(labels.sum())}
-
-
-def _lesion_sizes(records: list[dict], chosen: dict[str, float]) -> list[dict]:
-    """The thirds of the volumes with lesions by lesion size: number, smallest and largest in voxels, mean Dice under
-    each policy."""
-    with_lesion = [record for record in records if record.get("sadm_lesion_voxels")]
-    with_lesion.sort(key=lambda record: record["sadm_lesion_voxels"])
-    sizes = []
-    for name, third in zip(LESION_SIZES, np.array_split(np.arange(len(with_lesion)), len(LESION_SIZES)), strict=True):
-        own = [with_lesion[number] for number in third]
-        voxels = [own[0]["sadm_lesion_voxels"], own[-1]["sadm_lesion_voxels"]] if own else None
-        sizes.append({"size": name, "volumes": len(own), "voxels": voxels})
-        for policy in chosen if own else ():
-            sizes[-1][f"dice_{policy}"] = float(np.mean([record[f"sadm_dice_{policy}"] for record in own]))
-    return sizes

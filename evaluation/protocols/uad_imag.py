@@ -1,9 +1,7 @@
 """The evaluation protocol of the benchmark UAD-IMAG, in columns of its own: scores in their own units; mean Dice over
 volumes with a lesion at the best threshold of a grid on the test set (oracle) and at the best one of the validation
-set; false positive rate in the brain there; a threshold for a wanted rate.
-
-Maps are those of the cases, 0 outside the brain; slices without brain are not among them. Volumes are read one after
-the other."""
+set; false positive rate in the brain there; a threshold for a wanted rate. Maps are those of the cases, 0 outside the
+brain; slices without brain are not among them."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from ...checks import check_number
 from ..cases import Case, Needs, Scores
 from ..metrics import PooledScores
 from ..options import EvalOptions
-from ..scoring import best_of_curve, describe_sweep, dice_curve, healthy_scores, mean_curve
+from ..scoring import best_of_curve, describe_sweep, dice_curve, healthy_scores, masked_cases, mean_curve
 
 
 TASK = "anomaly-detection"
@@ -43,19 +41,12 @@ NEEDS = Needs()
 
 
 def threshold_below_fpr(healthy: np.ndarray, fpr: float, *, thinned: bool = False) -> float:
-    """Returns the last threshold of the ROC curve whose false positive rate is below a target, where scores equal to
-    the threshold count as positive. (Used as `map > threshold`, as all thresholds here, the rate is lower still.)
+    """Returns the last threshold of the ROC curve of scores of healthy brain voxels whose false positive rate is below
+    `fpr`, in [0, 1), where scores equal to the threshold count as positive; the largest score where no rate is. (Used
+    as `map > threshold`, as all thresholds here, the rate is lower still.)
 
-    Args:
-        healthy (`np.ndarray`): Scores of healthy brain voxels.
-        fpr (`float`): Target in [0, 1), for example 0.01.
-        thinned (`bool`, *optional*, defaults to `False`):
-            Take only those thresholds that scikit-learn's `roc_curve` keeps, as UAD-IMAG's program does. Without
-            positives it keeps hardly more than the scores that several voxels share, so that the rate is often far
-            below the target.
-
-    Returns:
-        `float`: the threshold, the largest score where no rate is below the target.
+    `thinned` takes only those thresholds that scikit-learn's `roc_curve` keeps, as UAD-IMAG's program does. Without
+    positives it keeps hardly more than the scores that several voxels share, so that the rate is often far below `fpr`.
     """
     check_number("fpr", fpr, least=0, below=1)
     values, counts = np.unique(np.asarray(healthy), return_counts=True)
@@ -69,19 +60,22 @@ def threshold_below_fpr(healthy: np.ndarray, fpr: float, *, thinned: bool = Fals
     return float(values[np.flatnonzero(candidates)[-1]] if candidates.any() else values[0])
 
 
+def mean_dice(files: list[Path], thresholds: np.ndarray) -> np.ndarray:
+    """Returns the mean Dice over the volumes with a lesion at each threshold, `(T,)`, `nan` without any."""
+    masked = (case for case in masked_cases(files) if case.mask.any())
+    return mean_curve([dice_curve(case.maps, case.mask, thresholds) for case in masked], len(thresholds))
+
+
 def evaluate_threshold(test: list[Path], threshold: float) -> tuple[float | None, float | None]:
     """Returns the mean Dice over the volumes with a lesion, and the share of all brain voxels without lesion that lie
     above the threshold, in volumes with a mask; `None` where undefined."""
-    curves, num_healthy, false_positives = [], 0, 0
-    for case in map(Case.load, test):
-        if case.mask is None:
-            continue
-        curves += [dice_curve(case.maps, case.mask, np.array([threshold]))] if case.mask.any() else []
+    num_healthy, false_positives = 0, 0
+    for case in masked_cases(test):
         healthy = case.maps[case.brain & ~case.mask]
         num_healthy += healthy.size
         false_positives += np.count_nonzero(healthy > np.float32(threshold))
-    mean = mean_curve(curves, 1)[0]
-    return None if np.isnan(mean) else float(mean), false_positives / num_healthy if num_healthy else None
+    mean, _ = best_of_curve(mean_dice(test, np.array([threshold])), np.array([threshold]))
+    return mean, false_positives / num_healthy if num_healthy else None
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None, options: EvalOptions) -> Scores:
@@ -94,28 +88,22 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None
         brain = np.concatenate([case.maps[case.brain] for case in map(Case.load, validation or test)])
         thresholds = np.unique(np.quantile(brain, 1 - np.geomspace(0.5, 1e-4, 100)).astype(np.float32))
     pooled = PooledScores()
-    curves = []
-    for case in map(Case.load, test):
-        if case.mask is not None:
-            pooled.update(case.maps, case.mask)
-            curves += [dice_curve(case.maps, case.mask, thresholds)] if case.mask.any() else []
-    curve = mean_curve(curves, len(thresholds))
+    for case in masked_cases(test):
+        pooled.update(case.maps, case.mask)
+    curve = mean_dice(test, thresholds)
     best, threshold = best_of_curve(curve, thresholds)
     metrics = {
         "uad_imag_average_precision": pooled.average_precision() if pooled.num_positives else None,
         "uad_imag_dice_oracle": best,
         "uad_imag_threshold_oracle": threshold,
     }
-    masked = (case for case in map(Case.load, validation) if case.mask is not None and case.mask.any())
-    curves = [dice_curve(case.maps, case.mask, thresholds) for case in masked]
     healthy = healthy_scores(validation)
     fixed = {
-        "validation": best_of_curve(mean_curve(curves, len(thresholds)), thresholds)[1],
+        "validation": best_of_curve(mean_dice(validation, thresholds), thresholds)[1],
         "healthy": threshold_below_fpr(healthy, options.healthy_fpr) if healthy.size else None,
     }
     for policy, value in fixed.items():
         values = (None, None) if value is None else evaluate_threshold(test, value)
-        metrics |= dict(
-            zip((f"uad_imag_{name}_{policy}" for name in ("threshold", "dice", "fpr")), (value, *values), strict=True)
-        )
+        for name, number in zip(("threshold", "dice", "fpr"), (value, *values), strict=True):
+            metrics[f"uad_imag_{name}_{policy}"] = number
     return Scores(metrics, [], {"sweep": describe_sweep(thresholds, curve)})

@@ -149,7 +149,7 @@ def test_thresholds_of_other_methods(prepared):
         labels.append(item["label"])
     maps, brains, healthy = np.concatenate(maps), np.concatenate(brains), np.concatenate(labels) == 0
     expected = {
-        "healthy": threshold_for_fpr(maps[healthy], brains[healthy], 0.1),
+        "healthy": threshold_for_fpr(maps[healthy][brains[healthy]], 0.1),
         "yen": yen_threshold(maps[brains]),
         "otsu": otsu_threshold(maps[brains]),
     }

@@ -200,7 +200,7 @@ def test_threshold_search():
             assert auroc(scores, labels) == pytest.approx(float(golden[f"auroc{number}"]), abs=1e-6)
         healthy = golden["healthy_x"]
         for share in (0.01, 0.05, 0.1):
-            threshold = threshold_for_fpr([healthy], [np.ones(healthy.shape, bool)], share)
+            threshold = threshold_for_fpr(healthy, share)
             # The lowest threshold that keeps to the share: the next lower score would not.
             above = np.count_nonzero(healthy.astype(np.float32) > np.float32(threshold))
             assert above <= share * healthy.size < above + 2
