@@ -16,13 +16,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from ..hub.publishing import BackgroundPush, push_folder
+from ..schedulers.draws import make_keys
 from .augmentation import augment, augment_intensity
 from .export import check_hub, export
-from .keys import TRAINING, sample_keys
+from .keys import TRAINING
 from .objective import Objective
 from .optimization import check_optim
 from .options import TrainOptions, check_options
@@ -32,16 +32,7 @@ from .validation import validate
 
 
 def fit(options: TrainOptions, objective_class: type[Objective]) -> Path:
-    """
-    Trains one objective and writes `<output_dir>/pipeline`, a folder that `from_pretrained` reads.
-
-    Args:
-        options ([`TrainOptions`]): The run.
-        objective_class (`type`): A subclass of [`Objective`].
-
-    Returns:
-        `Path`: The exported folder.
-    """
+    """Trains one objective; writes and returns `<output_dir>/pipeline`, a folder that `from_pretrained` reads."""
     # What can be wrong is found before any data is made or read.
     loop = options.train
     check_options(options)
@@ -79,10 +70,10 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=loop.max_steps, initial=progress.step, desc="training", disable=hidden)
     run.model.train()
-    step_loss = torch.zeros((), device=device)
+    step_loss = 0.0
     for batch in make_loader(run.train_split, objective, run.options, accelerator, progress.step):
         with accelerator.accumulate(run.model):
-            keys = sample_keys(loop.seed, TRAINING, batch.pop("position"), device)
+            keys = make_keys(loop.seed, batch.pop("position"), TRAINING, device)
             batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
             batch = augment(batch, keys, augmentation, value_range[0])
             batch["image"] = augment_intensity(batch["image"], keys, augmentation, value_range)
@@ -115,7 +106,7 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
                 )
             run.log({"loss": value, "lr": run.lr_scheduler.get_last_lr()[0]})
             bar.set_postfix(loss=f"{value:.4f}")
-        step_loss = torch.zeros_like(step_loss)
+        step_loss = 0.0
         if loop.validate_every and (last or progress.step % loop.validate_every == 0):
             validate(run)
         if saves:

@@ -31,25 +31,16 @@ def check_optim(optim: OptimOptions) -> None:
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], optim: OptimOptions) -> torch.optim.Optimizer:
     """Makes AdamW, or Adam, whose weight decay is part of the gradient."""
     algorithm = torch.optim.AdamW if optim.algorithm == "adamw" else torch.optim.Adam
-    return algorithm(
-        parameters,
-        lr=optim.learning_rate,
-        betas=tuple(optim.betas),
-        weight_decay=optim.weight_decay,
-        amsgrad=optim.amsgrad,
-    )
+    settings = {"betas": tuple(optim.betas), "weight_decay": optim.weight_decay, "amsgrad": optim.amsgrad}
+    return algorithm(parameters, lr=optim.learning_rate, **settings)
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, optim: OptimOptions, max_steps: int) -> LambdaLR:
     """Makes a schedule of diffusers between `start_lr` and `learning_rate`: the share s of the peak that it gives, 0
     to 1, becomes `start_lr + s (learning_rate - start_lr)`. `cosine` is then ANDi's rule: a linear warm-up and a half
     cosine back down."""
-    schedule = get_scheduler(
-        optim.lr_scheduler,
-        optimizer,
-        num_warmup_steps=optim.warmup_steps,
-        num_training_steps=optim.lr_total_steps or max_steps,
-    )
+    steps = {"num_warmup_steps": optim.warmup_steps, "num_training_steps": optim.lr_total_steps or max_steps}
+    schedule = get_scheduler(optim.lr_scheduler, optimizer, **steps)
     if not optim.start_lr:
         return schedule
     share_of_peak, lowest = schedule.lr_lambdas[0], optim.start_lr / optim.learning_rate

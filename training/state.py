@@ -38,12 +38,10 @@ class Progress:
         self.draws_version = DRAWS_VERSION
 
     def state_dict(self) -> dict:
-        """Returns all of it."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes the number of steps from a checkpoint, or raises a `ValueError` if the run cannot go on as if nothing
-        had happened."""
+        """Takes the number of steps from a checkpoint that this run can go on from as if nothing had happened."""
         for name, text in (
             ("samples_per_step", "{} samples per step, this run has {} (batch size x processes x accumulation)"),
             ("updates_per_batch", "{} updates per batch, this run has {} (`objective.updates_per_batch`)"),
@@ -80,8 +78,7 @@ class Run:
 
     @contextmanager
     def averaged_model(self) -> Iterator[torch.nn.Module]:
-        """Gives the network without accelerate's wrapper, in evaluation mode and with the averaged weights if there
-        are any; afterwards it is what it was."""
+        """Gives the bare network in evaluation mode with the averaged weights, if there are any, for a while."""
         model = self.accelerator.unwrap_model(self.model)
         if self.ema is not None:
             self.ema.store(model.parameters())
@@ -191,13 +188,8 @@ def make_run(options: TrainOptions, objective_class: type[Objective], accelerato
 
 
 def find_checkpoint(loop: LoopOptions) -> Path | None:
-    """
-    Finds the checkpoint that `train.resume` names, a folder or `latest`; `None` for a new run.
-
-    Raises:
-        FileNotFoundError: There is no such checkpoint.
-        FileExistsError: A new run would mix with an earlier one.
-    """
+    """Finds the checkpoint that `train.resume` names, a folder or `latest`; `None` for a new run, which must not mix
+    with an earlier one."""
     checkpoints = _list_checkpoints(Path(loop.output_dir))
     if not loop.resume:
         if checkpoints:
@@ -209,7 +201,7 @@ def find_checkpoint(loop: LoopOptions) -> Path | None:
     if loop.resume == "latest":
         if not checkpoints:
             raise FileNotFoundError(
-                f"`train.resume` is 'latest', but {loop.output_dir}/checkpoints holds no checkpoint."
+                f"`train.resume` is latest, but {loop.output_dir}/checkpoints holds no checkpoint."
             )
         return checkpoints[-1]
     if not Path(loop.resume).is_dir():
@@ -218,7 +210,6 @@ def find_checkpoint(loop: LoopOptions) -> Path | None:
 
 
 def _list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, the oldest first."""
     return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".partial")
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from .keys import PREVIEW, VALIDATION, sample_keys
+from ..schedulers.draws import make_keys
+from .keys import PREVIEW, VALIDATION
 from .samples import as_tensors, validation_rows
 from .state import Run
 
@@ -28,11 +29,11 @@ def validate(run: Run) -> None:
         mine = range(accelerator.process_index, len(chosen), accelerator.num_processes)
         for start in range(0, len(mine), loop.batch_size):
             positions = list(mine[start : start + loop.batch_size])
-            keys = sample_keys(loop.seed, VALIDATION, positions, device)
+            keys = make_keys(loop.seed, positions, VALIDATION, device)
             losses[positions] = objective.loss(model, read(chosen[positions]), keys).float()
         if accelerator.is_main_process:
             shown = _spread(chosen, 6)
-            rows = objective.preview(model, read(shown), sample_keys(loop.seed, PREVIEW, shown.tolist(), device))
+            rows = objective.preview(model, read(shown), make_keys(loop.seed, shown.tolist(), PREVIEW, device))
             path = run.folder / "samples" / f"step-{run.progress.step:07d}.png"
             _draw_preview(rows, objective.processor.config.value_range, path)
     run.log({"validation_loss": accelerator.reduce(losses, "sum").mean().item()})

@@ -52,7 +52,7 @@ def test_keys_of_the_objective_are_what_its_constructor_takes(method):
         for parameter in inspect.signature(base.__init__).parameters.values()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
-    parts = {"classifier_path", "reconstruction_path", "encoder", "encoder_path"}
+    parts = {"reconstruction_path", "encoder", "encoder_path"}
     parts |= {"mask_ratio", "mask_grid", "decoder_width"}  # of SparK's model
     assert settings == set(cls.objective_keys) - parts
 

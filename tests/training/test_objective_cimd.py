@@ -10,12 +10,11 @@ from diffusers import UNet2DModel
 from anodiff import AnomalyPipeline, CIMDPipeline, CIMDScheduler, UNet2DHeadsModel, VolumeProcessor
 from anodiff.data.prepare import read_recipe
 from anodiff.models.gaussian_encoder import GaussianEncoder
-from anodiff.training.keys import TRAINING, sample_keys
+from anodiff.schedulers.draws import make_keys
 from anodiff.training.objective_cimd import CIMDObjective, UNetWithEncoders, cimd_loss_terms, draw_annotation
 from anodiff.training.options import TrainOptions
 
 
-CPU = torch.device("cpu")
 CONFIG = Path(__file__).parents[2] / "configs" / "cimd_lidc.yaml"
 UNET = {
     "block_out_channels": [4, 8],
@@ -59,7 +58,7 @@ def batch(count: int = 6, annotations: int = 3) -> dict[str, torch.Tensor]:
 
 
 def keys(positions, seed: int = 0) -> torch.Tensor:
-    return sample_keys(seed, TRAINING, positions, CPU)
+    return make_keys(seed, positions)
 
 
 def test_loss_of_a_sample_does_not_depend_on_the_batch(objective):

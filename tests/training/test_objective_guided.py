@@ -18,7 +18,7 @@ from anodiff import (
     VolumeProcessor,
 )
 from anodiff.data.prepare import read_recipe
-from anodiff.training.keys import TRAINING, sample_keys
+from anodiff.schedulers.draws import make_keys
 from anodiff.training.objective_guided import (
     ClassifierObjective,
     DDIBObjective,
@@ -30,7 +30,6 @@ from anodiff.training.objective_noise import NoiseObjective
 from anodiff.training.options import TrainOptions
 
 
-CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[2] / "configs"
 UNET = {
     "block_out_channels": [4, 8],
@@ -67,7 +66,7 @@ def batch(count: int = 6) -> dict[str, torch.Tensor]:
 
 
 def keys(positions, seed: int = 0) -> torch.Tensor:
-    return sample_keys(seed, TRAINING, positions, CPU)
+    return make_keys(seed, positions)
 
 
 def classifier_folder(tmp_path, **scheduler) -> Path:
