@@ -13,9 +13,12 @@ the samples of batch s // u.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from ..hub.publishing import BackgroundPush, push_folder
@@ -27,7 +30,7 @@ from .objective import Objective
 from .optimization import check_optim
 from .options import TrainOptions, check_options
 from .samples import make_loader
-from .state import Run, find_checkpoint, make_accelerator, make_run
+from .state import Run, find_checkpoint, make_run
 from .validation import validate
 
 
@@ -39,7 +42,15 @@ def fit(options: TrainOptions, objective_class: type[Objective]) -> Path:
     check_optim(options.optim)
     objective_class.check_options(options)
     checkpoint = find_checkpoint(loop)
-    accelerator = make_accelerator(loop)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=loop.gradient_accumulation_steps,
+        mixed_precision=loop.mixed_precision,
+        log_with=None if loop.report_to == "none" else loop.report_to,
+        project_dir=loop.output_dir,
+        step_scheduler_with_optimizer=False,
+        # The first process may be busy for long while the others wait: a phantom is made, a card is written.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
     if loop.push_to_hub and accelerator.is_main_process:
         check_hub(loop)
 

@@ -68,14 +68,9 @@ class Objective:
     @classmethod
     def check_options(cls, options: TrainOptions) -> None:
         """Checks the names and keys in the blocks of a configuration; it runs before any data is made or read."""
-        unet, networks = dict(options.unet), {network.__name__: network for network in cls.unet_classes}
-        name, known = cls.__name__, []
-        if networks:
-            name = unet.pop("_class_name", cls.unet_classes[0].__name__)
-            check_choice("unet._class_name", name, networks)
-            known = _argument_names(networks[name])
-        check_keys("unet", unet, known, name)
+        network, arguments = cls._choose_network(options)
         for block, given, target in (
+            ("unet", arguments, network),
             ("scheduler", options.scheduler, cls.scheduler_class),
             ("inference", options.inference, cls.pipeline_class),
             ("processor", options.processor, VolumeProcessor),
@@ -96,9 +91,7 @@ class Objective:
     @classmethod
     def make_network(cls, options: TrainOptions, processor: VolumeProcessor) -> torch.nn.Module:
         """Builds the network of the block `unet`. What the data decide is filled in, and another value is an error."""
-        unet = dict(options.unet)
-        name = unet.pop("_class_name", cls.unet_classes[0].__name__)
-        [network] = [network for network in cls.unet_classes if network.__name__ == name]
+        network, unet = cls._choose_network(options)
         for key, (value, reason) in cls.network_arguments(network, len(processor.config.modalities)).items():
             if unet.setdefault(key, value) != value:
                 raise ValueError(f"`unet.{key}` must be {value}, {reason}, got {unet[key]}.")
@@ -106,6 +99,16 @@ class Objective:
         if size is not None and "sample_size" in _argument_names(network):
             unet.setdefault("sample_size", size[0] if size[0] == size[1] else tuple(size))
         return network(**unet)
+
+    @classmethod
+    def _choose_network(cls, options: TrainOptions) -> tuple[type | None, dict]:
+        """Class, `None` if there is none to choose, and arguments of the block `unet`."""
+        unet, networks = dict(options.unet), {network.__name__: network for network in cls.unet_classes}
+        if not networks:
+            return None, unet
+        name = unet.pop("_class_name", cls.unet_classes[0].__name__)
+        check_choice("unet._class_name", name, networks)
+        return networks[name], unet
 
     @classmethod
     def network_arguments(cls, network: type, channels: int) -> dict[str, tuple[int, str]]:
@@ -135,15 +138,18 @@ class Objective:
         return self.pipeline_class(model, self.scheduler, self.processor, **self.inference)
 
     def export(self, model: torch.nn.Module, folder: str | Path) -> AnomalyPipeline | None:
-        """Writes a pipeline folder with the weights of `model`, and returns the pipeline, or `None` for what is none."""
+        """Writes a pipeline folder with the weights of `model`; returns the pipeline, or `None` for what is none."""
         pipeline = self.make_pipeline(model)
         pipeline.save_pretrained(folder)
         return pipeline
 
-    def draw(self, images: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws uniform timesteps `(N,)` for images `(N, C, H, W)`, and noise of them."""
-        timesteps = draw_timesteps(keys, len(self.scheduler))
-        return timesteps, self.scheduler.draw_noise(fold_in(keys, NOISE), images.shape[1:], timesteps)
+    def draw(
+        self, images: torch.Tensor, keys: torch.Tensor, *, shared: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws uniform timesteps `(N,)` for images `(N, C, H, W)`, and noise of them, if `shared` that of the first
+        image alone."""
+        timesteps, count = draw_timesteps(keys, len(self.scheduler)), 1 if shared else len(images)
+        return timesteps, self.scheduler.draw_noise(fold_in(keys[:count], NOISE), images.shape[1:], timesteps[:count])
 
     def noise_to(self, images: torch.Tensor, timestep: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Noises images `(N, C, H, W)` to one timestep: timesteps `(N,)` and x_t."""

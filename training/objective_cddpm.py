@@ -28,10 +28,6 @@ from .objective_spark import check_encoder, encoder_config
 from .options import TrainOptions
 
 
-LOSSES = ("l1", "l2")
-BOXES = ("grid", "random")
-
-
 class DDPM2DObjective(Objective):
     r"""
     Mean absolute error of the predicted slice, on [-1, 1], the timestep drawn uniformly. Exports a
@@ -65,7 +61,7 @@ class DDPM2DObjective(Objective):
         p2_gamma: float = 0.0,
         shared_noise: bool = False,
     ):
-        check_choice("loss", loss, LOSSES)
+        check_choice("loss", loss, ("l1", "l2"))
         check_number("p2_gamma", p2_gamma, least=0)
         super().__init__(unet, scheduler, processor, inference)
         self.loss_type = loss
@@ -170,7 +166,15 @@ class CDDPMObjective(DDPM2DObjective):
                 raise ValueError(f"`objective.encoder`: transformers has no image classifier of {config.model_type}.")
             encoder = AutoModelForImageClassification.from_config(config)
         if processor.config.size is not None:
-            _try_encoder(encoder, channels, processor.config.size)
+            # A copy without weights shows before the training whether the encoder can take the slices.
+            shape = (channels, *processor.config.size)
+            try:
+                copy.deepcopy(encoder).eval().to("meta")(torch.zeros(1, *shape, device="meta"))
+            except Exception as error:  # noqa: BLE001 (what an unfit network stumbles over can be anything)
+                raise ValueError(
+                    f"The encoder, {type(encoder).__name__}, does not take slices of {' x '.join(map(str, shape))}:"
+                    f" {error}"
+                ) from error
         return cls(unet, encoder, scheduler, processor, options.inference, **settings)
 
     def predict(self, model, sample: torch.Tensor, timesteps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -208,7 +212,7 @@ class PDDPMObjective(DDPM2DObjective):
         boxes: str = "grid",
         **settings,
     ):
-        check_choice("boxes", boxes, BOXES)
+        check_choice("boxes", boxes, ("grid", "random"))
         super().__init__(unet, scheduler, processor, inference, **settings)
         self.boxes = boxes
         config = self.make_pipeline(unet).config
@@ -217,7 +221,7 @@ class PDDPMObjective(DDPM2DObjective):
     def corrupt(
         self, target: torch.Tensor, timesteps: torch.Tensor, keys: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Makes what the network sees, as of [`DDPM2DObjective.corrupt`], and the noised patches, `(N, 1, H, W)` bool."""
+        """Makes what the network sees as of [`DDPM2DObjective`], and the noised patches, `(N, 1, H, W)` bool."""
         noised, _ = super().corrupt(target, timesteps, keys)
         height, width = target.shape[2:]
         draws = uniform(fold_in(keys, BOX), (2,))
@@ -260,21 +264,10 @@ def load_encoder(path: str | Path, channels: int, outputs: int) -> PreTrainedMod
     return AutoModelForImageClassification.from_pretrained(path, subfolder="encoder", num_labels=outputs)
 
 
-def _try_encoder(encoder: PreTrainedModel, channels: int, size: tuple[int, int]) -> None:
-    """Evaluates a copy without weights: an encoder that cannot take the slices is found before the training."""
-    try:
-        copy.deepcopy(encoder).eval().to("meta")(torch.zeros(1, channels, *size, device="meta"))
-    except Exception as error:  # noqa: BLE001 (what an unfit network stumbles over can be anything)
-        raise ValueError(
-            f"The encoder, {type(encoder).__name__}, does not take slices of {channels} x {size[0]} x {size[1]}:"
-            f" {error}"
-        ) from error
-
-
 def draw_boxes(
     draws: torch.Tensor, height: int, width: int, patch_size: int, boxes: str, overlap: str = "none"
 ) -> torch.Tensor:
-    """Makes a box from each two uniform draws `(N, 2)`: one of the grid (the first draw), or anywhere (left, top)."""
+    """Makes boxes `(N, 4)` of two draws each, `(N, 2)`: one of the grid (the first draw), or anywhere (left, top)."""
     if boxes == "grid":
         grid = patch_grid(height, width, patch_size, overlap).to(draws.device)
         return grid[(draws[:, 0] * len(grid)).long().clamp(max=len(grid) - 1)]

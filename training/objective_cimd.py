@@ -137,8 +137,8 @@ class UNetWithEncoders(torch.nn.Module):
     def forward(
         self, sample: torch.Tensor, timesteps: torch.Tensor, label: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the denoiser's outputs `(N, 2, H, W)` of image and noised mask `(N, C + 1, H, W)`, and the divergence
-        of the distribution of the `label`, the mask without noise, from that of the predicted noise, `(N,)` in nats."""
+        """Returns the outputs `(N, 2, H, W)` for image and noised mask `(N, C + 1, H, W)`, and the divergence of what the
+        encoders make of the mask without noise, `label`, and of the predicted noise: `(N,)` in nats."""
         model_output = self.unet(sample, timesteps).sample
         image = sample[:, :1]  # the first modality alone, as the original's
         of_label = self.label_encoder(image, label)
@@ -169,18 +169,16 @@ def cimd_loss_terms(
 
     Args:
         model (`torch.nn.Module`): The UNet, or with `with_kl` a [`UNetWithEncoders`].
-        images (`torch.Tensor` of shape `(N, C, H, W)`), noise (`torch.Tensor` of shape `(N, 1, H, W)`): As named.
         target (`torch.Tensor` of shape `(N, 1, H, W)`): The mask that is diffused, x_0: 0 or 1.
         label (`torch.Tensor` of shape `(N, 1, H, W)`, *optional*): What the label encoder sees, if it is not `target`.
     """
     sample = scheduler.add_noise(target, noise, timesteps)
     # In the type of the images: recorded masks may be float64.
     model_input = torch.cat([images, sample.to(images.dtype)], dim=1)
-    divergence = torch.zeros(len(images), device=images.device)
     if with_kl:
         model_output, divergence = model(model_input, timesteps, target if label is None else label)
     else:
-        model_output = model(model_input, timesteps).sample
+        model_output, divergence = model(model_input, timesteps).sample, images.new_zeros(len(images))
     epsilon, variance_output = model_output.float().chunk(2, dim=1)
     estimate = scheduler.predict_original_sample(epsilon, timesteps, sample)
     return {

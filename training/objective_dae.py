@@ -13,12 +13,10 @@ from .objective import Batch, Objective
 
 
 class DAEObjective(Objective):
-    r"""
-    Mean squared error between slice and denoised slice in the foreground, as the ANDi authors trained it. Exports
+    """Mean squared error between slice and denoised slice in the foreground, as the ANDi authors trained it. Exports
     a [`DAEPipeline`].
 
-    Trained and averaged: the UNet. Labels: none. Arguments as of [`Objective`].
-    """
+    Trained and averaged: the UNet. Labels: none. Arguments as of [`Objective`]."""
 
     unet_classes = (DAEUNet2DModel,)
     scheduler_class = DAEScheduler

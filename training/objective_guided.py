@@ -25,7 +25,6 @@ from .variational_bound import variance_bound
 
 
 HEALTHY, NULL = 0, 2  # labels of the network; 1 is unhealthy
-PREVIEW_GUIDANCE = (1.0, 1.8, 2.0, 3.0)
 
 
 class GuidedObjective(Objective):
@@ -88,7 +87,7 @@ class GuidedObjective(Objective):
         model_output = model(torch.cat([sample, sample]), level.repeat(2), labels).sample.float()
         healthy, null = model_output.chunk(2)
         rows = {"slice": images, f"noised, t = {quarter}": sample}
-        for strength in (0.0, *PREVIEW_GUIDANCE):
+        for strength in (0.0, 1.0, 1.8, 2.0, 3.0):
             guided = (1 + strength) * healthy - strength * null
             rows[f"as healthy, w = {strength:g}"] = self.scheduler.predict_original_sample(
                 guided, level, sample, clip_sample=True
@@ -103,13 +102,11 @@ class DDIBObjective(GuidedObjective):
 
 
 class ClassifierObjective(Objective):
-    r"""
-    Cross entropy of a classifier of noised slices, the timestep drawn uniformly. Exports the classifier, which is
+    """Cross entropy of a classifier of noised slices, the timestep drawn uniformly. Exports the classifier, which is
     no pipeline.
 
     Trained and averaged: the classifier, of the block `unet`, 0 healthy, 1 unhealthy. Labels: of every slice. The
-    authors' own training saw the same batch in every step; a run here goes through the data.
-    """
+    authors' own training saw the same batch in every step; a run here goes through the data."""
 
     columns = ("image", "label")
     trains_on = "all"

@@ -83,12 +83,10 @@ class NoiseObjective(Objective):
 
 
 class ANDiObjective(NoiseObjective):
-    r"""
-    As [`NoiseObjective`], with the noise of [`ANDiScheduler`], pyramidal by default: exports an [`ANDiPipeline`].
+    """As [`NoiseObjective`], with the noise of [`ANDiScheduler`], pyramidal by default: exports an [`ANDiPipeline`].
     With `normalize="per_batch"` of the scheduler, the authors' rule, the slices of one forward pass share a standard
     deviation and pyramid sizes, so that equal losses need equal forward passes, not only equal steps. There is no
-    `loss="hybrid"`.
-    """
+    `loss="hybrid"`."""
 
     scheduler_class = ANDiScheduler
     pipeline_class = ANDiPipeline

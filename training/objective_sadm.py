@@ -13,13 +13,10 @@ from ..pipelines.pipeline_cddpm import CDDPMPipeline
 from ..pipelines.pipeline_sadm import SADMPipeline
 from ..schedulers.draws import fold_in
 from ..volumes.processor import VolumeProcessor
-from .keys import ANOMALY, NOISE
-from .objective import MODALITIES, Batch, Objective, draw_timesteps
+from .keys import ANOMALY
+from .objective import MODALITIES, Batch, Objective
 from .options import TrainOptions
 from .synthetic_anomalies import draw_anomalies
-
-
-LOSSES = ("bce", "dice", "bce_dice")
 
 
 # N slices, C modalities, A annotations, H x W pixels.
@@ -57,7 +54,7 @@ class SADMObjective(Objective):
         loss: str = "bce",
         shared_noise: bool = False,
     ):
-        check_choice("loss", loss, LOSSES)
+        check_choice("loss", loss, ("bce", "dice", "bce_dice"))
         self.reconstruction = reconstruction
         for component in (reconstruction.unet, reconstruction.encoder):
             if component is not None:
@@ -88,7 +85,7 @@ class SADMObjective(Objective):
         return {"in_channels": (channels, MODALITIES)}
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
-        """Computes the loss of slices with [`anomalies`]; see [`Objective.loss`]."""
+        """Computes the loss from slices with `anomalies`; see [`Objective.loss`]."""
         images, masks, timesteps, noise = self._draw(batch, keys)
         output = model(images, self.reconstruct(images, timesteps, noise))
         return segmentation_loss(self.loss_type, output, masks)
@@ -129,23 +126,18 @@ class SADMObjective(Objective):
         return SADMPipeline(frozen.unet, model, frozen.scheduler, frozen.processor, frozen.encoder, **self.inference)
 
     def anomalies(self, batch: Batch, images: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns slices `(N, C, H, W)` in [0, 1] with anomalies, here synthetic ones, and their masks `(N, 1, H, W)`."""
+        """Returns slices `(N, C, H, W)` in [0, 1] with anomalies, here synthetic ones, and masks `(N, 1, H, W)`."""
         return draw_anomalies(images, fold_in(keys, ANOMALY))
 
     def _draw(self, batch: Batch, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Slices with anomalies in [0, 1], masks, timesteps `(N,)` and noise `(N or 1, C, H, W)`."""
         images, masks = self.anomalies(batch, self.processor.to_unit(batch["image"]), keys)
-        timesteps = draw_timesteps(keys, len(self.scheduler))
-        count = 1 if self.shared_noise else len(images)
-        noise_keys = fold_in(keys[:count], NOISE)
-        return images, masks, timesteps, self.scheduler.draw_noise(noise_keys, images.shape[1:], timesteps[:count])
+        return images, masks, *self.draw(images, keys, shared=self.shared_noise)
 
 
 class LabelledSADMObjective(SADMObjective):
-    r"""
-    As [`SADMObjective`], with the masks of real lesions instead of synthetic anomalies. All slices of the training
-    split count, those without lesion, too. Labels: masks.
-    """
+    """As [`SADMObjective`], with the masks of real lesions instead of synthetic anomalies. All slices of the training
+    split count, those without lesion, too. Labels: masks."""
 
     columns = ("image", "mask", "annotations", "label")
     trains_on = "all"
@@ -166,8 +158,8 @@ class LabelledSADMObjective(SADMObjective):
 
 def segmentation_loss(loss: str, output: SiameseUNet2DOutput, masks: torch.Tensor) -> torch.Tensor:
     """Computes the loss of every sample, `(N,)`, against masks `(N, 1, H, W)` of 0 and 1: `"bce"`, cross entropy,
-    `"dice"`, 1 - Dice of probabilities and mask as MONAI's `DiceLoss(sigmoid=True)`, or `"bce_dice"`, the sum. Heads of
-    the decoder (`deep_supervision`) add their cross entropy, as in the original, whatever `loss` is."""
+    `"dice"`, 1 - Dice of probabilities and mask as MONAI's `DiceLoss(sigmoid=True)`, or `"bce_dice"`, the sum. Heads
+    of the decoder (`deep_supervision`) add their cross entropy, as in the original, whatever `loss` is."""
 
     def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
         target = F.interpolate(masks, size=logits.shape[2:], mode="nearest")

@@ -27,13 +27,11 @@ OF_MODEL = ("mask_ratio", "mask_grid", "decoder_width")
 
 
 class SparKObjective(Objective):
-    r"""
-    Error of a [`SparKModel`] in the cells of a slice that it has not seen, the cells drawn anew for every sample.
+    """Error of a [`SparKModel`] in the cells of a slice that it has not seen, the cells drawn anew for every sample.
     Slices are brought to [0, 1]. Exports the encoder alone.
 
     Trained and averaged: encoder, decoder and what joins them, but not the running statistics of the batch
-    normalisation. Labels: none. Arguments as of [`Objective`] and [`spark_loss`].
-    """
+    normalisation. Labels: none. Arguments as of [`Objective`] and [`spark_loss`]."""
 
     objective_keys = ("encoder", *OF_MODEL, "loss", "region", "normalize")
 
@@ -59,8 +57,8 @@ class SparKObjective(Objective):
 
     @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> SparKObjective:
-        """Builds encoder, model and objective from the block `objective`: `encoder`, settings of a transformers backbone
-        with its `model_type`, `resnet` by default; what [`SparKModel`] takes; and the loss."""
+        """Builds encoder, model and objective from the block `objective`: `encoder`, settings of a backbone of
+        transformers with its `model_type`, `resnet` by default; what [`SparKModel`] takes; and the loss."""
         cls.check_options(options)
         if processor.config.size is None:
             raise ValueError("`processor.size` must be given, (H, W): masks are made for slices of one size.")
@@ -96,7 +94,7 @@ class SparKObjective(Objective):
         return {title: self.processor.from_unit(row) for title, row in rows.items()}
 
     def export(self, model: SparKModel, folder: str | Path) -> None:
-        """Writes `encoder/`, a model folder of transformers, and `processor/`, for `objective.encoder_path` of cddpm."""
+        """Writes `encoder/`, a model folder of transformers, and `processor/`: what cddpm's `encoder_path` takes."""
         model.encoder.save_pretrained(Path(folder, "encoder"))
         self.processor.save_pretrained(Path(folder, "processor"))
 

@@ -13,14 +13,10 @@ from ..checks import check_choice
 from .options import EMAOptions, OptimOptions
 
 
-ALGORITHMS = ("adamw", "adam")
-SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
-
-
 def check_optim(optim: OptimOptions) -> None:
     """Raises a `ValueError` for options that no optimizer or schedule can be made of."""
-    check_choice("optim.algorithm", optim.algorithm, ALGORITHMS)
-    check_choice("optim.lr_scheduler", optim.lr_scheduler, SCHEDULES)
+    check_choice("optim.algorithm", optim.algorithm, ("adamw", "adam"))
+    check_choice("optim.lr_scheduler", optim.lr_scheduler, [schedule.value for schedule in SchedulerType])
     if not 0 <= optim.start_lr <= optim.learning_rate:
         raise ValueError(
             f"`optim.start_lr` must be between 0 and `optim.learning_rate` {optim.learning_rate:g}, got"

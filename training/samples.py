@@ -30,15 +30,14 @@ class SampleStream(torch.utils.data.Dataset):
         self._epoch, self._order = -1, None
 
     def __getitems__(self, positions: list[int]) -> dict:
-        rows = [self._row(position) for position in positions]
+        rows = []
+        for position in positions:
+            epoch, index = divmod(position, len(self.rows))
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+            rows.append(int(self._order[index]))
         return {**self.split.read_rows(rows, self.columns), "position": np.array(positions)}
-
-    def _row(self, position: int) -> int:
-        epoch, index = divmod(position, len(self.rows))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-        return int(self.rows[self._order[index]])
 
 
 @dataclass(eq=False)

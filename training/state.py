@@ -10,13 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 
 from ..data.prepared import PreparedSplit, StreamedSplit
@@ -140,19 +139,6 @@ class Run:
             for old in _list_checkpoints(self.folder)[: -self.options.train.checkpoint_limit]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
-
-
-def make_accelerator(loop: LoopOptions) -> Accelerator:
-    """Makes accelerate's object for devices, precision, accumulation, trackers and state."""
-    return Accelerator(
-        gradient_accumulation_steps=loop.gradient_accumulation_steps,
-        mixed_precision=loop.mixed_precision,
-        log_with=None if loop.report_to == "none" else loop.report_to,
-        project_dir=loop.output_dir,
-        step_scheduler_with_optimizer=False,
-        # The first process may be busy for long while the others wait: a phantom is made, a card is written.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-    )
 
 
 def make_run(options: TrainOptions, objective_class: type[Objective], accelerator: Accelerator) -> Run:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -34,8 +32,7 @@ def validate(run: Run) -> None:
         if accelerator.is_main_process:
             shown = _spread(chosen, 6)
             rows = objective.preview(model, read(shown), make_keys(loop.seed, shown.tolist(), PREVIEW, device))
-            path = run.folder / "samples" / f"step-{run.progress.step:07d}.png"
-            _draw_preview(rows, objective.processor.config.value_range, path)
+            _draw_preview(run, rows)
     run.log({"validation_loss": accelerator.reduce(losses, "sum").mean().item()})
 
 
@@ -44,14 +41,16 @@ def _spread(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
-def _draw_preview(rows: dict[str, torch.Tensor], value_range: tuple[float, float], path: Path) -> None:
+def _draw_preview(run: Run, rows: dict[str, torch.Tensor]) -> None:
+    low, high = run.objective.processor.config.value_range
     columns = len(next(iter(rows.values())))
     figure = Figure(figsize=(1.6 * columns, 1.75 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (title, images) in zip(axes, rows.items(), strict=True):
         row[0].set_title(title, loc="left", fontsize=8)
         for axis, image in zip(row, images.float().cpu().numpy(), strict=True):
-            axis.imshow(image[0], cmap="gray", vmin=value_range[0], vmax=value_range[1])
+            axis.imshow(image[0], cmap="gray", vmin=low, vmax=high)
             axis.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    samples = run.folder / "samples"
+    samples.mkdir(parents=True, exist_ok=True)
+    figure.savefig(samples / f"step-{run.progress.step:07d}.png", dpi=100)
