@@ -42,8 +42,8 @@ def check_number(
     above: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raises a `ValueError` unless `value` is a finite number, numpy's included, within the limits: `least` and `most` are allowed
-    themselves, `above` and `below` are not."""
+    """Raises a `ValueError` unless `value` is a finite number, numpy's included, within the limits: `least` and `most`
+    are allowed themselves, `above` and `below` are not."""
     is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if (
         not is_number
@@ -53,12 +53,8 @@ def check_number(
         or (below is not None and value >= below)
     ):
         limits = {"at least": least, "above": above, "at most": most, "below": below}
-        allowed = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]
-        if least is not None and most is not None:
-            allowed = [f"between {least:g} and {most:g}"]
-        raise ValueError(
-            f"`{name}` must be {' and '.join(['a finite number', *allowed]) if allowed else 'a finite number'}, got {value!r}."
-        )
+        allowed = ["a finite number", *(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)]
+        raise ValueError(f"`{name}` must be {' and '.join(allowed)}, got {value!r}.")
 
 
 def check_keys(block: str, given: Iterable[str], known: Iterable[str], taker: str) -> None:

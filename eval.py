@@ -1,10 +1,10 @@
 """Scores models and baselines on a prepared data set under one protocol.
 
-python eval.py --model outputs/train/pipeline
-accelerate launch eval.py --model owner/one --model owner/two --data prepared/brats21 --split test
-python eval.py --model owner/one --data prepared/brats21 --push_to_hub owner/one    # results into its card
-python eval.py --model outputs/train/pipeline --data prepared/brats21 --calibrate labels    # thresholds without masks, stored
-python eval.py --model outputs/cimd/pipeline --data phantom-raters --inference.num_ensemble 8    # several masks against several raters
+python eval.py --model outputs/train/pipeline accelerate launch eval.py --model owner/one --model owner/two --data
+prepared/brats21 --split test python eval.py --model owner/one --data prepared/brats21 --push_to_hub owner/one    #
+results into its card python eval.py --model outputs/train/pipeline --data prepared/brats21 --calibrate labels    #
+thresholds without masks, stored python eval.py --model outputs/cimd/pipeline --data phantom-raters
+--inference.num_ensemble 8    # several masks against several raters
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/andi.py                # three rounds of each, in turn; Markdown tables
 
-Time: the bare network for the same evaluations, a loop over timesteps that stacks the deviations (all slices in one batch), and
-the pipeline. Memory: the peak of a process of its own for each, above that of the network with its first batch.
-With a GPU also: seconds for one volume of 155 slices of 4 x 128 x 128 with 125 timesteps, in float32 and bf16.
+Time: the bare network for the same evaluations, a loop over timesteps that stacks the deviations (all slices in one
+batch), and the pipeline. Memory: the peak of a process of its own for each, above that of the network with its first
+batch. With a GPU also: seconds for one volume of 155 slices of 4 x 128 x 128 with 125 timesteps, in float32 and bf16.
 """
 
 from __future__ import annotations

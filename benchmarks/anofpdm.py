@@ -2,10 +2,10 @@
 
     python benchmarks/anofpdm.py             # three rounds of each, in turn; Markdown table
 
-The original evaluates four times a step: the encoding, null and healthy of the guided prediction, and healthy once more for the
-unguided one. The pipeline uses the third for the fourth, and with `index_mode="aligned"` the second for the first. Every way evaluates
-the same network on batches of the same slices; a bare network for three evaluations a step is the yardstick of the overhead.
-Memory: the peak of a process of its own, for two numbers of steps.
+The original evaluates four times a step: the encoding, null and healthy of the guided prediction, and healthy once
+more for the unguided one. The pipeline uses the third for the fourth, and with `index_mode="aligned"` the second for
+the first. Every way evaluates the same network on batches of the same slices; a bare network for three evaluations a
+step is the yardstick of the overhead. Memory: the peak of a process of its own, for two numbers of steps.
 """
 
 from __future__ import annotations

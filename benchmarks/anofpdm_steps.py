@@ -2,9 +2,10 @@
 
     python benchmarks/anofpdm_steps.py --model outputs/anofpdm_tcga_lgg/pipeline --data prepared/tcga_lgg_labelled
 
-The reference is the authors' way: their indices, every timestep. Each setting is run once on the same test slices. Its labels and masks
-are calibrated from labels of slices: those of every second subject for the other subjects, and the other way round. Maps are compared in the
-brain, after the pipeline's own filter. Prints a Markdown table, a row as soon as it is there.
+The reference is the authors' way: their indices, every timestep. Each setting is run once on the same test slices. Its
+labels and masks are calibrated from labels of slices: those of every second subject for the other subjects, and the
+other way round. Maps are compared in the brain, after the pipeline's own filter. Prints a Markdown table, a row as
+soon as it is there.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ COLUMNS = (
 
 
 def read_slices(split: PreparedSplit, count: int) -> tuple[dict, np.ndarray]:
-    """Columns of `count` labelled slices, evenly spread, and which of two halves of the subjects each belongs to, bool."""
+    """Columns of `count` labelled slices, evenly spread, and which of two halves of the subjects each belongs to,
+    bool."""
     rows = LabelledSlices(split, count).rows
     item = split.read_rows(rows, ("image", "brain", "label", "slice", "mask", "subject"))
     item["mask"] = item["mask"].astype(bool).any(1)

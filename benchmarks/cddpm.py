@@ -3,8 +3,9 @@
     python benchmarks/cddpm.py                       # three rounds of each, in turn; Markdown tables
     python benchmarks/cddpm.py --slices 50 --batch 150 --device cuda    # one volume of the authors
 
-Time: the bare UNet for the same evaluations, a loop over timesteps as in the authors' program (the slices of a volume are one batch,
-or several of `--batch`), and the pipeline. Then milliseconds per slice of every part of cDDPM and of SADM, each measured alone.
+Time: the bare UNet for the same evaluations, a loop over timesteps as in the authors' program (the slices of a volume
+are one batch, or several of `--batch`), and the pipeline. Then milliseconds per slice of every part of cDDPM and of
+SADM, each measured alone.
 """
 
 from __future__ import annotations

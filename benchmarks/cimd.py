@@ -2,10 +2,10 @@
 
     python benchmarks/cimd.py                # three rounds of each, in turn; Markdown tables
 
-Time: the bare network for the same evaluations in the same batches, the pipeline with the members of all slices in batches, and the
-pipeline with a batch of one. The second over the first is the overhead (aim 1.05), the third over the second what batches gain.
-With a GPU also: seconds for one picture of 128 x 128, 16 members of 50 steps, in float32 and bf16, with the network of
-configs/cimd_lidc.yaml.
+Time: the bare network for the same evaluations in the same batches, the pipeline with the members of all slices in
+batches, and the pipeline with a batch of one. The second over the first is the overhead (aim 1.05), the third over the
+second what batches gain. With a GPU also: seconds for one picture of 128 x 128, 16 members of 50 steps, in float32 and
+bf16, with the network of configs/cimd_lidc.yaml.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from anodiff.configs import packaged_config
 
 
 def make_pipeline(size: int, widths: list[int] | None, device: str) -> tuple[CIMDPipeline, float]:
-    """The network of configs/cimd_lidc.yaml, with other widths if they are given, and its GFLOP per evaluation (one multiply-add = 2)."""
+    """The network of configs/cimd_lidc.yaml, with other widths if they are given, and its GFLOP per evaluation (one
+    multiply-add = 2)."""
     torch.manual_seed(0)
     settings = yaml.safe_load(packaged_config("cimd_lidc.yaml").read_text())["unet"]
     settings.pop("_class_name")

@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py            # two runs of each, in turn; Markdown table
 
-The network has at least 5 GFLOP per evaluation and a slice at least 50 evaluations; slices are prepared. The aim is 1.05.
-One-shot maps are reported in milliseconds per slice with the share of each stage.
+The network has at least 5 GFLOP per evaluation and a slice at least 50 evaluations; slices are prepared. The aim is
+1.05. One-shot maps are reported in milliseconds per slice with the share of each stage.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """Prepared sets that ask what a method knows of lesions it was not trained on; docs/results.md has the table.
 
-    python benchmarks/unknown_lesions.py TCGA_LGG_FLAIR MS OUT      # folders of patients with flair, lesion and brain .nii.gz
+    python benchmarks/unknown_lesions.py TCGA_LGG_FLAIR MS OUT      # folders of patients with flair, lesion and brain
+    .nii.gz
 
-One channel, whatever the contrast, in slices about 6 mm apart as those of TCGA-LGG. All sets share the training split (healthy phantoms in
-T1 and in T2, FLAIR of tumour patients of TCGA-LGG) and the validation split (other tumour patients). They differ in their test split:
+One channel, whatever the contrast, in slices about 6 mm apart as those of TCGA-LGG. All sets share the training split
+(healthy phantoms in T1 and in T2, FLAIR of tumour patients of TCGA-LGG) and the validation split (other tumour
+patients). They differ in their test split:
 
-    OUT/tumour       FLAIR of tumour patients in no other split: a known kind of lesion
-    OUT/stroke_t1    strokes of the phantom
-    OUT/stroke_t2    the same in T2
-    OUT/ms           multiple sclerosis, FLAIR
+    OUT/tumour       FLAIR of tumour patients in no other split: a known kind of lesion OUT/stroke_t1    strokes of the
+    phantom OUT/stroke_t2    the same in T2 OUT/ms           multiple sclerosis, FLAIR
 
-Masks of the training patients are kept: `sadm_labelled` learns from them, every other method from slices without lesion.
+Masks of the training patients are kept: `sadm_labelled` learns from them, every other method from slices without
+lesion.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ def parse_options(
     Fills an options dataclass from `--config FILE` and the command line.
 
     Args:
-        options_class (`type`): Dataclass; nested dataclasses are blocks of the file, docstrings of the fields are the help.
+        options_class (`type`):
+            Dataclass; nested dataclasses are blocks of the file, docstrings of the fields are the help.
         argv (`list[str]`, *optional*): Arguments without the program's name; those of the process by default.
         prog (`str`): Program name in messages.
         description (`str`): First lines of `--help`.
@@ -74,7 +75,8 @@ def packaged_config(name: str) -> Path:
 
 
 def config_path(name: str | Path) -> Path:
-    """A configuration file on disk or, for a bare name such as `anoddpm_nfbs.yaml`, one that comes with the package."""
+    """A configuration file on disk or, for a bare name such as `anoddpm_nfbs.yaml`, one that comes with the
+    package."""
     path = Path(name)
     if path.exists():
         return path

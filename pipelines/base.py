@@ -1,5 +1,5 @@
-"""What every pipeline of this library does alike: loading the right class, preparing a volume, the way from slices to maps, and the
-way of maps back to the volume."""
+"""What every pipeline of this library does alike: loading the right class, preparing a volume, the way from slices to
+maps, and the way of maps back to the volume."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ NOT_FINITE = (
 # What every call takes; anything else is an argument of the method.
 CALL_ARGUMENTS = ("volume", "threshold", "brain_mask", "generator", "batch_size", "noise", "return_dict")
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Class labels of conditional networks and of the classifier that guides one: no lesion, and (networks only) no label; 1 is unhealthy.
+# Class labels of conditional networks, and of the classifier that guides one: no lesion, and no label; 1 is unhealthy.
 HEALTHY, NULL = 0, 2
 
 
 @dataclass(frozen=True)
 class PreparedSlices:
-    """Slices of one volume on the pipeline's device: `slices` (N, C, H, W), `brain` (N, H, W) bool, and where they came from
-    (`None` for a tensor)."""
+    """Slices of one volume on the pipeline's device: `slices` (N, C, H, W), `brain` (N, H, W) bool, and where they
+    came from (`None` for a tensor)."""
 
     slices: torch.Tensor
     brain: torch.Tensor
@@ -56,10 +56,13 @@ class SliceResults(NamedTuple):
 
     Args:
         maps (`torch.Tensor` of shape `(N, H, W)`): Scores >= 0. CIMD: the maps of E members, `(N, E, H, W)`.
-        reconstruction (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): Pseudo-healthy slices, if the method makes any.
-        masks (`torch.Tensor` of shape `(N, H, W)`, bool, *optional*): The method's own segmentation, if it chooses its thresholds itself.
+        reconstruction (`torch.Tensor` of shape `(N, C, H, W)`, *optional*):
+            Pseudo-healthy slices, if the method makes any.
+        masks (`torch.Tensor` of shape `(N, H, W)`, bool, *optional*):
+            The method's own segmentation, if it chooses its thresholds itself.
         details (`dict[str, torch.Tensor]`): What else it says of each slice, `(N, ...)`.
-        added (`torch.Tensor` of shape `(N, H, W)`, *optional*): Scores >= 0 that are added to the maps once these are filtered.
+        added (`torch.Tensor` of shape `(N, H, W)`, *optional*):
+            Scores >= 0 that are added to the maps once these are filtered.
     """
 
     maps: torch.Tensor
@@ -73,9 +76,10 @@ class Noise:
     """
     Gives the noise of the items of one batch: drawn by key, or as the caller of the pipeline gave it.
 
-    Draw k of slice i has the key `make_keys(seed, i, k)`, whatever else is in the batch. Given noise has one form for all pipelines: a
-    tensor `(K, N, C, H, W)`, whose entry `[k, i]` is draw k of slice i, or a callable `noise(draws, indices, shape)` with a list of numbers
-    below K, a list of slice numbers as long, and the shape `(B, C, H, W)` that it must return. What the K draws are says each pipeline.
+    Draw k of slice i has the key `make_keys(seed, i, k)`, whatever else is in the batch; those after the first of a
+    chain are folded from it. Given noise has one form for all pipelines: a tensor `(K, N, C, H, W)`, whose entry
+    `[k, i]` is draw k of slice i, or a callable `noise(draws, indices, shape)` with a list of numbers below K, a list
+    of slice numbers as long, and the shape `(B, C, H, W)` that it must return. Each pipeline says what its draws are.
 
     Args:
         seed (`int`): Of the call.
@@ -97,7 +101,8 @@ class Noise:
         Gives the noise of one draw of all items.
 
         Args:
-            make (callable): Keys `(B, 2)` to noise `(B, C, H, W)`: the scheduler's `draw_noise`, with everything else bound.
+            make (callable):
+                Keys `(B, 2)` to noise `(B, C, H, W)`: the scheduler's `draw_noise`, with everything else bound.
             like (`torch.Tensor` of shape `(B, C, H, W)`): For type and shape.
             step (`int`): Number of the draw after the first one, for methods that walk a chain.
         """
@@ -122,19 +127,21 @@ class Noise:
 
 class AnomalyPipeline(DiffusionPipeline):
     r"""
-    Base of all pipelines. `AnomalyPipeline.from_pretrained(folder_or_id)` gives the pipeline class that the checkpoint names.
+    Base of all pipelines. `AnomalyPipeline.from_pretrained(folder_or_id)` gives the pipeline class that the checkpoint
+    names.
 
-    A pipeline's configuration holds `threshold` (of `pred_mask`; without one there is no mask), the values of [`PostProcessing`], and the
-    method's own settings: the arguments of its `compute_maps`, which is the method itself, slices in, maps out. In a call each of them may
-    be given, and is `None` for the checkpoint's value.
+    A pipeline's configuration holds `threshold` (of `pred_mask`; without one there is no mask), the values of
+    [`PostProcessing`], and the method's own settings: the arguments of its `compute_maps`, which is the method itself,
+    slices in, maps out. In a call each of them may be given, and is `None` for the checkpoint's value.
 
     All calls share these arguments:
 
     Args:
         volume:
-            Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict of modalities, tensor `(N, C, H, W)` that is already
-            processed, or a list of volumes, which gives a list of results.
-        threshold (`float`, *optional*): Of `pred_mask`, instead of the checkpoint's; it also replaces masks that the method makes itself.
+            Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict of modalities, tensor `(N, C, H, W)`
+            that is already processed, or a list of volumes, which gives a list of results.
+        threshold (`float`, *optional*):
+            Of `pred_mask`, instead of the checkpoint's; it also replaces masks that the method makes itself.
         brain_mask (*optional*): Mask of the volume, same kinds as the volume.
         generator (`int` or `torch.Generator`, *optional*): Seed, that of a generator its initial one; `None` is 0.
         batch_size (`int`, defaults to 16): Items that share one evaluation of the network. Does not change the result.
@@ -151,11 +158,13 @@ class AnomalyPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """As `DiffusionPipeline.from_pretrained`; on this base class it returns the subclass that the checkpoint names.
+        """As `DiffusionPipeline.from_pretrained`; on this base class it returns the subclass that the checkpoint
+        names.
 
         Raises:
             FileNotFoundError: There is no such folder or repository, or no pipeline in it.
-            ValueError: The checkpoint is no pipeline of this library, has no processor, or was made by a newer version.
+            ValueError:
+                The checkpoint is no pipeline of this library, has no processor, or was made by a newer version.
         """
         import anodiff
 
@@ -181,8 +190,8 @@ class AnomalyPipeline(DiffusionPipeline):
         return getattr(anodiff, name).from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, **kwargs) -> None:
-        """As `DiffusionPipeline.save_pretrained`. With `push_to_hub=True` and `repo_id` the folder gets a card and is pushed; the
-        other arguments of [`push_to_hub`] are taken as well."""
+        """As `DiffusionPipeline.save_pretrained`. With `push_to_hub=True` and `repo_id` the folder gets a card and is
+        pushed; the other arguments of [`push_to_hub`] are taken as well."""
         hub_arguments = ("repo_id", "card", "licence", "private", "token", "commit_message")
         pushing = {key: kwargs.pop(key) for key in hub_arguments if key in kwargs}
         super().save_pretrained(str(save_directory), **kwargs)
@@ -245,7 +254,8 @@ class AnomalyPipeline(DiffusionPipeline):
         return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
     def register_modules(self, **components) -> None:
-        """As `DiffusionPipeline.register_modules`, for components of the classes that the signature of `__init__` names.
+        """As `DiffusionPipeline.register_modules`, for components of the classes that the signature of `__init__`
+        names.
 
         Raises:
             TypeError: A component has a wrong class.
@@ -264,7 +274,8 @@ class AnomalyPipeline(DiffusionPipeline):
 
         Args:
             inputs (`int`, *optional*): Channels that the UNet must take; as many as there are modalities by default.
-            outputs (sequence of `int`, *optional*): Numbers of channels that it may give; as many as there are modalities by default.
+            outputs (sequence of `int`, *optional*):
+                Numbers of channels that it may give; as many as there are modalities by default.
 
         Raises:
             ValueError: The channels or a value do not fit.
@@ -283,7 +294,8 @@ class AnomalyPipeline(DiffusionPipeline):
         _ = self.postprocessing  # checks its values
 
     def check_value_range(self) -> None:
-        """Raises a `ValueError` unless the processor brings slices to [-1, 1], which predictions of the clean slice are limited to."""
+        """Raises a `ValueError` unless the processor brings slices to [-1, 1], which predictions of the clean slice
+        are limited to."""
         value_range = tuple(self.processor.config.value_range)
         if value_range != (-1.0, 1.0):
             raise ValueError(
@@ -291,8 +303,8 @@ class AnomalyPipeline(DiffusionPipeline):
             )
 
     def modality_channels(self, modalities: Sequence[str] | None) -> list[int]:
-        """Returns the channels of the named modalities, in that order; of all for `None`. Raises a `ValueError` unless they are different
-        ones of the processor's."""
+        """Returns the channels of the named modalities, in that order; of all for `None`. Raises a `ValueError` unless
+        they are different ones of the processor's."""
         known = list(self.processor.config.modalities)
         if modalities is None:
             return list(range(len(known)))
@@ -310,16 +322,19 @@ class AnomalyPipeline(DiffusionPipeline):
             check_number("threshold", threshold)
 
     def default_settings(self) -> dict:
-        """Returns the checkpoint's values of what `compute_maps` needs to be told: those of its arguments that the configuration holds."""
+        """Returns the checkpoint's values of what `compute_maps` needs to be told: those of its arguments that the
+        configuration holds."""
         names = inspect.signature(self.compute_maps).parameters
         return {name: self.config[name] for name in names if name in self.config}
 
     def looks_across_slices(self, **settings) -> bool:
-        """Tells whether a map depends on other slices of its volume: `compute_maps` then gets those of one volume, and of no other."""
+        """Tells whether a map depends on other slices of its volume: `compute_maps` then gets those of one volume, and
+        of no other."""
         return False
 
     def calibrate(self, slices, **arguments) -> dict:
-        """Chooses settings from slices with labels, and puts them into the configuration; only methods with a calibration of their own do.
+        """Chooses settings from slices with labels, and puts them into the configuration; only methods with a
+        calibration of their own do.
 
         Raises:
             ValueError: This method has none.
@@ -353,25 +368,25 @@ class AnomalyPipeline(DiffusionPipeline):
             self.unet.compile()
 
     def autocast(self):
-        """Context of all evaluations of a call. Opened once: autocast then converts the weights once, and everything between two
-        evaluations is elementwise and stays float32."""
+        """Context of all evaluations of a call. Opened once: autocast then converts the weights once, and everything
+        between two evaluations is elementwise and stays float32."""
         device = self._execution_device.type
         return torch.autocast(device, self._autocast_dtype) if self._autocast_dtype else nullcontext()
 
     def predict_noise(
         self, sample: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One evaluation of the network: `(B, C, H, W)` and `(B,)`, with a conditional network also labels `(B,)`, to float32
-        `(B, C, H, W)`."""
+        """One evaluation of the network: `(B, C, H, W)` and `(B,)`, with a conditional network also labels `(B,)`, to
+        float32 `(B, C, H, W)`."""
         labels = () if class_labels is None else (class_labels,)
         # Not `unet.dtype`, which walks all modules at every evaluation.
         dtype = next(self.unet.parameters()).dtype
         return self.unet(sample.to(dtype), timesteps, *labels).sample.to(sample.dtype)
 
     def prepare_volume(self, volume, brain_mask=None) -> PreparedSlices:
-        """Brings whatever a volume may be to slices on the device. A tensor `(N, C, H, W)` counts as processed: all of it is
-        brain unless `brain_mask`, a bool tensor `(N, H, W)`, says otherwise. [`PreparedSlices`] are returned, so that several calls
-        can share them."""
+        """Brings whatever a volume may be to slices on the device. A tensor `(N, C, H, W)` counts as processed: all of
+        it is brain unless `brain_mask`, a bool tensor `(N, H, W)`, says otherwise. [`PreparedSlices`] are returned, so
+        that several calls can share them."""
         if isinstance(volume, PreparedSlices) and brain_mask is None:
             return volume
         if isinstance(volume, torch.Tensor):
@@ -400,8 +415,9 @@ class AnomalyPipeline(DiffusionPipeline):
         Does what `__call__` of every pipeline does, from the volume to the result.
 
         Args:
-            call (`dict`): The arguments of `__call__`, its `locals()`: what all pipelines take, and the method's own, `None` for the
-                checkpoint's value.
+            call (`dict`):
+                The arguments of `__call__`, its `locals()`: what all pipelines take, and the method's own, `None` for
+                the checkpoint's value.
         """
         given = {name: value for name, value in call.items() if name not in ("self", *CALL_ARGUMENTS)}
         volume, threshold, brain_mask, generator, batch_size, noise, return_dict = map(call.get, CALL_ARGUMENTS)
@@ -456,19 +472,23 @@ class AnomalyPipeline(DiffusionPipeline):
         """
         Computes the maps of slices: the only way to them, for calls, evaluations and calibrations alike.
 
-        The method sees the slices that hold brain. The others have the map 0, their own image as reconstruction, an empty mask, and NaN
-        or -1 as details. Maps are filtered as the configuration says ([`PostProcessing`]), volume by volume, and are 0 outside the brain.
+        The method sees the slices that hold brain. The others have the map 0, their own image as reconstruction, an
+        empty mask, and NaN or -1 as details. Maps are filtered as the configuration says ([`PostProcessing`]), volume
+        by volume, and are 0 outside the brain.
 
         Args:
             slices (`torch.Tensor` of shape `(N, C, H, W)`): In the processor's value range, on the pipeline's device.
             brain (`torch.Tensor` of shape `(N, H, W)`, bool): Where there is brain.
             indices (sequence of N `int`): The slices' numbers, which their random numbers depend on.
-            volumes (sequence of `int`, *optional*): How many of the slices each volume has, in their order; one volume by default.
+            volumes (sequence of `int`, *optional*):
+                How many of the slices each volume has, in their order; one volume by default.
             batch_size, seed, noise: As of a call.
             settings: Arguments of `compute_maps` instead of the checkpoint's.
 
         Returns:
-            [`SliceResults`]: of all N slices. `maps` is on the CPU, float32, with what a method adds to filtered maps; `added` is `None`.
+            [`SliceResults`]:
+                of all N slices. `maps` is on the CPU, float32, with what a method adds to filtered maps; `added` is
+                `None`.
 
         Raises:
             ValueError: The network gave NaN or infinite values.
@@ -510,7 +530,8 @@ class AnomalyPipeline(DiffusionPipeline):
     def filter_maps(
         self, maps: torch.Tensor, brain: torch.Tensor, added: torch.Tensor | None, volumes: Sequence[int]
     ) -> torch.Tensor:
-        """Filters maps `(N, H, W)` volume by volume, as the configuration says, and adds what a method adds to filtered maps."""
+        """Filters maps `(N, H, W)` volume by volume, as the configuration says, and adds what a method adds to
+        filtered maps."""
         filtered, start = [], 0
         for count in volumes:
             rows = slice(start, start + count)
@@ -522,8 +543,8 @@ class AnomalyPipeline(DiffusionPipeline):
     def finish_volume(
         self, prepared: PreparedSlices, results: SliceResults, threshold: float | None, settings: dict
     ) -> AnomalyOutput:
-        """Scores the filtered maps of a volume, cuts them, and brings everything onto the grid of the input. A `threshold` wins over the
-        method's own masks."""
+        """Scores the filtered maps of a volume, cuts them, and brings everything onto the grid of the input. A
+        `threshold` wins over the method's own masks."""
         postprocessing, processed = self.postprocessing, prepared.processed
         maps, brain = results.maps.numpy(), prepared.brain.cpu().numpy()
         masks = None if results.masks is None else results.masks.cpu().numpy().astype(np.uint8)
@@ -570,7 +591,8 @@ def device_name(device: torch.device) -> str:
 
 
 def resolve_seed(generator: int | torch.Generator | None) -> int:
-    """The integer that every draw is derived from; no generator is seed 0, so that the same scan gives the same map."""
+    """The integer that every draw is derived from; no generator is seed 0, so that the same scan gives the same
+    map."""
     if generator is None:
         return 0
     if isinstance(generator, torch.Generator):

@@ -106,8 +106,7 @@ def draw_fields(
     Args:
         scheduler ([`AnoDDPMScheduler`]): Draws.
         seed, noise: As of the call.
-        numbers, draws (`torch.Tensor` of shape `(B,)`, int64, on the CPU):
-            Slice number and draw number of each item.
+        numbers, draws (`torch.Tensor` of shape `(B,)`, int64, on the CPU): Slice number and draw number of each item.
         timesteps (`torch.Tensor` of shape `(K,)`, on the CPU): Those of the draws.
         like (`torch.Tensor` of shape `(N, C, H, W)`): Slices, for size, type and device.
 

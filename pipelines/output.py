@@ -16,8 +16,8 @@ from diffusers.utils import BaseOutput
 from ..volumes.volume import InputVolume
 
 
-# What an array of a result is, which decides how it becomes a picture: raw scores >= 0 in 16 bits, whose factor goes into the record;
-# a share in [0, 1] in 16 bits, 65535 is 1; a mask in 8 bits, 255 is 1; or an image in the input's units.
+# What an array of a result is, which decides how it becomes a picture: raw scores >= 0 in 16 bits, whose factor goes
+# into the record; a share in [0, 1] in 16 bits, 65535 is 1; a mask in 8 bits, 255 is 1; or an image in the input's units.
 SCORES, SHARE, MASK, IMAGE = "scores", "share", "mask", "image"
 _MAP_ARRAYS = {"anomaly_map": SCORES, "pred_mask": MASK, "reconstruction": IMAGE}
 _ENSEMBLE_ARRAYS = {
@@ -39,19 +39,23 @@ _RESULT_FILE = re.compile(r"(reconstruction)_.+\.png|(member_masks|member_maps)_
 @dataclass
 class AnomalyOutput(BaseOutput):
     """
-    What a pipeline finds in one volume. For a tensor input `(N, C, H, W)` the arrays are tensors on the network's grid.
+    What a pipeline finds in one volume. For a tensor input `(N, C, H, W)` the arrays are tensors on the network's
+    grid.
 
     Args:
         anomaly_map (`np.ndarray` of the input's shape):
-            Raw scores >= 0, float32, on the input's grid: comparable between slices and volumes of one checkpoint, never rescaled.
+            Raw scores >= 0, float32, on the input's grid: comparable between slices and volumes of one checkpoint,
+            never rescaled.
         pred_score (`np.ndarray` of shape `(N,)`):
             Score of every slice, indexed by the input's slices; 0 where a slice holds no brain.
         volume_score (`float`): The same rule over the whole volume.
-        pred_mask (`np.ndarray` of the input's shape, *optional*): uint8, `anomaly_map > threshold`. `None` without a threshold.
+        pred_mask (`np.ndarray` of the input's shape, *optional*):
+            uint8, `anomaly_map > threshold`. `None` without a threshold.
         reconstruction (`np.ndarray` of the input's shape, *optional*):
             Pseudo-healthy image in the input's units; `(..., C)` for several modalities.
         slice_details (`dict[str, np.ndarray]`, *optional*):
-            What else a method says of each slice, `(N, ...)` by the input's slices; NaN or -1 where a slice holds no brain.
+            What else a method says of each slice, `(N, ...)` by the input's slices; NaN or -1 where a slice holds no
+            brain.
         settings (`dict`): Every value that the result depends on, for the record.
         source ([`InputVolume`], *optional*): The input that results are written like; `None` for tensors.
     """
@@ -67,12 +71,12 @@ class AnomalyOutput(BaseOutput):
 
     def save(self, folder: str | os.PathLike) -> None:
         """
-        Writes the result into `folder` (made if missing): `anomaly_map`, `pred_mask` and `reconstruction` as NIfTI with the affine
-        of the input, or as PNG for a picture, and `result.json` with scores and settings.
+        Writes the result into `folder` (made if missing): `anomaly_map`, `pred_mask` and `reconstruction` as NIfTI
+        with the affine of the input, or as PNG for a picture, and `result.json` with scores and settings.
 
-        A PNG map has 16 bits; `result.json` holds the factor `anomaly_map_per_grey_level` that gives the raw score back. A
-        reconstructed picture has 8 bits, 16 where the input exceeds 255; of several modalities each has its own
-        `reconstruction_NAME.png`. Files of an earlier result in `folder` are replaced.
+        A PNG map has 16 bits; `result.json` holds the factor `anomaly_map_per_grey_level` that gives the raw score
+        back. A reconstructed picture has 8 bits, 16 where the input exceeds 255; of several modalities each has its
+        own `reconstruction_NAME.png`. Files of an earlier result in `folder` are replaced.
         """
         record = {
             "volume_score": self.volume_score,
@@ -86,18 +90,22 @@ class AnomalyOutput(BaseOutput):
 @dataclass
 class CIMDOutput(BaseOutput):
     """
-    Several plausible segmentations of one volume, and how often each voxel belongs to one. For a tensor input `(N, C, H, W)` the arrays
-    are tensors on the network's grid; E is the number of members.
+    Several plausible segmentations of one volume, and how often each voxel belongs to one. For a tensor input `(N, C,
+    H, W)` the arrays are tensors on the network's grid; E is the number of members.
 
-    Deviation and agreement say how far the members are from each other: dispersion of this ensemble, not confidence of a diagnosis.
+    Deviation and agreement say how far the members are from each other: dispersion of this ensemble, not confidence of
+    a diagnosis.
 
     Args:
         member_masks (`np.ndarray` of shape `(E, ...)`, the rest as the input):
             uint8, `member_maps > threshold`: each member is one plausible segmentation.
-        member_maps (`np.ndarray` of shape `(E, ...)`): float32, what the members' masks are cut from, in [0, 1], mostly near its ends.
+        member_maps (`np.ndarray` of shape `(E, ...)`):
+            float32, what the members' masks are cut from, in [0, 1], mostly near its ends.
         mean_map (`np.ndarray` of the input's shape): float32, mean of the members' maps, in [0, 1].
-        std_map (`np.ndarray` of the input's shape): float32, their standard deviation (of the population), in [0, 0.5].
-        probability_map (`np.ndarray` of the input's shape): float32, share of the members whose mask holds the voxel, in [0, 1].
+        std_map (`np.ndarray` of the input's shape):
+            float32, their standard deviation (of the population), in [0, 0.5].
+        probability_map (`np.ndarray` of the input's shape):
+            float32, share of the members whose mask holds the voxel, in [0, 1].
         agreement (`np.ndarray` of the input's shape): float32, share of the members on the larger side, in [0.5, 1].
         majority_mask (`np.ndarray` of the input's shape): uint8, where more than half of the members' masks are.
         settings (`dict`): Every value that the result depends on, for the record.
@@ -116,8 +124,9 @@ class CIMDOutput(BaseOutput):
 
     def save(self, folder: str | os.PathLike) -> None:
         """
-        Writes the result into `folder` (made if missing), one file per array as NIfTI with the affine of the input, members along the
-        fourth axis; or as PNG for a picture, one file per member (`member_masks_00.png`, ...); and `result.json` with the settings.
+        Writes the result into `folder` (made if missing), one file per array as NIfTI with the affine of the input,
+        members along the fourth axis; or as PNG for a picture, one file per member (`member_masks_00.png`, ...); and
+        `result.json` with the settings.
 
         PNG maps have 16 bits: 65535 is 1. Files of an earlier result in `folder` are replaced.
         """
@@ -128,15 +137,18 @@ class CIMDOutput(BaseOutput):
 @dataclass
 class DispersionOutput(BaseOutput):
     """
-    Maps of one volume from repeated draws, and how far they lie apart. For a tensor input `(N, C, H, W)` the arrays are tensors on the
-    network's grid; E is the number of members.
+    Maps of one volume from repeated draws, and how far they lie apart. For a tensor input `(N, C, H, W)` the arrays
+    are tensors on the network's grid; E is the number of members.
 
-    The deviation is dispersion of the draws, not confidence of a diagnosis: an error that all members share does not show.
+    The deviation is dispersion of the draws, not confidence of a diagnosis: an error that all members share does not
+    show.
 
     Args:
-        member_maps (`np.ndarray` of shape `(E, ...)`, the rest as the input): float32, the raw scores >= 0 of each member.
+        member_maps (`np.ndarray` of shape `(E, ...)`, the rest as the input):
+            float32, the raw scores >= 0 of each member.
         mean_map (`np.ndarray` of the input's shape): float32, their mean.
-        dispersion (`np.ndarray` of the input's shape): float32, their standard deviation (of the population), in units of the score.
+        dispersion (`np.ndarray` of the input's shape):
+            float32, their standard deviation (of the population), in units of the score.
         pred_score (`np.ndarray` of shape `(E, N)`): Scores of the slices of each member.
         volume_score (`np.ndarray` of shape `(E,)`): Score of the volume of each member.
         seeds (`list[int]`): Seed of each member.
@@ -153,12 +165,12 @@ class DispersionOutput(BaseOutput):
 
     def save(self, folder: str | os.PathLike) -> None:
         """
-        Writes `member_maps`, `mean_map` and `dispersion` into `folder` (made if missing) as NIfTI with the affine of the input, members
-        along the fourth axis; or as PNG for a picture, one file per member (`member_maps_00.png`, ...); and `dispersion.json` with seeds,
-        scores and settings. `first.save(folder)` may go into the same folder.
+        Writes `member_maps`, `mean_map` and `dispersion` into `folder` (made if missing) as NIfTI with the affine of
+        the input, members along the fourth axis; or as PNG for a picture, one file per member (`member_maps_00.png`,
+        ...); and `dispersion.json` with seeds, scores and settings. `first.save(folder)` may go into the same folder.
 
-        PNG maps have 16 bits; `dispersion.json` holds the factors that give raw scores back (`mean_map_per_grey_level`, ...). Files of
-        an earlier result in `folder` are replaced.
+        PNG maps have 16 bits; `dispersion.json` holds the factors that give raw scores back
+        (`mean_map_per_grey_level`, ...). Files of an earlier result in `folder` are replaced.
         """
         record = {
             "seeds": self.seeds,
@@ -170,8 +182,8 @@ class DispersionOutput(BaseOutput):
 
 
 def remove_results(folder: str | os.PathLike, names: Sequence[str] = RESULT_NAMES) -> None:
-    """Removes the files of an earlier result from a folder, and nothing else: members beyond the number of the new ones, say, would
-    pass for its own."""
+    """Removes the files of an earlier result from a folder, and nothing else: members beyond the number of the new
+    ones, say, would pass for its own."""
     for path in list(Path(folder).iterdir()):
         match = _RESULT_FILE.fullmatch(path.name)
         if match and match[match.lastindex] in names:
@@ -182,7 +194,8 @@ def _write(
     folder, source: InputVolume | None, result: BaseOutput, kinds: dict[str, str], file: str, record: dict
 ) -> None:
     """
-    Writes the arrays of a result that there are, as NIfTI or pictures, then its record as `file`.json, in place of an earlier result's.
+    Writes the arrays of a result that there are, as NIfTI or pictures, then its record as `file`.json, in place of an
+    earlier result's.
 
     Members, the first axis of an array, lie along the fourth axis of a NIfTI file, and are a picture each.
     """

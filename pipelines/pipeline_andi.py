@@ -19,20 +19,21 @@ AGGREGATIONS = ("geometric", "arithmetic", "prob")
 MODALITY_REDUCTIONS = ("max", "mean")
 
 
-# N slices, K draws per slice (timesteps, or chains of them), B items (a draw of a slice) of a batch, C modalities, H x W pixels.
+# N slices, K draws per slice (timesteps, or chains of them), B items (a draw of a slice) of a batch, C modalities,
+# H x W pixels.
 
 
 class ANDiPipeline(AnomalyPipeline):
     r"""
-    ANDi, aggregated normative diffusion: noise a slice once for each timestep of a middle range, compare the true mean of the reverse
-    transition with the one that the network predicts, and aggregate the squared differences over timesteps by a geometric mean.
-    Nothing is reconstructed, and no evaluation depends on another one.
+    ANDi, aggregated normative diffusion: noise a slice once for each timestep of a middle range, compare the true mean
+    of the reverse transition with the one that the network predicts, and aggregate the squared differences over
+    timesteps by a geometric mean. Nothing is reconstructed, and no evaluation depends on another one.
 
-    UNet evaluations per slice: `stop - start` (125), or `num_timesteps`. Not deterministic in itself, but fixed by the seed.
-    Training needs healthy images only, no masks.
+    UNet evaluations per slice: `stop - start` (125), or `num_timesteps`. Not deterministic in itself, but fixed by the
+    seed. Training needs healthy images only, no masks.
 
-    Paper: Frotscher, Kapoor, Wolfers, Baumgartner, "Unsupervised Anomaly Detection using Aggregated Normative Diffusion", arXiv
-    2312.01904.
+    Paper: Frotscher, Kapoor, Wolfers, Baumgartner, "Unsupervised Anomaly Detection using Aggregated Normative
+    Diffusion", arXiv 2312.01904.
 
     Maps are on the absolute scale of the deviations: exp(mean log d_t) with the geometric mean, never min-max scaled.
 
@@ -43,21 +44,24 @@ class ANDiPipeline(AnomalyPipeline):
         start (`int`, defaults to 75), stop (`int`, defaults to 200):
             The timesteps `start`, ..., `stop` - 1, with 1 <= `start` < `stop` <= T. UAD-IMAG: 26 and 126.
         num_timesteps (`int`, *optional*):
-            Evaluate that many of them only, evenly spread: faster, noisier. Defaults to all of them, as the authors do.
+            Evaluate that many of them only, evenly spread: faster, noisier. Defaults to all of them, as the authors
+            do.
         noise_type (`str`, defaults to `"gaussian"`):
-            `"gaussian"`, also for a network that was trained with pyramid noise, or `"pyramid"`, one for each image. The authors found
-            Gaussian noise far better at test time.
+            `"gaussian"`, also for a network that was trained with pyramid noise, or `"pyramid"`, one for each image.
+            The authors found Gaussian noise far better at test time.
         aggregation (`str`, defaults to `"geometric"`):
-            Over timesteps: `"geometric"` or `"arithmetic"` mean of d_t, or `"prob"`, 1 - product of exp(-d_t / (2 beta_t)).
+            Over timesteps: `"geometric"` or `"arithmetic"` mean of d_t, or `"prob"`, 1 - product of exp(-d_t / (2
+            beta_t)).
         modality_reduction (`str`, defaults to `"max"`): `"max"` or `"mean"` of the maps of the modalities.
         normative_blocks (`bool`, defaults to `False`):
-            The authors' unpublished variant: chains of steps without noise from each noised slice, compared at their ends. As many
-            evaluations, but those of a chain wait for each other.
+            The authors' unpublished variant: chains of steps without noise from each noised slice, compared at their
+            ends. As many evaluations, but those of a chain wait for each other.
         block_length (`int`, defaults to 25):
-            A chain ends at the multiples of it, and at 1. The first one begins at `stop` - 1, each other below the end before it; what
-            lies below the lowest end is not compared.
+            A chain ends at the multiples of it, and at 1. The first one begins at `stop` - 1, each other below the end
+            before it; what lies below the lowest end is not compared.
         zero_background (`bool`, defaults to `False`):
-            Set pixels that have exactly the lowest value of the processor's range to 0 before modalities are reduced (UAD-IMAG).
+            Set pixels that have exactly the lowest value of the processor's range to 0 before modalities are reduced
+            (UAD-IMAG).
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
             See [`AnomalyPipeline`] and [`PostProcessing`]. ANDi: median of 5 x 5 x 5.
     """
@@ -168,7 +172,7 @@ class ANDiPipeline(AnomalyPipeline):
             self.scheduler.draw_noise, size=slices.shape[1:], noise_type=noise_type, normalize="per_image"
         )
         total = torch.zeros_like(slices)
-        # Items are ordered by draw, then by slice: the sums of a slice are added up in the same order for every batch size.
+        # Items are ordered by draw, then by slice: a slice's sums are added in the same order for every batch size.
         groups = [(steps, torch.nonzero(lengths == steps).flatten()) for steps in lengths.unique().tolist()]
         evaluations = sum(-(-len(draws) * len(slices) // batch_size) * steps for steps, draws in groups)
         with self.progress_bar(total=evaluations) as progress, self.autocast():
@@ -177,32 +181,16 @@ class ANDiPipeline(AnomalyPipeline):
                 for draws, rows in (batch.T for batch in items.split(batch_size) if len(batch)):
                     drawing = Noise(seed, noise, numbers[rows], draws, device)
                     rows, timesteps = rows.to(device), tops[draws].to(device)
-
-                    # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n, (B, C, H, W)
                     original = slices[rows]
-                    drawn = drawing(draw_noise, original)
-                    sample = self.scheduler.add_noise(original, drawn, timesteps)
+                    error = self.chain_error(original, drawing(draw_noise, original), timesteps, steps, progress)
 
                     # d_t = (mu_q - mu_theta)^2, (B, C, H, W)
-                    model_output = self.predict_noise(sample, timesteps)
-                    error = self.scheduler.mean_error(model_output, timesteps, sample, original, drawn)
-                    progress.update()
-                    for _ in range(steps - 1):
-                        # Both chains of a block, without noise: the predicted one, and its distance from the true one.
-                        sample = self.scheduler.predicted_mean(model_output, timesteps, sample)
-                        timesteps = timesteps - 1
-                        model_output = self.predict_noise(sample, timesteps)
-                        error = self.scheduler.carry_error(error, timesteps) + self.scheduler.mean_error(
-                            model_output, timesteps, sample, original
-                        )
-                        progress.update()
                     deviation = self.scheduler.deviation(error)
-
-                    # Running sums only: memory does not depend on the number of timesteps.
                     if aggregation == "geometric":
                         deviation = deviation.log()
                     elif aggregation == "prob":
                         deviation = self.scheduler.surprise(deviation, timesteps)
+                    # Running sums only: memory does not depend on the number of timesteps.
                     total.index_add_(0, rows, deviation)
 
         if aggregation == "prob":
@@ -213,6 +201,26 @@ class ANDiPipeline(AnomalyPipeline):
         if zero_background:
             maps = maps.masked_fill(slices == self.processor.config.value_range[0], 0.0)
         return SliceResults(maps.amax(1) if modality_reduction == "max" else maps.mean(1))
+
+    def chain_error(
+        self, original: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, steps: int, progress
+    ) -> torch.Tensor:
+        """Computes mu_q - mu_theta, `(B, C, H, W)`, at the end of a chain of `steps` steps without noise, which begins
+        at t = `timesteps`, `(B,)`, with slices `original` that are noised to it."""
+        # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n
+        sample = self.scheduler.add_noise(original, noise, timesteps)
+        model_output = self.predict_noise(sample, timesteps)
+        error = self.scheduler.mean_error(model_output, timesteps, sample, original, noise)
+        progress.update()
+        for _ in range(steps - 1):
+            # The predicted chain, and its distance from the true one.
+            sample = self.scheduler.predicted_mean(model_output, timesteps, sample)
+            timesteps = timesteps - 1
+            model_output = self.predict_noise(sample, timesteps)
+            error = self.scheduler.carry_error(error, timesteps)
+            error = error + self.scheduler.mean_error(model_output, timesteps, sample, original)
+            progress.update()
+        return error
 
     def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""
@@ -244,5 +252,6 @@ class ANDiPipeline(AnomalyPipeline):
 
 
 def block_ends(timesteps: torch.Tensor, block_length: int) -> torch.Tensor:
-    """Returns those of the timesteps `(K,)` at which the authors' blocks end: the multiples of `block_length`, and 1."""
+    """Returns those of the timesteps `(K,)` at which the authors' blocks end: the multiples of `block_length`, and
+    1."""
     return timesteps[(timesteps % block_length == 0) | (timesteps == 1)]

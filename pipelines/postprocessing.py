@@ -87,13 +87,11 @@ def median_filter(maps: np.ndarray, size: int, dimensions: int, *, border: str =
     Filters the maps of one volume by the median of a window.
 
     Args:
-        maps (`np.ndarray` of shape `(N, H, W)`):
-            Anomaly maps, used as float32.
+        maps (`np.ndarray` of shape `(N, H, W)`): Anomaly maps, used as float32.
         size (`int`):
             Side of the window in pixels, for example 5. An even window begins `size / 2` pixels before its pixel and
             takes the upper one of the two middle values, as scipy does; UAD-IMAG uses 4.
-        dimensions (`int`):
-            2 for `(size, size)` in each slice, 3 for `(size, size, size)` across slices.
+        dimensions (`int`): 2 for `(size, size)` in each slice, 3 for `(size, size, size)` across slices.
         border (`str`, *optional*, defaults to `"reflect"`):
             How maps continue outside: `"reflect"` repeats the edge (d c b a | a b c d; ANDi and SADM), `"mirror"` does
             not (d c b | a b c d; AnoFPDM).
@@ -118,8 +116,7 @@ def erode_brain(brain: np.ndarray, iterations: int) -> np.ndarray:
     Args:
         brain (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1):
             Brain mask. What lies outside the image counts as background.
-        iterations (`int`):
-            Pixels to remove, 0 for none.
+        iterations (`int`): Pixels to remove, 0 for none.
 
     Returns:
         `np.ndarray` of shape `(N, H, W)`, boolean.
@@ -140,12 +137,9 @@ def remove_small_components(mask: np.ndarray, min_size: int, dimensions: int) ->
     fewer in 3-D (`min_size=8`).
 
     Args:
-        mask (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1):
-            Predicted mask.
-        min_size (`int`):
-            Smallest component that stays, in pixels; 0 and 1 keep everything.
-        dimensions (`int`):
-            2 for components of each slice, 3 for components of the volume.
+        mask (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1): Predicted mask.
+        min_size (`int`): Smallest component that stays, in pixels; 0 and 1 keep everything.
+        dimensions (`int`): 2 for components of each slice, 3 for components of the volume.
 
     Returns:
         `np.ndarray` of shape `(N, H, W)`, boolean.
@@ -183,16 +177,11 @@ def postprocess_maps(
     the brain is eroded.
 
     Args:
-        maps (`np.ndarray` of shape `(N, H, W)`):
-            Anomaly maps of one volume, used as float32.
-        brain (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1):
-            Brain mask.
-        median_size (`int`, *optional*, defaults to 0):
-            Side of the median window in pixels, 0 for no filter.
-        median_dimensions (`int`, *optional*, defaults to 2):
-            2 or 3, see [`median_filter`].
-        erosion (`int`, *optional*, defaults to 0):
-            Pixels to remove from the rim of the brain in each slice.
+        maps (`np.ndarray` of shape `(N, H, W)`): Anomaly maps of one volume, used as float32.
+        brain (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1): Brain mask.
+        median_size (`int`, *optional*, defaults to 0): Side of the median window in pixels, 0 for no filter.
+        median_dimensions (`int`, *optional*, defaults to 2): 2 or 3, see [`median_filter`].
+        erosion (`int`, *optional*, defaults to 0): Pixels to remove from the rim of the brain in each slice.
         filter_order (`str`, *optional*, defaults to `"erosion_first"`):
             `"erosion_first"` or `"median_first"`; without erosion they are the same.
 

@@ -102,7 +102,8 @@ def fold_in(keys: torch.Tensor, number: int | torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(B, 2)`, int64.
     """
-    number = torch.as_tensor(number, device=keys.device).expand(len(keys))
+    if not isinstance(number, torch.Tensor):
+        number = torch.full((len(keys),), number, device=keys.device)  # nothing waits for the host
     if keys.device.type == "cpu":
         words, numbers = _as_numpy(keys), _as_numpy(number)
         folded = philox((numbers & MASK, numbers >> 32, NEW_KEYS, 0), (words[:, 0], words[:, 1]))

@@ -1,6 +1,7 @@
 """The documents name what there is, and all of it."""
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 import anodiff
 from anodiff.train import OBJECTIVES
+from anodiff.training.objective import COMPONENTS
 
 
 ROOT = Path(anodiff.__file__).parent
@@ -33,6 +35,8 @@ FOREIGN = {
     "register_to_config",
     "linspace",
     "register_modules",
+    "fromarray",
+    "vectorize",
     "locals",
     "push_to_hub",
     "roc_curve",
@@ -61,7 +65,7 @@ def test_functions_and_classes_exist(page):
 def test_files_and_links_exist(page):
     text = page.read_text(encoding="utf-8")
     for name in re.findall(r"`((?:\w+/)+\w+\.(?:py|yaml|md))`", text):
-        assert "NAME" in name or (ROOT / name).exists(), f"{page.name} names {name}"
+        assert "NAME" in name or name.startswith("outputs/") or (ROOT / name).exists(), f"{page.name} names {name}"
     for target, anchor in re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)]+))?\)", text):
         file = (page.parent / target).resolve() if target else page
         assert file.exists(), f"{page.name} links to {target}"
@@ -89,17 +93,34 @@ def test_the_table_of_methods_is_that_of_the_objectives():
         assert exports.startswith("a part" if exported is None else f"`{exported.__name__}`"), method
 
 
-def test_every_setting_is_in_the_table_of_options():
+def arguments_of(kind: type) -> set[str]:
+    """The settings of a class, without its components."""
+    return set(inspect.signature(kind.__init__).parameters) - {"self", "processor", "scheduler", "unet", *COMPONENTS}
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_every_setting_is_in_the_table_of_options(method):
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     table = text[text.index("## Where each option is") :].split("\n\n")[1]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    block, keys = "", {}
-    for row in rows:
+    block, keys, before = "", {}, set()
+    for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]):
         block = row[0].strip("`") or block
-        for method in re.findall(r"`(\w+)`", row[1]) if row[1] != "all" else OBJECTIVES:
-            keys.setdefault((block, method), set()).update(re.findall(r"`(\w+)`", row[2]))
-    for method in OBJECTIVES:
-        named = keys.get(("objective", method), set())
-        assert set(objective(method).objective_keys) <= named or any(
-            f"as `{other}`" in row[2] for row in rows for other in OBJECTIVES
-        ), f"objective of {method}: {set(objective(method).objective_keys) - named}"
+        named = set(re.findall(r"`(\w+)`", row[2]))
+        if row[2].startswith("the same"):
+            named |= before
+        for other in re.findall(r"as `(\w+)`", row[2]):
+            named |= keys[block, other]
+        for name in (
+            set(re.findall(r"`(\w+)`", row[1])) & set(OBJECTIVES) if not row[1].startswith("all") else OBJECTIVES
+        ):
+            keys[block, name] = keys.get((block, name), set()) | named
+        before = named
+    kind = objective(method)
+    expected = {"objective": set(kind.objective_keys)}
+    if kind.scheduler_class is not None:
+        expected["scheduler"] = arguments_of(kind.scheduler_class)
+    if kind.pipeline_class is not None:
+        expected["inference"] = arguments_of(kind.pipeline_class)
+    for block, names in expected.items():
+        missing = names - keys.get((block, method), set())
+        assert not missing, f"the row of {method} in the block {block} lacks {', '.join(sorted(missing))}"

@@ -75,7 +75,7 @@ def test_unknown_keys_are_errors(tmp_path, capsys, content):
     [
         (["--processor.size", "[8, 8]"], "`size` is"),
         (["--unet.in_channels", "3"], "`unet.in_channels` must be 2"),
-        (["--inference.noise_level", "2000"], "`noise_level` must be between 1 and 1000"),
+        (["--inference.noise_level", "2000"], "`noise_level` must be an integer between 1 and 1000"),
     ],
 )
 def test_what_does_not_fit_the_data_is_found_before_the_training(workplace, tmp_path, monkeypatch, arguments, message):
