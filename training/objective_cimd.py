@@ -137,8 +137,8 @@ class UNetWithEncoders(torch.nn.Module):
     def forward(
         self, sample: torch.Tensor, timesteps: torch.Tensor, label: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the outputs `(N, 2, H, W)` for image and noised mask `(N, C + 1, H, W)`, and the divergence of what the
-        encoders make of the mask without noise, `label`, and of the predicted noise: `(N,)` in nats."""
+        """Returns the outputs `(N, 2, H, W)` for image and noised mask `(N, C + 1, H, W)`, and the divergence of what
+        the encoders make of the mask without noise, `label`, and of the predicted noise: `(N,)` in nats."""
         model_output = self.unet(sample, timesteps).sample
         image = sample[:, :1]  # the first modality alone, as the original's
         of_label = self.label_encoder(image, label)

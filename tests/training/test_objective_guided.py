@@ -198,7 +198,7 @@ def test_from_options():
         ({"unet": {"out_channels": 4}}, "`unet.out_channels` must be 2, the number of modalities, got 4"),
         ({"unet": {"num_class_embeds": 2}}, "`unet.num_class_embeds` must be 3, healthy, unhealthy, none, got 2"),
         ({"unet": {**ORIGINAL, "num_classes": 3}}, "`unet.num_classes` must be 2, healthy and unhealthy, got 3"),
-        ({"objective": {"label_dropout": 2}}, "`label_dropout` must be a finite number and between 0 and 1, got 2"),
+        ({"objective": {"label_dropout": 2}}, "`label_dropout` must be a finite number .*, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             GuidedObjective.from_options(TrainOptions(**{"unet": UNET, **wrong}), processor())
