@@ -15,30 +15,24 @@ from .options import AugmentationOptions
 # N images, C channels, H x W pixels. Ranges of `augment_intensity`, those of cDDPM's `aug_intensity`:
 LOG_GAMMA = 0.3
 BIAS_COEFFICIENT, BIAS_ORDER = 0.5, 3
+BIAS_POWERS = [(i, j) for i in range(BIAS_ORDER + 1) for j in range(BIAS_ORDER + 1 - i)]
 BLUR_STD = 1.0  # pixels; the authors' 2 are torchio's millimetres, and their pixels have 2 mm
 GHOSTS, GHOST_INTENSITY, GHOST_RESTORE = (4, 10), (0.5, 1.0), 0.02
 
 
 def augment(
-    batch: dict[str, torch.Tensor],
-    keys: torch.Tensor,
-    options: AugmentationOptions,
-    background: float,
+    batch: dict[str, torch.Tensor], keys: torch.Tensor, options: AugmentationOptions, background: float
 ) -> dict[str, torch.Tensor]:
-    """
-    Moves every slice of a batch by a random affine map of its own: its image bilinearly, its masks alike with the
-    nearest pixel.
-
-    Args:
-        batch (`dict[str, torch.Tensor]`): `image (N, C, H, W)`, perhaps `mask (N, A, H, W)` and `brain (N, H, W)`.
-            The rest stays.
-        keys (`torch.Tensor` of shape `(N, 2)`): One per slice, on the device of the images.
-        options ([`AugmentationOptions`]): Ranges.
-        background (`float`): Value of what comes into an image from outside; into a mask comes 0.
-    """
-    geometric = (options.rotation, options.translation, options.scale, options.horizontal_flip)
-    default = AugmentationOptions()
-    if geometric == (default.rotation, default.translation, default.scale, default.horizontal_flip):
+    """Moves every slice of a batch by a random affine map of its own key `(N, 2)`: `image (N, C, H, W)` bilinearly,
+    with `background` from outside, `mask (N, A, H, W)` and `brain (N, H, W)`, if there, alike by the nearest pixel,
+    with 0."""
+    moves = (
+        options.rotation,
+        *options.translation,
+        options.horizontal_flip,
+        *(factor - 1 for factor in options.scale),
+    )
+    if not any(moves):
         return batch
     images = batch["image"]
     # Five uniform numbers per image in a fixed order: rotation, shift along W, shift along H, scale, flip.
@@ -69,46 +63,35 @@ def augment(
 
 
 def augment_intensity(
-    images: torch.Tensor,
-    keys: torch.Tensor,
-    options: AugmentationOptions,
-    value_range: tuple[float, float],
+    images: torch.Tensor, keys: torch.Tensor, options: AugmentationOptions, value_range: tuple[float, float]
 ) -> torch.Tensor:
     """
-    Changes the intensities of every slice at random, in this order: contrast, an uneven brightness, a blur,
-    ghosts. Values may leave the range, as the authors'.
+    Changes the intensities of slices `(N, C, H, W)` in `value_range` at random, each by its own key `(N, 2)`, in this
+    order: contrast, an uneven brightness, a blur, ghosts. Channels change alike; values may leave the range, as the
+    authors'.
 
     This is cDDPM's `aug_intensity` slice by slice, on the device; the authors change whole volumes with torchio,
     before they take one slice. So it is close and not identical: here the brightness varies within the slice alone,
     blur and ghosts stay in it, and ghosts run along its rows or columns, never across slices.
-
-    Args:
-        images (`torch.Tensor` of shape `(N, C, H, W)`): Slices in `value_range`. Channels change alike.
-        keys (`torch.Tensor` of shape `(N, 2)`): One per slice, on the device of the images.
-        options ([`AugmentationOptions`]): Probabilities `gamma`, `bias_field`, `blur` and `ghosting`.
-        value_range (`tuple[float, float]`): Of the processor.
     """
     if not any((options.gamma, options.bias_field, options.blur, options.ghosting)):
         return images
     # Uniform numbers in a fixed order, whatever is asked for: four decisions, gamma, one number for each term of the
     # field, blur along H and W, and axis, number and strength of the ghosts.
-    powers = [(i, j) for i in range(BIAS_ORDER + 1) for j in range(BIAS_ORDER + 1 - i)]
-    count = 4 + 1 + len(powers) + 2 + 3
-    drawn = uniform(fold_in(keys, INTENSITY), (count,))
-    decisions, gamma, coefficients, deviations, ghosts = drawn.split([4, 1, len(powers), 2, 3], dim=1)
+    changes = (
+        (options.gamma, _gamma, 1),
+        (options.bias_field, _bias_field, len(BIAS_POWERS)),
+        (options.blur, _blur, 2),
+        (options.ghosting, _ghosts, 3),
+    )
+    sizes = [4] + [size for _, _, size in changes]
+    decisions, *draws = uniform(fold_in(keys, INTENSITY), (sum(sizes),)).split(sizes, dim=1)
     low, high = value_range
     changed = (images - low) / (high - low)
-    for column, (probability, change) in enumerate(
-        (
-            (options.gamma, lambda values: _gamma(values, gamma)),
-            (options.bias_field, lambda values: _bias_field(values, coefficients, powers)),
-            (options.blur, lambda values: _blur(values, deviations * BLUR_STD)),
-            (options.ghosting, lambda values: _ghosts(values, ghosts)),
-        )
-    ):
+    for (probability, change, _), decision, drawn in zip(changes, decisions.unbind(1), draws, strict=True):
         if probability:
-            chosen = (decisions[:, column] < probability)[:, None, None, None]
-            changed = torch.where(chosen, change(changed), changed)
+            chosen = (decision < probability)[:, None, None, None]
+            changed = torch.where(chosen, change(changed, drawn), changed)
     return changed * (high - low) + low
 
 
@@ -117,16 +100,17 @@ def _gamma(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     return images.sign() * images.abs() ** exponent
 
 
-def _bias_field(images: torch.Tensor, drawn: torch.Tensor, powers: list[tuple[int, int]]) -> torch.Tensor:
+def _bias_field(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     height, width = images.shape[2:]
     y, x = (torch.linspace(-1, 1, size, device=images.device) for size in (height, width))
-    terms = torch.stack([y[:, None] ** i * x**j for i, j in powers])  # (terms, H, W)
+    terms = torch.stack([y[:, None] ** i * x**j for i, j in BIAS_POWERS])  # (terms, H, W)
     coefficients = BIAS_COEFFICIENT * (2 * drawn - 1)
     return images * torch.einsum("nt,thw->nhw", coefficients, terms).exp()[:, None]
 
 
-def _blur(images: torch.Tensor, deviations: torch.Tensor) -> torch.Tensor:
-    """Gaussian of its own standard deviations along H and W for each image, `(N, 2)` in pixels."""
+def _blur(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Gaussian of its own standard deviations along H and W for each image."""
+    deviations = drawn * BLUR_STD
     radius = math.ceil(4 * BLUR_STD)
     offsets = torch.arange(-radius, radius + 1, device=images.device)
     weights = torch.softmax(-0.5 * (offsets / deviations.clamp(min=1e-3)[..., None]) ** 2, dim=2)  # (N, 2, taps)

@@ -18,13 +18,7 @@ from .state import Run, plain
 
 
 def check_hub(loop: LoopOptions) -> None:
-    """
-    Opens the repository of `train.push_to_hub` before the training, so that what a push would fail at is found first.
-
-    Raises:
-        FileNotFoundError: There is no such picture.
-        PublishingError: The repository cannot be pushed to.
-    """
+    """Opens the repository of `train.push_to_hub`, so that what a push would fail at is found before the training."""
     if loop.hub_picture and not Path(loop.hub_picture).is_file():
         raise FileNotFoundError(f"`train.hub_picture`: there is no file {loop.hub_picture}.")
     try:

@@ -13,42 +13,44 @@ the samples of batch s // u.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from ..hub.publishing import BackgroundPush, push_folder
+from ..schedulers.draws import make_keys
 from .augmentation import augment, augment_intensity
 from .export import check_hub, export
-from .keys import TRAINING, sample_keys
+from .keys import TRAINING
 from .objective import Objective
 from .optimization import check_optim
 from .options import TrainOptions, check_options
 from .samples import make_loader
-from .state import Run, find_checkpoint, make_accelerator, make_run
+from .state import Run, find_checkpoint, make_run
 from .validation import validate
 
 
 def fit(options: TrainOptions, objective_class: type[Objective]) -> Path:
-    """
-    Trains one objective and writes `<output_dir>/pipeline`, a folder that `from_pretrained` reads.
-
-    Args:
-        options ([`TrainOptions`]): The run.
-        objective_class (`type`): A subclass of [`Objective`].
-
-    Returns:
-        `Path`: The exported folder.
-    """
+    """Trains one objective; writes and returns `<output_dir>/pipeline`, a folder that `from_pretrained` reads."""
     # What can be wrong is found before any data is made or read.
     loop = options.train
     check_options(options)
     check_optim(options.optim)
     objective_class.check_options(options)
     checkpoint = find_checkpoint(loop)
-    accelerator = make_accelerator(loop)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=loop.gradient_accumulation_steps,
+        mixed_precision=loop.mixed_precision,
+        log_with=None if loop.report_to == "none" else loop.report_to,
+        project_dir=loop.output_dir,
+        step_scheduler_with_optimizer=False,
+        # The first process may be busy for long while the others wait: a phantom is made, a card is written.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
     if loop.push_to_hub and accelerator.is_main_process:
         check_hub(loop)
 
@@ -79,10 +81,10 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=loop.max_steps, initial=progress.step, desc="training", disable=hidden)
     run.model.train()
-    step_loss = torch.zeros((), device=device)
+    step_loss = 0.0
     for batch in make_loader(run.train_split, objective, run.options, accelerator, progress.step):
         with accelerator.accumulate(run.model):
-            keys = sample_keys(loop.seed, TRAINING, batch.pop("position"), device)
+            keys = make_keys(loop.seed, batch.pop("position"), TRAINING, device)
             batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
             batch = augment(batch, keys, augmentation, value_range[0])
             batch["image"] = augment_intensity(batch["image"], keys, augmentation, value_range)
@@ -115,7 +117,7 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
                 )
             run.log({"loss": value, "lr": run.lr_scheduler.get_last_lr()[0]})
             bar.set_postfix(loss=f"{value:.4f}")
-        step_loss = torch.zeros_like(step_loss)
+        step_loss = 0.0
         if loop.validate_every and (last or progress.step % loop.validate_every == 0):
             validate(run)
         if saves:

@@ -29,19 +29,7 @@ class Objective:
     r"""
     Base of the training objectives. The loop (`training/loop.py`) knows nothing else of a method.
 
-    A subclass sets the class attributes, and implements `loss` and `preview`:
-
-    - `columns`: what a batch holds of the prepared data, `image`, and perhaps `mask`, `annotations`, `brain`, `label`;
-    - `trains_on`: which slices of the training split it sees (`data.prepared.POPULATIONS`): `"healthy"` leaves out
-      those that are known to be anomalous, `"annotated"` those of subjects without annotation;
-    - `validates_on`: the same for the validation split, or `"labelled"`, slices with a known label;
-    - `updates_per_batch`: optimizer steps on one batch; with more than one, `loss` takes the number of the `update`,
-      too;
-    - `unet_classes`: networks of the block `unet`, the first one by default;
-    - `scheduler_class`, `pipeline_class`: made of the blocks `scheduler` and `inference`, which must be empty for
-      `None`;
-    - `objective_keys`: what the block `objective` takes;
-    - `part`: of them the key that must be there, folder or Hub id of what is trained before, and what that is.
+    A subclass sets the class attributes, and implements `loss` and `preview`.
 
     Args:
         model (`torch.nn.Module`): What is trained, and averaged.
@@ -50,14 +38,23 @@ class Objective:
         inference (`dict`, *optional*): Inference values of the pipeline that is exported.
     """
 
+    # What a batch holds of the prepared data: `image`, and perhaps `mask`, `annotations`, `brain`, `label`.
     columns: tuple[str, ...] = ("image",)
+    # Slices of the training split that it sees (`data.prepared.POPULATIONS`): "healthy" leaves out those that are
+    # known to be anomalous, "annotated" those of subjects without annotation.
     trains_on = "healthy"
+    # The same for the validation split, or "labelled", slices with a known label.
     validates_on = "healthy"
+    # Optimizer steps on one batch; with more than one, `loss` takes the number of the `update`, too.
     updates_per_batch = 1
+    # Networks of the block `unet`, the first one by default.
     unet_classes: tuple[type, ...] = ()
+    # Made of the blocks `scheduler` and `inference`, which must be empty for `None`.
     scheduler_class: type | None = None
     pipeline_class: type[AnomalyPipeline] | None = None
+    # What the block `objective` takes.
     objective_keys: tuple[str, ...] = ()
+    # Of them the key that must be there, folder or Hub id of what is trained before, and what that is.
     part: tuple[str, str] | None = None
 
     def __init__(self, model: torch.nn.Module, scheduler, processor: VolumeProcessor, inference: dict | None = None):
@@ -70,21 +67,10 @@ class Objective:
 
     @classmethod
     def check_options(cls, options: TrainOptions) -> None:
-        """
-        Checks the names and keys in the blocks of a configuration. It needs no data, so that it runs before any is
-        made or read.
-
-        Raises:
-            ValueError: There is no such network, a block has a key that nothing takes, or the part is missing.
-        """
-        unet, networks = dict(options.unet), {network.__name__: network for network in cls.unet_classes}
-        name, known = cls.__name__, []
-        if networks:
-            name = unet.pop("_class_name", cls.unet_classes[0].__name__)
-            check_choice("unet._class_name", name, networks)
-            known = _argument_names(networks[name])
-        check_keys("unet", unet, known, name)
+        """Checks the names and keys in the blocks of a configuration; it runs before any data is made or read."""
+        network, arguments = cls._choose_network(options)
         for block, given, target in (
+            ("unet", arguments, network),
             ("scheduler", options.scheduler, cls.scheduler_class),
             ("inference", options.inference, cls.pipeline_class),
             ("processor", options.processor, VolumeProcessor),
@@ -97,16 +83,7 @@ class Objective:
 
     @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> Objective:
-        """
-        Builds network, scheduler and objective from the blocks of a configuration, whose keys are checked.
-
-        Args:
-            options ([`TrainOptions`]): The run.
-            processor ([`VolumeProcessor`]): Of the prepared data.
-
-        Raises:
-            ValueError: A key or value is wrong, or does not fit the data.
-        """
+        """Builds network, scheduler and objective from the blocks of a configuration, which must fit the data."""
         cls.check_options(options)
         network, scheduler = cls.make_network(options, processor), cls.scheduler_class(**options.scheduler)
         return cls(network, scheduler, processor, options.inference, **options.objective)
@@ -114,9 +91,7 @@ class Objective:
     @classmethod
     def make_network(cls, options: TrainOptions, processor: VolumeProcessor) -> torch.nn.Module:
         """Builds the network of the block `unet`. What the data decide is filled in, and another value is an error."""
-        unet = dict(options.unet)
-        name = unet.pop("_class_name", cls.unet_classes[0].__name__)
-        [network] = [network for network in cls.unet_classes if network.__name__ == name]
+        network, unet = cls._choose_network(options)
         for key, (value, reason) in cls.network_arguments(network, len(processor.config.modalities)).items():
             if unet.setdefault(key, value) != value:
                 raise ValueError(f"`unet.{key}` must be {value}, {reason}, got {unet[key]}.")
@@ -126,24 +101,30 @@ class Objective:
         return network(**unet)
 
     @classmethod
+    def _choose_network(cls, options: TrainOptions) -> tuple[type | None, dict]:
+        """Class, `None` if there is none to choose, and arguments of the block `unet`."""
+        unet, networks = dict(options.unet), {network.__name__: network for network in cls.unet_classes}
+        if not networks:
+            return None, unet
+        name = unet.pop("_class_name", cls.unet_classes[0].__name__)
+        check_choice("unet._class_name", name, networks)
+        return networks[name], unet
+
+    @classmethod
     def network_arguments(cls, network: type, channels: int) -> dict[str, tuple[int, str]]:
         """Returns the arguments of a network that follow from the number of modalities: name to value and reason."""
         return {"in_channels": (channels, MODALITIES), "out_channels": (channels, MODALITIES)}
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
         """
-        Computes the loss of every sample.
+        Computes the loss of every sample, `(N,)`.
 
         Args:
             model (`torch.nn.Module`): `self.model` as accelerate wraps it: call it, do not read its attributes.
-            batch (`dict[str, torch.Tensor]`):
-                The columns, augmented: `image (N, C, H, W)` in the processor's value range, `mask (N, A, H, W)` uint8,
-                `annotations (N,)`, `brain (N, H, W)`, `label (N,)`, 0 healthy, 1 unhealthy, -1 unknown.
-            keys (`torch.Tensor` of shape `(N, 2)`):
-                One per sample, which everything random is drawn from (`training/keys.py`).
-
-        Returns:
-            `torch.Tensor` of shape `(N,)`.
+            batch (`dict[str, torch.Tensor]`): The columns, augmented: `image (N, C, H, W)` in the processor's value
+                range, `mask (N, A, H, W)` uint8, `annotations (N,)`, `brain (N, H, W)`, `label (N,)`, 0 healthy, 1
+                unhealthy, -1 unknown.
+            keys (`torch.Tensor` of shape `(N, 2)`): What everything random is drawn from (`training/keys.py`).
         """
         raise NotImplementedError
 
@@ -157,17 +138,18 @@ class Objective:
         return self.pipeline_class(model, self.scheduler, self.processor, **self.inference)
 
     def export(self, model: torch.nn.Module, folder: str | Path) -> AnomalyPipeline | None:
-        """Writes a complete pipeline folder with the weights of `model`, and returns the pipeline; `None` stands for
-        what is none."""
+        """Writes a pipeline folder with the weights of `model`; returns the pipeline, or `None` for what is none."""
         pipeline = self.make_pipeline(model)
         pipeline.save_pretrained(folder)
         return pipeline
 
-    def draw(self, images: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws what the loss of most methods needs for images `(N, C, H, W)`: timesteps `(N,)`, uniform, and their
-        noise."""
-        timesteps = draw_timesteps(keys, len(self.scheduler))
-        return timesteps, self.scheduler.draw_noise(fold_in(keys, NOISE), images.shape[1:], timesteps)
+    def draw(
+        self, images: torch.Tensor, keys: torch.Tensor, *, shared: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws uniform timesteps `(N,)` for images `(N, C, H, W)`, and noise of them, if `shared` that of the first
+        image alone."""
+        timesteps, count = draw_timesteps(keys, len(self.scheduler)), 1 if shared else len(images)
+        return timesteps, self.scheduler.draw_noise(fold_in(keys[:count], NOISE), images.shape[1:], timesteps[:count])
 
     def noise_to(self, images: torch.Tensor, timestep: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Noises images `(N, C, H, W)` to one timestep: timesteps `(N,)` and x_t."""
@@ -178,8 +160,7 @@ class Objective:
     def comparison(
         self, images: torch.Tensor, sample: torch.Tensor, timestep: int, title: str, reconstruction: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Returns the rows of a picture of a reconstruction: slice, noised slice, the reconstruction under its title,
-        their difference."""
+        """Returns the rows of a picture of a reconstruction, and its difference from the slice."""
         return {
             "slice": images,
             f"noised, t = {timestep}": sample,

@@ -28,28 +28,21 @@ from .objective_spark import check_encoder, encoder_config
 from .options import TrainOptions
 
 
-LOSSES = ("l1", "l2")
-BOXES = ("grid", "random")
-
-
 class DDPM2DObjective(Objective):
     r"""
     Mean absolute error of the predicted slice, on [-1, 1], the timestep drawn uniformly. Exports a
     [`CDDPMPipeline`] without encoder.
 
-    Trained: the UNet. Averaged: the UNet. Frozen: nothing. Labels: none.
+    Trained and averaged: the UNet. Labels: none.
 
     Args:
-        unet ([`~diffusers.UNet2DModel`], [`UNet2DHeadsModel`] or [`ConditionedUNet2DModel`] without a condition):
-            Predicts the slice.
-        scheduler ([`AnoDDPMScheduler`]), processor, inference: As of [`Objective`].
+        unet (`torch.nn.Module`): One of `unet_classes`, without a condition, which predicts the slice.
+        scheduler, processor, inference: As of [`Objective`].
         loss (`str`, defaults to `"l1"`): `"l1"`, or `"l2"`.
-        p2_gamma (`float`, defaults to 0.0):
-            Weight (1 - abar_t)^gamma of a timestep (Choi et al., CVPR 2022, k = 1), 0 or more. The authors' program
-            has it and uses 0.
-        shared_noise (`bool`, defaults to `False`):
-            One field for the slices of a forward pass, that of the first one, as the authors. Equal losses then need
-            equal forward passes, not only equal steps.
+        p2_gamma (`float`, defaults to 0.0): Weight (1 - abar_t)^gamma of a timestep (Choi et al., CVPR 2022, k = 1), 0
+            or more. The authors' program has it and uses 0.
+        shared_noise (`bool`, defaults to `False`): One field for the slices of a forward pass, that of the first one,
+            as the authors. Equal losses then need equal forward passes, not only equal steps.
     """
 
     unet_classes = (UNet2DModel, UNet2DHeadsModel, ConditionedUNet2DModel)
@@ -68,7 +61,7 @@ class DDPM2DObjective(Objective):
         p2_gamma: float = 0.0,
         shared_noise: bool = False,
     ):
-        check_choice("loss", loss, LOSSES)
+        check_choice("loss", loss, ("l1", "l2"))
         check_number("p2_gamma", p2_gamma, least=0)
         super().__init__(unet, scheduler, processor, inference)
         self.loss_type = loss
@@ -76,7 +69,7 @@ class DDPM2DObjective(Objective):
         self.shared_noise = shared_noise
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
-        """Computes the loss of every sample, `(N,)`, from `image`; see [`Objective.loss`]."""
+        """Computes the loss from `image`; see [`Objective.loss`]."""
         images = self.processor.to_unit(batch["image"])
         target = 2.0 * images - 1.0
         timesteps = draw_timesteps(keys, len(self.scheduler))
@@ -89,8 +82,7 @@ class DDPM2DObjective(Objective):
         return loss
 
     def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
-        """Makes rows of slice, a noised slice, its reconstruction by the pipeline that would be exported, their
-        difference."""
+        """Makes rows of slice, noised slice, its reconstruction by the pipeline to be exported, their difference."""
         images = batch["image"]
         pipeline = self.make_pipeline(model)
         pipeline.set_progress_bar_config(disable=True)
@@ -106,15 +98,14 @@ class DDPM2DObjective(Objective):
     def corrupt(
         self, target: torch.Tensor, timesteps: torch.Tensor, keys: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Makes what the network sees of slices `(N, C, H, W)` in [-1, 1], and says where its prediction counts,
-        `None` for everywhere."""
+        """Makes what the network sees of slices `(N, C, H, W)` in [-1, 1], and where its prediction counts, `None` for
+        everywhere."""
         count = 1 if self.shared_noise else len(target)
         noise = self.scheduler.draw_noise(fold_in(keys[:count], NOISE), target.shape[1:], timesteps[:count])
         return self.scheduler.add_noise(target, noise, timesteps), None
 
     def predict(self, model, sample: torch.Tensor, timesteps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Predicts slices in [-1, 1] from noised ones; `images` are the clean ones in [0, 1], for networks that are
-        conditioned."""
+        """Predicts slices in [-1, 1] from noised ones; conditioned networks see the clean `images` in [0, 1], too."""
         return model(sample, timesteps).sample
 
 
@@ -122,17 +113,14 @@ class CDDPMObjective(DDPM2DObjective):
     r"""
     As [`DDPM2DObjective`], of a UNet that is conditioned by the code of the clean slice. Exports a [`CDDPMPipeline`].
 
-    Trained: UNet and encoder together. Averaged: both, but not the running statistics of the encoder's batch
-    normalisation, so that the configuration of the method averages nothing, as its authors. Frozen: nothing. Labels:
-    none.
+    Trained and averaged: UNet and encoder together, but not the running statistics of the encoder's batch
+    normalisation, so that the configuration of the method averages nothing, as its authors. Labels: none.
 
     Args:
-        unet ([`ConditionedUNet2DModel`]): Predicts the slice.
-        encoder ([`~transformers.ResNetForImageClassification`]):
-            Makes as many values as the UNet's `condition_dim` of a slice in [0, 1]. Any image classifier of
-            transformers does. The authors' timm `resnet50` also drops paths in training (0.05), which those of
-            transformers do not.
-        scheduler, processor, inference, loss, p2_gamma, shared_noise: As of [`DDPM2DObjective`].
+        encoder ([`~transformers.PreTrainedModel`]): An image classifier that makes as many values as the UNet's
+            `condition_dim` of a slice in [0, 1]. The authors' timm `resnet50` also drops paths in training (0.05),
+            which those of transformers do not.
+        unet, scheduler, processor, inference, settings: As of [`DDPM2DObjective`].
     """
 
     unet_classes = (ConditionedUNet2DModel,)
@@ -154,19 +142,14 @@ class CDDPMObjective(DDPM2DObjective):
         """Checks the blocks, and the keys of the encoder; see [`Objective.check_options`]."""
         super().check_options(options)
         if {"encoder", "encoder_path"} <= set(options.objective):
-            raise ValueError(
-                "Give either `objective.encoder`, for new weights, or `objective.encoder_path`, not both."
-            )
+            raise ValueError("Give `objective.encoder`, for new weights, or `objective.encoder_path`, not both.")
         check_encoder(options.objective.get("encoder", {}))
 
     @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> CDDPMObjective:
-        """
-        Builds networks, scheduler and objective from the blocks of a configuration. In `objective`, `encoder` has
-        the settings of an image classifier of transformers with its `model_type`, `resnet` by default, which is a
-        ResNet-50; or `encoder_path` is a folder or Hub id with a pretrained `encoder/`, such as the method spark
-        writes.
-        """
+        """Builds networks, scheduler and objective. In the block `objective`, `encoder` has the settings of an image
+        classifier of transformers with its `model_type`, `resnet` by default, which is a ResNet-50; or `encoder_path`
+        is a folder or Hub id with a pretrained `encoder/`, such as the method spark writes."""
         cls.check_options(options)
         settings = dict(options.objective)
         given, path = settings.pop("encoder", {}), settings.pop("encoder_path", None)
@@ -182,11 +165,20 @@ class CDDPMObjective(DDPM2DObjective):
             if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
                 raise ValueError(f"`objective.encoder`: transformers has no image classifier of {config.model_type}.")
             encoder = AutoModelForImageClassification.from_config(config)
-        _try_encoder(encoder, channels, processor.config.size)
+        if processor.config.size is not None:
+            # A copy without weights shows before the training whether the encoder can take the slices.
+            shape = (channels, *processor.config.size)
+            try:
+                copy.deepcopy(encoder).eval().to("meta")(torch.zeros(1, *shape, device="meta"))
+            except Exception as error:  # noqa: BLE001 (what an unfit network stumbles over can be anything)
+                raise ValueError(
+                    f"The encoder, {type(encoder).__name__}, does not take slices of {' x '.join(map(str, shape))}:"
+                    f" {error}"
+                ) from error
         return cls(unet, encoder, scheduler, processor, options.inference, **settings)
 
     def predict(self, model, sample: torch.Tensor, timesteps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Predicts slices in [-1, 1] from noised ones and from the clean ones in [0, 1]."""
+        """Predicts slices as of [`DDPM2DObjective.predict`]."""
         return model(sample, timesteps, images)
 
     def make_pipeline(self, model: ConditionedDenoiser) -> CDDPMPipeline:
@@ -199,15 +191,12 @@ class PDDPMObjective(DDPM2DObjective):
     As [`DDPM2DObjective`], with noise in one square patch of each slice; the prediction counts inside of it, the
     error outside is 0, and the mean runs over the whole slice. Exports a [`PDDPMPipeline`].
 
-    Trained: the UNet. Averaged: the UNet. Frozen: nothing. Labels: none.
-
     Args:
-        unet, scheduler, processor, loss, p2_gamma, shared_noise: As of [`DDPM2DObjective`].
-        inference (`dict`): Inference values of the pipeline that are exported; `patch_size` and `overlap` are those of
-            the training, too.
-        boxes (`str`, defaults to `"grid"`):
-            Each slice's patch is drawn from the `"grid"` of the inference, or lies anywhere, `"random"`, its upper
-            left corner uniform over all pixels: it may hang over the border, as in the original.
+        unet, scheduler, processor, settings: As of [`DDPM2DObjective`].
+        inference (`dict`): As of [`Objective`]; `patch_size` and `overlap` are those of the training, too.
+        boxes (`str`, defaults to `"grid"`): Each slice's patch is drawn from the `"grid"` of the inference, or lies
+            anywhere, `"random"`, its upper left corner uniform over all pixels: it may hang over the border, as in the
+            original.
     """
 
     pipeline_class = PDDPMPipeline
@@ -223,7 +212,7 @@ class PDDPMObjective(DDPM2DObjective):
         boxes: str = "grid",
         **settings,
     ):
-        check_choice("boxes", boxes, BOXES)
+        check_choice("boxes", boxes, ("grid", "random"))
         super().__init__(unet, scheduler, processor, inference, **settings)
         self.boxes = boxes
         config = self.make_pipeline(unet).config
@@ -232,8 +221,7 @@ class PDDPMObjective(DDPM2DObjective):
     def corrupt(
         self, target: torch.Tensor, timesteps: torch.Tensor, keys: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Makes what the network sees of slices `(N, C, H, W)` in [-1, 1], and the patches that are noised, `(N, 1, H,
-        W)` bool."""
+        """Makes what the network sees as of [`DDPM2DObjective`], and the noised patches, `(N, 1, H, W)` bool."""
         noised, _ = super().corrupt(target, timesteps, keys)
         height, width = target.shape[2:]
         draws = uniform(fold_in(keys, BOX), (2,))
@@ -243,12 +231,7 @@ class PDDPMObjective(DDPM2DObjective):
 
 
 class ConditionedDenoiser(torch.nn.Module):
-    """
-    A denoiser and the encoder that conditions it, which learn together.
-
-    Args:
-        unet ([`ConditionedUNet2DModel`]), encoder ([`~transformers.PreTrainedModel`]): As of [`CDDPMObjective`].
-    """
+    """Holds a denoiser and the encoder that conditions it, which learn together."""
 
     def __init__(self, unet: ConditionedUNet2DModel, encoder: PreTrainedModel):
         super().__init__()
@@ -256,25 +239,13 @@ class ConditionedDenoiser(torch.nn.Module):
         self.encoder = encoder
 
     def forward(self, sample: torch.Tensor, timesteps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Predicts slices `(N, C, H, W)` from noised slices in [-1, 1], timesteps `(N,)` and the clean slices in [0,
-        1]."""
+        """Predicts slices `(N, C, H, W)` in [-1, 1] from noised ones, timesteps `(N,)` and clean slices in [0, 1]."""
         return self.unet(sample, timesteps, self.encoder(images).logits).sample
 
 
 def load_encoder(path: str | Path, channels: int, outputs: int) -> PreTrainedModel:
-    """
-    Loads a pretrained encoder; its last layer is new where the folder holds none.
-
-    Args:
-        path (`str` or `Path`): Folder or Hub id with an `encoder/` of transformers: of the method spark, or of a
-            cDDPM.
-        channels (`int`): Modalities, which the encoder must have been trained with.
-        outputs (`int`): Length of its code.
-
-    Raises:
-        OSError: There is no encoder.
-        ValueError: It takes another number of modalities, or makes codes of another length.
-    """
+    """Loads the `encoder/` of transformers in a folder or Hub repository, of the method spark or of a cDDPM. It must
+    have been trained with as many modalities as `channels`; its last layer is new where there is none."""
     try:
         config = AutoConfig.from_pretrained(path, subfolder="encoder")
     except (OSError, ValueError) as error:
@@ -293,25 +264,10 @@ def load_encoder(path: str | Path, channels: int, outputs: int) -> PreTrainedMod
     return AutoModelForImageClassification.from_pretrained(path, subfolder="encoder", num_labels=outputs)
 
 
-def _try_encoder(encoder: PreTrainedModel, channels: int, size: tuple[int, int] | None) -> None:
-    """Evaluates a copy without weights, so that an encoder that cannot take the slices is found before the
-    training."""
-    if size is None:
-        return
-    try:
-        copy.deepcopy(encoder).eval().to("meta")(torch.zeros(1, channels, *size, device="meta"))
-    except Exception as error:  # noqa: BLE001 (what an unfit network stumbles over can be anything)
-        raise ValueError(
-            f"The encoder, {type(encoder).__name__}, does not take slices of {channels} x {size[0]} x {size[1]}:"
-            f" {error}"
-        ) from error
-
-
 def draw_boxes(
     draws: torch.Tensor, height: int, width: int, patch_size: int, boxes: str, overlap: str = "none"
 ) -> torch.Tensor:
-    """Makes boxes `(N, 4)` from two uniform draws each, `(N, 2)`: one of the grid (the first draw), or one anywhere
-    (left, top)."""
+    """Makes boxes `(N, 4)` of two draws each, `(N, 2)`: one of the grid (the first draw), or anywhere (left, top)."""
     if boxes == "grid":
         grid = patch_grid(height, width, patch_size, overlap).to(draws.device)
         return grid[(draws[:, 0] * len(grid)).long().clamp(max=len(grid) - 1)]
@@ -322,9 +278,6 @@ def draw_boxes(
 def reconstruction_loss(
     target: torch.Tensor, prediction: torch.Tensor, loss: str = "l1", region: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Computes the error of every sample, `(N,)`: its mean over all pixels, of which those outside of `region` `(N, 1,
-    H, W)`, bool, count 0."""
-    error = prediction - target
-    if region is not None:
-        error = error * region
+    """Computes the mean error of every sample, `(N,)`; pixels outside of `region` `(N, 1, H, W)`, bool, count 0."""
+    error = prediction - target if region is None else (prediction - target) * region
     return (error.abs() if loss == "l1" else error.square()).mean((1, 2, 3))

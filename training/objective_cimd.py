@@ -34,21 +34,18 @@ class CIMDObjective(Objective):
     It is off here. `kl_weight=1e-3` brings their program back; with `train_encoders=True` the encoders learn as well,
     one reading of the paper that nobody has published.
 
-    Trained: the UNet, and the encoders with `train_encoders`. Averaged: all of them. Frozen: the encoders without it.
+    Trained: the UNet, and the encoders with `train_encoders`, which are frozen otherwise. Averaged: all of them.
     Labels: masks.
 
     Args:
-        unet ([`~diffusers.UNet2DModel`] or [`UNet2DHeadsModel`]): C + 1 channels in, image and noised mask, 2 out,
-            noise and variance.
-        scheduler ([`CIMDScheduler`]), processor, inference: As of [`Objective`].
+        unet, scheduler, processor, inference: As of [`Objective`].
         vb_weight (`float`, defaults to 1.0): Weight of the variational bound, 0 or more. Without it the variance
             learns nothing.
         kl_weight (`float`, defaults to 0.0): Weight of the divergence, 0 or more. The authors: 1e-3.
         train_encoders (`bool`, defaults to `False`): Train the encoders too; needs a `kl_weight`.
-        updates_per_batch (`int`, defaults to 1):
-            Optimizer steps on one batch with one choice of annotations, each with timesteps and noise of its own. The
-            authors' program has 2 and counts one. Here every update is a step: its 53,000 steps are `train.max_steps`
-            106000.
+        updates_per_batch (`int`, defaults to 1): Optimizer steps on one batch with one choice of annotations, each
+            with timesteps and noise of its own. The authors' program has 2 and counts one. Here every update is a
+            step: its 53,000 steps are `train.max_steps` 106000.
     """
 
     columns = ("image", "mask", "annotations")
@@ -76,9 +73,8 @@ class CIMDObjective(Objective):
         if train_encoders and not kl_weight:
             raise ValueError("`train_encoders` needs a `kl_weight` above 0: without it there are no encoders.")
         check_integer("updates_per_batch", updates_per_batch, 1)
-        super().__init__(
-            UNetWithEncoders(unet, train_encoders) if kl_weight else unet, scheduler, processor, inference
-        )
+        model = UNetWithEncoders(unet, train_encoders) if kl_weight else unet
+        super().__init__(model, scheduler, processor, inference)
         self.vb_weight = vb_weight
         self.kl_weight = kl_weight
         self.updates_per_batch = updates_per_batch
@@ -92,9 +88,8 @@ class CIMDObjective(Objective):
         }
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor, update: int = 0) -> torch.Tensor:
-        """Computes the loss of every sample, `(N,)`, from `image`, `mask` and `annotations`; see [`Objective.loss`].
-        `update` is the number of the update on this batch: all of them see the same annotation, and draw the rest
-        anew."""
+        """Computes the loss from `image`, `mask` and `annotations`; see [`Objective.loss`]. `update` is the number of
+        the update on this batch: all of them see the same annotation, and draw the rest anew."""
         images, annotations = batch["image"], _checked(batch["annotations"])
         target = draw_annotation(batch["mask"], annotations, keys).to(images.dtype)
         timesteps, noise = self.draw(target, fold_in(fold_in(keys, UPDATE), update))
@@ -111,11 +106,8 @@ class CIMDObjective(Objective):
         quarter = len(self.scheduler) // 4
         level, sample = self.noise_to(draw_annotation(masks, annotations, keys), quarter, keys)
         epsilon = pipeline.predict_noise(torch.cat([images, sample], dim=1), level)[:, :1]
-        settings = pipeline.default_settings() | {
-            "num_ensemble": 2,
-            "num_inference_steps": min(PREVIEW_STEPS, len(self.scheduler)),
-        }
-        members = pipeline.compute_maps(images, list(range(len(images))), **settings).maps
+        few = {"num_ensemble": 2, "num_inference_steps": min(PREVIEW_STEPS, len(self.scheduler))}
+        members = pipeline.compute_maps(images, list(range(len(images))), **pipeline.default_settings() | few).maps
         rows = {
             "mean of the annotations": masks.sum(1, keepdim=True) / annotations[:, None, None, None],
             f"one of them noised, t = {quarter}": sample,
@@ -133,13 +125,7 @@ class CIMDObjective(Objective):
 
 
 class UNetWithEncoders(torch.nn.Module):
-    """
-    A denoiser together with the two encoders of the divergence, so that they share checkpoints, devices and processes.
-
-    Args:
-        unet (`torch.nn.Module`): As of [`CIMDObjective`].
-        train_encoders (`bool`): Whether the encoders learn.
-    """
+    """Holds a denoiser and the two encoders of the divergence, so that they share checkpoints and processes."""
 
     def __init__(self, unet: torch.nn.Module, train_encoders: bool = False):
         super().__init__()
@@ -151,20 +137,10 @@ class UNetWithEncoders(torch.nn.Module):
     def forward(
         self, sample: torch.Tensor, timesteps: torch.Tensor, label: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Evaluates the denoiser, and compares what the encoders make of the mask and of the predicted noise.
-
-        Args:
-            sample (`torch.Tensor` of shape `(N, C + 1, H, W)`): Image and noised mask.
-            timesteps (`torch.Tensor` of shape `(N,)`): t.
-            label (`torch.Tensor` of shape `(N, 1, H, W)`): The mask without noise.
-
-        Returns:
-            `tuple`: Outputs of the denoiser `(N, 2, H, W)`, and the divergence of the label's distribution from that
-            of the predicted noise in nats, `(N,)`. Encoders see the first modality alone, as the original's.
-        """
+        """Returns the outputs `(N, 2, H, W)` for image and noised mask `(N, C + 1, H, W)`, and the divergence of what
+        the encoders make of the mask without noise, `label`, and of the predicted noise: `(N,)` in nats."""
         model_output = self.unet(sample, timesteps).sample
-        image = sample[:, :1]
+        image = sample[:, :1]  # the first modality alone, as the original's
         of_label = self.label_encoder(image, label)
         of_output = self.output_encoder(image, model_output[:, :1])
         return model_output, gaussian_divergence(*of_label, *of_output)
@@ -188,30 +164,21 @@ def cimd_loss_terms(
     with_kl: bool = False,
 ) -> dict[str, torch.Tensor]:
     """
-    Computes the terms of the loss of each sample.
+    Computes the terms of the loss of each sample, `(N,)`: `"mse"`; `"vb"`, in bits per pixel, with gradients for the
+    variance only; `"kl"` in nats, 0 unless `with_kl`, with gradients for the predicted noise.
 
     Args:
         model (`torch.nn.Module`): The UNet, or with `with_kl` a [`UNetWithEncoders`].
-        scheduler ([`CIMDScheduler`]): Of the noise.
-        images (`torch.Tensor` of shape `(N, C, H, W)`): Slices.
         target (`torch.Tensor` of shape `(N, 1, H, W)`): The mask that is diffused, x_0: 0 or 1.
-        noise (`torch.Tensor` of shape `(N, 1, H, W)`): Standard normal.
-        timesteps (`torch.Tensor` of shape `(N,)`): t, from 0.
         label (`torch.Tensor` of shape `(N, 1, H, W)`, *optional*): What the label encoder sees, if it is not `target`.
-        with_kl (`bool`): Whether to compute the divergence.
-
-    Returns:
-        `dict` of `(N,)`: `"mse"`; `"vb"`, in bits per pixel, with gradients for the variance only; `"kl"` in nats, 0
-        without encoders, with gradients for the predicted noise.
     """
     sample = scheduler.add_noise(target, noise, timesteps)
     # In the type of the images: recorded masks may be float64.
     model_input = torch.cat([images, sample.to(images.dtype)], dim=1)
-    divergence = torch.zeros(len(images), device=images.device)
     if with_kl:
         model_output, divergence = model(model_input, timesteps, target if label is None else label)
     else:
-        model_output = model(model_input, timesteps).sample
+        model_output, divergence = model(model_input, timesteps).sample, images.new_zeros(len(images))
     epsilon, variance_output = model_output.float().chunk(2, dim=1)
     estimate = scheduler.predict_original_sample(epsilon, timesteps, sample)
     return {

@@ -13,24 +13,17 @@ from .objective import Batch, Objective
 
 
 class DAEObjective(Objective):
-    r"""
-    Mean squared error between slice and denoised slice in the foreground, as the ANDi authors trained it. Exports
+    """Mean squared error between slice and denoised slice in the foreground, as the ANDi authors trained it. Exports
     a [`DAEPipeline`].
 
-    Trained: the UNet. Averaged: the UNet. Frozen: nothing. Labels: none.
-
-    Args:
-        model ([`DAEUNet2DModel`]): Predicts the slice.
-        scheduler ([`DAEScheduler`]), processor, inference: As of [`Objective`].
-    """
+    Trained and averaged: the UNet. Labels: none. Arguments as of [`Objective`]."""
 
     unet_classes = (DAEUNet2DModel,)
     scheduler_class = DAEScheduler
     pipeline_class = DAEPipeline
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
-        """Computes the loss of every sample, `(N,)`, from `image`: the mean over all pixels, of which those of the
-        background count 0; see [`Objective.loss`]."""
+        """Computes the loss from `image`; see [`Objective.loss`]."""
         images = self.processor.to_unit(batch["image"])
         noise = self.scheduler.draw_noise(fold_in(keys, NOISE), images.shape[1:])
         model_output = model(self.scheduler.add_noise(images, noise)).sample.float()
@@ -50,5 +43,6 @@ class DAEObjective(Objective):
 
 
 def denoising_loss(scheduler: DAEScheduler, images: torch.Tensor, model_output: torch.Tensor) -> torch.Tensor:
-    """Computes the loss of every sample, `(N,)`, from slices and denoised slices, both `(N, C, H, W)`."""
+    """Computes the loss of every sample, `(N,)`, from slices and denoised slices `(N, C, H, W)`: the mean over all
+    pixels, of which those of the background count 0."""
     return ((model_output - images).square() * scheduler.foreground(images)).mean((1, 2, 3))

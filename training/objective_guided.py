@@ -21,12 +21,10 @@ from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
 from .keys import LABEL
 from .objective import MODALITIES, Batch, Objective
-from .options import TrainOptions
 from .variational_bound import variance_bound
 
 
 HEALTHY, NULL = 0, 2  # labels of the network; 1 is unhealthy
-PREVIEW_GUIDANCE = (1.0, 1.8, 2.0, 3.0)
 
 
 class GuidedObjective(Objective):
@@ -35,12 +33,11 @@ class GuidedObjective(Objective):
     drawn uniformly. For classifier-free guidance the label is replaced by "none" (2) in a share of the samples.
     Exports an [`AnoFPDMPipeline`].
 
-    Trained: the UNet. Averaged: the UNet. Frozen: nothing. Labels: healthy or not, of every slice.
+    Trained and averaged: the UNet. Labels: healthy or not, of every slice.
 
     Args:
-        unet ([`AnoFPDMUNet2DModel`], or a [`~diffusers.UNet2DModel`] with `num_class_embeds=3`):
-            Predicts the noise from `(sample, timesteps, class_labels)`.
-        scheduler ([`AnoFPDMScheduler`]), processor, inference: As of [`Objective`].
+        unet (`torch.nn.Module`): One of `unet_classes`, of `(sample, timesteps, class_labels)`.
+        scheduler, processor, inference: As of [`Objective`].
         label_dropout (`float`, defaults to 0.1): Share of the samples that are trained without their label, 0 to 1.
     """
 
@@ -67,7 +64,7 @@ class GuidedObjective(Objective):
 
     @classmethod
     def network_arguments(cls, network: type, channels: int) -> dict[str, tuple[int, str]]:
-        """Returns as many outputs as inputs, and labels: those of [`UNet2DModel`] count "none", too."""
+        """Returns as many outputs as inputs, and the labels, of which [`UNet2DModel`] counts "none", too."""
         if network is UNet2DModel:
             labels = {"num_class_embeds": (3, "healthy, unhealthy, none")}
         else:
@@ -75,8 +72,7 @@ class GuidedObjective(Objective):
         return super().network_arguments(network, channels) | labels
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
-        """Computes the loss of every sample, `(N,)`, from `image` and `label`, which must be known; see
-        [`Objective.loss`]."""
+        """Computes the loss from `image` and `label`, which must be known; see [`Objective.loss`]."""
         images, labels = batch["image"], _checked(batch["label"])
         timesteps, noise = self.draw(images, keys)
         labels = drop_labels(labels, uniform(fold_in(keys, LABEL)), self.label_dropout)
@@ -84,15 +80,14 @@ class GuidedObjective(Objective):
         return (model(sample, timesteps, labels).sample.float() - noise).square().mean((1, 2, 3))
 
     def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
-        """Makes rows of slice, noised slice, and its one-shot reconstructions as healthy, without guidance and with
-        several strengths of it."""
+        """Makes rows of slice, noised slice, its one-shot reconstructions as healthy at several guidance strengths."""
         images, quarter = batch["image"], len(self.scheduler) // 4
         level, sample = self.noise_to(images, quarter, keys)
         labels = torch.tensor([HEALTHY, NULL], device=images.device).repeat_interleave(len(images))
         model_output = model(torch.cat([sample, sample]), level.repeat(2), labels).sample.float()
         healthy, null = model_output.chunk(2)
         rows = {"slice": images, f"noised, t = {quarter}": sample}
-        for strength in (0.0, *PREVIEW_GUIDANCE):
+        for strength in (0.0, 1.0, 1.8, 2.0, 3.0):
             guided = (1 + strength) * healthy - strength * null
             rows[f"as healthy, w = {strength:g}"] = self.scheduler.predict_original_sample(
                 guided, level, sample, clip_sample=True
@@ -107,17 +102,11 @@ class DDIBObjective(GuidedObjective):
 
 
 class ClassifierObjective(Objective):
-    r"""
-    Cross entropy of a classifier of noised slices, the timestep drawn uniformly. Exports the classifier, which is
+    """Cross entropy of a classifier of noised slices, the timestep drawn uniformly. Exports the classifier, which is
     no pipeline.
 
-    Trained: the classifier. Averaged: the classifier. Frozen: nothing. Labels: healthy or not, of every slice. The
-    authors' own training saw the same batch in every step; a run here goes through the data.
-
-    Args:
-        model ([`NoisyClassifierModel`]): Two classes, 0 healthy, 1 unhealthy. The configuration's block `unet` is its.
-        scheduler ([`AnoFPDMScheduler`]), processor: As of [`Objective`].
-    """
+    Trained and averaged: the classifier, of the block `unet`, 0 healthy, 1 unhealthy. Labels: of every slice. The
+    authors' own training saw the same batch in every step; a run here goes through the data."""
 
     columns = ("image", "label")
     trains_on = "all"
@@ -131,16 +120,15 @@ class ClassifierObjective(Objective):
         return {"in_channels": (channels, MODALITIES), "num_classes": (2, "healthy and unhealthy")}
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
-        """Computes the loss of every sample, `(N,)`, from `image` and `label`, which must be known; see
-        [`Objective.loss`]."""
+        """Computes the loss from `image` and `label`, which must be known; see [`Objective.loss`]."""
         labels = _checked(batch["label"])
         timesteps, noise = self.draw(batch["image"], keys)
         sample = self.scheduler.add_noise(batch["image"], noise, timesteps)
         return F.cross_entropy(model(sample, timesteps).logits.float(), labels, reduction="none")
 
     def preview(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> Batch:
-        """Makes rows of slice, noised slice, with the probability of being healthy, and the gradient of its logarithm,
-        scaled to the picture's range; guidance moves the slice along it."""
+        """Makes rows of slice, noised slice with its probability of being healthy, and the gradient of the logarithm,
+        along which guidance moves the slice, scaled to the picture's range."""
         images, quarter = batch["image"], len(self.scheduler) // 4
         level, sample = self.noise_to(images, quarter, keys)
         with torch.enable_grad():
@@ -156,13 +144,10 @@ class ClassifierObjective(Objective):
         }
 
     def export(self, model: NoisyClassifierModel, folder: str | Path) -> None:
-        """Writes `classifier/`, `scheduler/` and `processor/` into a folder, which `classifier_path` of
-        [`LearnedSigmaObjective`] takes; `NoisyClassifierModel.from_pretrained(folder, subfolder="classifier")` reads
-        it."""
-        folder = Path(folder)
-        model.save_pretrained(folder / "classifier")
-        self.scheduler.save_pretrained(folder / "scheduler")
-        self.processor.save_pretrained(folder / "processor")
+        """Writes `classifier/`, `scheduler/` and `processor/` into a folder, which [`load_classifier`] reads."""
+        model.save_pretrained(Path(folder, "classifier"))
+        self.scheduler.save_pretrained(Path(folder, "scheduler"))
+        self.processor.save_pretrained(Path(folder, "processor"))
 
 
 class LearnedSigmaObjective(Objective):
@@ -171,12 +156,11 @@ class LearnedSigmaObjective(Objective):
     which only the variance learns (Nichol and Dhariwal 2021, with full weight as AnoFPDM's authors trained it), the
     timestep drawn uniformly. Exports a [`ClassifierGuidedPipeline`] with a classifier that was trained before.
 
-    Trained: the UNet. Averaged: the UNet. Frozen: the classifier, which training does not use. Labels: none.
+    Trained and averaged: the UNet. Frozen: the classifier, which training does not use. Labels: none.
 
     Args:
-        unet ([`~diffusers.UNet2DModel`]): With 2C outputs: the noise, and what the variance is made of.
-        classifier ([`NoisyClassifierModel`]): Exported with the UNet.
-        scheduler ([`AnoFPDMScheduler`]), processor, inference: As of [`Objective`].
+        unet, scheduler, processor, inference: As of [`Objective`].
+        classifier_path (`str`): Of the classifier that is exported with the UNet, as of [`load_classifier`].
     """
 
     trains_on = "all"
@@ -189,32 +173,22 @@ class LearnedSigmaObjective(Objective):
     def __init__(
         self,
         unet: torch.nn.Module,
-        classifier: NoisyClassifierModel,
         scheduler: AnoFPDMScheduler,
         processor: VolumeProcessor,
         inference: dict | None = None,
+        *,
+        classifier_path: str,
     ):
-        self.classifier = classifier
+        self.classifier = load_classifier(classifier_path, scheduler, processor)
         super().__init__(unet, scheduler, processor, inference)
-
-    @classmethod
-    def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> LearnedSigmaObjective:
-        """Builds network, scheduler and objective, and loads the classifier: `objective.classifier_path` is a folder
-        or Hub id that [`ClassifierObjective`] wrote, or a [`ClassifierGuidedPipeline`]; see
-        [`Objective.from_options`]."""
-        cls.check_options(options)
-        scheduler = AnoFPDMScheduler(**options.scheduler)
-        classifier = load_classifier(options.objective["classifier_path"], scheduler, processor)
-        return cls(cls.make_network(options, processor), classifier, scheduler, processor, options.inference)
 
     @classmethod
     def network_arguments(cls, network: type, channels: int) -> dict[str, tuple[int, str]]:
         """Returns twice as many outputs as inputs: noise and variance."""
-        outputs = (2 * channels, f"twice {MODALITIES}")
-        return {"in_channels": (channels, MODALITIES), "out_channels": outputs}
+        return {"in_channels": (channels, MODALITIES), "out_channels": (2 * channels, f"twice {MODALITIES}")}
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
-        """Computes the loss of every sample, `(N,)`, from `image` in [-1, 1]; see [`Objective.loss`]."""
+        """Computes the loss from `image` in [-1, 1]; see [`Objective.loss`]."""
         timesteps, noise = self.draw(batch["image"], keys)
         error, bound = learned_sigma_loss(model, self.scheduler, batch["image"], noise, timesteps)
         return error + bound
@@ -229,13 +203,7 @@ class LearnedSigmaObjective(Objective):
 
     def make_pipeline(self, model: torch.nn.Module) -> ClassifierGuidedPipeline:
         """Returns the pipeline of the trained `model` and the classifier."""
-        return ClassifierGuidedPipeline(
-            unet=model,
-            classifier=self.classifier,
-            scheduler=self.scheduler,
-            processor=self.processor,
-            **self.inference,
-        )
+        return ClassifierGuidedPipeline(model, self.classifier, self.scheduler, self.processor, **self.inference)
 
 
 def drop_labels(labels: torch.Tensor, draws: torch.Tensor, probability: float) -> torch.Tensor:
@@ -250,8 +218,7 @@ def learned_sigma_loss(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the squared error of the noise and the bound of the variance, `(N,)` each, of a network with 2C
-    outputs, from images and noise `(N, C, H, W)` and timesteps `(N,)`."""
+    """Computes squared error of the noise and bound of the variance, `(N,)` each, of a network with 2C outputs."""
     sample = scheduler.add_noise(images, noise, timesteps)
     model_output, variance_output = model(sample, timesteps).sample.float().chunk(2, dim=1)
     error = (model_output - noise).square().mean((1, 2, 3))
@@ -260,17 +227,8 @@ def learned_sigma_loss(
 
 
 def load_classifier(path: str | Path, scheduler: AnoFPDMScheduler, processor: VolumeProcessor) -> NoisyClassifierModel:
-    """
-    Loads a classifier and makes sure that it was trained on the same kind of noised slices.
-
-    Args:
-        path (`str` or `Path`): Folder or Hub id of what [`ClassifierObjective`] or a pipeline with a classifier wrote.
-        scheduler ([`AnoFPDMScheduler`]), processor ([`VolumeProcessor`]): What it is to be used with.
-
-    Raises:
-        OSError: There is no classifier.
-        ValueError: It saw other slices or other noise.
-    """
+    """Loads a classifier from the folder or Hub id of what [`ClassifierObjective`] or a pipeline with a classifier
+    wrote; it must have been trained with slices and noise as of `processor` and `scheduler`."""
     own = VolumeProcessor.from_pretrained(path, subfolder="processor")
     processor.check_equal(own.settings(), f"the classifier {path} was trained with")
     betas = AnoFPDMScheduler.from_pretrained(path, subfolder="scheduler").betas

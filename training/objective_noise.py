@@ -25,15 +25,14 @@ class NoiseObjective(Objective):
     r"""
     Mean squared error between drawn and predicted noise, the timestep drawn uniformly. Exports an [`AnoDDPMPipeline`].
 
-    Trained: the UNet. Averaged: the UNet. Frozen: nothing. Labels: none.
+    Trained and averaged: the UNet. Labels: none.
 
     Args:
-        unet ([`~diffusers.UNet2DModel`]): Predicts the noise.
-        scheduler ([`AnoDDPMScheduler`] or [`ANDiScheduler`]), processor, inference: As of [`Objective`].
-        loss (`str`, defaults to `"l2"`):
-            `"l2"`, `"l1"`, or `"hybrid"`: l2 plus the variational bound of the step in bits per dimension.
-        max_timestep (`int`, *optional*):
-            Timesteps are drawn from `min_timestep` to `max_timestep - 1`; all of them by default. AnoDDPM: 800.
+        unet, scheduler, processor, inference: As of [`Objective`].
+        loss (`str`, defaults to `"l2"`): `"l2"`, `"l1"`, or `"hybrid"`: l2 plus the variational bound of the step in
+            bits per dimension.
+        max_timestep (`int`, *optional*): Timesteps are drawn from `min_timestep` to `max_timestep - 1`; all of them by
+            default. AnoDDPM: 800.
         min_timestep (`int`, defaults to 0): The smallest one. ANDi: 1.
     """
 
@@ -65,7 +64,7 @@ class NoiseObjective(Objective):
         self.max_timestep = max_timestep
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
-        """Computes the loss of every sample, `(N,)`, from `image`; see [`Objective.loss`]."""
+        """Computes the loss from `image`; see [`Objective.loss`]."""
         images = batch["image"]
         timesteps = draw_timesteps(keys, self.max_timestep, self.min_timestep)
         noise = self.scheduler.draw_noise(fold_in(keys, NOISE), images.shape[1:], timesteps)
@@ -84,13 +83,10 @@ class NoiseObjective(Objective):
 
 
 class ANDiObjective(NoiseObjective):
-    r"""
-    As [`NoiseObjective`], with the noise of [`ANDiScheduler`], pyramidal by default: exports an [`ANDiPipeline`].
-
+    """As [`NoiseObjective`], with the noise of [`ANDiScheduler`], pyramidal by default: exports an [`ANDiPipeline`].
     With `normalize="per_batch"` of the scheduler, the authors' rule, the slices of one forward pass share a standard
     deviation and pyramid sizes, so that equal losses need equal forward passes, not only equal steps. There is no
-    `loss="hybrid"`.
-    """
+    `loss="hybrid"`."""
 
     scheduler_class = ANDiScheduler
     pipeline_class = ANDiPipeline
@@ -119,8 +115,7 @@ def noise_loss(
     model_output: torch.Tensor,
     timesteps: torch.Tensor,
 ) -> torch.Tensor:
-    """Computes the loss of every sample, `(N,)`, from images x_0, sample x_t, drawn noise and predicted noise, all
-    `(N, C, H, W)`."""
+    """Computes the loss of every sample, `(N,)`, from x_0, x_t, drawn and predicted noise, all `(N, C, H, W)`."""
     if loss_type == "l1":
         return (model_output - noise).abs().mean((1, 2, 3))
     squared = (model_output - noise).square().mean((1, 2, 3))

@@ -13,13 +13,10 @@ from ..pipelines.pipeline_cddpm import CDDPMPipeline
 from ..pipelines.pipeline_sadm import SADMPipeline
 from ..schedulers.draws import fold_in
 from ..volumes.processor import VolumeProcessor
-from .keys import ANOMALY, NOISE
-from .objective import MODALITIES, Batch, Objective, draw_timesteps
+from .keys import ANOMALY
+from .objective import MODALITIES, Batch, Objective
 from .options import TrainOptions
 from .synthetic_anomalies import draw_anomalies
-
-
-LOSSES = ("bce", "dice", "bce_dice")
 
 
 # N slices, C modalities, A annotations, H x W pixels.
@@ -31,19 +28,16 @@ class SADMObjective(Objective):
     cDDPM makes of them at a timestep that is drawn uniformly. The cDDPM sees the changed slice only, its encoder too,
     as it sees a lesion later. Exports a [`SADMPipeline`].
 
-    Trained: the segmentation network. Averaged: the segmentation network. Frozen: UNet and encoder, in eval mode; in
-    the authors' program the encoder normalises by the batch, and its running statistics drift. Labels: none.
+    Trained and averaged: the segmentation network, of the block `unet`. Frozen: UNet and encoder of the cDDPM, in eval
+    mode; in the authors' program the encoder normalises by the batch, and its running statistics drift. Labels: none.
 
     Args:
         segmentation_network ([`SiameseUNet2DModel`]): Makes logits of slice and reconstruction.
         reconstruction ([`CDDPMPipeline`]): Trained before, with or without an encoder; exported with the network.
-        inference (`dict`): Inference values of [`SADMPipeline`] that are exported; `timesteps` and `shared_noise` are
-            those of the cDDPM by default.
-        loss (`str`, defaults to `"bce"`):
-            `"bce"`, `"dice"`, 1 - soft Dice of every slice, or `"bce_dice"`, their sum. A network with
-            `deep_supervision` adds the cross entropy of each of its decoder's heads.
-        shared_noise (`bool`, defaults to `False`):
-            One field for the slices of a forward pass, that of the first one, as the authors.
+        inference (`dict`): As of [`Objective`]; `timesteps` and `shared_noise` are those of the cDDPM by default.
+        loss (`str`, defaults to `"bce"`): As of [`segmentation_loss`].
+        shared_noise (`bool`, defaults to `False`): One field for the slices of a forward pass, that of the first one,
+            as the authors.
     """
 
     unet_classes = (SiameseUNet2DModel,)
@@ -60,7 +54,7 @@ class SADMObjective(Objective):
         loss: str = "bce",
         shared_noise: bool = False,
     ):
-        check_choice("loss", loss, LOSSES)
+        check_choice("loss", loss, ("bce", "dice", "bce_dice"))
         self.reconstruction = reconstruction
         for component in (reconstruction.unet, reconstruction.encoder):
             if component is not None:
@@ -73,9 +67,8 @@ class SADMObjective(Objective):
 
     @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> SADMObjective:
-        """Builds the segmentation network, whose block of the configuration is `unet`, and loads the cDDPM,
-        `objective.reconstruction_path`, a folder or Hub id; see [`Objective.from_options`]. The cDDPM is evaluated in
-        the type of `train.mixed_precision`."""
+        """Builds the segmentation network, and loads the cDDPM of `objective.reconstruction_path`, a folder or Hub id,
+        which is evaluated in the type of `train.mixed_precision`."""
         cls.check_options(options)
         settings = dict(options.objective)
         path = settings.pop("reconstruction_path")
@@ -92,15 +85,15 @@ class SADMObjective(Objective):
         return {"in_channels": (channels, MODALITIES)}
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
-        """Computes the loss of every sample, `(N,)`; see [`Objective.loss`]."""
+        """Computes the loss from slices with `anomalies`; see [`Objective.loss`]."""
         images, masks, timesteps, noise = self._draw(batch, keys)
         output = model(images, self.reconstruct(images, timesteps, noise))
         return segmentation_loss(self.loss_type, output, masks)
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Reconstructs slices `(N, C, H, W)` in [0, 1] with the cDDPM, from timesteps `(N,)` and noise `(N, C, H, W)`
-        or `(1, C, H, W)`: reconstructions in [0, 1], not limited."""
+        """Reconstructs slices `(N, C, H, W)` in [0, 1] with the cDDPM, with noise of `(N or 1, C, H, W)`; the values
+        are not limited."""
         pipeline = self.reconstruction
         if pipeline.device != images.device:
             pipeline.to(images.device)
@@ -133,27 +126,18 @@ class SADMObjective(Objective):
         return SADMPipeline(frozen.unet, model, frozen.scheduler, frozen.processor, frozen.encoder, **self.inference)
 
     def anomalies(self, batch: Batch, images: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns slices `(N, C, H, W)` with anomalies and their masks `(N, 1, H, W)`, of slices in [0, 1]; here
-        synthetic ones."""
+        """Returns slices `(N, C, H, W)` in [0, 1] with anomalies, here synthetic ones, and masks `(N, 1, H, W)`."""
         return draw_anomalies(images, fold_in(keys, ANOMALY))
 
     def _draw(self, batch: Batch, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Slices with anomalies in [0, 1], masks, timesteps `(N,)` and noise `(N or 1, C, H, W)`."""
         images, masks = self.anomalies(batch, self.processor.to_unit(batch["image"]), keys)
-        timesteps = draw_timesteps(keys, len(self.scheduler))
-        count = 1 if self.shared_noise else len(images)
-        noise_keys = fold_in(keys[:count], NOISE)
-        return images, masks, timesteps, self.scheduler.draw_noise(noise_keys, images.shape[1:], timesteps[:count])
+        return images, masks, *self.draw(images, keys, shared=self.shared_noise)
 
 
 class LabelledSADMObjective(SADMObjective):
-    r"""
-    As [`SADMObjective`], with the masks of real lesions instead of synthetic anomalies. All slices of the
-    training split count, those without lesion, too.
-
-    Trained: the segmentation network. Averaged: the segmentation network. Frozen: UNet and encoder, in eval mode.
-    Labels: masks.
-    """
+    """As [`SADMObjective`], with the masks of real lesions instead of synthetic anomalies. All slices of the training
+    split count, those without lesion, too. Labels: masks."""
 
     columns = ("image", "mask", "annotations", "label")
     trains_on = "all"
@@ -173,18 +157,9 @@ class LabelledSADMObjective(SADMObjective):
 
 
 def segmentation_loss(loss: str, output: SiameseUNet2DOutput, masks: torch.Tensor) -> torch.Tensor:
-    """
-    Computes the loss of every sample, `(N,)`.
-
-    Args:
-        loss (`str`):
-            `"bce"`, cross entropy; `"dice"`, 1 - Dice of probabilities and mask as MONAI's `DiceLoss(sigmoid=True)`;
-            `"bce_dice"`, the sum.
-        output ([`SiameseUNet2DOutput`]):
-            Of the network. Heads of its decoder, if there are any, add their cross entropy against the mask of their
-            size, as in the original, whatever `loss` is.
-        masks (`torch.Tensor` of shape `(N, 1, H, W)`): 0 or 1.
-    """
+    """Computes the loss of every sample, `(N,)`, against masks `(N, 1, H, W)` of 0 and 1: `"bce"`, cross entropy,
+    `"dice"`, 1 - Dice of probabilities and mask as MONAI's `DiceLoss(sigmoid=True)`, or `"bce_dice"`, the sum. Heads
+    of the decoder (`deep_supervision`) add their cross entropy, as in the original, whatever `loss` is."""
 
     def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
         target = F.interpolate(masks, size=logits.shape[2:], mode="nearest")

@@ -27,18 +27,11 @@ OF_MODEL = ("mask_ratio", "mask_grid", "decoder_width")
 
 
 class SparKObjective(Objective):
-    r"""
-    Error of a [`SparKModel`] in the cells of a slice that it has not seen, the cells drawn anew for every sample.
+    """Error of a [`SparKModel`] in the cells of a slice that it has not seen, the cells drawn anew for every sample.
     Slices are brought to [0, 1]. Exports the encoder alone.
 
-    Trained: encoder, decoder and what joins them. Averaged: the same, but not the running statistics of the batch
-    normalisation. Frozen: nothing. Labels: none.
-
-    Args:
-        model ([`SparKModel`]): With a [`~transformers.AutoBackbone`] as encoder.
-        processor: As of [`Objective`].
-        loss, region, normalize: As of [`spark_loss`].
-    """
+    Trained and averaged: encoder, decoder and what joins them, but not the running statistics of the batch
+    normalisation. Labels: none. Arguments as of [`Objective`] and [`spark_loss`]."""
 
     objective_keys = ("encoder", *OF_MODEL, "loss", "region", "normalize")
 
@@ -64,11 +57,8 @@ class SparKObjective(Objective):
 
     @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> SparKObjective:
-        """
-        Builds encoder, model and objective from the block `objective` of a configuration: `encoder`, settings of a
-        transformers backbone with its `model_type`, `resnet` by default; `mask_ratio`, `mask_grid` and `decoder_width`
-        of [`SparKModel`]; and the loss.
-        """
+        """Builds encoder, model and objective from the block `objective`: `encoder`, settings of a backbone of
+        transformers with its `model_type`, `resnet` by default; what [`SparKModel`] takes; and the loss."""
         cls.check_options(options)
         if processor.config.size is None:
             raise ValueError("`processor.size` must be given, (H, W): masks are made for slices of one size.")
@@ -84,7 +74,7 @@ class SparKObjective(Objective):
         return cls(SparKModel(encoder, tuple(processor.config.size), channels, **of_model), processor, **settings)
 
     def loss(self, model: torch.nn.Module, batch: Batch, keys: torch.Tensor) -> torch.Tensor:
-        """Computes the loss of every sample, `(N,)`, from `image`; see [`Objective.loss`]."""
+        """Computes the loss from `image`; see [`Objective.loss`]."""
         images = self.processor.to_unit(batch["image"])
         visible = self._draw_cells(keys)
         return spark_loss(images, model(images, visible).float(), visible, **self.settings)
@@ -104,12 +94,9 @@ class SparKObjective(Objective):
         return {title: self.processor.from_unit(row) for title, row in rows.items()}
 
     def export(self, model: SparKModel, folder: str | Path) -> None:
-        """Writes `encoder/`, a model folder of transformers, and `processor/`: what `encoder_path` of the objective
-        cddpm takes. It is no pipeline; `ResNetForImageClassification.from_pretrained(folder, subfolder="encoder")`
-        gives the encoder a new last layer."""
-        folder = Path(folder)
-        model.encoder.save_pretrained(folder / "encoder")
-        self.processor.save_pretrained(folder / "processor")
+        """Writes `encoder/`, a model folder of transformers, and `processor/`: what cddpm's `encoder_path` takes."""
+        model.encoder.save_pretrained(Path(folder, "encoder"))
+        self.processor.save_pretrained(Path(folder, "processor"))
 
     def _draw_cells(self, keys: torch.Tensor) -> torch.Tensor:
         rows, columns = self.model.mask_grid
@@ -117,13 +104,7 @@ class SparKObjective(Objective):
 
 
 def backbone_config(settings: dict, channels: int) -> PretrainedConfig:
-    """
-    Makes the configuration of a transformers backbone that gives the maps of all its stages; arguments as of
-    [`encoder_config`].
-
-    Raises:
-        ValueError: As of [`encoder_config`], and a model without such a backbone.
-    """
+    """Makes the configuration of a backbone that gives the maps of all its stages, as of [`encoder_config`]."""
     config = encoder_config(settings, channels)
     if type(config) not in MODEL_FOR_BACKBONE_MAPPING or not hasattr(config, "stage_names"):
         raise ValueError(
@@ -134,16 +115,8 @@ def backbone_config(settings: dict, channels: int) -> PretrainedConfig:
 
 
 def encoder_config(settings: dict, channels: int) -> PretrainedConfig:
-    """
-    Makes the configuration of an image encoder of transformers.
-
-    Args:
-        settings (`dict`): Of the configuration, with `model_type`, `resnet` by default.
-        channels (`int`): Modalities, which are `num_channels`.
-
-    Raises:
-        ValueError: As of [`check_encoder`], or another `num_channels`.
-    """
+    """Makes the configuration of an image encoder of transformers for `channels` modalities from settings that
+    [`check_encoder`] finds right."""
     settings, known = dict(settings), check_encoder(settings)
     if "num_channels" in known and settings.setdefault("num_channels", channels) != channels:
         raise ValueError(
@@ -157,8 +130,7 @@ def encoder_config(settings: dict, channels: int) -> PretrainedConfig:
 
 
 def check_encoder(settings: dict) -> list[str]:
-    """Checks `model_type` and keys of an image encoder's `settings`; returns the keys that it knows. Raises a
-    `ValueError` for others."""
+    """Checks `model_type`, `resnet` by default, and keys of an image encoder's settings; returns the keys it knows."""
     name = settings.get("model_type", "resnet")
     if name not in CONFIG_MAPPING:
         raise ValueError(

@@ -13,14 +13,10 @@ from ..checks import check_choice
 from .options import EMAOptions, OptimOptions
 
 
-ALGORITHMS = ("adamw", "adam")
-SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
-
-
 def check_optim(optim: OptimOptions) -> None:
     """Raises a `ValueError` for options that no optimizer or schedule can be made of."""
-    check_choice("optim.algorithm", optim.algorithm, ALGORITHMS)
-    check_choice("optim.lr_scheduler", optim.lr_scheduler, SCHEDULES)
+    check_choice("optim.algorithm", optim.algorithm, ("adamw", "adam"))
+    check_choice("optim.lr_scheduler", optim.lr_scheduler, [schedule.value for schedule in SchedulerType])
     if not 0 <= optim.start_lr <= optim.learning_rate:
         raise ValueError(
             f"`optim.start_lr` must be between 0 and `optim.learning_rate` {optim.learning_rate:g}, got"
@@ -31,25 +27,16 @@ def check_optim(optim: OptimOptions) -> None:
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], optim: OptimOptions) -> torch.optim.Optimizer:
     """Makes AdamW, or Adam, whose weight decay is part of the gradient."""
     algorithm = torch.optim.AdamW if optim.algorithm == "adamw" else torch.optim.Adam
-    return algorithm(
-        parameters,
-        lr=optim.learning_rate,
-        betas=tuple(optim.betas),
-        weight_decay=optim.weight_decay,
-        amsgrad=optim.amsgrad,
-    )
+    settings = {"betas": tuple(optim.betas), "weight_decay": optim.weight_decay, "amsgrad": optim.amsgrad}
+    return algorithm(parameters, lr=optim.learning_rate, **settings)
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, optim: OptimOptions, max_steps: int) -> LambdaLR:
     """Makes a schedule of diffusers between `start_lr` and `learning_rate`: the share s of the peak that it gives, 0
     to 1, becomes `start_lr + s (learning_rate - start_lr)`. `cosine` is then ANDi's rule: a linear warm-up and a half
     cosine back down."""
-    schedule = get_scheduler(
-        optim.lr_scheduler,
-        optimizer,
-        num_warmup_steps=optim.warmup_steps,
-        num_training_steps=optim.lr_total_steps or max_steps,
-    )
+    steps = {"num_warmup_steps": optim.warmup_steps, "num_training_steps": optim.lr_total_steps or max_steps}
+    schedule = get_scheduler(optim.lr_scheduler, optimizer, **steps)
     if not optim.start_lr:
         return schedule
     share_of_peak, lowest = schedule.lr_lambdas[0], optim.start_lr / optim.learning_rate

@@ -39,11 +39,9 @@ class DataOptions:
     train_split: str = "train"
     """Split to learn from. Methods that learn from healthy slices leave out those that are known to be anomalous."""
     validation_split: str = "validation"
-    """Split that the validation loss is computed on: its healthy slices, or those with a label where a method learns
-    from labels."""
+    """Split of the validation loss: its healthy slices, or those with a label where a method learns from labels."""
     streaming: bool = False
-    """Read the training split from the Hub in every epoch instead of downloading it once; every process reads all of
-    it."""
+    """Read the training split from the Hub in every epoch, every process all of it, instead of downloading it."""
     shuffle_buffer: int = 256
     """With streaming: slices in memory that the next one is drawn from."""
     num_workers: int = 0
@@ -136,8 +134,7 @@ class LoopOptions:
 
 @dataclass
 class TrainOptions:
-    """One run. The keys of unet, scheduler, processor and inference are those of the files a checkpoint consists
-    of."""
+    """One run. Keys of unet, scheduler, processor and inference are those of the files of a checkpoint."""
 
     method: str = "anoddpm"
     """What is trained."""
@@ -159,11 +156,11 @@ class TrainOptions:
 def check_options(options: TrainOptions) -> None:
     """Raises a `ValueError` for a value that no run can have; the keys of the blocks are checked by the objective."""
     loop, data = options.train, options.data
-    for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "validation_slices"):
+    at_least_one = ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "validation_slices")
+    for name in (*at_least_one, "checkpoint_limit"):
         check_integer(f"train.{name}", vars(loop)[name], 1)
-    check_integer("train.checkpoint_limit", loop.checkpoint_limit, 1)
-    check_integer("train.validate_every", loop.validate_every, 0)
-    check_integer("train.checkpoint_every", loop.checkpoint_every, 0)
+    for name in ("validate_every", "checkpoint_every"):
+        check_integer(f"train.{name}", vars(loop)[name], 0)
     check_integer("train.seed", loop.seed, 0, 2**32 - 1)
     check_integer("train.ema.start_step", loop.ema.start_step, 0)
     for name in ("gamma", "bias_field", "blur", "ghosting"):

@@ -19,8 +19,8 @@ from .options import DataOptions, TrainOptions
 
 
 class SampleStream(torch.utils.data.Dataset):
-    """Gives samples by number: the slices of an endless sequence of permutations of a split, with the columns that are
-    asked for; only those of the `population` (`data.prepared.POPULATIONS`)."""
+    """Gives samples by number: the slices of a `population` (`data.prepared.POPULATIONS`) in an endless sequence of
+    permutations."""
 
     def __init__(self, split: PreparedSplit, seed: int, columns: Sequence[str] = ("image",), population: str = "all"):
         self.split = split
@@ -30,40 +30,22 @@ class SampleStream(torch.utils.data.Dataset):
         self._epoch, self._order = -1, None
 
     def __getitems__(self, positions: list[int]) -> dict:
-        rows = [self._row(position) for position in positions]
+        rows = []
+        for position in positions:
+            epoch, index = divmod(position, len(self.rows))
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+            rows.append(int(self._order[index]))
         return {**self.split.read_rows(rows, self.columns), "position": np.array(positions)}
-
-    def _row(self, position: int) -> int:
-        epoch, index = divmod(position, len(self.rows))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-        return int(self.rows[self._order[index]])
 
 
 @dataclass(eq=False)
 class StreamedSamples(torch.utils.data.IterableDataset):
-    """
-    Gives samples by number of a split that is read as it comes: the slices of an endless sequence of shuffled
-    passes over it.
-
-    Slices that are not in `batches` are passed over: those of other processes, and those of the begun pass before the
-    first batch. Whole passes before it are not read.
-
-    Args:
-        split ([`StreamedSplit`]): The slices.
-        seed (`int`): Decides, with the number of the pass, its order.
-        buffer_size (`int`): Slices in memory to shuffle among. Another size is another order.
-        batches (`Iterable[list[int]]`): Numbers of the samples of each batch, rising.
-        columns (`Sequence[str]`): What is read of a slice.
-        population (`str`): Of `data.prepared.POPULATIONS`; other slices are passed over.
-
-    Yields:
-        `dict`: A whole batch: the columns, `image (N, C, H, W)` in float32, and `position (N,)` int64.
-
-    Raises:
-        ConnectionError: The split could not be read any further.
-    """
+    """Yields whole `batches`, lists of rising sample numbers, of a split that is read as it comes, with columns and
+    population as of [`SampleStream`]: the slices of an endless sequence of passes over it, shuffled among
+    `buffer_size` slices in memory, which has a part in the order. Slices of the first pass that are in no batch are
+    passed over; whole passes before it are not read."""
 
     split: StreamedSplit
     seed: int
@@ -81,9 +63,8 @@ class StreamedSamples(torch.utils.data.IterableDataset):
                 epoch, index = divmod(position, length)
                 if epoch != current:
                     current, done = epoch, 0
-                    rows = self.split.shuffled_rows(
-                        [self.seed, epoch], self.buffer_size, self.columns, self.population
-                    )
+                    order = [self.seed, epoch], self.buffer_size
+                    rows = self.split.shuffled_rows(*order, self.columns, self.population)
                 try:
                     batch.append(next(itertools.islice(rows, index - done, None)))
                 except ConnectionError as error:
@@ -122,12 +103,7 @@ class PositionBatches:
 def load_splits(
     accelerator: Accelerator, data: DataOptions, validates: bool, objective_class: type[Objective]
 ) -> tuple[PreparedSplit | StreamedSplit, PreparedSplit | None]:
-    """
-    Opens the training split and, if the run validates, the validation split.
-
-    Raises:
-        ValueError: A split holds no slice that the objective could use, or a phantom is to be streamed.
-    """
+    """Opens the training split and, if the run validates, the validation split."""
     if data.streaming and data.path in PHANTOMS and not Path(data.path).is_dir():
         raise ValueError(
             f"`data.streaming` is for a folder or a data set on the Hub, got the phantom {data.path!r}, which is made"
@@ -154,9 +130,8 @@ def load_splits(
 
 def validation_rows(split: PreparedSplit, objective: Objective | type[Objective]) -> np.ndarray:
     """Returns the rows that an objective is validated on: those of a population, or those with a known label."""
-    if objective.validates_on == "labelled":
-        return np.flatnonzero(split.labels >= 0)
-    return split.rows_of(objective.validates_on)
+    labelled = objective.validates_on == "labelled"
+    return np.flatnonzero(split.labels >= 0) if labelled else split.rows_of(objective.validates_on)
 
 
 def make_loader(
@@ -166,20 +141,16 @@ def make_loader(
     accelerator: Accelerator,
     first_step: int,
 ) -> torch.utils.data.DataLoader:
-    """Makes the loader of the batches of this process, from optimizer step `first_step` to the last one: tensors on
-    the CPU, the columns of the objective and `position (N,)`."""
-    loop, data = options.train, options.data
-    steps, sizes = (first_step, loop.max_steps), (loop.batch_size, loop.gradient_accumulation_steps)
-    processes = accelerator.num_processes, accelerator.process_index
-    batches = PositionBatches(*steps, *sizes, *processes, objective.updates_per_batch)
+    """Makes the loader of this process' batches from optimizer step `first_step` on: tensors on the CPU, the columns
+    of the objective and `position (N,)`."""
+    loop, data, wanted = options.train, options.data, (objective.columns, objective.trains_on)
+    sizes = loop.batch_size, loop.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
+    batches = PositionBatches(first_step, loop.max_steps, *sizes, objective.updates_per_batch)
     if data.streaming:
-        samples = StreamedSamples(
-            split, loop.seed, data.shuffle_buffer, batches, objective.columns, objective.trains_on
-        )
-        source: dict = {"dataset": samples, "batch_size": None}  # it makes whole batches
+        samples = StreamedSamples(split, loop.seed, data.shuffle_buffer, batches, *wanted)
+        source = {"dataset": samples, "batch_size": None}  # it makes whole batches
     else:
-        samples = SampleStream(split, loop.seed, objective.columns, objective.trains_on)
-        source = {"dataset": samples, "batch_sampler": batches}
+        source = {"dataset": SampleStream(split, loop.seed, *wanted), "batch_sampler": batches}
     return torch.utils.data.DataLoader(
         **source,
         collate_fn=as_tensors,
@@ -192,5 +163,4 @@ def make_loader(
 
 
 def as_tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Turns the arrays of a batch into tensors."""
     return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in batch.items()}

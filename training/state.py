@@ -10,13 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 
 from ..data.prepared import PreparedSplit, StreamedSplit
@@ -38,12 +37,10 @@ class Progress:
         self.draws_version = DRAWS_VERSION
 
     def state_dict(self) -> dict:
-        """Returns all of it."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes the number of steps from a checkpoint, or raises a `ValueError` if the run cannot go on as if nothing
-        had happened."""
+        """Takes the number of steps from a checkpoint that this run can go on from as if nothing had happened."""
         for name, text in (
             ("samples_per_step", "{} samples per step, this run has {} (batch size x processes x accumulation)"),
             ("updates_per_batch", "{} updates per batch, this run has {} (`objective.updates_per_batch`)"),
@@ -80,8 +77,7 @@ class Run:
 
     @contextmanager
     def averaged_model(self) -> Iterator[torch.nn.Module]:
-        """Gives the network without accelerate's wrapper, in evaluation mode and with the averaged weights if there
-        are any; afterwards it is what it was."""
+        """Gives the bare network in evaluation mode with the averaged weights, if there are any, for a while."""
         model = self.accelerator.unwrap_model(self.model)
         if self.ema is not None:
             self.ema.store(model.parameters())
@@ -145,19 +141,6 @@ class Run:
         accelerator.wait_for_everyone()
 
 
-def make_accelerator(loop: LoopOptions) -> Accelerator:
-    """Makes accelerate's object for devices, precision, accumulation, trackers and state."""
-    return Accelerator(
-        gradient_accumulation_steps=loop.gradient_accumulation_steps,
-        mixed_precision=loop.mixed_precision,
-        log_with=None if loop.report_to == "none" else loop.report_to,
-        project_dir=loop.output_dir,
-        step_scheduler_with_optimizer=False,
-        # The first process may be busy for long while the others wait: a phantom is made, a card is written.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-    )
-
-
 def make_run(options: TrainOptions, objective_class: type[Objective], accelerator: Accelerator) -> Run:
     """Opens the data, builds the objective, and prepares everything that is trained, with new weights."""
     loop = options.train
@@ -191,13 +174,8 @@ def make_run(options: TrainOptions, objective_class: type[Objective], accelerato
 
 
 def find_checkpoint(loop: LoopOptions) -> Path | None:
-    """
-    Finds the checkpoint that `train.resume` names, a folder or `latest`; `None` for a new run.
-
-    Raises:
-        FileNotFoundError: There is no such checkpoint.
-        FileExistsError: A new run would mix with an earlier one.
-    """
+    """Finds the checkpoint that `train.resume` names, a folder or `latest`; `None` for a new run, which must not mix
+    with an earlier one."""
     checkpoints = _list_checkpoints(Path(loop.output_dir))
     if not loop.resume:
         if checkpoints:
@@ -209,7 +187,7 @@ def find_checkpoint(loop: LoopOptions) -> Path | None:
     if loop.resume == "latest":
         if not checkpoints:
             raise FileNotFoundError(
-                f"`train.resume` is 'latest', but {loop.output_dir}/checkpoints holds no checkpoint."
+                f"`train.resume` is latest, but {loop.output_dir}/checkpoints holds no checkpoint."
             )
         return checkpoints[-1]
     if not Path(loop.resume).is_dir():
@@ -218,7 +196,6 @@ def find_checkpoint(loop: LoopOptions) -> Path | None:
 
 
 def _list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, the oldest first."""
     return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".partial")
 
 

@@ -34,18 +34,9 @@ _PARAMETERS = 3  # uniform numbers per augmenter and slice
 
 
 def draw_anomalies(images: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Draws one anomaly into each slice. About 7 % of the masks are empty, and those slices as they were; the median
-    of the others covers 4 % of a slice, brain or not.
-
-    Args:
-        images (`torch.Tensor` of shape `(N, C, H, W)`): Healthy slices in [0, 1]. All modalities get the same texture.
-        keys (`torch.Tensor` of shape `(N, 2)`): One per slice, on the device of the images.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Changed slices `(N, C, H, W)`, and masks `(N, 1, H, W)` of 0 and 1, in the
-        type of the images.
-    """
+    """Draws one anomaly into each slice of `(N, C, H, W)` in [0, 1] from its key `(N, 2)`, the same in all modalities;
+    returns the slices and masks `(N, 1, H, W)` of 0 and 1. About 7 % of the masks are empty, and those slices as they
+    were; the median of the others covers 4 % of a slice, brain or not."""
     height, width = images.shape[2:]
     # Uniform numbers in a fixed order, however many of them are used: two exponents, rotation, beta, order of the
     # augmenters, their parameters in every round, angles.
@@ -72,18 +63,9 @@ def next_power_of_two(size: int) -> int:
 
 
 def perlin_noise(size: tuple[int, int], cells: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """
-    Computes Perlin noise from given angles of the gradients at the cells' corners.
-
-    Args:
-        size (`tuple[int, int]`): H and W.
-        cells (`torch.Tensor` of shape `(N, 2)`): Number of cells along H and W, which should divide them.
-        angles (`torch.Tensor` of shape `(N, P, Q)`): In radians, at least one more than cells along either axis;
-            others are not used.
-
-    Returns:
-        `torch.Tensor` of shape `(N, H, W)`: about -1 to 1.
-    """
+    """Computes Perlin noise `(N, H, W)`, about -1 to 1, from the numbers of its `cells` along H and W, `(N, 2)`, which
+    should divide the `size`, and the angles of the gradients at their corners in radians, `(N, P, Q)`, at least one
+    more than cells along either axis."""
     # Position in cells, y (N, H, 1) and x (N, 1, W), its corner above and to the left, and where it lies in the cell.
     down, across = (torch.arange(side, device=angles.device, dtype=angles.dtype) / side for side in size)
     y = down[None, :, None] * cells[:, 0, None, None]
@@ -127,15 +109,8 @@ def blend(images: torch.Tensor, mask: torch.Tensor, texture: torch.Tensor, opaci
 
 
 def augment_texture(grey: torch.Tensor, chosen: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """
-    Sends grey images through several augmenters, each image through its own.
-
-    Args:
-        grey (`torch.Tensor` of shape `(N, H, W)`): Whole numbers 0 to 255.
-        chosen (`torch.Tensor` of shape `(N, K)`): Numbers of the augmenters in `AUGMENTERS`, in their order.
-        parameters (`torch.Tensor` of shape `(N, K, 3)`): Uniform numbers in [0, 1) that every augmenter takes what it
-            needs of.
-    """
+    """Sends each grey image of `(N, H, W)` through the `chosen` ones of `AUGMENTERS`, `(N, K)`, in their order, which
+    take what they need of the `parameters` `(N, K, 3)`, uniform numbers in [0, 1)."""
     number = torch.arange(len(grey), device=grey.device)
     for round_ in range(chosen.shape[1]):
         u = parameters[:, round_, :, None, None]

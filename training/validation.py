@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from .keys import PREVIEW, VALIDATION, sample_keys
+from ..schedulers.draws import make_keys
+from .keys import PREVIEW, VALIDATION
 from .samples import as_tensors, validation_rows
 from .state import Run
 
@@ -28,13 +27,12 @@ def validate(run: Run) -> None:
         mine = range(accelerator.process_index, len(chosen), accelerator.num_processes)
         for start in range(0, len(mine), loop.batch_size):
             positions = list(mine[start : start + loop.batch_size])
-            keys = sample_keys(loop.seed, VALIDATION, positions, device)
+            keys = make_keys(loop.seed, positions, VALIDATION, device)
             losses[positions] = objective.loss(model, read(chosen[positions]), keys).float()
         if accelerator.is_main_process:
             shown = _spread(chosen, 6)
-            rows = objective.preview(model, read(shown), sample_keys(loop.seed, PREVIEW, shown.tolist(), device))
-            path = run.folder / "samples" / f"step-{run.progress.step:07d}.png"
-            _draw_preview(rows, objective.processor.config.value_range, path)
+            rows = objective.preview(model, read(shown), make_keys(loop.seed, shown.tolist(), PREVIEW, device))
+            _draw_preview(run, rows)
     run.log({"validation_loss": accelerator.reduce(losses, "sum").mean().item()})
 
 
@@ -43,14 +41,16 @@ def _spread(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
-def _draw_preview(rows: dict[str, torch.Tensor], value_range: tuple[float, float], path: Path) -> None:
+def _draw_preview(run: Run, rows: dict[str, torch.Tensor]) -> None:
+    low, high = run.objective.processor.config.value_range
     columns = len(next(iter(rows.values())))
     figure = Figure(figsize=(1.6 * columns, 1.75 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (title, images) in zip(axes, rows.items(), strict=True):
         row[0].set_title(title, loc="left", fontsize=8)
         for axis, image in zip(row, images.float().cpu().numpy(), strict=True):
-            axis.imshow(image[0], cmap="gray", vmin=value_range[0], vmax=value_range[1])
+            axis.imshow(image[0], cmap="gray", vmin=low, vmax=high)
             axis.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    samples = run.folder / "samples"
+    samples.mkdir(parents=True, exist_ok=True)
+    figure.savefig(samples / f"step-{run.progress.step:07d}.png", dpi=100)

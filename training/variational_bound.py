@@ -10,7 +10,7 @@ from ..schedulers.process import DiffusionProcess
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 
 
-# N samples, C channels, H x W pixels.
+# Images x_0, noised samples x_t and outputs are (N, C, H, W), timesteps, from 0, and bounds (N,).
 
 
 def variational_bound(
@@ -20,17 +20,7 @@ def variational_bound(
     model_output: torch.Tensor,
     timesteps: torch.Tensor,
 ) -> torch.Tensor:
-    """
-    Computes the bound of a network that predicts the noise, with the variance of the scheduler.
-
-    Args:
-        scheduler ([`AnoDDPMScheduler`]): Of the noise.
-        original, sample, model_output (`torch.Tensor` of shape `(N, C, H, W)`): x_0, x_t, and the predicted noise.
-        timesteps (`torch.Tensor` of shape `(N,)`): t, from 0.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`.
-    """
+    """Computes the bound of a network that predicts the noise, with the variance of the scheduler."""
     estimate = scheduler.predict_original_sample(model_output, timesteps, sample)
     if scheduler.config.clip_sample:
         estimate = estimate.clamp(-1.0, 1.0)
@@ -47,19 +37,8 @@ def variance_bound(
     variance_output: torch.Tensor,
     timesteps: torch.Tensor,
 ) -> torch.Tensor:
-    """
-    Computes the bound that teaches a network its variance: it has gradients for the variance only.
-
-    Args:
-        scheduler ([`AnoFPDMScheduler`] or [`CIMDScheduler`]): Of the noise.
-        original, estimate, sample, variance_output (`torch.Tensor` of shape `(N, C, H, W)`):
-            x_0, the network's estimate of it, which is not limited, x_t, and the other half of the outputs: -1 for the
-            posterior's variance, 1 for beta_t.
-        timesteps (`torch.Tensor` of shape `(N,)`): t, from 0.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`.
-    """
+    """Computes the bound that teaches a network its variance, and has gradients for that only: from its `estimate` of
+    x_0, not limited, and its `variance_output`, -1 for the posterior's variance, 1 for beta_t."""
     mean = scheduler.posterior_mean(estimate.detach(), timesteps, sample)
     log_variance = scheduler.learned_log_variance(variance_output, timesteps)
     return _step_bound(scheduler, original, sample, mean, log_variance, timesteps)
@@ -82,13 +61,12 @@ def _step_bound(
     true_log = scheduler.gather("posterior_log_variance", timesteps, log)
     divergence = 0.5 * (-1.0 + log - true_log + (true_log - log).exp() + (true_mean - mean).square() * (-log).exp())
 
-    # Probability of the grey level's bin, 2 / 255 wide; the outermost bins are open.
-    deviation = (-0.5 * log).exp()
-
     def cumulative(value: torch.Tensor) -> torch.Tensor:
         # The original's approximation of the normal distribution function.
         return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (value + 0.044715 * value**3)))
 
+    # Probability of the grey level's bin, 2 / 255 wide; the outermost bins are open.
+    deviation = (-0.5 * log).exp()
     upper = cumulative((original - mean + 1.0 / 255) * deviation)
     lower = cumulative((original - mean - 1.0 / 255) * deviation)
     inner = torch.where(original > 0.999, 1.0 - lower, upper - lower)

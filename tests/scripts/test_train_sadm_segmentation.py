@@ -131,7 +131,7 @@ def test_wrong_options_are_found_before_the_training(workplace, reconstruction, 
         ([*path, "--scheduler.octaves", "2"], "`scheduler` has no key octaves; SADMObjective takes none"),
         ([*path, "--unet._class_name", "UNet2DModel"], "`unet._class_name` must be one of SiameseUNet2DModel"),
         ([*path, "--objective.los", "dice"], "`objective` has no key los"),
-        ([*path, "--inference.residual_weight", "2"], "`residual_weight` must be a finite number and between 0 and 1"),
+        ([*path, "--inference.residual_weight", "2"], "`residual_weight` must be a finite number .*, got 2"),
     ):
         (workplace.folder / "wrong.yaml").write_text("method: sadm")
         with pytest.raises(ValueError, match=message):
@@ -141,7 +141,7 @@ def test_wrong_options_are_found_before_the_training(workplace, reconstruction, 
     Path("cddpm-other/processor/processor_config.json").write_text(json.dumps({**settings, "quantile": 0.5}))
     with pytest.raises(ValueError, match="(?s)cDDPM cddpm-other was trained with.*quantile"):
         train(["--config", "wrong.yaml", *where, "--objective.reconstruction_path", "cddpm-other"])
-    with pytest.raises(ValueError, match="`sweep` needs `protocol` andi, uad_imag or anofpdm"):
+    with pytest.raises(ValueError, match="`sweep` needs one of the protocols andi, uad_imag, anofpdm"):
         evaluate(["--data", "prepared", "--output_dir", "no", "--protocol", "sadm", "--sweep", "[0.1,0.2,0.1]"])
 
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from anodiff.schedulers.draws import make_keys
-from anodiff.training import augmentation
 from anodiff.training.augmentation import GHOSTS, augment, augment_intensity
 from anodiff.training.options import AugmentationOptions
 
@@ -192,7 +191,3 @@ def test_ghosts_are_a_weakened_comb_of_k_space_along_one_axis():
     assert 15 < sum(axes) < 45 and set(numbers) == set(range(GHOSTS[0], GHOSTS[1] + 1))
     assert 0.5 <= min(strengths) < 0.6 and 0.9 < max(strengths) <= 1.0
     torch.testing.assert_close(changed.mean((1, 2)), batch[:, 0].mean((1, 2)))  # the zero frequency is restored
-
-
-def test_constants_of_torchio():
-    assert (augmentation.BIAS_COEFFICIENT, augmentation.BIAS_ORDER) == (0.5, 3)

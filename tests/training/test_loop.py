@@ -8,15 +8,11 @@ import torch
 from diffusers import UNet2DModel
 
 from anodiff import AnoDDPMScheduler, VolumeProcessor
-from anodiff.schedulers.draws import DRAWS_VERSION, fold_in
+from anodiff.schedulers.draws import DRAWS_VERSION, fold_in, make_keys
 from anodiff.training import keys
-from anodiff.training.keys import sample_keys
 from anodiff.training.objective_noise import NoiseObjective
 from anodiff.training.samples import PositionBatches, SampleStream
 from anodiff.training.state import Progress
-
-
-CPU = torch.device("cpu")
 
 
 class Numbers:
@@ -81,7 +77,7 @@ def test_every_draw_has_keys_of_its_own():
     names = [name for name in vars(keys) if name.isupper()]
     streams, draws = names[:3], [vars(keys)[name] for name in names[3:]]
     assert streams == ["TRAINING", "VALIDATION", "PREVIEW"] and len(set(draws)) == len(draws) == 10
-    drawn = [sample_keys(0, vars(keys)[stream], range(50), CPU) for stream in streams]
+    drawn = [make_keys(0, range(50), vars(keys)[stream]) for stream in streams]
     drawn += [fold_in(one, draw) for one in drawn for draw in draws]
     assert len(torch.cat(drawn).unique(dim=0)) == 50 * 3 * 11
 
@@ -127,12 +123,10 @@ def test_loss_of_a_sample_does_not_depend_on_the_batch(loss):
     built = objective(loss=loss)
     images = torch.rand(6, 1, 8, 8) * 2 - 1
     with torch.no_grad():
-        together = built.loss(built.model, {"image": images}, sample_keys(0, 0, range(6), CPU))
-        alone = torch.cat(
-            [built.loss(built.model, {"image": images[i : i + 1]}, sample_keys(0, 0, [i], CPU)) for i in range(6)]
-        )
-        other_seed = built.loss(built.model, {"image": images}, sample_keys(1, 0, range(6), CPU))
-        validation = built.loss(built.model, {"image": images}, sample_keys(0, 1, range(6), CPU))
+        together = built.loss(built.model, {"image": images}, make_keys(0, range(6)))
+        alone = torch.cat([built.loss(built.model, {"image": images[i : i + 1]}, make_keys(0, [i])) for i in range(6)])
+        other_seed = built.loss(built.model, {"image": images}, make_keys(1, range(6)))
+        validation = built.loss(built.model, {"image": images}, make_keys(0, range(6), 1))
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     assert (together - other_seed).abs().min() > 1e-6 and (together - validation).abs().min() > 1e-6
 
@@ -151,7 +145,7 @@ def test_timesteps_are_uniform_below_the_limit():
         built.loss(
             built.model,
             {"image": torch.zeros(1000, 1, 8, 8)},
-            sample_keys(0, 0, range(1000), CPU),
+            make_keys(0, range(1000)),
         )
     counts = Counter(seen)
     assert sorted(counts) == [0, 1, 2, 3, 4] and min(counts.values()) > 150

@@ -18,7 +18,7 @@ from anodiff import (
     VolumeProcessor,
 )
 from anodiff.data.prepare import read_recipe
-from anodiff.training.keys import TRAINING, sample_keys
+from anodiff.schedulers.draws import make_keys
 from anodiff.training.objective_guided import (
     ClassifierObjective,
     DDIBObjective,
@@ -30,7 +30,6 @@ from anodiff.training.objective_noise import NoiseObjective
 from anodiff.training.options import TrainOptions
 
 
-CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[2] / "configs"
 UNET = {
     "block_out_channels": [4, 8],
@@ -67,7 +66,7 @@ def batch(count: int = 6) -> dict[str, torch.Tensor]:
 
 
 def keys(positions, seed: int = 0) -> torch.Tensor:
-    return sample_keys(seed, TRAINING, positions, CPU)
+    return make_keys(seed, positions)
 
 
 def classifier_folder(tmp_path, **scheduler) -> Path:
@@ -196,23 +195,16 @@ def test_from_options():
     assert type(built.model) is AnoFPDMUNet2DModel and built.model.config.sample_size == 8
     assert built.label_dropout == 0.2 and len(built.scheduler) == 600
     for wrong, message in (
-        ({"unet": {"_class_name": "ANDiUNet2DModel"}}, "`unet._class_name` must be one of UNet2DModel, AnoFPDMUNet"),
         ({"unet": {"out_channels": 4}}, "`unet.out_channels` must be 2, the number of modalities, got 4"),
         ({"unet": {"num_class_embeds": 2}}, "`unet.num_class_embeds` must be 3, healthy, unhealthy, none, got 2"),
         ({"unet": {**ORIGINAL, "num_classes": 3}}, "`unet.num_classes` must be 2, healthy and unhealthy, got 3"),
-        ({"scheduler": {"octaves": 6}}, "`scheduler` has no key octaves"),
-        ({"inference": {"mode": "partial"}}, "`inference` has no key mode"),
-        ({"objective": {"loss": "l1"}}, "`objective` has no key loss"),
-        ({"objective": {"label_dropout": 2}}, "`label_dropout` must be a finite number and between 0 and 1, got 2"),
+        ({"objective": {"label_dropout": 2}}, "`label_dropout` must be a finite number .*, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             GuidedObjective.from_options(TrainOptions(**{"unet": UNET, **wrong}), processor())
-    for wrong, message in (
-        ({"unet": {**CLASSIFIER, "num_classes": 3}}, "`unet.num_classes` must be 2, healthy and unhealthy, got 3"),
-        ({"inference": {"noise_level": 3}}, "`inference` has no key noise_level; ClassifierObjective takes none"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ClassifierObjective.from_options(TrainOptions(**{"unet": CLASSIFIER, **wrong}), processor())
+    options = TrainOptions(unet={**CLASSIFIER, "num_classes": 3})
+    with pytest.raises(ValueError, match="`unet.num_classes` must be 2, healthy and unhealthy, got 3"):
+        ClassifierObjective.from_options(options, processor())
 
 
 def test_a_classifier_of_other_slices_or_noise_is_refused(tmp_path):
@@ -225,12 +217,6 @@ def test_a_classifier_of_other_slices_or_noise_is_refused(tmp_path):
     assert not load_classifier(folder, scheduler, processor()).training
     with pytest.raises(OSError):
         load_classifier(tmp_path / "nothing", scheduler, processor())
-    for given, message in (
-        ({}, "`objective.classifier_path` must be the folder or Hub id of a trained classifier"),
-        ({"classifier_path": str(folder), "loss": "l2"}, "`objective` has no key loss"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            LearnedSigmaObjective.from_options(TrainOptions(unet=UNET, objective=given), processor())
 
 
 PIPELINES = {

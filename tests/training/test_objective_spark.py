@@ -128,12 +128,6 @@ def test_the_packaged_configuration_is_the_authors_network():
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ({"mask_ratios": 0.5}, "`objective` has no key mask_ratios; SparKObjective takes encoder, mask_ratio"),
-        ({"encoder": {"depth": 3}}, "`objective.encoder` has no key depth; resnet takes"),
-        (
-            {"encoder": {"model_type": "resnet51"}},
-            "`objective.encoder.model_type` must be one that transformers knows",
-        ),
         (
             {"encoder": {"num_channels": 3}},
             "`objective.encoder.num_channels` must be 2, the number of modalities, got 3",
@@ -146,9 +140,3 @@ def test_the_packaged_configuration_is_the_authors_network():
 def test_wrong_settings_are_found_before_the_training(objective, message):
     with pytest.raises(ValueError, match=message):
         make(**objective)
-
-
-def test_other_blocks_must_be_empty():
-    options = TrainOptions(method="spark", unet={"sample_size": 8})
-    with pytest.raises(ValueError, match="`unet` has no key sample_size; SparKObjective takes none"):
-        SparKObjective.from_options(options, VolumeProcessor())

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from anodiff.schedulers.draws import make_keys
-from anodiff.training import synthetic_anomalies
 from anodiff.training.synthetic_anomalies import (
     AUGMENTERS,
     _autocontrast,
@@ -101,11 +100,3 @@ def test_rotation_of_a_slice_that_is_not_square():
     turned = rotate(image, torch.tensor([90.0]))[0]
     assert turned[:, 7].sum() == pytest.approx(4, abs=1e-4) and turned.sum() == pytest.approx(4, abs=1e-4)
     torch.testing.assert_close(rotate(image, torch.zeros(1)), image, rtol=0, atol=1e-6)
-
-
-def test_constants_of_draem():
-    assert (synthetic_anomalies.ROTATION, synthetic_anomalies.NUM_AUGMENTERS, len(synthetic_anomalies.AUGMENTERS)) == (
-        90.0,
-        3,
-        10,
-    )
