@@ -53,8 +53,10 @@ def check_number(
         or (below is not None and value >= below)
     ):
         limits = {"at least": least, "above": above, "at most": most, "below": below}
-        allowed = ["a finite number", *(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)]
-        raise ValueError(f"`{name}` must be {' and '.join(allowed)}, got {value!r}.")
+        allowed = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]
+        if least is not None and most is not None:
+            allowed = [f"between {least:g} and {most:g}"]
+        raise ValueError(f"`{name}` must be {' and '.join(['a finite number', *allowed])}, got {value!r}.")
 
 
 def check_keys(block: str, given: Iterable[str], known: Iterable[str], taker: str) -> None:
