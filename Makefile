@@ -26,7 +26,7 @@ demo: $(BIN)/.installed
 	@echo "Pictures: $(DEMO)/eval/cases.png, $(DEMO)/maps/*/overview.png; NIfTI maps: $(DEMO)/maps/*/anomaly_map.nii.gz"
 
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quality: $(BIN)/.installed
 	$(BIN)/ruff check .
