@@ -24,6 +24,11 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 LEAVE = "\nimport os, sys; sys.stdout.flush(); os._exit(0)\n"
 
 
+def pytest_collection_modifyitems(items):
+    """Runs tests of scripts first: a few that take long, which no process should be left alone with at the end."""
+    items.sort(key=lambda item: "scripts" not in item.path.parts)
+
+
 @pytest.fixture
 def hub():
     """A Hub on 127.0.0.1."""
