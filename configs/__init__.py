@@ -70,13 +70,12 @@ def parse_options(
 
 
 def packaged_config(name: str) -> Path:
-    """A configuration of the package, whatever lies in the working directory."""
+    """Returns a configuration file of the package, whatever lies in the working directory."""
     return Path(__file__).parent / name
 
 
 def config_path(name: str | Path) -> Path:
-    """A configuration file on disk or, for a bare name such as `anoddpm_nfbs.yaml`, one that comes with the
-    package."""
+    """Finds a configuration file on disk or, for a bare name such as `anoddpm_nfbs.yaml`, in the package."""
     path = Path(name)
     if path.exists():
         return path

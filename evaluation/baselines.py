@@ -10,8 +10,8 @@ from scipy import ndimage
 def intensity_map(
     image: np.ndarray, brain: np.ndarray, channel: int, value_range: tuple[float, float], over_median: bool = False
 ) -> np.ndarray:
-    """Returns the intensity of one modality `channel` of a subject's slices `(N, C, H, W)` as an anomaly map: bright is
-    anomalous. The two ends of `value_range` become 0 and 1; values below are 0. `(N, H, W)`, float32.
+    """Returns the intensity of one modality `channel` of a subject's slices `(N, C, H, W)` as an anomaly map: bright
+    is anomalous. The two ends of `value_range` become 0 and 1; values below are 0. `(N, H, W)`, float32.
 
     `over_median` divides by the median of the subject's brain. A bright lesion moves the percentile that the processor
     divides by, but hardly the median: the stronger baseline."""
@@ -33,9 +33,9 @@ def equalised_map(image: np.ndarray, brain: np.ndarray, channel: int, value_rang
 
 
 def equalise(values: np.ndarray) -> np.ndarray:
-    """Equalises the histogram of the voxels > 0 of a volume of any shape, as scikit-image's `equalize_hist` with a mask:
-    the share of these voxels below a value, interpolated between the centres of 256 equal bins from the smallest to the
-    largest of them. Values are used as float32; those not above 0 become 0."""
+    """Equalises the histogram of the voxels > 0 of a volume of any shape, as scikit-image's `equalize_hist` with a
+    mask: the share of these voxels below a value, interpolated between the centres of 256 equal bins from the smallest
+    to the largest of them. Values are used as float32; those not above 0 become 0."""
     values = np.asarray(values, np.float32)
     positive = values > 0
     if not positive.any():
@@ -48,8 +48,8 @@ def equalise(values: np.ndarray) -> np.ndarray:
 
 
 def slice_statistics(image: np.ndarray, brain: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns statistics of every slice `(N, C, H, W)` that know nothing of anatomy, `(N,)` each: brain area in pixels,
-    mean intensity and mean absolute Laplacian (sharpness) in the brain, over all modalities."""
+    """Returns statistics of every slice `(N, C, H, W)` that know nothing of anatomy, `(N,)` each: brain area in
+    pixels, mean intensity and mean absolute Laplacian (sharpness) in the brain, over all modalities."""
     area = brain.sum((1, 2))
     inside = brain[:, None] / np.maximum(area, 1)[:, None, None, None] / image.shape[1]
     sharpness = np.abs(np.stack([[ndimage.laplace(channel) for channel in channels] for channels in image]))

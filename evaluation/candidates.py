@@ -28,7 +28,8 @@ from .scoring import sweep_thresholds
 
 def choose_protocol(options: EvalOptions) -> ModuleType:
     """Returns the protocol that the options name; for models that the default does not score the first one that does.
-    Raises a `ValueError` if it does not score these models, they are of several tasks, or it has no use for `sweep`."""
+    Raises a `ValueError` if it does not score these models, they are of several tasks, or it has no use for
+    `sweep`."""
     check_choice("protocol", options.protocol, PROTOCOLS)
     protocol = PROTOCOLS[options.protocol]
     classes = {model: read_model_index(model).get("_class_name") for model in options.model}

@@ -19,8 +19,8 @@ from ..pipelines.postprocessing import PostProcessing
 
 def slice_numbers(split: PreparedSplit, subject: str, slices: np.ndarray) -> np.ndarray:
     """Returns the numbers that the random numbers of a subject's slices depend on, `(N,)`: `slices`, their numbers in
-    the volume, as in a call of the pipeline. A picture, a subject of one slice, has the number of its row in the split:
-    all pictures are slice 0 of their own volume, and would share their noise."""
+    the volume, as in a call of the pipeline. A picture, a subject of one slice, has the number of its row in the
+    split: all pictures are slice 0 of their own volume, and would share their noise."""
     is_picture = split.subject_info[subject]["network_shape"][2] == 1
     return np.asarray(split.subject_rows(subject)) if is_picture else slices
 
@@ -98,8 +98,8 @@ class EnsembleCase(_Stored):
 
 
 def make_case(item: dict, maps: np.ndarray, postprocessing: PostProcessing, **optional) -> Case:
-    """Returns the case of a subject, `item` as an evaluation reads it, from filtered maps `(N, H, W)`, float32, and the
-    optional values of a [`Case`]."""
+    """Returns the case of a subject, `item` as an evaluation reads it, from filtered maps `(N, H, W)`, float32, and
+    the optional values of a [`Case`]."""
     # Several annotators: a voxel counts as lesion where at least half of them say so.
     mask = item["mask"].mean(1) >= 0.5 if item["mask"].shape[1] and (item["label"] >= 0).all() else None
     return Case(

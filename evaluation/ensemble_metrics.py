@@ -40,9 +40,9 @@ def sample_diversity(masks: np.ndarray) -> float:
 
 
 def generalized_energy_distance(pred: np.ndarray, gt: np.ndarray) -> float:
-    """Returns the generalised energy distance (squared) 2 E[d(S, Y)] - E[d(S, S')] - E[d(Y, Y')] with d = 1 - IoU; 0 is
-    best. The expectations are over all ordered pairs, each mask with itself included (V-statistic): so it falls with
-    the number of samples, which must be stated."""
+    """Returns the generalised energy distance (squared) 2 E[d(S, Y)] - E[d(S, S')] - E[d(Y, Y')] with d = 1 - IoU; 0
+    is best. The expectations are over all ordered pairs, each mask with itself included (V-statistic): so it falls
+    with the number of samples, which must be stated."""
     distance = 1 - pairwise_iou(pred, gt).mean()
     return float(2 * distance - sample_diversity(pred) - sample_diversity(gt))
 
@@ -74,8 +74,8 @@ def diversity_agreement(pred: np.ndarray, gt: np.ndarray, reading: str = "pairs"
     background dilutes it.
 
     The paper leaves open which variance. `reading` `"pairs"`: V is the variance over pixels of the difference of two
-    masks, over all pairs of different masks; `"pairs_with_self"`: the same, each mask with itself included, so that the
-    smallest V is 0; `"variances"`: V is the absolute difference of the two masks' own variances, over all pairs of
+    masks, over all pairs of different masks; `"pairs_with_self"`: the same, each mask with itself included, so that
+    the smallest V is 0; `"variances"`: V is the absolute difference of the two masks' own variances, over all pairs of
     different masks."""
     check_choice("reading", reading, DIVERSITY_READINGS)
     extremes = []

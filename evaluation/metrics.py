@@ -19,8 +19,8 @@ def dice(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
 
 
 def iou(pred: np.ndarray, gt: np.ndarray, *, empty: float = 1.0) -> float:
-    """Returns the intersection over union TP / (TP + FP + FN) of one mask, and `empty` where both masks are empty: 1 in
-    AnoFPDM's program, 0 in AnoDDPM's."""
+    """Returns the intersection over union TP / (TP + FP + FN) of one mask, and `empty` where both masks are empty: 1
+    in AnoFPDM's program, 0 in AnoDDPM's."""
     tp, fp, fn, _ = confusion(pred, gt)
     return tp / (tp + fp + fn) if tp + fp + fn else empty
 
@@ -59,8 +59,8 @@ def confusion(pred: np.ndarray, gt: np.ndarray) -> tuple[int, int, int, int]:
 def lesion_f1(pred: np.ndarray, gt: np.ndarray) -> float:
     """Returns the F1 score of the lesions of a volume or slice instead of its voxels, the harmonic mean of (found
     lesions / lesions) and (right components / predicted components); 1 where both masks are empty, 0 where one of them
-    is. Components are connected with corners (8 neighbours in 2-D, 26 in 3-D). A lesion is found when one of its voxels
-    is predicted; a predicted component is right when one of its voxels is lesion."""
+    is. Components are connected with corners (8 neighbours in 2-D, 26 in 3-D). A lesion is found when one of its
+    voxels is predicted; a predicted component is right when one of its voxels is lesion."""
     pred, gt = _mask_pair(pred, gt)
     rates = []
     for components, other in ((gt, pred), (pred, gt)):
@@ -74,22 +74,22 @@ def lesion_f1(pred: np.ndarray, gt: np.ndarray) -> float:
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the area under the ROC curve of slice or subject scores, which are higher the more anomalous, compared in
-    float64, ties counted one half (as scikit-learn's `roc_auc_score`); `nan` without positives or negatives."""
+    """Returns the area under the ROC curve of slice or subject scores, which are higher the more anomalous, compared
+    in float64, ties counted one half (as scikit-learn's `roc_auc_score`); `nan` without positives or negatives."""
     return _curve_of_samples(scores, labels).auroc()
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the average precision of scores as of [`auroc`]: the step-wise area under the precision-recall curve with
-    ties as one step (as scikit-learn's `average_precision_score`); `nan` without positives, 1 without negatives. Its
-    value for chance is the share of positives, so it compares only at equal prevalence."""
+    """Returns the average precision of scores as of [`auroc`]: the step-wise area under the precision-recall curve
+    with ties as one step (as scikit-learn's `average_precision_score`); `nan` without positives, 1 without negatives.
+    Its value for chance is the share of positives, so it compares only at equal prevalence."""
     return _curve_of_samples(scores, labels).average_precision()
 
 
 def bootstrap_interval(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
     """Returns the 95 % percentile bootstrap interval of the mean of `values (N,)`, from 2000 draws with replacement of
-    whole `groups (N,)`, so that slices or visits of one subject are drawn together; by default each value is a group of
-    its own."""
+    whole `groups (N,)`, so that slices or visits of one subject are drawn together; by default each value is a group
+    of its own."""
     values = np.asarray(values, dtype=np.float64)
     subjects = np.arange(values.size) if groups is None else np.unique(groups, return_inverse=True)[1]
     counts = np.bincount(subjects)
@@ -124,8 +124,8 @@ class PooledScores:
         return self._counts is None
 
     def update(self, scores: np.ndarray, labels: np.ndarray) -> None:
-        """Adds voxels: finite scores of any unit, used as float32, and boolean or 0/1 labels of the same shape. Index both
-        with the brain mask to leave the background out."""
+        """Adds voxels: finite scores of any unit, used as float32, and boolean or 0/1 labels of the same shape. Index
+        both with the brain mask to leave the background out."""
         scores, labels = _score_pair(scores, labels, np.float32)
         # Adding zero turns -0.0, which equals 0.0, into the bits of 0.0.
         samples = (scores[~labels] + np.float32(0), scores[labels] + np.float32(0))
@@ -150,10 +150,10 @@ class PooledScores:
         return self._curve().auroc()
 
     def best_dice(self) -> tuple[float, float]:
-        """Returns the highest pooled Dice over all thresholds, and that threshold, for `map > threshold` in float32 (the
-        highest one with this Dice, halfway to the next lower score); `nan` twice without positives. Above `max_exact`
-        voxels the thresholds are the edges of the bins and the Dice is the exact one of the threshold. An oracle when
-        the labels are those of the test set."""
+        """Returns the highest pooled Dice over all thresholds, and that threshold, for `map > threshold` in float32
+        (the highest one with this Dice, halfway to the next lower score); `nan` twice without positives. Above
+        `max_exact` voxels the thresholds are the edges of the bins and the Dice is the exact one of the threshold. An
+        oracle when the labels are those of the test set."""
         curve = self._curve()
         if not curve.num_positives:
             return float("nan"), float("nan")
@@ -170,8 +170,8 @@ class PooledScores:
         return float(values[best]), float(lower if threshold >= score else threshold)
 
     def error_bounds(self) -> dict[str, float]:
-        """Returns the largest possible distance of `average_precision`, `auroc` and `best_dice` from their exact values,
-        whatever the order of the scores inside the bins. Needs bins, positives and negatives."""
+        """Returns the largest possible distance of `average_precision`, `auroc` and `best_dice` from their exact
+        values, whatever the order of the scores inside the bins. Needs bins, positives and negatives."""
         c = self._curve()
         tp = c.positives.cumsum()
         fp = c.negatives_above + c.negatives_tied
@@ -256,7 +256,8 @@ class _Curve(NamedTuple):
         return float((self.positives * beaten).sum() / self.num_positives)
 
     def dice(self) -> np.ndarray:
-        """Pooled Dice of `score >= self.scores`. Other thresholds only add negatives, so the best one is among them."""
+        """Computes the pooled Dice of `score >= self.scores`. Other thresholds only add negatives, so the best one is
+        among them."""
         tp = self.positives.cumsum()
         return 2 * tp / (tp + self.negatives_above + self.negatives_tied + self.num_positives)
 

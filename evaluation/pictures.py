@@ -12,9 +12,10 @@ from .overview import DISPERSION_NOTE, add_bar
 
 
 def draw_cases(report: dict, rows: list[tuple[dict, Path]], split: PreparedSplit, path: Path) -> None:
-    """Draws the best, the median and the worst test subject of the first row, one slice each, with the map of every row,
-    which stands beside the folder of its cases. The order is that of Dice at the validation threshold (oracle without
-    one), and the slice the one with most lesion, outlined; without masks the scores among the anomalous subjects."""
+    """Draws the best, the median and the worst test subject of the first row, one slice each, with the map of every
+    row, which stands beside the folder of its cases. The order is that of Dice at the validation threshold (oracle
+    without one), and the slice the one with most lesion, outlined; without masks the scores among the anomalous
+    subjects."""
     from matplotlib.figure import Figure
 
     shown = [(row, folder) for row, folder in rows if not row["name"].endswith("over its median")]

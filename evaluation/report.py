@@ -72,8 +72,8 @@ def make_report(
 
 
 def markdown(report: dict, columns: dict[str, str]) -> str:
-    """Returns the report as Markdown: a table of every row under those of the `columns`, metric to title, that a row has,
-    the nine protocol fields below it, and the reliability of an ensemble."""
+    """Returns the report as Markdown: a table of every row under those of the `columns`, metric to title, that a row
+    has, the nine protocol fields below it, and the reliability of an ensemble."""
     data = report["data"]
     measured = {name for row in report["results"] for name in row["metrics"]}
     columns = {name: title for name, title in columns.items() if name in measured}

@@ -176,7 +176,8 @@ class _Evaluation:
 
     @torch.no_grad()
     def _map(self, pipeline: AnomalyPipeline, split: PreparedSplit, items: list[dict]) -> tuple[SliceResults, float]:
-        """Results of some subjects together, and the seconds from slices to filtered maps, without reading and writing."""
+        """Results of some subjects together, and the seconds from slices to filtered maps, without reading and
+        writing."""
         images, brain = (torch.from_numpy(np.concatenate([item[key] for item in items])) for key in ("image", "brain"))
         numbers = np.concatenate([slice_numbers(split, item["subject"], item["slice"]) for item in items])
         own = pipeline.default_settings()

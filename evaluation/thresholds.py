@@ -13,13 +13,13 @@ from .metrics import PooledScores
 
 
 def threshold_for_dice(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> float:
-    """Returns the threshold with the highest Dice over the pooled voxels of validation volumes: post-processed maps and
-    lesion masks of the same shapes, boolean or 0/1, volume by volume.
+    """Returns the threshold with the highest Dice over the pooled voxels of validation volumes: post-processed maps
+    and lesion masks of the same shapes, boolean or 0/1, volume by volume.
 
-    The search is over all distinct scores, the threshold halfway between two of them, and exact up to 50 million voxels
-    (see [`PooledScores`]). The published programs search a grid (AnoFPDM, ANDi) or halve an interval (SADM), which can
-    miss the optimum. The pooled optimum weighs a volume by its lesion size; it is not that of the mean Dice over
-    volumes."""
+    The search is over all distinct scores, the threshold halfway between two of them, and exact up to 50 million
+    voxels (see [`PooledScores`]). The published programs search a grid (AnoFPDM, ANDi) or halve an interval (SADM),
+    which can miss the optimum. The pooled optimum weighs a volume by its lesion size; it is not that of the mean Dice
+    over volumes."""
     pooled = PooledScores()
     for scores, mask in zip(maps, masks, strict=True):
         pooled.update(scores, mask)
@@ -34,8 +34,8 @@ def threshold_for_fpr(healthy: np.ndarray, fpr: float) -> float:
     """Returns the lowest of the scores of healthy brain voxels that at most a share `fpr` of them exceeds; at `fpr=0`
     the largest one.
 
-    It is an order statistic, so exact whatever ties there are. (The program of SADM reads it off scikit-learn's thinned
-    ROC curve, which returns the smallest score at every rate.)"""
+    It is an order statistic, so exact whatever ties there are. (The program of SADM reads it off scikit-learn's
+    thinned ROC curve, which returns the smallest score at every rate.)"""
     check_number("fpr", fpr, least=0, below=1)
     values = _finite("healthy", np.asarray(healthy, np.float32).ravel())
     rank = values.size - 1 - math.floor(fpr * values.size)
@@ -43,9 +43,9 @@ def threshold_for_fpr(healthy: np.ndarray, fpr: float) -> float:
 
 
 def yen_threshold(values: np.ndarray) -> float:
-    """Returns the label-free threshold of one map by Yen's maximum correlation criterion (Yen, Chang, Chang 1995), on a
-    histogram of 256 bins over the range of the values, as scikit-image's `threshold_yen`: the centre of a bin, or the
-    value itself for a constant map, so that the mask is empty.
+    """Returns the label-free threshold of one map by Yen's maximum correlation criterion (Yen, Chang, Chang 1995), on
+    a histogram of 256 bins over the range of the values, as scikit-image's `threshold_yen`: the centre of a bin, or
+    the value itself for a constant map, so that the mask is empty.
 
     ANDi applies it per volume, background included. It does not change when the map is scaled, so it needs no
     normalisation, but it always finds something: a healthy volume gets a mask as well."""

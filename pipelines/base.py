@@ -158,8 +158,8 @@ class AnomalyPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """As `DiffusionPipeline.from_pretrained`; on this base class it returns the subclass that the checkpoint
-        names.
+        """Loads a pipeline as `DiffusionPipeline.from_pretrained`; on this base class, the subclass that the
+        checkpoint names.
 
         Raises:
             FileNotFoundError: There is no such folder or repository, or no pipeline in it.
@@ -190,8 +190,8 @@ class AnomalyPipeline(DiffusionPipeline):
         return getattr(anodiff, name).from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, **kwargs) -> None:
-        """As `DiffusionPipeline.save_pretrained`. With `push_to_hub=True` and `repo_id` the folder gets a card and is
-        pushed; the other arguments of [`push_to_hub`] are taken as well."""
+        """Saves as `DiffusionPipeline.save_pretrained`. With `push_to_hub=True` and `repo_id` the folder gets a card
+        and is pushed; the other arguments of [`push_to_hub`] are taken as well."""
         hub_arguments = ("repo_id", "card", "licence", "private", "token", "commit_message")
         pushing = {key: kwargs.pop(key) for key in hub_arguments if key in kwargs}
         super().save_pretrained(str(save_directory), **kwargs)
@@ -254,8 +254,8 @@ class AnomalyPipeline(DiffusionPipeline):
         return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
     def register_modules(self, **components) -> None:
-        """As `DiffusionPipeline.register_modules`, for components of the classes that the signature of `__init__`
-        names.
+        """Registers as `DiffusionPipeline.register_modules`, for components of the classes that the signature of
+        `__init__` names.
 
         Raises:
             TypeError: A component has a wrong class.
@@ -345,7 +345,8 @@ class AnomalyPipeline(DiffusionPipeline):
 
     @property
     def postprocessing(self) -> PostProcessing:
-        """The post-processing that the configuration holds; only some methods have a choice of `filter_order`."""
+        """Returns the post-processing that the configuration holds; only some methods have a choice of
+        `filter_order`."""
         names = [field.name for field in fields(PostProcessing)]
         return PostProcessing(**{name: self.config[name] for name in names if name in self.config})
 
@@ -353,7 +354,7 @@ class AnomalyPipeline(DiffusionPipeline):
         self, *, channels_last: bool = False, autocast: str | None = None, compile: bool = False
     ) -> None:
         """
-        Speed options that keep the method as it is but change numbers slightly.
+        Switches on what makes calls faster; the method stays as it is, but numbers change slightly.
 
         Args:
             channels_last (`bool`): Memory format of the network; about 1e-6 of the map's maximum.
@@ -368,15 +369,15 @@ class AnomalyPipeline(DiffusionPipeline):
             self.unet.compile()
 
     def autocast(self):
-        """Context of all evaluations of a call. Opened once: autocast then converts the weights once, and everything
-        between two evaluations is elementwise and stays float32."""
+        """Returns the context of all evaluations of a call. Opened once: autocast then converts the weights once, and
+        everything between two evaluations is elementwise and stays float32."""
         device = self._execution_device.type
         return torch.autocast(device, self._autocast_dtype) if self._autocast_dtype else nullcontext()
 
     def predict_noise(
         self, sample: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One evaluation of the network: `(B, C, H, W)` and `(B,)`, with a conditional network also labels `(B,)`, to
+        """Evaluates the network once: `(B, C, H, W)` and `(B,)`, with a conditional network also labels `(B,)`, to
         float32 `(B, C, H, W)`."""
         labels = () if class_labels is None else (class_labels,)
         # Not `unet.dtype`, which walks all modules at every evaluation.
@@ -586,12 +587,12 @@ class AnomalyPipeline(DiffusionPipeline):
 
 
 def device_name(device: torch.device) -> str:
-    """What a time was measured on."""
+    """Returns the name of the device, for the record of a measured time."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
 
 
 def resolve_seed(generator: int | torch.Generator | None) -> int:
-    """The integer that every draw is derived from; no generator is seed 0, so that the same scan gives the same
+    """Returns the integer that every draw is derived from; without a generator 0, so that the same scan gives the same
     map."""
     if generator is None:
         return 0

@@ -17,7 +17,8 @@ from ..volumes.volume import InputVolume
 
 
 # What an array of a result is, which decides how it becomes a picture: raw scores >= 0 in 16 bits, whose factor goes
-# into the record; a share in [0, 1] in 16 bits, 65535 is 1; a mask in 8 bits, 255 is 1; or an image in the input's units.
+# into the record; a share in [0, 1] in 16 bits, 65535 is 1; a mask in 8 bits, 255 is 1; or an image in the input's
+# units.
 SCORES, SHARE, MASK, IMAGE = "scores", "share", "mask", "image"
 _MAP_ARRAYS = {"anomaly_map": SCORES, "pred_mask": MASK, "reconstruction": IMAGE}
 _ENSEMBLE_ARRAYS = {

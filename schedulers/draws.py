@@ -1,12 +1,12 @@
 """Counter-based random numbers: each is a function of a key and a position, and of nothing else.
 
-No generator is advanced, so that a number does not depend on what was drawn before, on the batch, the order, the number of processes
-or the device: the same scan gives the same map on a laptop, on one GPU or on eight. torch's own generators promise none of this; on CUDA
-they depend on the number of multiprocessors.
+No generator is advanced, so that a number does not depend on what was drawn before, on the batch, the order, the
+number of processes or the device: the same scan gives the same map on a laptop, on one GPU or on eight. torch's own
+generators promise none of this; on CUDA they depend on the number of multiprocessors.
 
-The function is Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a counter of four
-words of 32 bits and a key of two give four words. Words are equal to the bit everywhere; uniform numbers are, too; normal numbers go
-through logarithm, sine and cosine, and agree to about 1e-6.
+The function is Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a
+counter of four words of 32 bits and a key of two give four words. Words are equal to the bit everywhere; uniform
+numbers are, too; normal numbers go through logarithm, sine and cosine, and agree to about 1e-6.
 
 A key is used for one draw. What needs several makes further keys of it with [`fold_in`].
 """
@@ -49,8 +49,8 @@ def philox(counter: Sequence, key: Sequence) -> list:
     Returns:
         `list`: four arrays of the same kind, words in [0, 2^32).
     """
-    # A product of two words has 64 bits; int64 keeps them all, its sign included. Only the words that are multiplied next are
-    # reduced to 32 bits at once: the bits above them change nothing in the others.
+    # A product of two words has 64 bits; int64 keeps them all, its sign included. Only the words that are multiplied
+    # next are reduced to 32 bits at once: the bits above them change nothing in the others.
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(ROUNDS):
         low, high = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
@@ -131,13 +131,14 @@ def uniform(keys: torch.Tensor, shape: Sequence[int] = ()) -> torch.Tensor:
 
 
 def integers(keys: torch.Tensor, high: int, shape: Sequence[int] = ()) -> torch.Tensor:
-    """Draws whole numbers from 0 to `high` - 1, `high` at most 2^31: keys `(B, 2)` to `(B, *shape)`, int64. The chance of each differs
-    from 1 / `high` by less than 2^-32."""
+    """Draws whole numbers from 0 to `high` - 1, `high` at most 2^31: keys `(B, 2)` to `(B, *shape)`, int64. The chance
+    of each differs from 1 / `high` by less than 2^-32."""
     return (words(keys, math.prod(shape)) * high >> 32).reshape(-1, *shape)
 
 
 def normal(keys: torch.Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Draws standard normal numbers: keys `(B, 2)` to `(B, *shape)`, by the rule of Box and Muller in float32, at most 6.8 in size."""
+    """Draws standard normal numbers: keys `(B, 2)` to `(B, *shape)`, by the rule of Box and Muller in float32, at most
+    6.8 in size."""
     return _draw(keys, math.prod(shape), _store_normals, torch.float32).reshape(-1, *shape).to(dtype)
 
 

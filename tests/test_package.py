@@ -3,6 +3,7 @@
 import ast
 import configparser
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +35,14 @@ def listed(section: str, key: str) -> list[str]:
     return [line.strip() for line in setup_cfg()[section][key].splitlines() if line.strip()]
 
 
-def test_every_folder_with_code_is_listed_as_a_package():
+def product_files() -> list[Path]:
+    """The tracked modules of the package, relative to the root."""
     tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
-    folders = {Path(name).parent for name in tracked.splitlines()}
-    wanted = {".".join(["anodiff", *folder.parts]) for folder in folders if not OUTSIDE & set(folder.parts)}
+    return [Path(name) for name in tracked.splitlines() if not OUTSIDE & set(Path(name).parts)]
+
+
+def test_every_folder_with_code_is_listed_as_a_package():
+    wanted = {".".join(["anodiff", *path.parent.parts]) for path in product_files()}
     assert wanted == set(listed("options", "packages"))
 
 
@@ -94,14 +99,13 @@ def test_folders_do_not_shadow_libraries():
 
 
 def test_imports_run_downwards_and_in_no_circle():
-    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
     # Scripts write `from anodiff import ...`: what they import is the module of that name.
     lazy = {name: getattr(anodiff, name).__module__ for name in anodiff.__all__}
     paths = {}
-    for name in tracked.splitlines():
-        parts = Path(name).with_suffix("").parts
+    for name in product_files():
+        parts = name.with_suffix("").parts
         # `convert.py` is the script beside the package of that name.
-        if not OUTSIDE & set(parts) and name != "convert.py":
+        if name != Path("convert.py"):
             paths[".".join(["anodiff", *(part for part in parts if part != "__init__")])] = ROOT / name
     imported = {module: imports_of(module, path, paths, lazy) for module, path in paths.items() if module != "anodiff"}
     level = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
@@ -130,3 +134,18 @@ def imports_of(module: str, path: Path, modules, lazy: dict[str, str]) -> set[st
                 inner = f"{base}.{name.name}"
                 found.add(inner if inner in modules else lazy.get(name.name, base) if base == "anodiff" else base)
     return found
+
+
+def test_public_docstrings_begin_with_a_verb():
+    """What a function or method does comes first: Returns ..., Draws ... Properties say what they are."""
+    wrong = []
+    for name in product_files():
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+            for function in node.body if isinstance(node, (ast.Module, ast.ClassDef)) else []:
+                if not isinstance(function, ast.FunctionDef) or function.name.startswith("_"):
+                    continue
+                is_property = any(getattr(decorator, "id", "") == "property" for decorator in function.decorator_list)
+                text = ast.get_docstring(function)
+                if text and not is_property and not re.match(r"[A-Z][a-z]+s\b", text):
+                    wrong.append(f"{name}: {function.name}")
+    assert not wrong

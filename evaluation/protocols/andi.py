@@ -63,8 +63,8 @@ def scale_to_range(maps: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None, options: EvalOptions) -> Scores:
-    """Scores one method under ANDi's protocol, with one record per case, and a `sweep`: `thresholds`, of scaled maps, and
-    mean `dice`. Cases without a mask only take part in the scaling."""
+    """Scores one method under ANDi's protocol, with one record per case, and a `sweep`: `thresholds`, of scaled maps,
+    and mean `dice`. Cases without a mask only take part in the scaling."""
     equalised = row["name"] == EQUALISED
     if thresholds is None:
         thresholds = sweep_thresholds(EQUALISED_SWEEP if equalised else SWEEP)

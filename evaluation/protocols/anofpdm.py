@@ -64,8 +64,8 @@ NEEDS = Needs(settings={"gate_by_label": False}, details={"foreground": foregrou
 
 
 class SliceScores:
-    """Segmentation metrics of many slices in one setting, fed with one volume after the other; components of a predicted
-    mask below `min_component_size` pixels are removed, in 2-D."""
+    """Segmentation metrics of many slices in one setting, fed with one volume after the other; components of a
+    predicted mask below `min_component_size` pixels are removed, in 2-D."""
 
     def __init__(self, min_component_size: int = MIN_COMPONENT_SIZE):
         self.min_component_size = min_component_size

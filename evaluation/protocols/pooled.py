@@ -43,8 +43,8 @@ NEEDS = Needs()
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
-    """Scores one method under every threshold policy, with one record per subject. The policy "own" is there for methods
-    that make masks themselves. Where there are too many voxels to be exact, `error_bounds` are those of
+    """Scores one method under every threshold policy, with one record per subject. The policy "own" is there for
+    methods that make masks themselves. Where there are too many voxels to be exact, `error_bounds` are those of
     [`PooledScores`]."""
     test, validation = files["test"], files.get("validation", [])
     pooled = PooledScores()

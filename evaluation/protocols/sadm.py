@@ -156,9 +156,9 @@ def choose_thresholds(validation: list[Path]) -> dict[str, float | None]:
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
     """Scores one method under the protocol of cDDPM and SADM, with a record per case: its values at the threshold
     `search`, its confusion counts and its lesion's size. `lesion_sizes` are the thirds of the volumes with lesions by
-    lesion size: number, smallest and largest in voxels, mean Dice under each policy. `sadm_healthy_fpr_{policy}` is the
-    share of the brain voxels of healthy test slices above the threshold. Of the settings, `min_component_size` (in 3-D,
-    voxels) is 8 for cDDPM, 0 for SADM. Test volumes without a mask count for the rate of healthy slices only."""
+    lesion size: number, smallest and largest in voxels, mean Dice under each policy. `sadm_healthy_fpr_{policy}` is
+    the share of the brain voxels of healthy test slices above the threshold. Of the settings, `min_component_size` (in
+    3-D, voxels) is 8 for cDDPM, 0 for SADM. Test volumes without a mask count for the rate of healthy slices only."""
     found = choose_thresholds(files.get("validation", []))
     chosen = {policy: value for policy, value in found.items() if value is not None}
     cases = [

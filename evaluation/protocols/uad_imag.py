@@ -46,7 +46,8 @@ def threshold_below_fpr(healthy: np.ndarray, fpr: float, *, thinned: bool = Fals
     as `map > threshold`, as all thresholds here, the rate is lower still.)
 
     `thinned` takes only those thresholds that scikit-learn's `roc_curve` keeps, as UAD-IMAG's program does. Without
-    positives it keeps hardly more than the scores that several voxels share, so that the rate is often far below `fpr`.
+    positives it keeps hardly more than the scores that several voxels share, so that the rate is often far below
+    `fpr`.
     """
     check_number("fpr", fpr, least=0, below=1)
     values, counts = np.unique(np.asarray(healthy), return_counts=True)
