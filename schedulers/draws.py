@@ -35,7 +35,7 @@ MASK = 0xFFFFFFFF
 VALUES, NEW_KEYS = 0, 1
 
 # On a CPU the arrays of a chunk should fit the cache.
-BLOCKS_PER_CHUNK = 2**14
+BLOCKS_PER_CHUNK = 2**15
 
 
 def philox(counter: Sequence, key: Sequence) -> list:
@@ -43,19 +43,28 @@ def philox(counter: Sequence, key: Sequence) -> list:
     Computes ten rounds of Philox4x32.
 
     Args:
-        counter (four `torch.Tensor` int64, or `np.ndarray` uint64, that broadcast): Words in [0, 2^32).
-        key (two of the same kind): Words in [0, 2^32).
+        counter (four `torch.Tensor` int64 or `np.ndarray` uint64):
+            Words in [0, 2^32); those after the first may be numbers.
+        key (two of the same kind): Words in [0, 2^32). All of them broadcast.
 
     Returns:
         `list`: four arrays of the same kind, words in [0, 2^32).
     """
     # A product of two words has 64 bits; int64 keeps them all, its sign included. Only the words that are multiplied
     # next are reduced to 32 bits at once: the bits above them change nothing in the others.
-    (c0, c1, c2, c3), (k0, k1) = counter, key
+    k0, k1 = key
+    nothing = (counter[0] + k0) * 0
+    c0, c1, c2, c3 = (word + nothing for word in counter)  # of one shape, so that everything below is done in place
     for _ in range(ROUNDS):
-        low, high = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c2 = ((high >> 32) ^ c1 ^ k0) & MASK, ((low >> 32) ^ c3 ^ k1) & MASK
-        c1, c3 = high, low
+        c0 *= MULTIPLIERS[0]
+        c2 *= MULTIPLIERS[1]
+        c1 ^= c2 >> 32
+        c1 ^= k0
+        c1 &= MASK
+        c3 ^= c0 >> 32
+        c3 ^= k1
+        c3 &= MASK
+        c0, c1, c2, c3 = c1, c2, c3, c0
         k0, k1 = (k0 + KEY_STEPS[0]) & MASK, (k1 + KEY_STEPS[1]) & MASK
     return [c0, c1 & MASK, c2, c3 & MASK]
 
@@ -184,7 +193,8 @@ def _fold(keys: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _on_device(function: Callable, device_type: str) -> Callable:
-    """The function, on a CUDA device compiled into one launch: as tensor operations it would be a hundred."""
+    """The function, on a CUDA device compiled into one launch: as tensor operations it would be a hundred. Not on a CPU:
+    in C++, which it would be compiled to there, signed products need not wrap."""
     return torch.compile(function, dynamic=True) if device_type == "cuda" else function
 
 
