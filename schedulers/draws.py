@@ -193,8 +193,8 @@ def _fold(keys: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _on_device(function: Callable, device_type: str) -> Callable:
-    """The function, on a CUDA device compiled into one launch: as tensor operations it would be a hundred. Not on a CPU:
-    in C++, which it would be compiled to there, signed products need not wrap."""
+    """The function, on a CUDA device compiled into one launch: as tensor operations it would be a hundred. Not on a
+    CPU: in C++, which it would be compiled to there, signed products need not wrap."""
     return torch.compile(function, dynamic=True) if device_type == "cuda" else function
 
 
