@@ -34,8 +34,8 @@ MASK = 0xFFFFFFFF
 # Third word of the counter: new keys and drawn values never share a counter.
 VALUES, NEW_KEYS = 0, 1
 
-# On a CPU the arrays of a chunk should fit the cache.
-BLOCKS_PER_CHUNK = 2**15
+# On a CPU: smaller chunks cost calls, larger ones memory.
+BLOCKS_PER_CHUNK = 2**16
 
 
 def philox(counter: Sequence, key: Sequence) -> list:
