@@ -13,6 +13,7 @@ from ..checks import check_number
 from ..models.classifier_2d import NoisyClassifierModel
 from ..models.unet_2d_anofpdm import AnoFPDMUNet2DModel
 from ..models.unet_2d_heads import UNet2DHeadsModel
+from ..pipelines.base import HEALTHY, NULL
 from ..pipelines.pipeline_anofpdm import AnoFPDMPipeline
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from ..pipelines.pipeline_ddib import DDIBPipeline
@@ -22,9 +23,6 @@ from ..volumes.processor import VolumeProcessor
 from .keys import LABEL
 from .objective import MODALITIES, Batch, Objective
 from .variational_bound import variance_bound
-
-
-HEALTHY, NULL = 0, 2  # labels of the network; 1 is unhealthy
 
 
 class GuidedObjective(Objective):

@@ -13,7 +13,7 @@ from anodiff import AnomalyPipeline, DAEScheduler, VolumeProcessor
 from anodiff.pipelines.base import NOT_FINITE
 from anodiff.schedulers.draws import DRAWS_VERSION
 
-from ..tiny import SETTINGS, SIZE, assert_same_map, make_pipeline, make_slices, make_unet, make_volume
+from ..tiny import SETTINGS, SIZE, assert_same_map, make_pipeline, make_slices, make_volume
 
 
 PIPELINES = [name for name in anodiff.__all__ if name.endswith("Pipeline") and name != "AnomalyPipeline"]
@@ -211,16 +211,23 @@ def test_several_volumes_share_batches_but_nothing_else(pipe):
     slices, brain = tensor_of(pipe, 6), torch.ones(6, SIZE, SIZE, dtype=torch.bool)
     brain[1] = False
     indices = [0, 1, 2, 0, 1, 2]
-    together = (
-        pipe.map_slices(slices, brain, indices, volumes=[3, 3], median_size=0)
-        if "median_size" in pipe.default_settings()
-        else pipe.map_slices(slices, brain, indices, volumes=[3, 3])
-    )
+    together = pipe.map_slices(slices, brain, indices, volumes=[3, 3])
     for rows in (slice(0, 3), slice(3, 6)):
         alone = pipe(slices[rows], brain_mask=brain[rows])
         maps = map_of(alone).movedim(0, 1) if hasattr(alone, "member_maps") else map_of(alone)
         assert_same_map(together.maps[rows], maps, 1e-4)
     assert together.added is None and together.maps.dtype == torch.float32
+
+
+def test_a_filter_does_not_cross_volumes():
+    pipe = make_pipeline("ANDiPipeline", median_size=3, median_dimensions=3)
+    slices, brain = tensor_of(pipe, 6), torch.ones(6, SIZE, SIZE, dtype=torch.bool)
+    maps = {
+        volumes: pipe.map_slices(slices, brain, [0, 1, 2, 0, 1, 2], volumes=volumes).maps for volumes in ((3, 3), (6,))
+    }
+    alone = torch.cat([torch.as_tensor(pipe(part).anomaly_map) for part in slices.split(3)])
+    assert_same_map(maps[3, 3], alone, 1e-4)
+    assert (maps[6,] - alone).abs().max() > 1e-2 * alone.max()
 
 
 def test_a_damaged_network_is_refused(pipe, tmp_path):
@@ -302,4 +309,3 @@ def test_the_base_names_what_it_cannot_load(tmp_path):
     with pytest.raises(ValueError, match="holds a DAEPipeline, not a ANDiPipeline"):
         anodiff.ANDiPipeline.from_pretrained(tmp_path)
     assert isinstance(AnomalyPipeline.from_pretrained(tmp_path).processor, VolumeProcessor)
-    assert make_unet().config.in_channels == 1
