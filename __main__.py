@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from anodiff.running import run_script
+
 
 COMMANDS = {
     "preprocess": "raw data set -> prepared data set",
@@ -19,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        return importlib.import_module(f"anodiff.{argv[0]}").main(argv[1:])
+        script = importlib.import_module(f"anodiff.{argv[0]}")
+        return run_script(lambda: script.main(argv[1:]), script.GO_ON)
     usage = "\n".join(
         [
             "usage: anodiff COMMAND [...]",

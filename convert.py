@@ -5,8 +5,9 @@ python convert.py brain_damage model.pth out/
 
 import sys
 
-from anodiff.convert import main
+from anodiff.convert import GO_ON, main
+from anodiff.running import run_script
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, GO_ON))

@@ -17,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from anodiff.configs import parse_options
+from anodiff.running import run_script
+
+
+# What a user does after a stop.
+GO_ON = "Scans that are done keep their results; name the others again."
 
 
 @dataclass
@@ -120,4 +125,4 @@ def predict_scan(pipeline, scan, options: PredictOptions) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, GO_ON))

@@ -16,6 +16,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from anodiff.configs import parse_options
+from anodiff.running import run_script
+
+
+# What a user does after a stop.
+GO_ON = "The same command goes on from here."
 
 
 _WHY_PRIVATE = (
@@ -127,4 +132,4 @@ def _check(options: PreprocessOptions) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, GO_ON))

@@ -11,7 +11,12 @@ import sys
 
 from anodiff.checks import check_choice
 from anodiff.configs import parse_options
+from anodiff.running import run_script
 from anodiff.training.options import TrainOptions
+
+
+# What a user does after a stop.
+GO_ON = "`--train.resume latest` goes on from the last checkpoint."
 
 
 # Method -> module and class of its objective.
@@ -48,18 +53,12 @@ def main(argv: list[str] | None = None) -> int:
 
     import importlib
 
-    from anodiff.hub.publishing import PublishingError
     from anodiff.training.loop import fit
 
     module, name = OBJECTIVES[options.method]
-    try:
-        fit(options, getattr(importlib.import_module(module), name))
-    except PublishingError as error:
-        # The training is done and on disk; only the upload is missing.
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    fit(options, getattr(importlib.import_module(module), name))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, GO_ON))

@@ -31,6 +31,9 @@ from typing import Any
 from ..configs import parse_options
 
 
+# What a user does after a stop.
+GO_ON = "The same command begins anew."
+
 METHODS = ("brain_damage", "andi", "anofpdm", "cimd", "cddpm", "pddpm", "sadm")
 ANOFPDM_NETWORKS = ("v2", "v1", "classifier")
 

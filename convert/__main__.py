@@ -2,7 +2,8 @@
 
 import sys
 
-from . import main
+from ..running import run_script
+from . import GO_ON, main
 
 
-sys.exit(main())
+sys.exit(run_script(main, GO_ON))
