@@ -1,0 +1,392 @@
+"""Synthetic heads of label maps: healthy images of any contrast, of which no scan was ever taken.
+
+A map that names the tissue of every voxel is bent, every tissue gets a brightness that its contrast allows, and the
+scanner's blur, shading and noise are added (the idea of SynthSeg, Billot et al., Medical Image Analysis 86, 2023).
+Networks that are trained on such heads have seen no patient.
+
+Everything random is a function of a head's key and of a slice's number: a slice is the same alone, within its volume,
+in any batch and on any device (to rounding).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ...checks import check_choice
+from ...schedulers.draws import fold_in, normal, uniform
+
+
+# B heads, M maps, Z slices, S samples of a slice's thickness, H x W pixels of the network's plane (rows from anterior
+# to posterior, columns from the patient's right to the left), T tissues; mm are RAS millimetres from the map's centre.
+
+CONTRASTS = ("flair", "t1", "t2", "any")
+TISSUES = (
+    *("air", "white", "cortex", "fluid", "thalamus", "caudate", "putamen", "pallidum", "hippocampus", "amygdala"),
+    *("accumbens", "ventral_dc", "brain_stem", "cerebellar_white", "cerebellar_cortex", "chiasm", "choroid", "vessel"),
+    *("outer_fluid", "soft", "eye", "mucosa", "skin", "cord", "vein", "bone", "marrow", "nerve"),
+)
+AIR, WHITE, CORTEX, FLUID = range(4)
+VESSEL, OUTER_FLUID = TISSUES.index("vessel"), TISSUES.index("outer_fluid")
+# Tissues up to here are brain.
+_BRAIN = TISSUES.index("vessel")
+
+# FreeSurfer's numbers, left and right; from 500 on those of the head that SynthSeg's public maps have.
+LABELS = {
+    "white": (2, 41, 25, 57, 77, 78, 79, 85, 192, 250, 251, 252, 253, 254, 255),
+    "cortex": (3, 42, 19, 55, 80, 81, 82),
+    "fluid": (4, 5, 14, 15, 43, 44, 72, 213, 221),
+    "cerebellar_white": (7, 46),
+    "cerebellar_cortex": (8, 47),
+    "thalamus": (9, 10, 48, 49),
+    "caudate": (11, 50),
+    "putamen": (12, 51),
+    "pallidum": (13, 52),
+    "brain_stem": (16, 170, 173, 174, 175, 178),
+    "hippocampus": (17, 53),
+    "amygdala": (18, 54),
+    "outer_fluid": (24, 257),
+    "accumbens": (26, 58),
+    "ventral_dc": (28, 60),
+    "vessel": (30, 62, 502),
+    "choroid": (31, 63, 136, 137, 163, 164),
+    "eye": (506,),
+    "soft": (507, 508),
+    "mucosa": (509,),
+    "skin": (511,),
+    "cord": (512,),
+    "vein": (514,),
+    "bone": (515,),
+    "marrow": (516,),
+    "nerve": (530,),
+}
+
+# What keys are folded with, one number per purpose.
+_SHAPE, _KNOTS, _TISSUE, _TEXTURE, _FIELDS, _SCANNER, _NOISE, _MASK, _RIMS, _THICKNESS = range(1, 11)
+
+
+@dataclass(frozen=True)
+class LabelMaps:
+    """
+    Holds the maps that heads are made of.
+
+    Args:
+        tissues (`torch.Tensor` of shape `(M, X, Y, Z)`, uint8): Number in `TISSUES`, axes RAS, air where a map ends.
+        to_voxel (`torch.Tensor` of shape `(M, 3, 4)`): Millimetres from the centre of the brain to voxel indices.
+        low, high (`torch.Tensor` of shape `(M,)`): Millimetres of the lowest and highest slice that holds brain.
+        names: Of the files.
+    """
+
+    tissues: torch.Tensor
+    to_voxel: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.tissues)
+
+    def to(self, device: torch.device | str) -> LabelMaps:
+        """Returns the maps on another device."""
+        moved = (tensor.to(device) for tensor in (self.tissues, self.to_voxel, self.low, self.high))
+        return LabelMaps(*moved, self.names)
+
+
+def read_label_maps(folder: str | Path) -> LabelMaps:
+    """
+    Reads the label maps in a folder: segmentations with FreeSurfer's numbers, as FreeSurfer, FastSurfer and SynthSeg
+    write them, in any orientation and resolution.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no volume in it.
+        ValueError: A volume is no segmentation, or holds a number that is not known; the message names both.
+    """
+    folder = Path(folder)
+    files = sorted(
+        path for path in folder.glob("*") if path.name.lower().endswith((".nii", ".nii.gz", ".mgz", ".mgh"))
+    )
+    if not files:
+        raise FileNotFoundError(f"There are no label maps (.nii, .nii.gz, .mgz) in {folder}.")
+    tissue_of = {label: TISSUES.index(tissue) for tissue, labels in LABELS.items() for label in labels}
+    found = [_read_map(path, tissue_of) for path in files]
+    shape = np.max([tissues.shape for tissues, _ in found], 0)
+    volumes = torch.zeros(len(found), *shape.tolist(), dtype=torch.uint8)
+    to_voxel, low, high = [], [], []
+    for volume, (tissues, affine) in zip(volumes, found, strict=True):
+        volume[tuple(slice(size) for size in tissues.shape)] = torch.from_numpy(tissues)
+        brain = np.argwhere((tissues > AIR) & (tissues < _BRAIN)) @ affine[:3, :3].T + affine[:3, 3]
+        centre = (brain.min(0) + brain.max(0)) / 2
+        inverse = np.linalg.inv(affine)
+        to_voxel.append(np.column_stack([inverse[:3, :3], inverse[:3, :3] @ centre + inverse[:3, 3]]))
+        low.append(brain[:, 2].min() - centre[2])
+        high.append(brain[:, 2].max() - centre[2])
+    tensors = (torch.tensor(np.array(values), dtype=torch.float32) for values in (to_voxel, low, high))
+    return LabelMaps(volumes, *tensors, tuple(path.name for path in files))
+
+
+def _read_map(path: Path, tissue_of: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Tissues `(X, Y, Z)` of a map, axes RAS, and their affine."""
+    image = nib.as_closest_canonical(nib.load(path))
+    labels = np.asarray(image.dataobj)
+    if labels.ndim != 3 or not np.array_equal(labels, np.rint(labels)):
+        raise ValueError(f"{path} must be a segmentation, one whole number per voxel, got shape {labels.shape}.")
+    labels = labels.astype(np.int64)
+    present = np.unique(labels)
+    # Parcels of the cortex, 1000 to 2999, and of the white matter beneath, 3000 to 4999, of FreeSurfer's atlases.
+    known = {int(label): tissue_of.get(int(label), CORTEX if label < 3000 else WHITE) for label in present}
+    unknown = [label for label in known if label not in tissue_of and label != 0 and not 1000 <= label < 5000]
+    if unknown:
+        raise ValueError(f"{path} holds labels that are none of FreeSurfer's that are known here: {unknown}.")
+    known[0] = AIR
+    table = np.array([known[int(label)] for label in present], np.uint8)
+    return table[np.searchsorted(present, labels)], image.affine
+
+
+@dataclass(frozen=True)
+class Heads:
+    """
+    Holds slices of synthetic heads.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, C, Z, H, W)`): About 0 to 2, cortex or white matter near 1; a channel per
+            contrast.
+        brain (`torch.Tensor` of shape `(B, Z, H, W)`, bool): The brain, with the fluid in and around it.
+        tissues (`torch.Tensor` of shape `(B, Z, H, W)`, uint8): Tissue of the slice's middle.
+    """
+
+    images: torch.Tensor
+    brain: torch.Tensor
+    tissues: torch.Tensor
+
+
+@torch.no_grad()
+def make_slices(
+    maps: LabelMaps,
+    chosen: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    contrasts: Sequence[str] = ("flair",),
+    size: tuple[int, int] = (160, 128),
+    spacing: float = 1.5,
+    thickness: torch.Tensor | None = None,
+) -> Heads:
+    """
+    Makes slices of heads.
+
+    Args:
+        maps ([`LabelMaps`]): Their device is the device of the result.
+        chosen (`torch.Tensor` of shape `(B,)`): Map of each head.
+        keys (`torch.Tensor` of shape `(B, 2)`): What everything random of a head is drawn from.
+        positions (`torch.Tensor` of shape `(B, Z)`): Middle of each slice, in mm above the centre of the brain.
+        contrasts (`Sequence[str]`): Of `CONTRASTS`, a channel each; the anatomy is the same in all.
+        size (`tuple[int, int]`): H and W.
+        spacing (`float`): Size of a pixel in mm.
+        thickness (`torch.Tensor` of shape `(B,)`, *optional*): Of a slice, in mm; 1 mm for one sample a slice.
+    """
+    for contrast in contrasts:
+        check_choice("contrast", contrast, CONTRASTS)
+    device, heads = maps.tissues.device, len(keys)
+    thickness = torch.ones(heads, device=device) if thickness is None else thickness.to(device)
+    # The mean over the thickness: samples about 1.3 mm apart.
+    samples = max(1, math.ceil(float(thickness.max()) / 1.3))
+    offsets = (torch.arange(samples, device=device) + 0.5) / samples - 0.5
+    z = positions.to(device)[:, :, None] + thickness[:, None, None] * offsets  # (B, Z, S)
+    height, width = size
+    y = -(torch.arange(height, device=device) - (height - 1) / 2) * spacing
+    x = -(torch.arange(width, device=device) - (width - 1) / 2) * spacing
+    tissues = _bend(maps, chosen.to(device), keys, z.flatten(1), y, x).unflatten(1, z.shape[1:])  # (B, Z, S, H, W)
+    brain = _brain_mask(tissues, keys, spacing)
+    # A slice's own key: the number of its position, in micrometres, which may be negative.
+    numbers = ((z.mean(2) + 1000) * 1000).round().long()
+    slice_keys = fold_in(keys.repeat_interleave(z.shape[1], 0), numbers.flatten())
+    images = []
+    for channel, contrast in enumerate(contrasts):
+        own = fold_in(keys, 100 + channel), fold_in(slice_keys, 100 + channel)
+        images.append(_paint(tissues, contrast, *own, z[:, :, 0], y, x))
+    return Heads(torch.stack(images, 1), brain, tissues[:, :, samples // 2])
+
+
+def _bend(maps: LabelMaps, chosen, keys, z, y, x) -> torch.Tensor:
+    """Tissues `(B, P, H, W)` of bent maps in the planes `z (B, P)` at rows `y (H,)` and columns `x (W,)`, all in mm."""
+    heads, device = len(keys), keys.device
+    u = uniform(fold_in(keys, _SHAPE), (16,))
+    angles = normal(fold_in(fold_in(keys, _SHAPE), 1), (6,))
+    cos, sin = (angles[:, :3] * math.radians(5)).cos(), (angles[:, :3] * math.radians(5)).sin()
+    matrix = torch.eye(3, device=device).repeat(heads, 1, 1)
+    for axis, (first, second) in enumerate(((1, 2), (0, 2), (0, 1))):
+        turn = torch.eye(3, device=device).repeat(heads, 1, 1)
+        turn[:, first, first] = turn[:, second, second] = cos[:, axis]
+        turn[:, first, second], turn[:, second, first] = -sin[:, axis], sin[:, axis]
+        matrix = matrix @ turn
+    shear = torch.eye(3, device=device).repeat(heads, 1, 1)
+    shear[:, [0, 0, 1], [1, 2, 2]] = 0.02 * angles[:, 3:]
+    scale = 1 / (0.87 + 0.26 * u[:, :3])
+    scale[:, 0] *= torch.where(u[:, 3] < 0.5, -1.0, 1.0)  # left and right
+    matrix = matrix @ shear * scale[:, None]
+
+    # Two fields of displacements, in mm: the shape of the head, and that of its folds.
+    reach = 130.0
+    places = [z, y.expand(heads, -1), x.expand(heads, -1)]
+    shifts = 0.0
+    for number, (knots, size) in enumerate((((5, 5, 5), 3.5), ((10, 10, 9), 1.5))):
+        drawn = normal(fold_in(fold_in(keys, _KNOTS), number), (3, *knots))
+        drawn = drawn * (size * (0.4 + 0.8 * u[:, 4 + number]))[:, None, None, None, None]
+        shifts = shifts + _spline(drawn, places, reach)
+    z, y, x = z[:, :, None, None], y[:, None], x[None]
+    linear = [matrix[:, axis, :, None, None, None] for axis in range(3)]
+    # Rows of the matrix give source x, y, z in mm of a point (x, y, z).
+    points = [row[:, 0] * x + row[:, 1] * y + row[:, 2] * z + shifts[:, axis] for axis, row in enumerate(linear)]
+    to_voxel = maps.to_voxel[chosen][..., None, None, None]
+    shape, index, inside = maps.tissues.shape[1:], chosen[:, None, None, None], True
+    for axis, length in enumerate(shape):
+        row = to_voxel[:, axis]
+        voxel = row[:, 0] * points[0] + row[:, 1] * points[1] + row[:, 2] * points[2] + row[:, 3]
+        voxel = voxel.round_().long()
+        inside = inside & (voxel >= 0) & (voxel < length)
+        index = index * length + voxel.clamp_(0, length - 1)
+    return torch.where(inside, maps.tissues.flatten()[index], AIR)
+
+
+def _spline(knots: torch.Tensor, places: Sequence[torch.Tensor], reach: float) -> torch.Tensor:
+    """Field `(B, C, P, H, W)` of cubic B-splines with the coefficients `(B, C, I, J, K)` at places `(B, P)`, `(B, H)`,
+    `(B, W)` in mm from -reach to reach; its deviation is about that of the coefficients."""
+    weights = []
+    for place, count in zip(places, knots.shape[2:], strict=True):
+        position = (place / (2 * reach) + 0.5).clamp(0, 1) * (count - 1)
+        distance = (position[..., None] - torch.arange(count, device=knots.device)).abs()
+        near = 2 / 3 - distance**2 + distance**3 / 2
+        far = (2 - distance).clamp(min=0) ** 3 / 6
+        weight = torch.where(distance < 1, near, far)
+        weights.append(weight / weight.square().sum(-1, keepdim=True).sqrt())
+    return torch.einsum("bcijk,bpi,bhj,bwk->bcphw", knots, *weights)
+
+
+def _brain_mask(tissues: torch.Tensor, keys: torch.Tensor, spacing: float) -> torch.Tensor:
+    """Masks `(B, Z, H, W)` as brain extraction gives them: the tissue of the brain, closed over narrow sulci, and the
+    fluid that it surrounds."""
+    is_brain = (tissues > AIR) & (tissues <= _BRAIN)
+    tissue, outer = is_brain.float().mean(2), (tissues == OUTER_FLUID).float().mean(2) > 0.5
+    boxes = 7 + 2 * (4 * uniform(fold_in(keys, _MASK))).long()  # pixels, odd
+    around = 2 * round(30 / spacing) + 1
+    closed = torch.empty_like(tissue)
+    for box in boxes.unique().tolist():
+        own, half = boxes == box, box // 2
+        wide = _max_pool(F.pad((tissue[own] > 0.5).float(), (half,) * 4), box)
+        closed[own] = -_max_pool(F.pad(-wide, (half,) * 4, value=-1.0)[..., half:-half, half:-half], box, half)
+    share = F.avg_pool2d(F.avg_pool2d(tissue, (around, 1), 1, (around // 2, 0)), (1, around), 1, (0, around // 2))
+    return (closed > 0.5) | (outer & (share > 0.5))
+
+
+def _max_pool(images: torch.Tensor, box: int, padding: int = 0) -> torch.Tensor:
+    # One axis after the other: a box of 13 x 13 costs 26 comparisons instead of 169.
+    return F.max_pool2d(F.max_pool2d(images, (box, 1), 1, (padding, 0)), (1, box), 1, (0, padding))
+
+
+def _paint(tissues, contrast: str, keys, slice_keys, z, y, x) -> torch.Tensor:
+    """Images `(B, Z, H, W)` of tissues `(B, Z, S, H, W)`; `slice_keys` are those of every slice, `(B Z, 2)`."""
+    heads, slices, samples, height, width = tissues.shape
+    means, deviations = _tissue_values(contrast, keys)
+    flat = tissues.flatten(1).long()
+    image = means.gather(1, flat).view_as(tissues)
+    # Noise of the tissue itself, coarser than a voxel so that it survives the blur.
+    grain = normal(fold_in(slice_keys, _TEXTURE), (samples, height, width)).view_as(tissues)
+    image = image + deviations.gather(1, flat).view_as(tissues) * grain
+    image = image.mean(2)
+
+    u = uniform(fold_in(keys, _SCANNER), (8,))[..., None, None, None]
+    rims = _rims(tissues) * (0.35 * uniform(fold_in(keys, _RIMS)) ** 2)[:, None, None, None]
+    if contrast == "t1":
+        rims = -rims
+    image = image * (1 + rims)
+    places = [z, y.expand(heads, -1), x.expand(heads, -1)]
+    fields = [
+        _spline(normal(fold_in(fold_in(keys, _FIELDS), number), (1, *knots)), places, 130.0)[:, 0]
+        for number, knots in enumerate(((14, 14, 12), (7, 7, 6), (4, 4, 3)))
+    ]
+    image = image * (1 + 0.05 * u[:, 0] * fields[0] + 0.05 * u[:, 1] * fields[1])
+    image = _blur(image, 0.3 + 0.5 * u[:, 2, 0, 0, 0])
+    image = image.clamp(min=0) ** (0.75 + 0.65 * u[:, 3])
+    image = image * torch.exp((0.02 + 0.2 * u[:, 4]) * fields[2])
+    # Rician: the magnitude of a complex signal with noise in both parts.
+    sigma = 0.005 + 0.045 * u[:, 5] ** 2
+    parts = normal(fold_in(slice_keys, _NOISE), (2, height, width)).view(heads, slices, 2, height, width)
+    return ((image + sigma * parts[:, :, 0]) ** 2 + (sigma * parts[:, :, 1]) ** 2).sqrt()
+
+
+def _rims(tissues: torch.Tensor) -> torch.Tensor:
+    """Weight in [0, 1], `(B, Z, H, W)`, of white matter close to a ventricle, whose rims and caps shine in many healthy
+    people."""
+    ventricle = (tissues == FLUID).float().mean(2)
+    white = (tissues == WHITE).float().mean(2)
+    near = F.avg_pool2d(F.max_pool2d(ventricle, 5, 1, 2), 5, 1, 2)
+    return near * white
+
+
+def _blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Blurs `(B, Z, H, W)` in the plane by a Gaussian of `sigma (B,)` pixels, below 1."""
+    taps = torch.exp(-(torch.arange(-3, 4, device=images.device) ** 2) / (2 * sigma[:, None] ** 2))
+    taps = taps / taps.sum(1, keepdim=True)
+    heads, slices, height, width = images.shape
+    blurred = F.pad(images.transpose(0, 1), (3,) * 4, mode="replicate")
+    blurred = F.conv2d(blurred, taps[:, None, :, None], groups=heads)
+    return F.conv2d(blurred, taps[:, None, None], groups=heads).transpose(0, 1)
+
+
+def _tissue_values(contrast: str, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation `(B, T)` of every tissue's brightness."""
+    u = uniform(fold_in(keys, _TISSUE), (2, len(TISSUES)))
+    deviations = 0.005 + 0.055 * u[:, 1] ** 1.5
+    u = dict(zip(TISSUES, u[:, 0].unbind(1), strict=True))
+
+    def between(tissue, start, end, low=0.0, high=1.0):
+        return start + (end - start) * (low + (high - low) * u[tissue])
+
+    means = dict.fromkeys(TISSUES, torch.zeros_like(u["air"]))
+    if contrast == "any":
+        for tissue in ("white", "cortex", "fluid"):
+            means[tissue] = 0.05 + 1.15 * u[tissue]
+    elif contrast == "flair":
+        means |= {"cortex": torch.ones_like(u["air"]), "white": 0.62 + 0.38 * u["white"]}
+        means["fluid"] = 0.12 + 0.63 * u["fluid"] ** 1.5
+    elif contrast == "t1":
+        means |= {"white": torch.ones_like(u["air"]), "cortex": 0.55 + 0.3 * u["cortex"]}
+        means["fluid"] = 0.08 + 0.3 * u["fluid"]
+    else:
+        means |= {"fluid": torch.ones_like(u["air"]), "cortex": 0.42 + 0.25 * u["cortex"]}
+        means["white"] = means["cortex"] * (0.6 + 0.28 * u["white"])
+    white, cortex, fluid = means["white"], means["cortex"], means["fluid"]
+    for tissue in ("thalamus", "brain_stem", "ventral_dc"):
+        means[tissue] = between(tissue, white, cortex) * (0.9 + 0.15 * u["accumbens"])
+    for tissue in ("caudate", "putamen", "pallidum", "hippocampus", "amygdala", "accumbens"):
+        means[tissue] = between(tissue, white, cortex, 0.4, 1.15)
+    iron = between("pallidum", white, 0.6 * white)  # darkens the pallidum where T2 weighs
+    means["pallidum"] = iron if contrast in ("flair", "t2") else between("pallidum", white, cortex, 0.0, 0.6)
+    means |= {
+        "cerebellar_white": white * (0.92 + 0.16 * u["cerebellar_white"]),
+        "cerebellar_cortex": cortex * (0.88 + 0.2 * u["cerebellar_cortex"]),
+        "chiasm": white * (0.8 + 0.3 * u["chiasm"]),
+        "choroid": between("choroid", fluid, torch.full_like(fluid, 1.2)),
+        "vessel": between("vessel", fluid, white),
+        "outer_fluid": fluid * (0.85 + 0.3 * u["outer_fluid"]),
+        "cord": means["brain_stem"] * (0.9 + 0.2 * u["cord"]),
+        "nerve": white * (0.7 + 0.4 * u["nerve"]),
+        "eye": fluid * (0.7 + 0.5 * u["eye"]),
+        "soft": 0.15 + 1.0 * u["soft"],
+        "mucosa": 0.3 + 1.0 * u["mucosa"],
+        "skin": 0.2 + 1.2 * u["skin"],
+        "vein": 0.05 + 1.1 * u["vein"],
+        "marrow": 0.15 + 1.2 * u["marrow"],
+        "bone": 0.2 * u["bone"],
+        "air": 0.02 * u["air"],
+    }
+    outside = [TISSUES.index(tissue) for tissue in ("soft", "mucosa", "skin", "marrow")]
+    deviations[:, outside] += 0.12  # fat, muscle and vessels in one
+    return torch.stack([means[tissue] for tissue in TISSUES], 1), deviations
