@@ -68,8 +68,16 @@ LABELS = {
     "nerve": (530,),
 }
 
+LESIONS = ("tumour", "ms", "stroke")
+LOOKS = ("usual", "hyper", "hypo", "iso")
+
 # What keys are folded with, one number per purpose.
-_SHAPE, _KNOTS, _TISSUE, _TEXTURE, _FIELDS, _SCANNER, _NOISE, _MASK, _RIMS, _THICKNESS = range(1, 11)
+_SHAPE, _KNOTS, _TISSUE, _TEXTURE, _FIELDS, _SCANNER, _NOISE, _MASK, _RIMS, _LESION = range(1, 11)
+
+# Half of the field of view that displacements and shadings are drawn for, in mm.
+_REACH = 130.0
+# Edge of the cubes that lesions are placed in, in mm, and the planes, rows and columns of them.
+_COARSE, _COARSE_SHAPE = 6.0, (26, 36, 28)
 
 
 @dataclass(frozen=True)
@@ -135,18 +143,18 @@ def _read_map(path: Path, tissue_of: dict[int, int]) -> tuple[np.ndarray, np.nda
     """Tissues `(X, Y, Z)` of a map, axes RAS, and their affine."""
     image = nib.as_closest_canonical(nib.load(path))
     labels = np.asarray(image.dataobj)
-    if labels.ndim != 3 or not np.array_equal(labels, np.rint(labels)):
-        raise ValueError(f"{path} must be a segmentation, one whole number per voxel, got shape {labels.shape}.")
-    labels = labels.astype(np.int64)
-    present = np.unique(labels)
-    # Parcels of the cortex, 1000 to 2999, and of the white matter beneath, 3000 to 4999, of FreeSurfer's atlases.
-    known = {int(label): tissue_of.get(int(label), CORTEX if label < 3000 else WHITE) for label in present}
-    unknown = [label for label in known if label not in tissue_of and label != 0 and not 1000 <= label < 5000]
+    if labels.ndim != 3 or not np.array_equal(labels, np.rint(labels)) or labels.min() < 0:
+        raise ValueError(f"{path} must be a segmentation, one whole number >= 0 per voxel, got shape {labels.shape}.")
+    labels = labels.astype(np.int32)
+    present = np.flatnonzero(np.bincount(labels.ravel())).tolist()
+    unknown = [label for label in present if label not in tissue_of and label != 0 and not 1000 <= label < 5000]
     if unknown:
         raise ValueError(f"{path} holds labels that are none of FreeSurfer's that are known here: {unknown}.")
-    known[0] = AIR
-    table = np.array([known[int(label)] for label in present], np.uint8)
-    return table[np.searchsorted(present, labels)], image.affine
+    # Parcels of the cortex, 1000 to 2999, and of the white matter beneath, 3000 to 4999, of FreeSurfer's atlases.
+    table = np.zeros(present[-1] + 1, np.uint8)
+    for label in present[present[0] == 0 :]:
+        table[label] = tissue_of.get(label, CORTEX if label < 3000 else WHITE)
+    return table[labels], image.affine
 
 
 @dataclass(frozen=True)
@@ -159,11 +167,13 @@ class Heads:
             contrast.
         brain (`torch.Tensor` of shape `(B, Z, H, W)`, bool): The brain, with the fluid in and around it.
         tissues (`torch.Tensor` of shape `(B, Z, H, W)`, uint8): Tissue of the slice's middle.
+        lesion (`torch.Tensor` of shape `(B, Z, H, W)`, bool): Where lesions make up more than half of a voxel.
     """
 
     images: torch.Tensor
     brain: torch.Tensor
     tissues: torch.Tensor
+    lesion: torch.Tensor
 
 
 @torch.no_grad()
@@ -177,6 +187,8 @@ def make_slices(
     size: tuple[int, int] = (160, 128),
     spacing: float = 1.5,
     thickness: torch.Tensor | None = None,
+    lesions: Sequence[str | None] | None = None,
+    look: str = "usual",
 ) -> Heads:
     """
     Makes slices of heads.
@@ -190,9 +202,16 @@ def make_slices(
         size (`tuple[int, int]`): H and W.
         spacing (`float`): Size of a pixel in mm.
         thickness (`torch.Tensor` of shape `(B,)`, *optional*): Of a slice, in mm; 1 mm for one sample a slice.
+        lesions (`Sequence[str | None]`, *optional*): What every head has of `LESIONS`; none by default.
+        look (`str`):
+            Of the lesions: `"usual"`, bright in FLAIR and T2, dark in T1; `"hyper"` and `"hypo"`, brighter and darker
+            than white matter in every contrast; `"iso"`, as bright, with another texture.
     """
+    check_choice("look", look, LOOKS)
     for contrast in contrasts:
         check_choice("contrast", contrast, CONTRASTS)
+    for lesion in lesions or ():
+        check_choice("lesions", lesion, (None, *LESIONS))
     device, heads = maps.tissues.device, len(keys)
     thickness = torch.ones(heads, device=device) if thickness is None else thickness.to(device)
     # The mean over the thickness: samples about 1.3 mm apart.
@@ -207,11 +226,17 @@ def make_slices(
     # A slice's own key: the number of its position, in micrometres, which may be negative.
     numbers = ((z.mean(2) + 1000) * 1000).round().long()
     slice_keys = fold_in(keys.repeat_interleave(z.shape[1], 0), numbers.flatten())
+    places = [positions.to(device), y.expand(heads, -1), x.expand(heads, -1)]
+    lesion = None
+    if lesions is not None and any(lesions):
+        lesion = _draw_lesions(maps, chosen.to(device), keys, lesions, places)
+        lesion = lesion * _is_solid(tissues).float().mean(2)[:, None]
     images = []
     for channel, contrast in enumerate(contrasts):
         own = fold_in(keys, 100 + channel), fold_in(slice_keys, 100 + channel)
-        images.append(_paint(tissues, contrast, *own, z[:, :, 0], y, x))
-    return Heads(torch.stack(images, 1), brain, tissues[:, :, samples // 2])
+        images.append(_paint(tissues, contrast, *own, places, lesion, look))
+    marked = torch.zeros_like(brain) if lesion is None else (lesion[:, 0] > 0.5) & brain
+    return Heads(torch.stack(images, 1), brain, tissues[:, :, samples // 2], marked)
 
 
 def _bend(maps: LabelMaps, chosen, keys, z, y, x) -> torch.Tensor:
@@ -233,13 +258,12 @@ def _bend(maps: LabelMaps, chosen, keys, z, y, x) -> torch.Tensor:
     matrix = matrix @ shear * scale[:, None]
 
     # Two fields of displacements, in mm: the shape of the head, and that of its folds.
-    reach = 130.0
     places = [z, y.expand(heads, -1), x.expand(heads, -1)]
     shifts = 0.0
     for number, (knots, size) in enumerate((((5, 5, 5), 3.5), ((10, 10, 9), 1.5))):
         drawn = normal(fold_in(fold_in(keys, _KNOTS), number), (3, *knots))
         drawn = drawn * (size * (0.4 + 0.8 * u[:, 4 + number]))[:, None, None, None, None]
-        shifts = shifts + _spline(drawn, places, reach)
+        shifts = shifts + _spline(drawn, places)
     z, y, x = z[:, :, None, None], y[:, None], x[None]
     linear = [matrix[:, axis, :, None, None, None] for axis in range(3)]
     # Rows of the matrix give source x, y, z in mm of a point (x, y, z).
@@ -255,12 +279,12 @@ def _bend(maps: LabelMaps, chosen, keys, z, y, x) -> torch.Tensor:
     return torch.where(inside, maps.tissues.flatten()[index], AIR)
 
 
-def _spline(knots: torch.Tensor, places: Sequence[torch.Tensor], reach: float) -> torch.Tensor:
+def _spline(knots: torch.Tensor, places: Sequence[torch.Tensor]) -> torch.Tensor:
     """Field `(B, C, P, H, W)` of cubic B-splines with the coefficients `(B, C, I, J, K)` at places `(B, P)`, `(B, H)`,
-    `(B, W)` in mm from -reach to reach; its deviation is about that of the coefficients."""
+    `(B, W)` in mm from -_REACH to _REACH; its deviation is about that of the coefficients."""
     weights = []
     for place, count in zip(places, knots.shape[2:], strict=True):
-        position = (place / (2 * reach) + 0.5).clamp(0, 1) * (count - 1)
+        position = (place / (2 * _REACH) + 0.5).clamp(0, 1) * (count - 1)
         distance = (position[..., None] - torch.arange(count, device=knots.device)).abs()
         near = 2 / 3 - distance**2 + distance**3 / 2
         far = (2 - distance).clamp(min=0) ** 3 / 6
@@ -290,7 +314,62 @@ def _max_pool(images: torch.Tensor, box: int, padding: int = 0) -> torch.Tensor:
     return F.max_pool2d(F.max_pool2d(images, (box, 1), 1, (padding, 0)), (1, box), 1, (0, padding))
 
 
-def _paint(tissues, contrast: str, keys, slice_keys, z, y, x) -> torch.Tensor:
+def _is_solid(tissues: torch.Tensor) -> torch.Tensor:
+    return (tissues > AIR) & (tissues < VESSEL) & (tissues != FLUID)
+
+
+def _draw_lesions(maps: LabelMaps, chosen, keys, kinds: Sequence[str | None], places) -> torch.Tensor:
+    """Weights `(B, 2, Z, H, W)` in [0, 1] of lesions and of their cores at planes, rows and columns in mm: blobs with
+    uneven edges, tumours in the white matter, plaques of MS beside the ventricles, strokes in the cortex."""
+    device, heads = keys.device, len(keys)
+    grid = [(torch.arange(size, device=device) - (size - 1) / 2) * _COARSE for size in _COARSE_SHAPE]
+    tissues = _bend(maps, chosen, keys, grid[0].expand(heads, -1), grid[1], grid[2])
+    white = tissues == WHITE
+    beside = white & (F.max_pool3d((tissues == FLUID).float(), 5, 1, 2) > 0)
+    allowed = {"tumour": white, "ms": beside, "stroke": tissues == CORTEX}
+    keys = fold_in(keys, _LESION)
+    uneven = _spline(normal(fold_in(keys, 0), (1, 20, 20, 18)), places)[:, 0]
+    drawn = uniform(fold_in(keys, 1), (16,))
+    weights = torch.zeros(heads, 2, *uneven.shape[1:], device=device)
+    for head, kind in enumerate(kinds):
+        if kind is None:
+            continue
+        u, count = drawn[head], 4 + int(drawn[head, 0] * 8) if kind == "ms" else 1
+        spots = fold_in(keys[head].expand(count, 2), torch.arange(2, 2 + count, device=device))
+        # The place with the highest number of those that are allowed; a map without any has it in the middle.
+        order = uniform(spots, (tissues[head].numel(),)) * allowed[kind][head].flatten()
+        index = torch.stack(torch.unravel_index(order.argmax(1), tissues.shape[1:]), 1)
+        for spot in range(count):
+            v = uniform(fold_in(spots[spot : spot + 1], 1), (8,))[0]
+            low, high = {"tumour": (10, 26), "ms": (2.5, 7), "stroke": (12, 28)}[kind]
+            radius = (low + (high - low) * v[0]) * (0.75 + 0.6 * v[1:4])
+            axes = zip(places, grid, index[spot], radius, strict=True)
+            z, y, x = (((place[head] - axis[number]) / length) ** 2 for place, axis, number, length in axes)
+            distance = (z[:, None, None] + y[:, None] + x).sqrt() + 0.2 * uneven[head]
+            soft = 0.05 + 0.12 * u[1]
+            weights[head, 0] = torch.maximum(weights[head, 0], ((1 - distance) / soft).sigmoid())
+            if kind == "tumour" and u[2] < 0.5:
+                weights[head, 1] = ((0.3 + 0.3 * u[3] - distance) / soft).sigmoid()
+    return weights
+
+
+def _lesion_values(contrast: str, look: str, means: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Brightness `(B, 2)` of lesions and of their cores."""
+    white, cortex, fluid = means[:, WHITE], means[:, CORTEX], means[:, FLUID]
+    u = uniform(fold_in(keys, _LESION), (4,))
+    core = fluid + (cortex - fluid) * 0.5 * u[:, 1]
+    if look == "iso":
+        return torch.stack([white, white], 1)
+    if look == "usual" and contrast == "flair":
+        return torch.stack([cortex * (1.15 + 0.55 * u[:, 0]), core], 1)
+    if look == "usual" and contrast in ("t1", "t2"):
+        return torch.stack([fluid + (cortex - fluid) * (0.2 + 0.6 * u[:, 0]), core], 1)
+    bright = u[:, 2] < 0.5 if look == "usual" else torch.full_like(u[:, 2], look == "hyper") > 0
+    value = white * torch.where(bright, 1.25 + 0.55 * u[:, 0], 0.35 + 0.4 * u[:, 0])
+    return torch.stack([value, value * (0.8 + 0.4 * u[:, 1])], 1)
+
+
+def _paint(tissues, contrast: str, keys, slice_keys, places, lesion: torch.Tensor | None, look: str) -> torch.Tensor:
     """Images `(B, Z, H, W)` of tissues `(B, Z, S, H, W)`; `slice_keys` are those of every slice, `(B Z, 2)`."""
     heads, slices, samples, height, width = tissues.shape
     means, deviations = _tissue_values(contrast, keys)
@@ -300,15 +379,17 @@ def _paint(tissues, contrast: str, keys, slice_keys, z, y, x) -> torch.Tensor:
     grain = normal(fold_in(slice_keys, _TEXTURE), (samples, height, width)).view_as(tissues)
     image = image + deviations.gather(1, flat).view_as(tissues) * grain
     image = image.mean(2)
+    rims = _rims(tissues) * (0.35 * uniform(fold_in(keys, _RIMS)) ** 2)[:, None, None, None]
+    image = image * (1 - rims if contrast == "t1" else 1 + rims)
+    if lesion is not None:
+        values = _lesion_values(contrast, look, means, keys)[..., None, None, None]
+        rough = 0.2 * values[:, 0] * F.avg_pool2d(grain[:, :, 0], 3, 1, 1)
+        image = image + lesion[:, 0] * (values[:, 0] + rough - image)
+        image = image + lesion[:, 1] * (values[:, 1] - image)
 
     u = uniform(fold_in(keys, _SCANNER), (8,))[..., None, None, None]
-    rims = _rims(tissues) * (0.35 * uniform(fold_in(keys, _RIMS)) ** 2)[:, None, None, None]
-    if contrast == "t1":
-        rims = -rims
-    image = image * (1 + rims)
-    places = [z, y.expand(heads, -1), x.expand(heads, -1)]
     fields = [
-        _spline(normal(fold_in(fold_in(keys, _FIELDS), number), (1, *knots)), places, 130.0)[:, 0]
+        _spline(normal(fold_in(fold_in(keys, _FIELDS), number), (1, *knots)), places)[:, 0]
         for number, knots in enumerate(((14, 14, 12), (7, 7, 6), (4, 4, 3)))
     ]
     image = image * (1 + 0.05 * u[:, 0] * fields[0] + 0.05 * u[:, 1] * fields[1])
