@@ -11,6 +11,7 @@ in any batch and on any device (to rounding).
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
 
-from ...checks import check_choice
-from ...schedulers.draws import fold_in, normal, uniform
+from ...checks import check_choice, check_integer
+from ...files import write_json, write_text
+from ...schedulers.draws import fold_in, integers, make_keys, normal, uniform
 
 
 # B heads, M maps, Z slices, S samples of a slice's thickness, H x W pixels of the network's plane (rows from anterior
@@ -74,6 +77,8 @@ LOOKS = ("usual", "hyper", "hypo", "iso")
 # What keys are folded with, one number per purpose.
 _SHAPE, _KNOTS, _TISSUE, _TEXTURE, _FIELDS, _SCANNER, _NOISE, _MASK, _RIMS, _LESION = range(1, 11)
 
+# Rows and columns of a volume, and the size of its pixels in mm: a head is up to 260 mm long and 190 mm wide.
+HEAD_SIZE, HEAD_SPACING = (176, 128), 1.5
 # Half of the field of view that displacements and shadings are drawn for, in mm.
 _REACH = 130.0
 # Edge of the cubes that lesions are placed in, in mm, and the planes, rows and columns of them.
@@ -471,3 +476,100 @@ def _tissue_values(contrast: str, keys: torch.Tensor) -> tuple[torch.Tensor, tor
     outside = [TISSUES.index(tissue) for tissue in ("soft", "mucosa", "skin", "marrow")]
     deviations[:, outside] += 0.12  # fat, muscle and vessels in one
     return torch.stack([means[tissue] for tissue in TISSUES], 1), deviations
+
+
+# Numbers that keys of subjects are made of with a seed, apart from those of training samples.
+_SUBJECT, _CHOICE = 7, 11
+
+
+def write_heads(
+    folder: str | Path,
+    label_maps: str | Path,
+    *,
+    subjects: int,
+    contrasts: Sequence[str] = ("flair",),
+    skull: bool = False,
+    tested: int = 12,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> None:
+    """
+    Writes a data set of heads: a folder per subject with `CONTRAST.nii.gz` (int16, value x 1000), `brain.nii.gz`,
+    `lesion.nii.gz` (uint8) and `head.json`, and the lists `splits/train.csv`, `validation.csv` and `test.csv` (header
+    `subject`). Those of the training split are healthy; of the others every fourth is, and the rest have lesions of
+    every kind in turn.
+
+    Training, validation and test are made of different maps where there are three or more. The folder appears as a
+    whole; it must not exist.
+
+    Args:
+        label_maps: Folder of segmentations, see [`read_label_maps`].
+        subjects: Of the training split.
+        contrasts: Of `CONTRASTS`, one file each.
+        skull: Keep the head around the brain.
+        tested: Subjects of the validation split, and of the test split.
+        seed: From 0 on; another one gives other heads.
+    """
+    folder = Path(folder)
+    check_integer("subjects", subjects, 1)
+    check_integer("tested", tested, 0)
+    if folder.exists():
+        raise FileExistsError(f"`folder` {folder} exists: choose another one or delete it first.")
+    maps = read_label_maps(label_maps).to(device)
+    held = max(1, len(maps) // 10) if len(maps) >= 3 else 0
+    train = len(maps) - 2 * held
+    ranges = {"train": (0, train), "validation": (train, held), "test": (train + held, held)}
+    if not held:
+        ranges = dict.fromkeys(ranges, (0, len(maps)))
+    kinds = [None, *LESIONS]
+    plan = [("train", None)] * subjects + [(s, kinds[i % 4]) for s in ("validation", "test") for i in range(tested)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / folder.name
+        names: dict[str, list[str]] = {split: [] for split in ranges}
+        for number, (split, lesion) in enumerate(tqdm(plan, desc="heads", unit="subject", disable=not progress)):
+            name = f"{lesion or 'healthy'}_{number:05d}"
+            first, count = ranges[split]
+            keys = make_keys(seed, number, _SUBJECT, device)
+            chosen = first + integers(fold_in(keys, _CHOICE), count)
+            _save_head(unfinished / name, maps, chosen, keys, contrasts, lesion, skull)
+            names[split].append(name)
+        for split, listed in names.items():
+            (unfinished / "splits").mkdir(exist_ok=True)
+            write_text(unfinished / "splits" / f"{split}.csv", "\n".join(["subject", *listed, ""]))
+        unfinished.rename(folder)
+
+
+def _save_head(folder: Path, maps: LabelMaps, chosen, keys, contrasts, lesion: str | None, skull: bool) -> None:
+    """Writes the volumes of one head, from below the brain to above it."""
+    drawn = uniform(fold_in(keys, _CHOICE + 1), (2,))[0].tolist()
+    thickness = 3 + 3.5 * drawn[0]
+    low, high = (1.25 * float(limit[chosen[0]]) for limit in (maps.low, maps.high))
+    positions = torch.arange(low, high, thickness, device=keys.device)[None]
+    look = LOOKS[0] if drawn[1] < 0.7 else LOOKS[1 + int((drawn[1] - 0.7) * 10)]
+    heads = make_slices(
+        maps,
+        chosen,
+        keys,
+        positions,
+        contrasts=contrasts,
+        size=HEAD_SIZE,
+        spacing=HEAD_SPACING,
+        thickness=torch.full((1,), thickness),
+        lesions=[lesion],
+        look=look,
+    )
+    images = heads.images[0] if skull else heads.images[0] * heads.brain[0]
+    volumes = {name: (image * 1000).round().to(torch.int16) for name, image in zip(contrasts, images, strict=True)}
+    volumes |= {"brain": heads.brain[0].to(torch.uint8), "lesion": heads.lesion[0].to(torch.uint8)}
+    centre = [(HEAD_SIZE[1] - 1) / 2 * HEAD_SPACING, (HEAD_SIZE[0] - 1) / 2 * HEAD_SPACING, float(positions[0, 0])]
+    affine = np.diag([-HEAD_SPACING, -HEAD_SPACING, thickness, 1.0])
+    affine[:3, 3] = centre
+    folder.mkdir(parents=True)
+    for name, volume in volumes.items():
+        image = nib.Nifti1Image(volume.permute(2, 1, 0).cpu().numpy(), affine)
+        image.header.set_xyzt_units("mm")
+        nib.save(image, folder / f"{name}.nii.gz")
+    record = {"map": maps.names[int(chosen[0])], "thickness": thickness, "lesion": lesion, "look": lesion and look}
+    write_json(folder / "head.json", record)
