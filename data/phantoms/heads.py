@@ -10,6 +10,7 @@ in any batch and on any device (to rounding).
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from collections.abc import Sequence
@@ -119,7 +120,7 @@ def read_label_maps(folder: str | Path) -> LabelMaps:
 
     Raises:
         FileNotFoundError: There is no such folder, or no volume in it.
-        ValueError: A volume is no segmentation, or holds a number that is not known; the message names both.
+        ValueError: A volume is no segmentation, holds a number that is not known, or no brain.
     """
     folder = Path(folder)
     files = sorted(
@@ -132,9 +133,13 @@ def read_label_maps(folder: str | Path) -> LabelMaps:
     shape = np.max([tissues.shape for tissues, _ in found], 0)
     volumes = torch.zeros(len(found), *shape.tolist(), dtype=torch.uint8)
     to_voxel, low, high = [], [], []
-    for volume, (tissues, affine) in zip(volumes, found, strict=True):
+    for path, volume, (tissues, affine) in zip(files, volumes, found, strict=True):
         volume[tuple(slice(size) for size in tissues.shape)] = torch.from_numpy(tissues)
-        brain = np.argwhere((tissues > AIR) & (tissues < _BRAIN)) @ affine[:3, :3].T + affine[:3, 3]
+        is_brain = (tissues > AIR) & (tissues < _BRAIN)
+        if not is_brain.any():
+            raise ValueError(f"{path} holds no label of the brain, such as 2 and 41, white matter.")
+        ends = [np.flatnonzero(is_brain.any(axes))[[0, -1]] for axes in ((1, 2), (0, 2), (0, 1))]
+        brain = np.array(list(itertools.product(*ends))) @ affine[:3, :3].T + affine[:3, 3]
         centre = (brain.min(0) + brain.max(0)) / 2
         inverse = np.linalg.inv(affine)
         to_voxel.append(np.column_stack([inverse[:3, :3], inverse[:3, :3] @ centre + inverse[:3, 3]]))
@@ -148,7 +153,8 @@ def _read_map(path: Path, tissue_of: dict[int, int]) -> tuple[np.ndarray, np.nda
     """Tissues `(X, Y, Z)` of a map, axes RAS, and their affine."""
     image = nib.as_closest_canonical(nib.load(path))
     labels = np.asarray(image.dataobj)
-    if labels.ndim != 3 or not np.array_equal(labels, np.rint(labels)) or labels.min() < 0:
+    whole = labels.dtype.kind in "iu" or np.array_equal(labels, np.rint(labels))
+    if labels.ndim != 3 or not whole or labels.min() < 0:
         raise ValueError(f"{path} must be a segmentation, one whole number >= 0 per voxel, got shape {labels.shape}.")
     labels = labels.astype(np.int32)
     present = np.flatnonzero(np.bincount(labels.ravel())).tolist()
