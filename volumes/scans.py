@@ -333,10 +333,10 @@ def _names(sources: list[Path]) -> list[str]:
         if longer == lengths:
             break
         lengths = longer
-    twice = sorted({name for name, key in zip(names, keys, strict=True) if count[key] > 1})
+    twice = [str(source) for source, key in zip(sources, keys, strict=True) if count[key] > 1]
     if twice:
         raise ValueError(
-            f"Several scans would be written into the same folder: {', '.join(twice)}. Predict them separately."
+            f"Several scans would be written into the same folder: {', '.join(twice[:10])}. Predict them separately."
         )
     return names
 
