@@ -255,7 +255,7 @@ def test_a_gpu_where_there_is_none(place, capsys):
     [
         (["scan.nii.gz"], "`--model` is missing"),
         (["--model", "m"], "no scan given"),
-        (["--model", "nowhere", "scan.nii.gz"], "nowhere cannot be loaded: There is no folder nowhere"),
+        (["--model", "no/such/folder", "s.nii"], "no/such/folder cannot be loaded: There is no folder no/such/folder"),
         (
             ["--model", "m", "scan.nii.gz", "--dispersion", "1"],
             "`--dispersion` must be 0, for none, or at least 2, got 1",
