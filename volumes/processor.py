@@ -339,8 +339,8 @@ class VolumeProcessor(PlainConfigMixin):
                 max(has * gets for has, gets in pairs),
                 field,
             ),
-            f"A volume of shape {tuple(shape)}, voxels {np.linalg.norm(affine[:3, :3], axis=0).tolist()} mm, brought to"
-            " the `spacing`, `crop` and `size` of the processor,",
+            f"A volume of shape {tuple(shape)}, in voxels of {np.linalg.norm(affine[:3, :3], axis=0).tolist()} mm,"
+            " brought to the `spacing`, `crop` and `size` of the processor,",
         )
         start = begin + step / 2 - 0.5
         return Geometry(

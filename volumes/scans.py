@@ -14,7 +14,7 @@ from .results import result_files
 from .volume import IMAGE_SUFFIXES, VOLUME_SUFFIXES
 
 
-# What files call a modality, without separators and in lower case; ends of BIDS and of BraTS among them. A checkpoint's
+# What files call a modality, without separators and in lower case; ends of BIDS and BraTS among them. A checkpoint's
 # own name stands for the whole line that it is in.
 ALIASES = (
     ("t1", "t1w", "t1n", "mprage", "t1mprage"),
@@ -42,8 +42,8 @@ MASKS = frozenset(
 )
 # Files that lie beside scans and are none: tables and texts.
 _TEXTS = (
-    ".csv .tsv .json .jsonl .txt .md .rst .yaml .yml .xml .html .pdf .log .xls .xlsx .ods .docx .bval .bvec .py .sh .ini"
-    " .db"
+    ".csv .tsv .json .jsonl .txt .md .rst .yaml .yml .xml .html .pdf .log .xls .xlsx .ods .docx .bval .bvec .py .sh"
+    " .ini .db"
 ).split()
 _TEXT_NAMES = ("readme", "license", "licence", "changes", "citation", "notice", "makefile")
 

@@ -608,6 +608,16 @@ def test_pictures_are_read_upright(tmp_path, orientation):
                 np.testing.assert_allclose(volume.as_given(only(volume)), upright, atol=3)
 
 
+@pytest.mark.parametrize(("suffix", "form"), [(".png", "PNG"), (".tif", "TIFF"), (".gif", "GIF")])
+def test_a_file_of_several_pictures_is_refused(tmp_path, suffix, form):
+    pictures = [PIL.Image.fromarray(np.full((8, 8), level, np.uint8)) for level in (10, 200)]
+    pictures[0].save(tmp_path / f"one{suffix}", form)
+    assert open_picture(tmp_path / f"one{suffix}").size == (8, 8)
+    pictures[0].save(tmp_path / f"two{suffix}", form, save_all=True, append_images=pictures[1:])
+    with pytest.raises(ValueError, match=f"two{suffix} holds several pictures"):
+        open_picture(tmp_path / f"two{suffix}")
+
+
 # --- content that is elsewhere
 
 
