@@ -92,11 +92,11 @@ def test_form_codes_stay_as_they_are(tmp_path, codes):
 def test_two_forms_that_differ_both_stay(tmp_path):
     source = scan()
     source.set_sform(OBLIQUE, code=4)
-    source.set_qform(np.diag([0.9, 1.1, 4.0, 1]), code=1)
+    source.set_qform(np.diag([-0.9, 1.1, 4.0, 1]), code=1)
     nib.save(source, tmp_path / "scan.nii")
     image = saved(tmp_path, "anomaly_map", save(tmp_path / "scan.nii", tmp_path))
     np.testing.assert_allclose(image.header.get_sform(), OBLIQUE, atol=1e-5)
-    np.testing.assert_allclose(image.header.get_qform(), np.diag([0.9, 1.1, 4.0, 1]), atol=1e-5)
+    np.testing.assert_allclose(image.header.get_qform(), np.diag([-0.9, 1.1, 4.0, 1]), atol=1e-5)
     np.testing.assert_array_equal(image.affine, nib.load(tmp_path / "scan.nii").affine)
 
 

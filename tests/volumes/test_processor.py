@@ -418,7 +418,10 @@ def test_an_unknown_setting_is_an_error():
         ({"modalities": ["a", "brain"]}, "must not contain 'brain'"),
         ({"spacing": [1.0, 1.0]}, "`spacing` must be three numbers"),
         ({"spacing": 1.0}, "`spacing` must be three numbers"),
-        ({"spacing": [1.0, 0.0, None]}, "`spacing` must be three numbers > 0"),
+        ({"spacing": [1.0, 0.0, None]}, "`spacing` must be a finite number and above 0"),
+        ({"spacing": [1.0, "a", None]}, "`spacing` must be a finite number and above 0"),
+        ({"background": "dark"}, "`background` must be a finite number"),
+        ({"value_range": ["a", "b"]}, "`value_range` must be a finite number"),
         ({"resize": "torchio", "size": [8, 8]}, "`resize` torchio needs `crop` .H, W, N."),
         ({"resize": "torchio", "crop": [16, 16, 4], "size": [8, 4]}, "got .16, 16, 4. and .8, 4."),
         (
