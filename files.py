@@ -84,26 +84,6 @@ def rename_folder(unfinished: Path, folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def check_fetched(path: str | os.PathLike) -> None:
-    """Raises a `FileNotFoundError` if a file is there by name only: a link that leads nowhere, or what git-annex
-    (DataLad) and Git LFS put in the place of a content that was never fetched."""
-    path, content = Path(path), b""
-    if path.is_file():
-        with open(path, "rb") as file:
-            content = file.read(64)
-    elif not path.is_symlink() or path.exists():
-        return
-    target = Path(os.path.realpath(path)).as_posix()
-    if content.startswith(b"/annex/objects/") or (not content and "/annex/objects/" in target):
-        raise FileNotFoundError(
-            f"{path}: its content was never fetched; get it: `datalad get {path.name}` or `git annex get {path.name}`."
-        )
-    if content.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise FileNotFoundError(f"{path}: its content was never fetched; get it: `git lfs pull -I {path.name}`.")
-    if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(f"{path} is a link to {target}, which is not there.")
-
-
 def sync_folder(folder: str | os.PathLike) -> None:
     """Makes sure that the names in a folder are on the disk, where the system can."""
     with suppress(OSError):

@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...files import check_fetched, read_text
-from ...volumes.volume import IMAGE_SUFFIXES, VOLUME_SUFFIXES, InputVolume, StoredVolume
+from ...files import read_text
+from ...volumes.volume import IMAGE_SUFFIXES, VOLUME_SUFFIXES, InputVolume, StoredVolume, check_fetched
 from ..layout import SPLITS
 
 
@@ -205,9 +205,9 @@ def fields_of(pattern: str) -> set[str]:
 def read_rows(path: Path, option: str) -> list[list[str]]:
     """Reads the rows of a table as text, without empty ones and without blanks around the cells: `.csv`, `.tsv`, or
     the first sheet of an `.xls` file. `option` is what messages call it."""
-    check_fetched(path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"`{option}`: there is no file {path}.")
+    check_fetched(path)
     suffix = path.suffix.lower()
     if suffix == ".xls":
         rows = _read_sheet(path, option)

@@ -75,6 +75,10 @@ class Subject:
 
     def __post_init__(self):
         check_name("a subject", self.name)
+        try:
+            "".join(map(str, [self.name, *self.files])).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"The names of subject {self.name!a} and its files must be UTF-8: rename them.") from None
         if self.label not in (0, 1, None):
             raise ValueError(f"Subject {self.name}: `label` must be 0, 1 or None, got {self.label!r}.")
         if self.split is not None and self.split not in SPLITS:
