@@ -186,6 +186,7 @@ class _Rules:
             return None
         row = {}
         try:
+            subject.check_files()
             source = subject
             if self.correction is not None:
                 source, row["correction"] = self.correction.apply(subject, piece.with_suffix(".png"))

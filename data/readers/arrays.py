@@ -294,7 +294,7 @@ def read_crop_pickles(root: str | Path, files: str = "*.pickle") -> list[Subject
                 for array in pictures
             ):
                 raise ValueError(
-                    f"{path}: image and masks of the crop {name} must be arrays of numbers of two dimensions."
+                    f"{path}: image and masks of the crop {name} must be arrays of two dimensions, of numbers."
                 )
             if sum(array.nbytes for array in {id(array): array for array in pictures}.values()) > size:
                 raise ValueError(

@@ -129,7 +129,8 @@ def folders_in(path: Path) -> list[Path]:
     error."""
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     for entry in entries:
-        if not entry.suffix and entry.is_symlink() and "/annex/objects/" not in os.path.realpath(entry):
+        dead = entry.is_symlink() and not entry.exists()
+        if dead and not entry.suffix and "/annex/objects/" not in os.path.realpath(entry):
             check_fetched(entry)
     return [entry for entry in entries if entry.is_dir()]
 

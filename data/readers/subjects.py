@@ -75,10 +75,8 @@ class Subject:
 
     def __post_init__(self):
         check_name("a subject", self.name)
-        try:
-            "".join(map(str, [self.name, *self.files])).encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"The names of subject {self.name!a} and its files must be UTF-8: rename them.") from None
+        if not _is_unicode(self.name):
+            raise ValueError(f"The name of a subject must be UTF-8, got {self.name!a}: rename its files.")
         if self.label not in (0, 1, None):
             raise ValueError(f"Subject {self.name}: `label` must be 0, 1 or None, got {self.label!r}.")
         if self.split is not None and self.split not in SPLITS:
@@ -99,6 +97,12 @@ class Subject:
     def files(self) -> list[Path]:
         """Returns all files of the subject."""
         return [*self.volume_files, *self.mask_files, *_files_of([self.brain] if self.brain else [])]
+
+    def check_files(self) -> None:
+        """Raises a `ValueError` if the name of a file could not be kept in a table."""
+        for file in self.files:
+            if not _is_unicode(str(file)):
+                raise ValueError(f"The name of the file {str(file)!a} must be UTF-8: rename it.")
 
 
 def read_volume_folders(
@@ -346,6 +350,11 @@ def _images_in(folder: Path) -> list[str]:
     """Returns the names in a folder that look like images, whether a reader takes them or not."""
     names = sorted(path.name for path in folder.iterdir() if not path.is_dir())
     return [name for name in names if name.lower().endswith(SCAN_SUFFIXES) and not name.startswith(".")]
+
+
+def _is_unicode(text: str) -> bool:
+    # Python keeps bytes of a file's name that are no UTF-8 as surrogates.
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _files_of(sources: Iterable[Path | StoredVolume]) -> list[Path]:
