@@ -309,7 +309,9 @@ class Correction:
             else:
                 mask = brain.with_name("mask.nii.gz")
                 command = ["mri_synthstrip", "-i", source, "-o", brain, "-m", mask, *(["-g"] if gpu else [])]
-            done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+            done = subprocess.run(
+                [str(part) for part in command], capture_output=True, encoding="utf-8", errors="replace"
+            )
             if done.returncode or not mask.is_file():
                 said = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
                 raise ValueError(f"`{command[0]}` made no brain mask (exit status {done.returncode}): {said}")
