@@ -114,12 +114,10 @@ def prepare(
     if num_proc != 1:
         shards.leave_if_worker()
     _check_absent(out)
-    for name in processor.config.modalities:
-        check_name("a modality", name)
     check_choice("dtype", dtype, DTYPES)
     check_integer("shard_rows", shard_rows, 1)
     check_integer("num_proc", num_proc, 1)
-    _check_subjects(subjects, raters)
+    _check_subjects(subjects, raters, processor)
     split_of = split.assign(subjects)
     _check_train_rule(slices.train, [subject for subject in subjects if split_of[subject.name] == "train"])
     if correction is not None:
@@ -130,8 +128,7 @@ def prepare(
     annotations = max(1, *(len(subject.masks) for subject in subjects)) if raters is None else raters.number
     rules = _Rules(processor, correction, slices, raters, annotations, dtype)
     corrected = None if correction is None else correction.describe()
-    described = [dataclasses.asdict(slices), raters and dataclasses.asdict(raters), annotations, dtype, corrected]
-    settings = [processor.settings(), *described, shards.code_digest()]
+    settings = [*rules.settings(), corrected, shards.code_digest()]
     partial = out.with_name(f"{out.name}.partial")
     ordered = sorted(subjects, key=lambda subject: (SPLITS.index(split_of[subject.name]), subject.name))
     tasks = [(subject, split_of[subject.name] == "train") for subject in ordered]
@@ -146,9 +143,7 @@ def prepare(
             with closing(shards.run_tasks(rules.finish_piece, tasks, num_proc)) as results:
                 bar = tqdm(ordered, desc="prepare", unit="subject", disable=not progress)
                 rows, failures = _read_rows(zip(bar, results, strict=True), pieces, split_of, Path(root))
-            for name in {row["split"] for row in rows}:
-                if not any(row["rows"] for row in rows if row["split"] == name):
-                    raise ValueError(f"`slices` keeps no slice of the split {name}: {slices}.")
+            _check_rows(rows, slices)
         except (ValueError, ImportError):
             # What is done is kept: a subject or the split may be what has to change.
             if not any(piece.exists() for piece in pieces.values()):
@@ -179,6 +174,11 @@ class _Rules:
     raters: RaterRule | None
     annotations: int
     dtype: str
+
+    def settings(self) -> list:
+        """Returns what is set, but for the correction, in plain values."""
+        raters = self.raters and dataclasses.asdict(self.raters)
+        return [self.processor.settings(), dataclasses.asdict(self.slices), raters, self.annotations, self.dtype]
 
     def finish_piece(self, subject: Subject, training: bool, piece: Path) -> str | None:
         """Makes the piece of a subject, unless it is there. Returns why the subject cannot be read."""
@@ -223,6 +223,12 @@ def _read_rows(
     if not rows:
         raise ValueError("No subject can be read:\n" + "\n".join(f"{k}: {v}" for k, v in list(failures.items())[:10]))
     return rows, failures
+
+
+def _check_rows(rows: list[dict], slices: SliceRule) -> None:
+    for name in {row["split"] for row in rows}:
+        if not any(row["rows"] for row in rows if row["split"] == name):
+            raise ValueError(f"`slices` keeps no slice of the split {name}: {slices}.")
 
 
 def _write_rows(folder: Path, rows: list[dict], pieces: dict[str, Path], shard_rows: int) -> None:
@@ -354,7 +360,9 @@ def _check_block(block: str, given: dict, known: Iterable[str], required: Iterab
         raise ValueError(f"`{block}` needs the key {', '.join(missing)}.")
 
 
-def _check_subjects(subjects: Sequence[Subject], raters: RaterRule | None) -> None:
+def _check_subjects(subjects: Sequence[Subject], raters: RaterRule | None, processor: VolumeProcessor) -> None:
+    for name in processor.config.modalities:
+        check_name("a modality", name)
     if not subjects:
         raise ValueError("`subjects` is empty.")
     names = [subject.name for subject in subjects]

@@ -82,16 +82,14 @@ def read_file_patterns(
     root, modalities, masks = require_folder(root), as_modalities(modalities), as_texts("masks", masks)
     healthy, splits = as_texts("healthy", healthy), splits and as_text_map("splits", splits)
     _check_labels(missing_masks, label, healthy)
-    texts = {"name": name, "group": group, "ages_key": ages_key if ages else None, "brain": brain}
-    texts = {option: None if text is None else as_text(option, text) for option, text in texts.items()}
-    fields = _check_fields(modalities, splits, healthy, **texts, masks=" ".join(masks))
+    made = {"name": name, "group": group, "ages_key": ages_key if ages else None, "brain": brain}
+    fields = _check_fields(modalities, splits, healthy, **made, masks=" ".join(masks))
     patterns = {*modalities.values(), *masks, *([brain] if brain else [])}
     files = {pattern: _by_fields(root, pattern) for pattern in patterns}
     keys = sorted({key for pattern in modalities.values() for key in files[pattern]})
     if not keys:
         raise ValueError(f"No file in {root} is {', '.join(modalities.values())}; there are {list_names(root)}.")
-    if healthy:
-        check_healthy(healthy, (dict(key)["class"] for key in keys), f"the classes in {root}")
+    check_healthy(healthy, {dict(key).get("class") for key in keys} - {None}, f"the classes in {root}")
     for pattern in (*masks, *([brain] if brain else [])):
         _check_masks(pattern, files[pattern], keys, root)
     split_of = _splits_of_keys(root, keys, splits) if "split" in fields else dict.fromkeys(keys)
@@ -111,14 +109,12 @@ def read_file_patterns(
             return _one(files[pattern].get(wanted, []), root, _fill(pattern, values), full_name)
 
         found, own_label = _masks_and_label([find(pattern) for pattern in masks], missing_masks, label)
-        if healthy:
-            own_label = 0 if values["class"] in healthy else 1
         subjects[full_name] = Subject(
             full_name,
             volume={modality: find(pattern) for modality, pattern in modalities.items()},
             masks=found,
             brain=None if brain is None else find(brain),
-            label=own_label,
+            label=int(values["class"] not in healthy) if healthy else own_label,
             split=split,
             group=_fill(group or name, values),
             mask_above=mask_above,
@@ -126,9 +122,7 @@ def read_file_patterns(
             site=values.get("site"),
         )
     _tell_missing_masks(subjects.values(), masks, missing_masks)
-    ageless = [subject.name for subject in subjects.values() if subject.age is None]
-    if ages is not None and ageless:
-        warnings.warn(f"{root / ages} gives no age of {len(ageless)} subjects: {list_some(ageless)}.", stacklevel=2)
+    _tell_missing_ages(subjects.values(), ages)
     return [subjects[full_name] for full_name in sorted(subjects)]
 
 
@@ -189,19 +183,8 @@ def read_bids(
             raise ValueError(f"{table} does not list {participant}.")
         label, age, site = participants.get(participant, (None, None, None))
         found, label = _masks_and_label([find(pattern) for pattern in masks], missing_masks, label)
-        subjects.append(
-            Subject(
-                name,
-                volume=volume,
-                masks=found,
-                brain=None if brain is None else find(brain),
-                label=label,
-                group=participant,
-                mask_above=mask_above,
-                age=age,
-                site=site,
-            )
-        )
+        known = {"label": label, "group": participant, "mask_above": mask_above, "age": age, "site": site}
+        subjects.append(Subject(name, volume, found, None if brain is None else find(brain), **known))
     wanted = ", ".join(modalities.values())
     if not subjects:
         raise ValueError(f"No session in {root} (sub-*/[ses-*/]) holds a file {wanted}; there are {list_names(root)}.")
@@ -211,7 +194,7 @@ def read_bids(
     if empty:
         message = f"{len(empty)} sessions hold no file {wanted}, and are no subjects: {list_some(empty)}."
         warnings.warn(message, stacklevel=2)
-    absent = sorted(set(participants) - {participant for participant, _ in sessions})
+    absent = sorted(participants.keys() - {participant for participant, _ in sessions})
     leave_out("participants", absent, f"{table} lists them, and {root} has no folder of them")
     _tell_missing_masks(subjects, masks, missing_masks)
     return subjects
@@ -259,7 +242,7 @@ def _check_fields(
         if fields_of(pattern) != fields:
             raise ValueError(f"`modalities` must all have the same fields ({listed}), got {pattern!r} of {modality}.")
     for option, text in made.items():
-        unknown = sorted(fields_of(text or "") - fields)
+        unknown = sorted(fields_of("" if text is None else as_text(option, text)) - fields)
         if unknown:
             raise ValueError(
                 f"`{option}` has the field {', '.join(unknown)}; the fields of `modalities` are {listed}."
@@ -322,6 +305,12 @@ def _tell_missing_masks(subjects: Iterable[Subject], masks: Sequence[str], missi
         few = "a mask is missing" if len(masks) > 1 else "there is no mask"
         message = f"{few} of {len(without)} subjects (`missing_masks: {missing_masks}`): {list_some(without)}."
         warnings.warn(message[0].upper() + message[1:], stacklevel=3)
+
+
+def _tell_missing_ages(subjects: Iterable[Subject], table: str | Path | None) -> None:
+    without = [subject.name for subject in subjects if subject.age is None]
+    if table is not None and without:
+        warnings.warn(f"{table} gives no age of {len(without)} subjects: {list_some(without)}.", stacklevel=3)
 
 
 def _fill(pattern: str, values: Mapping[str, str]) -> str:
