@@ -192,7 +192,7 @@ class StreamedSplit(_DescribedSplit):
         unknown = [name for name in names if name not in self.subject_info]
         if unknown:
             raise ValueError(
-                f"{self._shards[0]} and the files beside it hold rows of {unknown[0]!r:.300}, whom subjects.parquet does"
+                f"{self._shards[0]} and the files beside it hold rows of {str(unknown[0])!r:.300}, whom subjects.parquet does"
                 " not list: prepare them again."
             )
 

@@ -1,7 +1,9 @@
 """How prepared data sets are written: by several processes, after an interruption, after a change."""
 
 import ast
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import yaml
+from filelock import FileLock
 
 from anodiff.data import shards
 from anodiff.data.prepare import prepare_recipe
@@ -168,6 +171,108 @@ def test_what_is_not_ours_is_not_touched(raw, tmp_path):
     with pytest.raises(FileExistsError, match="resumed.partial exists, and is no interrupted run"):
         prepared(raw, tmp_path / "resumed")
     assert (tmp_path / "resumed.partial" / "diary.txt").read_text() == "mine"
+
+
+def test_one_run_at_a_time(raw, tmp_path):
+    holding = FileLock(tmp_path / "set.partial" / ".run.lock")
+    (tmp_path / "set.partial").mkdir()
+    holding.acquire()
+    record = {"process": 7, "host": "here", "since": "2020-01-01 00:00:00"}
+    (tmp_path / "set.partial" / ".run.json").write_text(json.dumps(record))
+    with pytest.raises(BlockingIOError, match="set.partial is in use by process 7 on here, since 2020"):
+        prepared(raw, tmp_path / "set")
+    holding.release()
+    assert list(prepared(raw, tmp_path / "set")) == ["s3"]
+
+
+def test_what_killed_runs_left_is_removed(raw, tmp_path, monkeypatch):
+    """A result that was being written, a piece that was, and a temporary folder of an earlier version."""
+    with monkeypatch.context() as stopped:
+        stopped.setattr(shards, "write_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepared(raw, tmp_path / "set")
+    partial = tmp_path / "set.partial"
+    (partial / "tmp1234" / "set").mkdir(parents=True)
+    (partial / f".0123abcd.partial.{pieces_in(partial)[0].name}").write_bytes(b"half")
+    seen = []
+
+    def look(*arguments):
+        seen.extend(sorted(path.name for path in partial.iterdir() if path.suffix or path.is_dir()))
+        return original(*arguments)
+
+    original = shards.read_piece
+    monkeypatch.setattr(shards, "read_piece", look)
+    prepared(raw, tmp_path / "set")
+    assert set(seen) == {".run.json", ".run.lock", "UNFINISHED.txt", "unfinished"}
+    assert not partial.exists() and "train-00000-of-00001.parquet" in os.listdir(tmp_path / "set" / "data")
+
+
+def test_a_result_that_appeared_meanwhile_stays(raw, tmp_path, monkeypatch):
+    original = shards.check_partial
+    monkeypatch.setattr(shards, "check_partial", lambda partial: (tmp_path / "set").mkdir() or original(partial))
+    with pytest.raises(FileExistsError, match="`out` .*set exists"):
+        prepared(raw, tmp_path / "set")
+    assert not os.listdir(tmp_path / "set")
+
+
+SIGNALS = [("2", signal.SIGINT, 130), ("1", signal.SIGTERM, 143)]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked at in /proc")
+def test_a_signal_ends_a_run_with_one_line(tmp_path):
+    """Whole process groups get it, as from a terminal; then the same command goes on."""
+    for index in range(400):
+        folder = tmp_path / "raw" / f"s{index:03d}"
+        folder.mkdir(parents=True)
+        nib.save(nib.Nifti1Image(np.full((9, 9, 9), 1 + index, np.float32), np.eye(4)), folder / "flair.nii.gz")
+    options = {"modalities": {"flair": "flair.nii.gz"}}
+    processor = {"modalities": ["flair"], "size": [96, 96]}
+    recipe = {**RECIPE, "reader_options": options, "processor": processor}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    command = [sys.executable, SCRIPT, "--recipe", "recipe.yaml", "--root", "raw", "--out", "set", "--num_proc"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    partial, done = tmp_path / "set.partial", 0
+    for num_proc, number, status in SIGNALS:
+        with open(tmp_path / "said", "w") as said:
+            process = subprocess.Popen(
+                [*map(str, command), num_proc], cwd=tmp_path, env=environment, stderr=said, start_new_session=True
+            )
+        while not partial.exists() or len(pieces_in(partial)) < done + 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.killpg(process.pid, number)
+        assert process.wait() == status
+        assert not any(map(alive, workers)) and bool(workers) == (num_proc == "2")
+        lines = [
+            line for line in re.split(r"[\r\n]", (tmp_path / "said").read_text()) if line and "subject" not in line
+        ]
+        assert lines == [
+            f"stopped by {number.name}: what is finished is kept, nothing is half-written. The same command goes on from here."
+        ]
+        done = len(pieces_in(partial))
+        assert done < 400 and not (tmp_path / "set").exists()
+    assert prepare_recipe(recipe, tmp_path / "raw", tmp_path / "set", progress=False) == {}
+
+
+UNGUARDED = """
+import sys
+import yaml
+from anodiff.data.prepare import prepare_recipe
+
+prepare_recipe(yaml.safe_load(open("recipe.yaml")), "raw", "set", num_proc=2, progress=False)
+"""
+
+
+def test_a_script_without_guard_is_told_so(raw, tmp_path):
+    (tmp_path / "mine.py").write_text(UNGUARDED)
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ChildProcessError: The worker processes could not start. Each of them reads the script again that called this:"
+        ' with `num_proc` above 1 the call must stand below `if __name__ == "__main__":`.'
+    )
+    assert "want of memory" not in done.stderr and "bootstrapping" not in done.stderr
 
 
 def die(number):
