@@ -17,6 +17,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from anodiff import preprocess
 from anodiff.data import shards
 from anodiff.data.prepare import prepare_recipe
 
@@ -215,44 +216,52 @@ def test_a_result_that_appeared_meanwhile_stays(raw, tmp_path, monkeypatch):
     assert not os.listdir(tmp_path / "set")
 
 
-SIGNALS = [("2", signal.SIGINT, 130), ("1", signal.SIGTERM, 143)]
+STOPPED = "stopped by {}: what is finished is kept, nothing is half-written. The same command goes on from here."
+
+
+def test_a_signal_ends_a_run_with_one_line(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    original, written = shards.write_piece, []
+
+    def write_piece(path, table, row):
+        original(path, table, row)
+        written.append(path)
+        if len(written) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(shards, "write_piece", write_piece)
+    arguments = ["--recipe", "recipe.yaml", "--root", "raw", "--out", "set"]
+    assert preprocess.run_script(lambda: preprocess.main(arguments), preprocess.GO_ON) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == STOPPED.format("SIGTERM")
+    assert not Path("set").exists() and sorted(pieces_in(Path("set.partial"))) == sorted(map(Path, written))
+    assert preprocess.main(arguments) == 1 and len(written) == 7  # s3 cannot be read
+    assert Path("set").is_dir() and not Path("set.partial").exists()
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked at in /proc")
-def test_a_signal_ends_a_run_with_one_line(tmp_path):
-    """Whole process groups get it, as from a terminal; then the same command goes on."""
-    for index in range(400):
+def test_ctrl_c_ends_the_workers_as_well(tmp_path):
+    """As a terminal sends it: to all processes."""
+    for index in range(200):
         folder = tmp_path / "raw" / f"s{index:03d}"
         folder.mkdir(parents=True)
-        nib.save(nib.Nifti1Image(np.full((9, 9, 9), 1 + index, np.float32), np.eye(4)), folder / "flair.nii.gz")
-    options = {"modalities": {"flair": "flair.nii.gz"}}
-    processor = {"modalities": ["flair"], "size": [96, 96]}
-    recipe = {**RECIPE, "reader_options": options, "processor": processor}
+        nib.save(nib.Nifti1Image(1 + np.eye(9, dtype=np.float32)[..., None], np.eye(4)), folder / "flair.nii.gz")
+    recipe = {**RECIPE, "reader_options": {"modalities": {"flair": "flair.nii.gz"}}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    command = [sys.executable, SCRIPT, "--recipe", "recipe.yaml", "--root", "raw", "--out", "set", "--num_proc"]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    partial, done = tmp_path / "set.partial", 0
-    for num_proc, number, status in SIGNALS:
-        with open(tmp_path / "said", "w") as said:
-            process = subprocess.Popen(
-                [*map(str, command), num_proc], cwd=tmp_path, env=environment, stderr=said, start_new_session=True
-            )
-        while not partial.exists() or len(pieces_in(partial)) < done + 2:
-            assert process.poll() is None
-            time.sleep(0.01)
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.killpg(process.pid, number)
-        assert process.wait() == status
-        assert not any(map(alive, workers)) and bool(workers) == (num_proc == "2")
-        lines = [
-            line for line in re.split(r"[\r\n]", (tmp_path / "said").read_text()) if line and "subject" not in line
-        ]
-        assert lines == [
-            f"stopped by {number.name}: what is finished is kept, nothing is half-written. The same command goes on from here."
-        ]
-        done = len(pieces_in(partial))
-        assert done < 400 and not (tmp_path / "set").exists()
-    assert prepare_recipe(recipe, tmp_path / "raw", tmp_path / "set", progress=False) == {}
+    command = [sys.executable, SCRIPT, "--recipe", "recipe.yaml", "--root", "raw", "--out", "set", "--num_proc", "2"]
+    options = {"cwd": tmp_path, "env": {**os.environ, "HF_HOME": str(tmp_path / "home")}, "start_new_session": True}
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen([*map(str, command)], stderr=said, **options)
+    while not pieces_in(tmp_path / "set.partial"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() == 130 and workers
+    while any(map(alive, workers)):  # among them Python's own helper, which follows its parent
+        time.sleep(0.01)
+    lines = re.split(r"[\r\n]+", (tmp_path / "said").read_text().strip())
+    assert lines[-1] == STOPPED.format("SIGINT") and all(line.startswith("prepare:") for line in lines[:-1])
+    assert 1 <= len(pieces_in(tmp_path / "set.partial")) < 200 and not (tmp_path / "set").exists()
 
 
 UNGUARDED = """
