@@ -14,6 +14,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer, check_keys, check_number
+from ..files import check_name
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
 from ..hub.configuration import PlainConfigMixin
 from .geometry import PLANES, Geometry, plane_orientation
@@ -124,6 +125,11 @@ class VolumeProcessor(PlainConfigMixin):
         )
         if not modalities or isinstance(modalities, str) or len(set(modalities)) != len(modalities):
             raise ValueError(f"`modalities` must be a list of different names, got {modalities!r}.")
+        for name in modalities:
+            # Results of several pictures are files that are named after them.
+            check_name("a modality", name)
+            if "/" in name:
+                raise ValueError(f"The name of a modality must not hold a slash, got {name!r}.")
         if "brain" in modalities:
             raise ValueError("`modalities` must not contain 'brain': that key of a volume is its brain mask.")
         if spacing is not None:
@@ -333,8 +339,8 @@ class VolumeProcessor(PlainConfigMixin):
                 max(has * gets for has, gets in pairs),
                 field,
             ),
-            f"A volume of shape {tuple(shape)}, voxels {np.linalg.norm(affine[:3, :3], axis=0).tolist()} mm, brought to"
-            " the `spacing`, `crop` and `size` of the processor,",
+            f"A volume of shape {tuple(shape)}, in voxels of {np.linalg.norm(affine[:3, :3], axis=0).tolist()} mm,"
+            " brought to the `spacing`, `crop` and `size` of the processor,",
         )
         start = begin + step / 2 - 0.5
         return Geometry(

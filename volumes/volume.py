@@ -7,7 +7,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,7 +187,7 @@ def open_picture(path: str | os.PathLike) -> PIL.Image.Image:
 
     Raises:
         FileNotFoundError: There is no such file, or its content was never fetched.
-        ValueError: It cannot be read, or is too large ([`check_voxels`]); the message names it.
+        ValueError: It cannot be read, is too large ([`check_voxels`]), or is several pictures; the message names it.
     """
     check_fetched(path)
     # PIL's own limit is lower, cannot be raised from a command line, and only warns up to twice its value.
@@ -199,7 +199,11 @@ def open_picture(path: str | os.PathLike) -> PIL.Image.Image:
             width, height = picture.size
             check_voxels(width * height, f"{path} ({width} x {height} pixels)")
             with _reading(path):
-                return PIL.ImageOps.exif_transpose(picture)
+                upright = PIL.ImageOps.exif_transpose(picture)
+            with suppress(EOFError):
+                picture.seek(1)
+                raise ValueError(f"{path} holds several pictures. Give each as a file of its own.")
+            return upright
     finally:
         PIL.Image.MAX_IMAGE_PIXELS = limit
 
