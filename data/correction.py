@@ -279,10 +279,10 @@ class Correction:
 
     def _reference_files(self) -> dict[str, Path]:
         scans, failed = find_scans([str(self.reference)], list(self.modalities))
-        if failed or len(scans) != 1:
+        if len(scans) != 1:  # what else lies beside it does not matter
             raise ValueError(
                 f"`reference` {self.reference} must be one scan with the modalities {', '.join(self.modalities)}"
-                f"{': ' + failed[0][1] if failed else f', got {len(scans)} scans.'}"
+                f"{': ' + failed[0][1] if failed and not scans else f', got {len(scans)} scans.'}"
             )
         volume = scans[0].volume
         if isinstance(volume, dict):

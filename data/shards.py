@@ -34,7 +34,7 @@ from .readers.subjects import Subject
 
 # The modules that produce prepared data, phantoms included, from the package's root. A test finds one that is missing.
 PRODUCERS = (
-    *("volumes/geometry.py", "volumes/processor.py", "volumes/scans.py", "volumes/volume.py"),
+    *("volumes/geometry.py", "volumes/processor.py", "volumes/results.py", "volumes/scans.py", "volumes/volume.py"),
     *("data/correction.py", "data/layout.py", "data/prepare.py", "data/raters.py", "data/rules.py", "data/shards.py"),
     *("data/slicing.py", "data/smooth_fields.py"),
     *("data/readers/arrays.py", "data/readers/files.py", "data/readers/listing.py", "data/readers/subjects.py"),
