@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -74,6 +75,33 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             unfinished.unlink()
+
+
+@contextmanager
+def making_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """
+    Gives a folder to be filled in the block, which becomes `folder` at its end, as a whole. It is in `.NAME.partial`
+    beside `folder`, which one run at a time may hold; what is left there by a run that was killed is removed.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    with lock_folder(partial):
+        unfinished = partial / folder.name
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            rename_folder(unfinished, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def rename_folder(unfinished: Path, folder: Path) -> None:
+    """Gives a finished folder its name, on the same disk, in one step, when all that it holds is on the disk."""
+    for path in (*unfinished.rglob("*"), unfinished):
+        sync_folder(path)  # files as well
+    unfinished.rename(folder)
+    sync_folder(folder.parent)
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
