@@ -124,7 +124,7 @@ def read_card(repo_id: str, *, token: str | None = None, revision: str | None = 
 def _say(error: Exception) -> str:
     """An error in one line."""
     reason = " ".join(str(error).split())
-    return reason if isinstance(error, PublishingError) else f"{type(error).__name__}: {reason}"
+    return reason if isinstance(error, (PublishingError, ValueError)) else f"{type(error).__name__}: {reason}"
 
 
 def open_repository(
