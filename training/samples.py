@@ -69,7 +69,8 @@ class StreamedSamples(torch.utils.data.IterableDataset):
                     batch.append(next(itertools.islice(rows, index - done, None)))
                 except ConnectionError as error:
                     raise ConnectionError(
-                        f"{error}. The last checkpoint is unharmed: go on with `--train.resume latest`."
+                        f"{error}. Checkpoints are unharmed: `--train.resume latest` goes on from the last one, if"
+                        " there is one."
                     ) from error
                 done = index + 1
             stacked = {name: np.stack([row[name] for row in batch]) for name in self.columns}
