@@ -155,16 +155,17 @@ def set_aside(output_dir: Path, step: int) -> Path | None:
     behind = [line for line in lines if _step_of_line(line) > step]
     moved = [path for path in _named(output_dir) if _step_of(path.name) > step]
     moved += [path for path in (output_dir / "samples").glob("step-*.png") if _step_of(path.stem, step) > step]
-    if not behind and not moved:
-        return None
-    place = make_place(output_dir, f"after-step-{step:07d}")
+    place = make_place(output_dir, f"after-step-{step:07d}") if behind or moved else None
     for path in reversed(moved):
         (place / path.parent.name).mkdir(exist_ok=True)
         shutil.move(path, place / path.parent.name)
     if behind:
-        (place / log.name).write_bytes(b"\n".join(behind) + b"\n")
+        (place / log.name).write_bytes(b"".join(line + b"\n" for line in behind))
+    text = b"".join(line + b"\n" for line in kept)
+    # The end of a last line may be missing, too.
+    if log.exists() and log.read_bytes() != text:
         with replacing(log) as unfinished:
-            unfinished.write_bytes(b"".join(line + b"\n" for line in kept))
+            unfinished.write_bytes(text)
     return place
 
 

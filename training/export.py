@@ -71,7 +71,7 @@ def export(run: Run) -> Path:
     written = {name: _sha256(path) for name, path in _files(unfinished).items()}
     aside = _take_over(folder, unfinished, _read_written(run.folder))
     if aside:
-        place = make_place(run.folder, "pipeline")
+        place = make_place(run.folder, f"before-step-{run.progress.step:07d}")
         print(f"{', '.join(aside)} in {folder} were changed: the earlier folder was moved to {place}.")
         shutil.move(folder, place)
     for path in _files(unfinished).values():
