@@ -29,7 +29,7 @@ def make_pipeline(size: int, widths: list[int] | None, device: str) -> tuple[CIM
     """The network of configs/cimd_lidc.yaml, with other widths if they are given, and its GFLOP per evaluation (one
     multiply-add = 2)."""
     torch.manual_seed(0)
-    settings = yaml.safe_load(packaged_config("cimd_lidc.yaml").read_text())["unet"]
+    settings = yaml.safe_load(packaged_config("cimd_lidc.yaml").read_text(encoding="utf-8"))["unet"]
     settings.pop("_class_name")
     if widths is not None:
         settings["block_out_channels"] = widths

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import TypeVar
+
+import yaml
+
+from ..files import read_text
 
 
 Options = TypeVar("Options")
@@ -22,7 +27,8 @@ def parse_options(
     default_config: str | None = None,
 ) -> Options:
     """
-    Fills an options dataclass from `--config FILE` and the command line.
+    Fills an options dataclass from `--config FILE` and the command line. Ends the program with status 2 and one line
+    if a flag or the file is wrong.
 
     Args:
         options_class (`type`):
@@ -37,7 +43,7 @@ def parse_options(
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description)
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument(
         "--config",
         action="config",
@@ -56,7 +62,7 @@ def parse_options(
     for argument in arguments:
         flag, equals, value = argument.partition("=")
         if flag == "--config":
-            files += ["--config", str(config_path(value if equals else next(arguments, "")))]
+            files.append(_read_config(value if equals else next(arguments, "")))
         else:
             flags.append((shorthands or {}).get(flag, flag) + equals + value)
     flags = [
@@ -64,9 +70,58 @@ def parse_options(
         for flag, following in zip(flags, [*flags[1:], "-"], strict=False)
     ]
     if default_config and not files:
-        files = ["--config", str(config_path(default_config))]
-    options = parser.instantiate(parser.parse_args(files + flags))
+        files = [_read_config(default_config)]
+    try:
+        # The content and not the file's name, which would be read in the encoding of the locale.
+        values = jsonargparse.Namespace()
+        for file in files:
+            values = parser.merge_config(parser.parse_string(file, defaults=False), values)
+        options = parser.instantiate(parser.parse_args(flags, namespace=values))
+    except jsonargparse.ArgumentError as error:
+        reason = re.sub(r'Parser key "([^"]+)":', r"`\1`:", " ".join(str(error).split()))
+        print(f"error: {reason} (`{prog} --help` lists the options.)", file=sys.stderr)
+        raise SystemExit(2) from None
     return options_class(**{field.name: options[field.name] for field in dataclasses.fields(options_class)})
+
+
+def read_yaml(path: str | Path) -> dict:
+    """Reads a YAML file of `key: value` pairs; raises a `ValueError` that names the file and line if it is none, or
+    gives a key twice, of which YAML would take the last."""
+    text = read_text(path)
+    try:
+        values = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, problem = mark.line + 1, error.problem or error.context
+        if "\t" in "".join(text.splitlines()[mark.line : line]):
+            problem = "YAML is indented by spaces, and there is a tab"
+        raise ValueError(f"{path}, line {line}: the file is no YAML: {problem}.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: the file is no YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `key: value` pairs, got {str(values)[:100]!r}.")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a block has twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"`{key.value}` is there twice", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
+
+def _read_config(name: str | Path) -> str:
+    """Returns the text of a configuration file, which is YAML."""
+    path = config_path(name)
+    read_yaml(path)
+    return read_text(path)
 
 
 def packaged_config(name: str) -> Path:
@@ -77,9 +132,9 @@ def packaged_config(name: str) -> Path:
 def config_path(name: str | Path) -> Path:
     """Finds a configuration file on disk or, for a bare name such as `anoddpm_nfbs.yaml`, in the package."""
     path = Path(name)
-    if path.exists():
+    if path.is_file():
         return path
-    if packaged_config(path.name).exists() and path.parent.name in ("", "configs"):
+    if packaged_config(path.name).is_file() and path.parent.name in ("", "configs"):
         return packaged_config(path.name)
     available = sorted(file.name for file in Path(__file__).parent.glob("*.yaml"))
     raise FileNotFoundError(f"There is no configuration {name}. The package comes with {', '.join(available)}.")

@@ -63,26 +63,26 @@ def main(argv: list[str] | None = None) -> int:
     method, *names = options.arguments or [None]
     network = names.pop(0) if method == "anofpdm" and names else None
     if method not in METHODS or len(names) != 2 or (method == "anofpdm" and network not in ANOFPDM_NETWORKS):
-        raise SystemExit(
-            f"error: METHOD ({', '.join(METHODS)}) CHECKPOINT OUT are needed, and for anofpdm NETWORK"
+        raise ValueError(
+            f"METHOD ({', '.join(METHODS)}) CHECKPOINT OUT are needed, and for anofpdm NETWORK"
             f" ({', '.join(ANOFPDM_NETWORKS)}) before CHECKPOINT, got {options.arguments}."
         )
     if options.unet and method not in ("anofpdm", "cimd", "cddpm", "pddpm"):
-        raise SystemExit(
-            f"error: `--unet` is for anofpdm, cimd, cddpm and pddpm; the network of {method} has one size, or its"
+        raise ValueError(
+            f"`--unet` is for anofpdm, cimd, cddpm and pddpm; the network of {method} has one size, or its"
             " weights tell it."
         )
     if options.modality not in ("t1", "t2"):
-        raise SystemExit(f"error: `--modality` must be t1 or t2, got {options.modality!r}.")
+        raise ValueError(f"`--modality` must be t1 or t2, got {options.modality!r}.")
     if options.classifier and network != "v1":
-        raise SystemExit("error: `--classifier` is for anofpdm v1.")
+        raise ValueError("`--classifier` is for anofpdm v1.")
     if (options.cddpm is not None) != (method == "sadm"):
-        raise SystemExit("error: `--cddpm` is for sadm, which needs it.")
+        raise ValueError("`--cddpm` is for sadm, which needs it.")
     checkpoint, out = names
     if Path(out).exists():
-        raise SystemExit(f"error: {out} exists already; choose another folder.")
+        raise FileExistsError(f"{out} exists already; choose another folder.")
     if not Path(checkpoint).is_file():
-        raise SystemExit(f"error: there is no file {checkpoint}.")
+        raise FileNotFoundError(f"There is no file {checkpoint}.")
 
     # Here, so that `--help` and wrong arguments need no torch.
     from . import andi, anofpdm, brain_damage, cddpm, cimd, sadm
@@ -102,10 +102,12 @@ def main(argv: list[str] | None = None) -> int:
             result = sadm.convert(state, options.cddpm)
         else:
             result = cddpm.convert(state, method, options.unet, options.modality)
-    except (RuntimeError, AttributeError) as error:
-        raise SystemExit(
-            f"error: {checkpoint} does not fit the network of {method}: {error}\nIf the weights lie under a key of the"
-            f" checkpoint, name it with `--key`; keys there: {', '.join(map(str, list(state)[:8]))}, ..."
+    except (RuntimeError, AttributeError, KeyError, IndexError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{checkpoint} does not fit the network of {method}: {reason[:500] + '...' * (len(reason) > 500)} If the"
+            f" weights lie under a key of the checkpoint, name it with `--key`; keys there:"
+            f" {', '.join(list(state)[:8])}, ..."
         ) from error
     print(f"{write_folder(*result, out)} written to {out}")
     return 0

@@ -45,17 +45,17 @@ def convert(
     sizes = {argument: state[name].shape[axis] for argument, (name, axis) in known.items()}
     channels = sizes["in_channels"]
     if channels not in DATA:
-        raise SystemExit(
-            f"error: AnoFPDM's networks are for 4 modalities (BraTS21) or 1 (ATLAS), this one is for {channels}."
+        raise ValueError(
+            f"AnoFPDM's networks are for 4 modalities (BraTS21) or 1 (ATLAS), this one is for {channels}."
         )
     guided = network == "v1" and sizes["out_channels"] == 2 * channels
     if guided and classifier is None:
-        raise SystemExit(
-            "error: this v1 has two outputs per modality, a learned variance: name the classifier that guides it,"
+        raise ValueError(
+            "This v1 has two outputs per modality, a learned variance: name the classifier that guides it,"
             " converted or trained, with `--classifier`."
         )
     if classifier is not None and not guided:
-        raise SystemExit("error: this v1 has no learned variance: nothing guides it, leave `--classifier` out.")
+        raise ValueError("This v1 has no learned variance: nothing guides it, leave `--classifier` out.")
     name = {"v2": "anofpdm", "v1": "classifier_guided" if guided else "unguided", "classifier": "classifier"}[network]
     config, processor = read_config(f"{name}_{DATA[channels]}"), read_processor(f"{DATA[channels]}_anofpdm")
     inference = config.get("inference", {})

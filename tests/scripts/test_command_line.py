@@ -1,5 +1,6 @@
 """Help, configurations and the console command."""
 
+import os
 import re
 import subprocess
 import sys
@@ -60,6 +61,50 @@ def test_flags_win_over_the_file_whatever_their_order(tmp_path):
         parsed = options(*arguments)
         assert parsed.optim.learning_rate == 7 and parsed.optim.warmup_steps == 3
         assert parsed.unet == {"layers_per_block": 2, "sample_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"train:\n\tmax_steps: 4\n", "run.yaml, line 2: .*indented by spaces, and there is a tab"),
+        (b"train: {max_steps: 4\n", "run.yaml, line 2: the file is no YAML: expected"),
+        (b"a: 1\nb: 2\na: 3\n", "run.yaml, line 3: the file is no YAML: `a` is there twice"),
+        (b"train:\n  seed: 1\n  seed: 2\n", "run.yaml, line 3: the file is no YAML: `seed` is there twice"),
+        (b"# gr\xfc\xdfe\n", "run.yaml, line 1: byte 0xfc is not UTF-8"),
+        (b"", "run.yaml must hold `key: value` pairs, got 'None'"),
+        (b"- a\n", r"run.yaml must hold `key: value` pairs, got \"\['a'\]\""),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, content, message):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        options("--config", str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.max_steps", "x"], "error: `train.max_steps`: Expected a <class 'int'>. Got value: x"),
+        (["--nope", "3"], "error: unrecognized arguments: --nope 3"),
+        (["--train.nope", "3"], "error: .*nope"),
+    ],
+)
+def test_wrong_flags_are_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        options(*arguments)
+    said = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(said) == 1 and re.match(message, said[0])
+
+
+def test_configurations_are_utf8_whatever_the_locale(tmp_path):
+    (tmp_path / "run.yaml").write_bytes("train: {output_dir: gr\xfc\xdfe}".encode())
+    script = (
+        "from anodiff.configs import parse_options; from anodiff.training.options import TrainOptions;"
+        "options = parse_options(TrainOptions, ['--config', 'run.yaml'], prog='', description='');"
+        "assert options.train.output_dir == 'gr\\xfc\\xdfe', options.train.output_dir"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
 
 
 @pytest.mark.parametrize("content", ["optimizer: {lr: 1}", "optim: {lr: 1}", "train: {ema: {deccay: 1}}"])

@@ -2,9 +2,11 @@
 
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from anodiff import ANDiUNet2DModel, AnomalyPipeline, NoisyClassifierModel
 from anodiff.convert import main as convert
-from anodiff.convert.parts import transpose_kernels
+from anodiff.convert.parts import read_weights, transpose_kernels
 
 
 GOLDEN = Path(os.environ.get("ANODIFF_GOLDEN", Path(__file__).parents[1] / "golden"))
@@ -28,7 +30,7 @@ def test_script_module_and_command_are_the_same_program(tmp_path):
         asked = [sys.executable, *map(str, command), "andi", "missing.pt", "out"]
         done = subprocess.run(asked, cwd=tmp_path, text=True, capture_output=True)
         answers.append((done.returncode, done.stdout, done.stderr))
-    assert answers == [(1, "", "error: there is no file missing.pt.\n")] * 3
+    assert answers == [(1, "", "error: There is no file missing.pt.\n")] * 3
 
 
 def original_state_dict(recording: str = "andi/andi_unet", replaced: dict | None = None):
@@ -138,7 +140,7 @@ def test_convert_anofpdm_v2(workplace):
         ((two, wrong), r"for anofpdm NETWORK \(v2, v1, classifier\) before CHECKPOINT"),
         (("v2", two, wrong, "--classifier", "c"), "`--classifier` is for anofpdm v1"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(ValueError, match=message):
             convert(["anofpdm", *arguments])
     assert not Path(wrong).exists()
 
@@ -174,7 +176,7 @@ def test_convert_anofpdm_baselines(tmp_path):
         ("ls.pt", (), "name the classifier that guides it"),
         ("v1.pt", guided, "leave `--classifier` out"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(ValueError, match=message):
             convert(["anofpdm", "v1", str(tmp_path / name), str(tmp_path / "no"), *more])
 
 
@@ -212,7 +214,7 @@ def test_convert_cimd(tmp_path):
         ("three.pt", "first convolution must have 5 channels, .*; there are 3"),
         ("incomplete.pt", "does not fit the network of cimd: .*conv_out.bias"),
     ):
-        with pytest.raises(SystemExit, match="(?s)" + message):
+        with pytest.raises(ValueError, match="(?s)" + message):
             run(name, "wrong")
     with pytest.raises(ValueError, match="`unet` has no key layers"):
         run("savedmodel.pt", "wrong", "--unet.layers", "3")
@@ -365,6 +367,60 @@ def test_convert_cddpm(tmp_path, monkeypatch):
         ("cddpm", "incomplete.pt", (), "does not fit the network of cddpm: .*conv_out.bias"),
         ("cddpm", "plain.pt", ("--modality", "flair"), "`--modality` must be t1 or t2"),
     ):
-        with pytest.raises(SystemExit, match="(?s)" + message):
+        with pytest.raises(ValueError, match="(?s)" + message):
             run(method, name, "wrong", *more)
     assert not (tmp_path / "wrong").exists()
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight": RunsCode()}, "holds (posix|nt).mkdir, which could run code, and is not opened"),
+        (torch.nn.Linear(1, 1), "holds torch.nn.modules.linear.Linear, which could run code"),
+        (b"", "no checkpoint of PyTorch, or truncated or damaged"),
+        (b"text", "no checkpoint of PyTorch, or truncated or damaged"),
+        (pickle.dumps(RunsCode()), "no checkpoint of PyTorch|could run code"),
+        ([torch.zeros(1)], "must hold a state dict, name to tensor, got list"),
+        (torch.zeros(1), "must hold a state dict, name to tensor, got Tensor"),
+        ({}, "keys of the checkpoint: none"),
+        ({"epoch": 3, "state_dict": {"a": torch.zeros(1)}}, "with `--key`; keys of the checkpoint: epoch, state_dict"),
+        ({"a": torch.tensor([1.0, math.nan])}, "a holds NaN or infinite values"),
+        ({"a": torch.tensor([math.inf])}, "a holds NaN or infinite values"),
+        ({"a": torch.zeros(1).expand(10**12)}, "a must be a dense tensor, whole in the file"),
+        ({"a": torch.zeros(2).to_sparse()}, "a must be a dense tensor, whole in the file"),
+    ],
+)
+def test_hostile_and_damaged_checkpoints_are_refused_in_our_own_words(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        Path("model.pt").write_bytes(content)
+    else:
+        torch.save(content, "model.pt")
+    with pytest.raises(ValueError, match=message) as caught:
+        read_weights("model.pt", None)
+    # torch advises to open such a file nevertheless.
+    assert "weights_only" not in "".join(traceback.format_exception(caught.value))
+    assert not Path("ran").exists()
+
+
+def test_checkpoints_that_were_cut_anywhere_are_refused(tmp_path):
+    torch.save({"module.a": torch.arange(50.0)}, tmp_path / "model.pt")
+    assert torch.equal(read_weights(tmp_path / "model.pt", None)["a"], torch.arange(50.0))
+    content = (tmp_path / "model.pt").read_bytes()
+    for length in range(0, len(content) - 1, 97):
+        (tmp_path / "cut.pt").write_bytes(content[:length])
+        with pytest.raises(ValueError, match="cut.pt is no checkpoint of PyTorch, or truncated or damaged"):
+            read_weights(tmp_path / "cut.pt", None)
+
+
+def test_a_key_that_holds_no_weights_is_refused(tmp_path):
+    torch.save({"epoch": 3, "ema": {"a": torch.ones(1)}}, tmp_path / "model.pt")
+    assert read_weights(tmp_path / "model.pt", "ema").keys() == {"a"}
+    for key in ("epoch", "state_dict"):
+        with pytest.raises(ValueError, match=f"no weights under `--key {key}`; keys of the checkpoint: epoch, ema"):
+            read_weights(tmp_path / "model.pt", key)

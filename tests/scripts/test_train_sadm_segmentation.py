@@ -166,7 +166,7 @@ def test_convert_sadm(workplace, reconstruction, tmp_path):
 
     torch.save({"state_dict": {"diffusion.betas": torch.ones(3)}}, tmp_path / "last.ckpt")
     arguments[2] = str(tmp_path / "wrong")
-    with pytest.raises(SystemExit, match="`--cddpm` is for sadm, which needs it"):
+    with pytest.raises(ValueError, match="`--cddpm` is for sadm, which needs it"):
         convert(arguments)
-    with pytest.raises(SystemExit, match="it has no down_path.0.block.1.weight"):
+    with pytest.raises(ValueError, match="it has no down_path.0.block.1.weight"):
         convert([*arguments, "--cddpm", part])
