@@ -33,7 +33,7 @@ from .keys import TRAINING
 from .objective import Objective
 from .optimization import check_optim
 from .options import LoopOptions, TrainOptions, check_options
-from .samples import make_loader
+from .samples import make_loader, read_batches
 from .state import Run, make_run
 from .validation import validate
 
@@ -110,7 +110,7 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
     bar = tqdm(total=loop.max_steps, initial=progress.step, desc="training", disable=hidden)
     run.model.train()
     step_loss = 0.0
-    for batch in make_loader(run.train_split, objective, run.options, accelerator, progress.step):
+    for batch in read_batches(make_loader(run.train_split, objective, run.options, accelerator, progress.step)):
         with accelerator.accumulate(run.model):
             keys = make_keys(loop.seed, batch.pop("position"), TRAINING, device)
             batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}

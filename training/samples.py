@@ -163,5 +163,17 @@ def make_loader(
     )
 
 
+def read_batches(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+    """Gives the batches of a loader. A connection that breaks in one of its processes is the same error as without
+    them, not one with that process' traceback in its message."""
+    try:
+        yield from loader
+    except ConnectionError as error:
+        name, _, text = str(error).rstrip().splitlines()[-1].partition(": ")
+        if name != ConnectionError.__name__:
+            raise
+        raise ConnectionError(text) from None
+
+
 def as_tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in batch.items()}
