@@ -68,8 +68,9 @@ class StreamedSamples(torch.utils.data.IterableDataset):
                 try:
                     batch.append(next(itertools.islice(rows, index - done, None)))
                 except ConnectionError as error:
+                    text = " ".join(str(error).split()).rstrip(".")
                     raise ConnectionError(
-                        f"{error}. Checkpoints are unharmed: `--train.resume latest` goes on from the last one, if"
+                        f"{text}. Checkpoints are unharmed: `--train.resume latest` goes on from the last one, if"
                         " there is one."
                     ) from error
                 done = index + 1
