@@ -30,7 +30,8 @@ def persist(call: Callable[..., T], *arguments, **named) -> T:
             return call(*arguments, **named)
         except Exception as error:  # noqa: BLE001 (libraries wrap the error in one of theirs)
             cause = _stumble(error)
-            if cause is None:
+            # A file that is neither there nor in the cache: huggingface_hub has asked again itself.
+            if cause is None or isinstance(error, errors.LocalEntryNotFoundError):
                 raise
             asked = cause.response.headers.get("Retry-After", "") if isinstance(cause, errors.HfHubHTTPError) else ""
         time.sleep(min(max(wait, float(asked)), LONGEST_WAIT) if asked.isdigit() else wait)
@@ -43,12 +44,13 @@ def broken_off(repo_id: str, error: Exception) -> ConnectionError | None:
     cause = _stumble(error)
     if cause is None:
         return None
-    _, _, name = cause.request.url.path.partition("/resolve/")
+    request = cause.response.request if isinstance(cause, errors.HfHubHTTPError) else cause.request
+    _, _, name = request.url.path.partition("/resolve/")
     file = name.partition("/")[2] or "its files"
     reason = " ".join(str(cause).split()) or type(cause).__name__
     return ConnectionError(
-        f"The download of {file} from {repo_id} broke off again and again, the last time with: {reason}. Try again"
-        " later: what has arrived is kept."
+        f"The download of {file} from {repo_id} broke off again and again, the last time with: {reason.rstrip('.')}. Try"
+        " again later: what has arrived is kept."
     )
 
 

@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from .. import __version__
 from ..files import read_json, read_text, write_json
-from .connection import broken_off
+from .connection import broken_off, persist
 
 
 # In model_index.json: the SHA-256 of the files of the components, by their paths. diffusers leaves the key alone.
@@ -146,7 +146,7 @@ def fetch(source: str | os.PathLike, name: str, **hub_arguments) -> Path | None:
         return path if path.is_file() else None
     # The order matters: some of these errors are kinds of others.
     try:
-        return Path(hf_hub_download(str(source), name, **hub_arguments))
+        return Path(persist(hf_hub_download, str(source), name, **hub_arguments))
     except errors.HFValidationError as error:
         raise FileNotFoundError(f"There is no folder {source}, and it is no id of the Hub (owner/name).") from error
     except errors.GatedRepoError as error:

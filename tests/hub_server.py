@@ -194,6 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
                 failure.remaining -= 1
         if failure is not None and failure.silent:
             self.hub.stopped.wait()
+            self.close_connection = True
+            return
         self.cut_after = None if failure is None else failure.after
         if failure is not None and failure.status is None and failure.after is None:
             self.close_connection = True
