@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 
 from ..checks import check_choice, check_integer, check_number
 from ..files import read_text, replacing
+from ..hub.configuration import PlainConfigMixin, plain
 from ..hub.connection import broken_off, persist
 from ..hub.model_index import check_processor, check_sums, complete_index, read_model_index
 from ..schedulers.draws import DRAWS_VERSION, fold_in, make_keys
@@ -127,7 +128,7 @@ class Noise:
         return drawn.to(self.device, like.dtype)
 
 
-class AnomalyPipeline(DiffusionPipeline):
+class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     r"""
     Base of all pipelines. `AnomalyPipeline.from_pretrained(folder_or_id)` gives the pipeline class that the checkpoint
     names.
@@ -140,8 +141,8 @@ class AnomalyPipeline(DiffusionPipeline):
 
     Args:
         volume:
-            Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict of modalities, tensor `(N, C, H, W)`
-            that is already processed, or a list of volumes, which gives a list of results.
+            Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, dict of modalities, tensor `(N, C,
+            H, W)` that is already processed, or a list of volumes, which gives a list of results.
         threshold (`float`, *optional*):
             Of `pred_mask`, instead of the checkpoint's; it also replaces masks that the method makes itself.
         brain_mask (*optional*): Mask of the volume, same kinds as the volume.
@@ -440,13 +441,13 @@ class AnomalyPipeline(DiffusionPipeline):
 
     def prepare_volume(self, volume, brain_mask=None) -> PreparedSlices:
         """Brings whatever a volume may be to slices on the device. A tensor `(N, C, H, W)` counts as processed: all of
-        it is brain unless `brain_mask`, a bool tensor `(N, H, W)`, says otherwise. [`PreparedSlices`] are returned, so
-        that several calls can share them."""
+        it is brain unless `brain_mask`, a bool tensor `(N, H, W)`, says otherwise; one `(X, Y)` or `(X, Y, Z)` is a
+        volume as an array is. [`PreparedSlices`] are returned, so that several calls can share them."""
         if isinstance(volume, PreparedSlices) and brain_mask is None:
             return volume
-        if isinstance(volume, torch.Tensor):
+        if isinstance(volume, torch.Tensor) and volume.ndim == 4:
             channels = len(self.processor.config.modalities)
-            if volume.ndim != 4 or volume.shape[1] != channels or volume.shape[0] == 0:
+            if volume.shape[1] != channels or volume.shape[0] == 0:
                 raise ValueError(
                     f"A tensor must have the shape (N, {channels}, H, W) with N >= 1, got {tuple(volume.shape)}."
                 )
@@ -483,8 +484,8 @@ class AnomalyPipeline(DiffusionPipeline):
 
         # 0. Resolve defaults: what the checkpoint was tuned to.
         defaults = self.default_settings()
-        settings = {**defaults, **{name: _plain(value) for name, value in given.items() if value is not None}}
-        threshold = self.config.threshold if threshold is None else _plain(threshold)
+        settings = {**defaults, **{name: plain(value) for name, value in given.items() if value is not None}}
+        threshold, batch_size = self.config.threshold if threshold is None else plain(threshold), plain(batch_size)
         record = {**{name: settings[name] for name in defaults}, "threshold": threshold}
 
         # 1. Check.
@@ -655,11 +656,6 @@ def resolve_seed(generator: int | torch.Generator | None) -> int:
     if isinstance(generator, (int, np.integer)) and not isinstance(generator, bool) and generator >= 0:
         return int(generator)
     raise TypeError(f"`generator` must be an integer >= 0, a torch.Generator or None, got {generator!r}.")
-
-
-def _plain(value):
-    """Numbers of numpy as those of Python, which go into JSON."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _rows_together(brain: torch.Tensor, parts: list[int]) -> list[list[int]]:

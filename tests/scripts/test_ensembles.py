@@ -174,9 +174,9 @@ def test_predict_writes_masks_and_a_picture(ensembles):
         np.testing.assert_allclose(np.asarray(picture) / 65535, expected.mean_map, rtol=0, atol=1e-3)
     with PIL.Image.open(out / "overview.png") as picture:
         assert picture.width > 700
-    with pytest.raises(SystemExit, match="error: CIMDPipeline makes an ensemble by itself"):
+    with pytest.raises(ValueError, match="CIMDPipeline makes an ensemble by itself"):
         predict([*command, "--dispersion", "4"])
-    with pytest.raises(SystemExit, match="`--dispersion` must be 0, for none, or at least 2, got 1"):
+    with pytest.raises(ValueError, match="`--dispersion` must be 0, for none, or at least 2, got 1"):
         predict([*command, "--dispersion", "1"])
 
 
