@@ -105,7 +105,7 @@ def test_two_updates_on_every_batch_are_resumed_exactly(ensembles):
 
 
 def test_what_several_updates_do_not_go_with(ensembles):
-    with pytest.raises(ValueError, match="trained with 2 updates per batch, this run has 1"):
+    with pytest.raises(ValueError, match="`objective.updates_per_batch` was 2, is 1"):
         fit(ensembles, "cimd", "--train.resume", "latest", "--objective.updates_per_batch", 1)
     with pytest.raises(ValueError, match="`objective.updates_per_batch` is 2, but `data.streaming` reads every slice"):
         fit(ensembles, "streamed", "--data.streaming", "true")

@@ -84,6 +84,20 @@ def test_what_is_pushed_is_what_others_get(hub, hub_client, workplace, train, tm
     np.testing.assert_array_equal(np.asarray(image.dataobj), local)
 
 
+def test_a_card_that_somebody_wrote_stays(hub, workplace, train):
+    train("carded")
+    ours = hub.files("owner/tiny")["README.md"].decode()
+    written = ours.replace("# ", "# Written by us: ", 1)
+    hub.put("owner/tiny", {"README.md": written.encode()})
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    before = hub.files("owner/tiny")[weights]
+    done = train("carded", "--train.max_steps", 3, "--optim.lr_total_steps", 2, "--train.resume", "latest")
+    assert hub.files("owner/tiny")["README.md"].decode() == written and hub.files("owner/tiny")[weights] != before
+    assert "The card that the repository has" in done.stderr
+    folder = workplace.folder / "carded" / "pipeline"
+    assert pushed(hub) == contents(folder)
+
+
 def titles(hub):
     return [title for _, title, _ in hub.repositories["model", "owner/tiny"].commits[1:]]
 
