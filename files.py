@@ -3,6 +3,7 @@ path, and a folder belongs to one run at a time. No torch here."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -102,6 +103,15 @@ def rename_folder(unfinished: Path, folder: Path) -> None:
         sync_folder(path)  # files as well
     unfinished.rename(folder)
     sync_folder(folder.parent)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: str | os.PathLike) -> None:

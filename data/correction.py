@@ -4,7 +4,6 @@ bias field, histograms. Needs SimpleITK (the extra `preprocess`)."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from ..checks import check_choice, check_integer
+from ..files import sha256
 from ..volumes.scans import find_scans
 from ..volumes.volume import InputVolume, read_volume
 from .readers.subjects import Subject
@@ -327,7 +327,7 @@ class Correction:
 def _fingerprint(file: Path) -> str:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
-    return f"{file.name} (SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]})"
+    return f"{file.name} (SHA-256 {sha256(file)[:16]})"
 
 
 def _read_one(source) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,6 @@ a save. No torch here."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection
 from contextlib import suppress
@@ -13,7 +12,7 @@ from huggingface_hub import ModelCard, errors, hf_hub_download
 from packaging.version import Version
 
 from .. import __version__
-from ..files import read_json, read_text, write_json
+from ..files import read_json, read_text, sha256, write_json
 from .connection import broken_off, persist
 
 
@@ -96,7 +95,7 @@ def complete_index(folder: str | os.PathLike, earlier: str | os.PathLike | None 
         for path in folder.glob(f"{component}/*"):
             name = path.relative_to(folder).as_posix()
             if path.suffix in _SUFFIXES and name not in sums:
-                sums[name] = _sha256(path)
+                sums[name] = sha256(path)
     if earlier is not None:
         # A damaged index is about to be replaced.
         with suppress(OSError, ValueError, AttributeError):
@@ -122,20 +121,12 @@ def check_sums(source: str | os.PathLike, folder: str | os.PathLike, given: Coll
     """
     for name, wanted in read_json(Path(folder) / "model_index.json").get(SUMS, {}).items():
         path = Path(folder, name)
-        if name.split("/")[0] not in given and path.is_file() and _sha256(path) != wanted:
+        if name.split("/")[0] not in given and path.is_file() and sha256(path) != wanted:
             raise ValueError(
                 f"{name} of {source} is not the file that was saved with it: its SHA-256 differs from that in"
                 " model_index.json. It was damaged or altered: fetch it again (`force_download=True`), or take another"
                 f" copy. If you changed it yourself, remove its line from `{SUMS}` there."
             )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def fetch(source: str | os.PathLike, name: str, **hub_arguments) -> Path | None:

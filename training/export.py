@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..data.card import describe_population
 from ..data.phantoms.sets import is_phantom
-from ..files import read_json, read_text, sync_folder, write_json, write_text
+from ..files import read_json, read_text, sha256, sync_folder, write_json, write_text
 from ..hub.model_card import make_card
 from ..hub.publishing import PublishingError, complete_folder, copy_picture, open_repository
 from ..pipelines.base import device_name
@@ -68,7 +68,7 @@ def export(run: Run) -> Path:
     unfinished.mkdir()
     with run.averaged_model() as model:
         _write(run, model, unfinished)
-    written = {name: _sha256(path) for name, path in _files(unfinished).items()}
+    written = {name: sha256(path) for name, path in _files(unfinished).items()}
     aside = _take_over(folder, unfinished, _read_written(run.folder))
     if aside:
         place = make_place(run.folder, f"before-step-{run.progress.step:07d}")
@@ -158,7 +158,7 @@ def _take_over(old: Path, new: Path, written: dict[str, str]) -> list[str]:
     returns those of its other files that were changed since, with which it must be kept. Then a changed card is kept
     with it, too, as it speaks of it."""
     coming = _files(new)
-    theirs = {name: path for name, path in _files(old).items() if written.get(name) != _sha256(path)}
+    theirs = {name: path for name, path in _files(old).items() if written.get(name) != sha256(path)}
     if "README.md" in theirs and _is_untouched(read_text(theirs["README.md"])):
         del theirs["README.md"]
     changed = [name for name in theirs if name in coming and name != "README.md"]
@@ -187,11 +187,6 @@ def _read_written(output_dir: Path) -> dict[str, str]:
 
 def _old_name(folder: Path) -> Path:
     return folder.with_name(f".old.{folder.name}")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _seal(card: str) -> str:
