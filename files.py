@@ -143,8 +143,8 @@ def check_name(what: str, name: str) -> None:
     parts = name.split("/") if isinstance(name, str) else [""]
     if any(part in ("", ".", "..") for part in parts):
         reason = "it is empty, absolute, or leads out of its folder"
-    elif re.search(r"[\x00-\x1f\x7f\\]", name):
-        reason = "it holds a backslash or a control character"
+    elif re.search(r"[\x00-\x1f\x7f\\\ud800-\udfff]", name):
+        reason = "it holds a backslash, a control character, or bytes that are not UTF-8"
     elif max(len(part.encode("utf-8", "replace")) for part in parts) > _LONGEST_NAME:
         reason = f"a part of it is longer than {_LONGEST_NAME} bytes"
     else:

@@ -18,7 +18,8 @@ import yaml
 from tqdm.auto import tqdm
 
 from ..checks import check_choice, check_integer, check_keys
-from ..files import check_name, lock_folder, read_text, rename_folder, write_text
+from ..configs import read_yaml
+from ..files import check_name, lock_folder, rename_folder, write_text
 from ..volumes.processor import VolumeProcessor
 from . import shards
 from .card import make_card
@@ -261,13 +262,7 @@ def read_recipe(name: str | Path) -> dict:
     if not path.is_file():
         available = ", ".join(sorted(file.stem for file in packaged.glob("*.yaml")))
         raise FileNotFoundError(f"There is no recipe {name}. The package comes with {available}.")
-    try:
-        recipe = yaml.safe_load(read_text(path))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1
-        raise ValueError(f"{path}, line {line}: the file is no YAML: {error.problem}. Indent with blanks.") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must hold `key: value` pairs.")
+    recipe = read_yaml(path)
     _check_block("recipe", recipe, RECIPE_KEYS, required=("reader", "reader_options", "processor"))
     return recipe
 

@@ -13,10 +13,10 @@ import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from ..checks import check_integer
-from ..files import check_name, read_json, read_text
+from ..configs import read_yaml
+from ..files import check_name, read_json
 from ..volumes.volume import check_voxels
 from .layout import COLUMNS, PROCESSOR, RECIPE, SHARDS, SPLITS, SUBJECTS, SUBJECTS_SCHEMA
 from .phantoms.sets import PHANTOMS, cached_phantom
@@ -44,7 +44,7 @@ class _DescribedSplit:
         self.modalities = tuple(self.processor_settings["modalities"])
         for name in self.modalities:
             check_name(f"a modality in {folder / _SETTINGS}", name)
-        self.recipe = _read_recipe(folder / RECIPE)
+        self.recipe = read_yaml(folder / RECIPE)
         info = _read_subjects(folder)
         self.subject_info = {row["subject"]: row for row in info if row["split"] == split}
 
@@ -329,16 +329,6 @@ def _find(path: str | Path, shards: list[str]) -> tuple[Path, bool]:
             f"{path} is no prepared data set: {', '.join(missing)} is missing, it holds {there}. See preprocess.py."
         )
     return folder, remote
-
-
-def _read_recipe(path: Path) -> dict:
-    try:
-        recipe = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML, it may be truncated or damaged: {error!s:.300}") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must hold `key: value` pairs, got {type(recipe).__name__}.")
-    return recipe
 
 
 def _read_subjects(folder: Path) -> list[dict]:
