@@ -443,7 +443,10 @@ def test_ages_that_are_no_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("reader: bids\n\treader_options: {}\n", "my.yaml, line 2: the file is no YAML: YAML is indented by spaces, and there is a tab"),
+        (
+            "reader: bids\n\treader_options: {}\n",
+            "my.yaml, line 2: the file is no YAML: YAML is indented by spaces, and there is a tab",
+        ),
         ("reader: [\n", "my.yaml, line 2: the file is no YAML"),
     ],
 )

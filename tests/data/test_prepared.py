@@ -517,7 +517,7 @@ def test_rows_of_subjects_that_are_not_listed(tmp_path):
         ("processor/processor_config.json", b"{}", "must hold the settings of a processor with its `modalities`"),
         ("processor/processor_config.json", b"{", "processor_config.json, line 1: the file is no JSON"),
         ("recipe.yaml", b"[", "recipe.yaml, line 1: the file is no YAML"),
-        ("recipe.yaml", b"- a", "recipe.yaml must hold `key: value` pairs, got list"),
+        ("recipe.yaml", b"- a", "recipe.yaml must hold `key: value` pairs, got"),
         ("recipe.yaml", b"source: \xe4", "recipe.yaml, line 1: byte 0xe4 is not UTF-8"),
         ("subjects.parquet", b"PAR1", "subjects.parquet cannot be read, it may be truncated or damaged"),
         ("data/train-00000-of-00001.parquet", b"PAR1", "train-00000-of-00001.parquet cannot be read"),
