@@ -1,5 +1,6 @@
 """CIMD through the scripts: training with two updates on a batch, evaluation by two processes and onto the Hub, prediction."""
 
+import io
 import json
 import shutil
 
@@ -155,7 +156,8 @@ def test_a_report_goes_into_the_card(hub, workplace, ensembles):
     assert "### raters, split `test`" in card.text and "random training annotation (baseline)" in card.text
     # A phantom's cases are everybody's.
     (picture,) = [path for path in files if path.endswith(".png")]
-    assert files[picture] == (ensembles / "pushed" / "cases.png").read_bytes() and f"]({picture})" in card.text
+    pushed, drawn = PIL.Image.open(io.BytesIO(files[picture])), PIL.Image.open(ensembles / "pushed" / "cases.png")
+    assert np.array_equal(pushed, drawn) and f"]({picture})" in card.text
     assert "unet/diffusion_pytorch_model.safetensors" in files
 
 
