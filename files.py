@@ -3,10 +3,12 @@ path, and a folder belongs to one run at a time. No torch here."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -76,6 +78,42 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             unfinished.unlink()
 
 
+@contextmanager
+def making_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """
+    Gives a folder to be filled in the block, which becomes `folder` at its end, as a whole. It is in `.NAME.partial`
+    beside `folder`, which one run at a time may hold; what is left there by a run that was killed is removed.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    with lock_folder(partial):
+        unfinished = partial / folder.name
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            rename_folder(unfinished, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def rename_folder(unfinished: Path, folder: Path) -> None:
+    """Gives a finished folder its name, on the same disk, in one step, when all that it holds is on the disk."""
+    for path in (*unfinished.rglob("*"), unfinished):
+        sync_folder(path)  # files as well
+    unfinished.rename(folder)
+    sync_folder(folder.parent)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def sync_folder(folder: str | os.PathLike) -> None:
     """Makes sure that the names in a folder are on the disk, where the system can."""
     with suppress(OSError):
@@ -105,8 +143,8 @@ def check_name(what: str, name: str) -> None:
     parts = name.split("/") if isinstance(name, str) else [""]
     if any(part in ("", ".", "..") for part in parts):
         reason = "it is empty, absolute, or leads out of its folder"
-    elif re.search(r"[\x00-\x1f\x7f\\]", name):
-        reason = "it holds a backslash or a control character"
+    elif re.search(r"[\x00-\x1f\x7f\\\ud800-\udfff]", name):
+        reason = "it holds a backslash, a control character, or bytes that are not UTF-8"
     elif max(len(part.encode("utf-8", "replace")) for part in parts) > _LONGEST_NAME:
         reason = f"a part of it is longer than {_LONGEST_NAME} bytes"
     else:

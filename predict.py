@@ -5,7 +5,8 @@ python predict.py --model outputs/train/pipeline scans/ -o out --brain brain.nii
 python predict.py --model owner/two-modalities patient1/ patient2/ -o out    # flair.nii.gz, t1.nii.gz in each folder
 python predict.py --model owner/anoddpm-flair scan.nii.gz -o out --dispersion 8    # also how far eight draws lie apart
 
-A folder stands for the scans in it: its files, or its sub-folders with one file per modality.
+A folder stands for the scans in it: its files, or its sub-folders with one file per modality. What is not predicted is
+named with the reason, and the status is then 1.
 Research use, not a medical device.
 """
 
@@ -59,49 +60,86 @@ def main(argv: list[str] | None = None) -> int:
         PredictOptions, argv, prog="predict.py", description=__doc__, positional="scans", shorthands=shorthands
     )
     if not options.model:
-        raise SystemExit("error: `--model` is missing: a pipeline folder or a Hub id.")
+        raise ValueError("`--model` is missing: a pipeline folder or a Hub id.")
     if not options.scans:
-        raise SystemExit("error: no scan given: files, or folders of scans.")
+        raise ValueError("no scan given: files, or folders of scans.")
     if options.dispersion < 0 or options.dispersion == 1:
-        raise SystemExit(f"error: `--dispersion` must be 0, for none, or at least 2, got {options.dispersion}.")
+        raise ValueError(f"`--dispersion` must be 0, for none, or at least 2, got {options.dispersion}.")
 
-    import torch
     from tqdm.auto import tqdm
 
-    from anodiff import AnomalyPipeline
     from anodiff.checks import check_keys
     from anodiff.pipelines.dispersion import check_dispersion
     from anodiff.volumes.scans import find_scans
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        pipeline = AnomalyPipeline.from_pretrained(options.model).to(device)
-        if options.dispersion:
-            check_dispersion(pipeline, options.dispersion)
-        check_keys("inference", options.inference, pipeline.default_settings(), type(pipeline).__name__)
-        scans, failed = find_scans(options.scans, list(pipeline.processor.config.modalities), options.brain)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    device = find_device(options.device)
+    pipeline = load_pipeline(options.model).to(device)
+    if options.dispersion:
+        check_dispersion(pipeline, options.dispersion)
+    check_keys("inference", options.inference, pipeline.default_settings(), type(pipeline).__name__)
+    modalities = list(pipeline.processor.config.modalities)
+    scans, failed = find_scans(options.scans, modalities, options.brain, options.output)
     pipeline.set_progress_bar_config(leave=False)
+    done = 0
     for scan in tqdm(scans, desc="scans", disable=len(scans) < 2):
         try:
             predict_scan(pipeline, scan, options)
+            done += 1
         except Exception as error:  # noqa: BLE001 (whatever is wrong with one scan, the others are still wanted)
             failed.append((str(scan.source), f"{type(error).__name__}: {error}"))
-    failures = dict(failed)
-    print(f"{sum(str(scan.source) not in failures for scan in scans)} scan(s) done, results in {options.output}")
+    print(f"{done} scan(s) done, results in {options.output}")
     for name, reason in failed:
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
 
 
+def find_device(name: str | None):
+    """Returns the device of this name, or a GPU where there is one, else the CPU; raises a `ValueError` that lists
+    those there are, if it cannot be used."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each kind of device has its own
+        known = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise ValueError(
+            f"`--device` must be one that this computer has, {', '.join(known)}, got {name!r}."
+        ) from error
+    return device
+
+
+def load_pipeline(model: str):
+    """Loads the pipeline of a checkpoint; whatever its files or the Hub raise becomes one `ValueError`."""
+    from anodiff import AnomalyPipeline
+
+    try:
+        return AnomalyPipeline.from_pretrained(model)
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{model} cannot be loaded: {text}") from error
+
+
 def predict_scan(pipeline, scan, options: PredictOptions) -> None:
     """Writes the result of one scan, and its pictures, into a folder of its own."""
     from anodiff.evaluation.overview import draw_members, draw_overview
+    from anodiff.files import lock_folder
     from anodiff.pipelines.dispersion import disperse
-    from anodiff.pipelines.output import AnomalyOutput, remove_results
+    from anodiff.pipelines.output import AnomalyOutput
+    from anodiff.volumes.results import (
+        DISPERSION_ARRAYS,
+        ENSEMBLE_ARRAYS,
+        MAP_ARRAYS,
+        PICTURES,
+        check_place,
+        remove_results,
+    )
 
     folder = Path(options.output) / scan.name
+    arrays = ENSEMBLE_ARRAYS if pipeline.task == "segmentation" else MAP_ARRAYS
+    records = ("result", "dispersion") if options.dispersion else ("result",)
+    stems = {*arrays, *(DISPERSION_ARRAYS if options.dispersion else ()), *(PICTURES[record] for record in records)}
+    check_place(folder, stems, records)
     if (folder / "result.json").exists() and not options.overwrite:
         raise FileExistsError(f"{folder} already holds a result; `--overwrite` replaces it.")
     arguments = dict(
@@ -114,14 +152,14 @@ def predict_scan(pipeline, scan, options: PredictOptions) -> None:
     plane = pipeline.processor.config.plane
     spread = disperse(pipeline, scan.volume, options.dispersion, **arguments) if options.dispersion else None
     result = pipeline(scan.volume, **arguments) if spread is None else spread.first
-    if folder.is_dir():
-        remove_results(folder)  # of a call with other options, which wrote other files
-    if spread is not None:
-        spread.save(folder)
-        draw_members(spread, folder / "dispersion.png", scan.name, plane=plane)
-    result.save(folder)
     draw = draw_overview if isinstance(result, AnomalyOutput) else draw_members
-    draw(result, folder / "overview.png", scan.name, plane=plane)
+    # The record of the result, which marks the scan as done, comes last.
+    with lock_folder(folder):
+        if spread is not None or (folder / "dispersion.json").exists():
+            remove_results(folder)  # of a call with other options, which wrote other files
+        if spread is not None:
+            spread.save(folder, lambda path: draw_members(spread, path, scan.name, plane=plane))
+        result.save(folder, lambda path: draw(result, path, scan.name, plane=plane))
 
 
 if __name__ == "__main__":

@@ -65,50 +65,42 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(PreprocessOptions, argv, prog="preprocess.py", description=__doc__, positional="prepared")
     if options.check:
         return _check(options)
-    from anodiff.hub.publishing import PublishingError, open_repository, push_folder
+    from anodiff.hub.publishing import open_repository, push_folder
 
-    try:
-        if options.prepared:
-            raise ValueError(f"{options.prepared[0]} is no option. Prepared data sets are named after `--check` only.")
-        if options.out is None:
-            raise ValueError("Give `--out`, the folder to write.")
-        if options.phantom is None and (options.recipe is None or options.root is None):
-            raise ValueError("Give `--recipe` and `--root` of a raw data set, or `--phantom`.")
+    if options.prepared:
+        raise ValueError(f"{options.prepared[0]} is no option. Prepared data sets are named after `--check` only.")
+    if options.out is None:
+        raise ValueError("Give `--out`, the folder to write.")
+    if options.phantom is None and (options.recipe is None or options.root is None):
+        raise ValueError("Give `--recipe` and `--root` of a raw data set, or `--phantom`.")
 
-        from anodiff.data.phantoms.sets import prepare_phantom
-        from anodiff.data.prepare import prepare_recipe, read_recipe
+    from anodiff.data.phantoms.sets import prepare_phantom
+    from anodiff.data.prepare import prepare_recipe, read_recipe
 
-        recipe = None if options.recipe is None else read_recipe(options.recipe)
-        public = options.push_to_hub and not options.hub_private
-        if public and recipe is not None and "license" not in recipe:
-            raise ValueError("A public data set needs `license` in the recipe: who may do what with the images?")
-        forbidden = recipe is not None and recipe.get("rehosting") == "forbidden"
-        if public and forbidden:
-            raise ValueError(
-                "`--hub_private false` is refused: by `rehosting: forbidden` of the recipe, the licence forbids to"
-                " offer the images for download."
-            )
-        if options.push_to_hub:
-            # Whatever a push would fail at, before the work.
-            open_repository(options.push_to_hub, private=options.hub_private, repo_type="dataset")
-        common = {"template": options.template, "reference": options.reference, "num_proc": options.num_proc}
-        if options.phantom is None:
-            failures = prepare_recipe(recipe, options.root, options.out, **common)
-        else:
-            own = {"recipe": recipe, "anatomy": options.phantom_anatomy, "raw": options.root}
-            failures = prepare_phantom(options.phantom, options.out, **own, **common)
-    except (ValueError, OSError, ImportError, PublishingError) as error:
-        print(f"preprocess.py: {error}", file=sys.stderr)
-        return 1
+    recipe = None if options.recipe is None else read_recipe(options.recipe)
+    public = options.push_to_hub and not options.hub_private
+    if public and recipe is not None and "license" not in recipe:
+        raise ValueError("A public data set needs `license` in the recipe: who may do what with the images?")
+    forbidden = recipe is not None and recipe.get("rehosting") == "forbidden"
+    if public and forbidden:
+        raise ValueError(
+            "`--hub_private false` is refused: by `rehosting: forbidden` of the recipe, the licence forbids to offer"
+            " the images for download."
+        )
+    if options.push_to_hub:
+        # Whatever a push would fail at, before the work.
+        open_repository(options.push_to_hub, private=options.hub_private, repo_type="dataset")
+    common = {"template": options.template, "reference": options.reference, "num_proc": options.num_proc}
+    if options.phantom is None:
+        failures = prepare_recipe(recipe, options.root, options.out, **common)
+    else:
+        own = {"recipe": recipe, "anatomy": options.phantom_anatomy, "raw": options.root}
+        failures = prepare_phantom(options.phantom, options.out, **own, **common)
     print(f"Wrote {options.out}.")
     for subject, reason in failures.items():
         print(f"Left out {subject}: {reason}", file=sys.stderr)
     if options.push_to_hub:
-        try:
-            url = push_folder(options.out, options.push_to_hub, private=options.hub_private, repo_type="dataset")
-        except PublishingError as error:
-            print(f"preprocess.py: {error}", file=sys.stderr)
-            return 1
+        url = push_folder(options.out, options.push_to_hub, private=options.hub_private, repo_type="dataset")
         print(f"Pushed to {url}" + _WHY_PRIVATE * forbidden)
     return 1 if failures else 0
 
@@ -117,16 +109,12 @@ def _check(options: PreprocessOptions) -> int:
     from anodiff.data.leaks import find_leaks, write_leaks
 
     table = options.out or "leaks.csv"
-    try:
-        if not options.prepared:
-            raise ValueError("Give the prepared data sets to compare: `--check PREPARED...`.")
-        leaks = find_leaks(options.prepared)
-        for leak in leaks:
-            print(f"Leak: {leak}")
-        write_leaks(leaks, table)
-    except (ValueError, OSError) as error:
-        print(f"preprocess.py: {error}", file=sys.stderr)
-        return 1
+    if not options.prepared:
+        raise ValueError("Give the prepared data sets to compare: `--check PREPARED...`.")
+    leaks = find_leaks(options.prepared)
+    for leak in leaks:
+        print(f"Leak: {leak}")
+    write_leaks(leaks, table)
     print(f"{len(leaks)} leaks found. Wrote {table}." if leaks else f"No leak found. Wrote {table}.")
     return 1 if leaks else 0
 

@@ -75,7 +75,7 @@ def parse_options(
         # The content and not the file's name, which would be read in the encoding of the locale.
         values = jsonargparse.Namespace()
         for file in files:
-            values = parser.merge_config(parser.parse_string(file, defaults=False), values)
+            values.update(parser.parse_string(file, defaults=False))
         options = parser.instantiate(parser.parse_args(flags, namespace=values))
     except jsonargparse.ArgumentError as error:
         reason = re.sub(r'Parser key "([^"]+)":', r"`\1`:", " ".join(str(error).split()))

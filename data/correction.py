@@ -4,7 +4,6 @@ bias field, histograms. Needs SimpleITK (the extra `preprocess`)."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from ..checks import check_choice, check_integer
+from ..files import sha256
 from ..volumes.scans import find_scans
 from ..volumes.volume import InputVolume, read_volume
 from .readers.subjects import Subject
@@ -279,10 +279,10 @@ class Correction:
 
     def _reference_files(self) -> dict[str, Path]:
         scans, failed = find_scans([str(self.reference)], list(self.modalities))
-        if failed or len(scans) != 1:
+        if len(scans) != 1:  # what else lies beside it does not matter
             raise ValueError(
                 f"`reference` {self.reference} must be one scan with the modalities {', '.join(self.modalities)}"
-                f"{': ' + failed[0][1] if failed else f', got {len(scans)} scans.'}"
+                f"{': ' + failed[0][1] if failed and not scans else f', got {len(scans)} scans.'}"
             )
         volume = scans[0].volume
         if isinstance(volume, dict):
@@ -309,7 +309,9 @@ class Correction:
             else:
                 mask = brain.with_name("mask.nii.gz")
                 command = ["mri_synthstrip", "-i", source, "-o", brain, "-m", mask, *(["-g"] if gpu else [])]
-            done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+            done = subprocess.run(
+                [str(part) for part in command], capture_output=True, encoding="utf-8", errors="replace"
+            )
             if done.returncode or not mask.is_file():
                 said = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
                 raise ValueError(f"`{command[0]}` made no brain mask (exit status {done.returncode}): {said}")
@@ -325,7 +327,7 @@ class Correction:
 def _fingerprint(file: Path) -> str:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
-    return f"{file.name} (SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]})"
+    return f"{file.name} (SHA-256 {sha256(file)[:16]})"
 
 
 def _read_one(source) -> tuple[np.ndarray, np.ndarray]:

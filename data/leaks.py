@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import scipy.fft
 
+from ..files import replacing
 from .prepared import PreparedSplit, list_splits, load_prepared
 
 
@@ -96,8 +97,8 @@ def find_leaks(paths: Sequence[str | Path]) -> list[Leak]:
 
 
 def write_leaks(leaks: Sequence[Leak], path: str | Path) -> None:
-    """Writes findings as CSV; without any, the header only."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    """Writes findings as CSV, whole or not at all; without any, the header only."""
+    with replacing(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Leak)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(asdict, leaks))

@@ -7,8 +7,9 @@ import dataclasses
 import inspect
 import os
 import shutil
-import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +18,8 @@ import yaml
 from tqdm.auto import tqdm
 
 from ..checks import check_choice, check_integer, check_keys
+from ..configs import read_yaml
+from ..files import check_name, lock_folder, rename_folder, write_text
 from ..volumes.processor import VolumeProcessor
 from . import shards
 from .card import make_card
@@ -25,6 +28,7 @@ from .layout import PROCESSOR, RECIPE, SPLITS, SUBJECTS, SUBJECTS_SCHEMA
 from .raters import RaterRule
 from .readers.arrays import read_array_stacks, read_crop_pickles, read_picture_stacks
 from .readers.files import read_bids, read_file_patterns
+from .readers.listing import LeftOut
 from .readers.subjects import (
     Subject,
     read_annotated_folders,
@@ -77,7 +81,8 @@ def prepare(
 
     Subjects that are done are kept in `OUT.partial` until all are: if the run is interrupted, the same call goes on
     from there. A subject is done again if what it depends on has changed: its files (by their sizes and times), the
-    settings, this code. At the end `out` appears as a whole. Until then the disk holds everything about twice.
+    settings, this code. At the end `out` appears as a whole. Until then the disk holds everything about twice. One run
+    at a time may make `out`.
 
     Labels of slices: 1 if one of the subject's masks has a pixel in the slice, else 0; without mask the subject's
     label. The label of a subject is the given one, or else 1 if any of its masks has a voxel.
@@ -94,23 +99,26 @@ def prepare(
         dtype: `"float32"` or `"float16"` of `image`.
         root: What file names are written relative to; the common folder of all files by default.
         shard_rows: Slices per file.
-        num_proc: Processes that subjects are shared out to. Changes no bit of the result.
+        num_proc: Processes that subjects are shared out to. Changes no bit of the result. A script that gives more
+            than 1 calls this below `if __name__ == "__main__":`, as every process reads the script.
 
     Returns:
         `dict[str, str]`: Subjects that could not be read and why. The others were written.
 
     Raises:
         FileExistsError: `out` exists.
+        BlockingIOError: Another run is making `out`.
         ValueError: Rules and subjects do not fit together, no subject can be read, or a split keeps no slice.
-        ChildProcessError: A worker process was stopped, as the system does when memory is short.
+        ChildProcessError: A worker process was stopped, as the system does when memory is short, or could not start.
     """
     out, slices, split = Path(out), slices or SliceRule(), split or SplitRule()
-    if out.exists():
-        raise FileExistsError(f"`out` {out} exists: choose another folder or delete it first.")
+    if num_proc != 1:
+        shards.leave_if_worker()
+    _check_absent(out)
     check_choice("dtype", dtype, DTYPES)
     check_integer("shard_rows", shard_rows, 1)
     check_integer("num_proc", num_proc, 1)
-    _check_subjects(subjects, raters)
+    _check_subjects(subjects, raters, processor)
     split_of = split.assign(subjects)
     _check_train_rule(slices.train, [subject for subject in subjects if split_of[subject.name] == "train"])
     if correction is not None:
@@ -121,38 +129,40 @@ def prepare(
     annotations = max(1, *(len(subject.masks) for subject in subjects)) if raters is None else raters.number
     rules = _Rules(processor, correction, slices, raters, annotations, dtype)
     corrected = None if correction is None else correction.describe()
-    described = [dataclasses.asdict(slices), raters and dataclasses.asdict(raters), annotations, dtype, corrected]
-    settings = [processor.settings(), *described, shards.code_digest()]
+    settings = [*rules.settings(), corrected, shards.code_digest()]
     partial = out.with_name(f"{out.name}.partial")
     ordered = sorted(subjects, key=lambda subject: (SPLITS.index(split_of[subject.name]), subject.name))
     tasks = [(subject, split_of[subject.name] == "train") for subject in ordered]
     pieces = {task[0].name: partial / shards.piece_name(settings, *task) for task in tasks}
 
-    shards.open_partial(partial)
-    try:
+    shards.check_partial(partial)
+    with lock_folder(partial):
+        _check_absent(out)
+        shards.open_partial(partial)
         tasks = [(*task, piece) for task, piece in zip(tasks, pieces.values(), strict=True)]
-        bar = tqdm(ordered, desc="prepare", unit="subject", disable=not progress)
-        done = zip(bar, shards.run_tasks(rules.finish_piece, tasks, num_proc), strict=True)
-        rows, failures = _read_rows(done, pieces, split_of, Path(root))
-        for name in {row["split"] for row in rows}:
-            if not any(row["rows"] for row in rows if row["split"] == name):
-                raise ValueError(f"`slices` keeps no slice of the split {name}: {slices}.")
-    except (ValueError, ImportError):
-        # What is done is kept: a subject or the split may be what has to change.
-        if not any(piece.exists() for piece in pieces.values()):
-            shutil.rmtree(partial)
-        raise
-
-    # A folder of a temporary folder: it has ordinary permissions, and the renaming stays on one disk.
-    with tempfile.TemporaryDirectory(dir=partial) as temporary:
-        unfinished = Path(temporary) / out.name
+        try:
+            with closing(shards.run_tasks(rules.finish_piece, tasks, num_proc)) as results:
+                bar = tqdm(ordered, desc="prepare", unit="subject", disable=not progress)
+                rows, failures = _read_rows(zip(bar, results, strict=True), pieces, split_of, Path(root))
+            _check_rows(rows, slices)
+        except (ValueError, ImportError):
+            # What is done is kept: a subject or the split may be what has to change.
+            if not any(piece.exists() for piece in pieces.values()):
+                shutil.rmtree(partial)
+            raise
+        unfinished = partial / "unfinished"
         _write_rows(unfinished, rows, pieces, shard_rows)
         processor.save_pretrained(unfinished / PROCESSOR)
-        (unfinished / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-        (unfinished / "README.md").write_text(make_card(out.name, processor, recipe, rows, failures, corrected))
-        unfinished.rename(out)
-    shutil.rmtree(partial, ignore_errors=True)
+        write_text(unfinished / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        write_text(unfinished / "README.md", make_card(out.name, processor, recipe, rows, failures, corrected))
+        rename_folder(unfinished, out)
+        shutil.rmtree(partial, ignore_errors=True)
     return failures
+
+
+def _check_absent(out: Path) -> None:
+    if os.path.lexists(out):
+        raise FileExistsError(f"`out` {out} exists: choose another folder or delete it first.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +176,18 @@ class _Rules:
     annotations: int
     dtype: str
 
+    def settings(self) -> list:
+        """Returns what is set, but for the correction, in plain values."""
+        raters = self.raters and dataclasses.asdict(self.raters)
+        return [self.processor.settings(), dataclasses.asdict(self.slices), raters, self.annotations, self.dtype]
+
     def finish_piece(self, subject: Subject, training: bool, piece: Path) -> str | None:
         """Makes the piece of a subject, unless it is there. Returns why the subject cannot be read."""
         if piece.exists():
             return None
         row = {}
         try:
+            subject.check_files()
             source = subject
             if self.correction is not None:
                 source, row["correction"] = self.correction.apply(subject, piece.with_suffix(".png"))
@@ -210,6 +226,12 @@ def _read_rows(
     return rows, failures
 
 
+def _check_rows(rows: list[dict], slices: SliceRule) -> None:
+    for name in {row["split"] for row in rows}:
+        if not any(row["rows"] for row in rows if row["split"] == name):
+            raise ValueError(f"`slices` keeps no slice of the split {name}: {slices}.")
+
+
 def _write_rows(folder: Path, rows: list[dict], pieces: dict[str, Path], shard_rows: int) -> None:
     """Writes the shards of all splits and `subjects.parquet`, and `corrections.csv` and `quality/SUBJECT.png` if there
     are any."""
@@ -240,9 +262,7 @@ def read_recipe(name: str | Path) -> dict:
     if not path.is_file():
         available = ", ".join(sorted(file.stem for file in packaged.glob("*.yaml")))
         raise FileNotFoundError(f"There is no recipe {name}. The package comes with {available}.")
-    recipe = yaml.safe_load(path.read_text())
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must hold `key: value` pairs.")
+    recipe = read_yaml(path)
     _check_block("recipe", recipe, RECIPE_KEYS, required=("reader", "reader_options", "processor"))
     return recipe
 
@@ -259,7 +279,8 @@ def prepare_recipe(
 ) -> dict[str, str]:
     """
     Reads the raw data set in `root` as a recipe says and writes the prepared one, as [`prepare`]. An unknown or
-    missing key is a `ValueError`.
+    missing key is a `ValueError`. What the reader finds in no subject (masks without an image, rows without a file) is
+    listed among what was left out.
 
     Args:
         recipe: `reader` (a key of `READERS`), `reader_options`, `processor` (settings of [`VolumeProcessor`]), and
@@ -280,12 +301,22 @@ def prepare_recipe(
     absolute = []
     for value in options.values():
         values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        values = [text for one in values for text in (one if isinstance(one, (list, tuple)) else [one])]
         absolute += [text for text in values if isinstance(text, str) and Path(text).is_absolute()]
     if absolute:
         raise ValueError(f"`reader_options` must hold paths relative to the root, got {', '.join(absolute)}.")
     processor, rules = read_rules(recipe, template, reference)
-    return prepare(
-        reader(root, **options),
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        subjects = reader(root, **options)
+    left_out = {}
+    for warning in said:
+        if isinstance(warning.message, LeftOut):
+            left_out[warning.message.what] = warning.message.reason
+        else:
+            warnings.warn(warning.message, stacklevel=2)
+    failures = prepare(
+        subjects,
         processor,
         out,
         recipe=recipe,
@@ -295,6 +326,7 @@ def prepare_recipe(
         progress=progress,
         **rules,
     )
+    return failures | left_out
 
 
 def read_rules(
@@ -323,13 +355,21 @@ def _check_block(block: str, given: dict, known: Iterable[str], required: Iterab
         raise ValueError(f"`{block}` needs the key {', '.join(missing)}.")
 
 
-def _check_subjects(subjects: Sequence[Subject], raters: RaterRule | None) -> None:
+def _check_subjects(subjects: Sequence[Subject], raters: RaterRule | None, processor: VolumeProcessor) -> None:
+    for name in processor.config.modalities:
+        check_name("a modality", name)
     if not subjects:
         raise ValueError("`subjects` is empty.")
     names = [subject.name for subject in subjects]
     if len(set(names)) != len(names):
         twice = sorted(name for name in set(names) if names.count(name) > 1)
         raise ValueError(f"Subjects must have different names, twice there are {', '.join(twice[:10])}.")
+    files = [name.replace("/", "--") for name in names]
+    if len(set(files)) != len(files):  # of their pictures
+        twice = sorted(name for name, file in zip(names, files, strict=True) if files.count(file) > 1)
+        raise ValueError(
+            f"The names of subjects must differ in more than / and --, which {', '.join(twice[:10])} do not."
+        )
     several = [subject.name for subject in subjects if len(subject.masks) > 1]
     if raters is not None and several:
         raise ValueError(f"`raters` makes annotations of one mask, and subject {several[0]} has several already.")

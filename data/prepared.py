@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,9 +13,12 @@ import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
-from .layout import COLUMNS, PROCESSOR, RECIPE, SHARDS, SPLITS, SUBJECTS
+from ..checks import check_integer
+from ..configs import read_yaml
+from ..files import check_name, read_json
+from ..volumes.volume import check_voxels
+from .layout import COLUMNS, PROCESSOR, RECIPE, SHARDS, SPLITS, SUBJECTS, SUBJECTS_SCHEMA
 from .phantoms.sets import PHANTOMS, cached_phantom
 
 
@@ -26,17 +29,23 @@ POPULATIONS = ("all", "healthy", "annotated")
 
 _SETTINGS = f"{PROCESSOR}/processor_config.json"
 _SIDE_FILES = (SUBJECTS, _SETTINGS, RECIPE)
+# Subjects, and bytes that describe them: `subjects.parquet` of a larger set is none of ours.
+_MOST_SUBJECTS, _MOST_BYTES = 10_000_000, 2**32
 
 
 class _DescribedSplit:
     """Holds what the files beside the rows say of a split."""
 
     def __init__(self, folder: Path, split: str):
-        settings = json.loads((folder / _SETTINGS).read_text())
+        settings = read_json(folder / _SETTINGS)
+        if not isinstance(settings, dict) or not isinstance(settings.get("modalities"), list):
+            raise ValueError(f"{folder / _SETTINGS} must hold the settings of a processor with its `modalities`.")
         self.processor_settings = {key: value for key, value in settings.items() if not key.startswith("_")}
         self.modalities = tuple(self.processor_settings["modalities"])
-        self.recipe = yaml.safe_load((folder / RECIPE).read_text())
-        info = pq.read_table(folder / SUBJECTS).to_pylist()
+        for name in self.modalities:
+            check_name(f"a modality in {folder / _SETTINGS}", name)
+        self.recipe = read_yaml(folder / RECIPE)
+        info = _read_subjects(folder)
         self.subject_info = {row["subject"]: row for row in info if row["split"] == split}
 
 
@@ -175,7 +184,17 @@ class StreamedSplit(_DescribedSplit):
         return self._length
 
     def __iter__(self) -> Iterator[dict]:
-        return iter(_open(self._shards, self._split, streaming=True).with_format("numpy"))
+        for row in _open(self._shards, self._split, streaming=True).with_format("numpy"):
+            self._check_subjects([row["subject"]])
+            yield row
+
+    def _check_subjects(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self.subject_info]
+        if unknown:
+            raise ValueError(
+                f"{self._shards[0]} and the files beside it hold rows of {str(unknown[0])!r:.300}, whom subjects.parquet does"
+                " not list: prepare them again."
+            )
 
     def count_rows(self, population: str = "all") -> int:
         """Returns the number of slices of one of `POPULATIONS`."""
@@ -220,6 +239,7 @@ class StreamedSplit(_DescribedSplit):
                     pixels = isinstance(array, pa.ExtensionArray)
                     arrays[name] = _pixels(array) if pixels else array.to_numpy(zero_copy_only=False)
                 if "subject" in names:
+                    self._check_subjects(arrays["subject"])
                     counts = [self.subject_info[subject]["annotations"] for subject in arrays["subject"]]
                     arrays["annotations"] = np.array(counts, dtype=np.int64)
                 belongs = np.ones(len(table), bool)
@@ -252,7 +272,8 @@ def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> P
     Raises:
         FileNotFoundError: There is no such folder or Hub data set.
         ConnectionError: With `streaming`, the Hub cannot be reached.
-        ValueError: It is no prepared data set, is incomplete, or has no such split.
+        ValueError: It is no prepared data set, is incomplete, has no such split, or names a subject so that its
+            results would be written somewhere else.
     """
     names = SHARDS.format(split=split)
     folder, remote = _find(path, [] if streaming else [names])
@@ -270,7 +291,10 @@ def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> P
     count = int(re.search(r"-of-(\d+)\.parquet$", shards[0])[1]) if shards else 1
     if len(shards) != count:
         raise ValueError(f"{path} is incomplete: the split {split} has {len(shards)} of {count} files in data/.")
-    return StreamedSplit(shards, folder, split) if streaming else PreparedSplit(_open(shards, split), folder, split)
+    if streaming:
+        return StreamedSplit(shards, folder, split)
+    _check_shards(shards, _DescribedSplit(folder, split))
+    return PreparedSplit(_open(shards, split), folder, split)
 
 
 def list_splits(path: str | Path) -> list[str]:
@@ -307,8 +331,55 @@ def _find(path: str | Path, shards: list[str]) -> tuple[Path, bool]:
     return folder, remote
 
 
+def _read_subjects(folder: Path) -> list[dict]:
+    """Reads the rows of `subjects.parquet`. Whoever made the set, its names become names of files: they are checked."""
+    path = folder / SUBJECTS
+    try:
+        metadata = pq.read_metadata(path)
+        size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read, it may be truncated or damaged: {error!s:.300}") from None
+    if metadata.num_rows > _MOST_SUBJECTS or size > _MOST_BYTES:
+        raise ValueError(f"{path} claims {metadata.num_rows} subjects in {size} bytes: it is none of ours.")
+    missing = [name for name in SUBJECTS_SCHEMA.names if name not in metadata.schema.to_arrow_schema().names]
+    if missing:
+        raise ValueError(f"{path} is of no prepared data set: column {', '.join(missing)} is missing.")
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read, it may be truncated or damaged: {error!s:.300}") from None
+    for row in rows:
+        check_name(f"a subject in {path}", row["subject"])
+        if row["split"] not in SPLITS:
+            raise ValueError(f"{path} must name the splits {', '.join(SPLITS)}, got {row['split']!r:.300}.")
+        for column in ("rows", "anomalous_rows", "annotations"):
+            check_integer(f"{column} of {row['subject']} in {path}", row[column], 0)
+    if len({(row["split"], row["subject"]) for row in rows}) != len(rows):
+        raise ValueError(f"{path} lists a subject twice: prepare it again.")
+    return rows
+
+
+def _check_shards(shards: list[str], described: _DescribedSplit) -> None:
+    """Raises if files claim more, or larger, rows than there are subjects for, before any of it is unpacked."""
+    expected = sum(row["rows"] for row in described.subject_info.values())
+    try:
+        metadata = [pq.read_metadata(shard) for shard in shards]
+        features = datasets.Features.from_arrow_schema(metadata[0].schema.to_arrow_schema()) if shards else {}
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{shards[0]} cannot be read, it may be truncated or damaged: {error!s:.300}") from None
+    rows = sum(file.num_rows for file in metadata)
+    if rows != expected:
+        raise ValueError(
+            f"The rows of {shards[0]} and the files beside it ({rows}) do not agree with its subjects.parquet"
+            f" ({expected}): prepare it again."
+        )
+    for name in ("image", "mask", "brain"):
+        if name in features and isinstance(features[name], (datasets.Array2D, datasets.Array3D)):
+            check_voxels(math.prod(features[name].shape), f"A row of `{name}` in {shards[0]}")
+
+
 def _splits_in(folder: Path) -> list[str]:
-    names = set(pq.read_table(folder / SUBJECTS)["split"].to_pylist())
+    names = {row["split"] for row in _read_subjects(folder)}
     return [name for name in SPLITS if name in names]
 
 

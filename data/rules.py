@@ -86,7 +86,9 @@ class SplitRule:
             )
         unknown = [name for name in self.fractions if name not in SPLITS]
         if unknown:
-            raise ValueError(f"`split.fractions` must name {', '.join(SPLITS)}, got {', '.join(unknown)}.")
+            raise ValueError(f"`split.fractions` must name {', '.join(SPLITS)}, got {', '.join(map(str, unknown))}.")
+        for name, share in self.fractions.items():
+            check_number(f"split.fractions.{name}", share)
         if min(self.fractions.values(), default=0) < 0 or abs(sum(self.fractions.values()) - 1) > 1e-6:
             raise ValueError(f"`split.fractions` must be numbers >= 0 that sum to 1, got {self.fractions}.")
 

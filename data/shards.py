@@ -11,12 +11,16 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import multiprocessing.spawn
 import os
+import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import datasets
@@ -24,12 +28,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.features.features import numpy_to_pyarrow_listarray
 
+from ..files import replacing, write_text
 from .readers.subjects import Subject
 
 
 # The modules that produce prepared data, phantoms included, from the package's root. A test finds one that is missing.
 PRODUCERS = (
-    *("volumes/geometry.py", "volumes/processor.py", "volumes/scans.py", "volumes/volume.py"),
+    *("volumes/geometry.py", "volumes/processor.py", "volumes/results.py", "volumes/scans.py", "volumes/volume.py"),
     *("data/correction.py", "data/layout.py", "data/prepare.py", "data/raters.py", "data/rules.py", "data/shards.py"),
     *("data/slicing.py", "data/smooth_fields.py"),
     *("data/readers/arrays.py", "data/readers/files.py", "data/readers/listing.py", "data/readers/subjects.py"),
@@ -43,12 +48,19 @@ _MARKER_TEXT = "A data set that is being prepared. If the run was interrupted, t
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 
 
-def open_partial(folder: Path) -> None:
-    """Makes the folder of the pieces, or takes up the one that an interrupted run left; another is an error."""
-    if folder.exists() and not (folder / _MARKER).is_file():
+def check_partial(folder: Path) -> None:
+    """Raises a `FileExistsError` if there is a folder of this name that is no interrupted run."""
+    ours = not folder.exists() or (folder / _MARKER).is_file()
+    if not ours and not (folder.is_dir() and all(path.name.startswith(".run.") for path in folder.iterdir())):
         raise FileExistsError(f"{folder} exists, and is no interrupted run: its place is needed, move it away.")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _MARKER).write_text(_MARKER_TEXT)
+
+
+def open_partial(folder: Path) -> None:
+    """Takes up the folder of the pieces, which this run holds; what another run was writing of a result is removed."""
+    write_text(folder / _MARKER, _MARKER_TEXT)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 def code_digest() -> str:
@@ -102,10 +114,9 @@ def make_table(arrays: dict, subject: str, dtype: str) -> pa.Table:
 def write_piece(path: Path, table: pa.Table, row: dict) -> None:
     """Writes a piece that is there as a whole or not at all. `row` must survive JSON."""
     table = table.replace_schema_metadata({**table.schema.metadata, _HEADER: json.dumps(row)})
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    with pa.ipc.new_file(str(unfinished), table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with replacing(path) as unfinished, pa.ipc.new_file(str(unfinished), table.schema, options=options) as writer:
         writer.write_table(table)
-    os.replace(unfinished, path)
 
 
 def read_piece_row(path: Path) -> dict:
@@ -159,10 +170,12 @@ def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int) -> Iter
         return
     # One thread each: matrix products give the same bits by one thread and by several (numpy's OpenBLAS).
     outside = {name: os.environ.get(name) for name in _THREADS}
-    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _start_worker)
+    context = multiprocessing.get_context("spawn")
+    started = context.Event()
+    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (started,))
     try:
         os.environ.update(dict.fromkeys(_THREADS, "1"))
-        futures = [pool.submit(function, *task) for task in tasks]
+        futures = _submit(pool, function, tasks)
         for name, value in outside.items():
             if value is None:
                 del os.environ[name]
@@ -171,6 +184,11 @@ def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int) -> Iter
         for future in futures:
             yield future.result()
     except BrokenProcessPool as error:
+        if not started.is_set():
+            raise ChildProcessError(
+                "The worker processes could not start. Each of them reads the script again that called this: with"
+                ' `num_proc` above 1 the call must stand below `if __name__ == "__main__":`.'
+            ) from error
         raise ChildProcessError(
             "A worker process was stopped from outside, perhaps for want of memory: every worker holds one subject."
             " What is done is kept; run the same command again, with a smaller `num_proc`."
@@ -179,7 +197,30 @@ def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int) -> Iter
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
+def _submit(pool: ProcessPoolExecutor, function: Callable, tasks: Sequence[tuple]) -> list[Future]:
+    if sys.platform == "win32":
+        return [pool.submit(function, *task) for task in tasks]
+    # Workers start here and inherit this: Ctrl-C, which their terminal sends to them, too, would end each with a
+    # traceback before `_start_worker` can say anything.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return [pool.submit(function, *task) for task in tasks]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_if_worker() -> None:
+    """Ends this process without a word if it is a worker that is still starting, and reads the script of its parent
+    for that: what it is to do comes from [`run_tasks`], and the parent says what is wrong with the script."""
+    if multiprocessing.parent_process() is not None:
+        try:
+            multiprocessing.spawn.get_preparation_data("worker")  # what starting a process begins with
+        except RuntimeError:
+            raise SystemExit(1) from None
+
+
+def _start_worker(started: Event) -> None:
+    started.set()
     # Ctrl-C is for the main process, which lets subjects be finished; if it is killed, nobody else tells its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()

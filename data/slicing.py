@@ -108,12 +108,12 @@ def _read_marked(path: Path, subject: Subject, processed: ProcessedVolume) -> np
         )
     (array,) = mask.arrays.values()
     highest = array.max()
-    # Either would count as empty without a word. JPEG alone leaves small values where nothing is marked.
-    exact = subject.mask_max is not None and Path(mask.name).suffix.lower() not in (".jpg", ".jpeg")
-    if (subject.mask_above >= 1 and highest == 1) or (exact and 0 < highest <= subject.mask_above):
+    # It would count as empty without a word. Fractions of a voxel may all be small; whole numbers mark something.
+    if 0 < highest <= subject.mask_above and (subject.mask_max is not None or (array == np.rint(array)).all()):
+        option = "a smaller `mask_above`" if subject.mask_max is None else "`label_max` to the value of a marked voxel"
         raise ValueError(
             f"The mask {mask.name} holds values up to {highest:g}, and those above {subject.mask_above:g} are marked:"
-            " set `label_max` to the value of a marked voxel (or a smaller `mask_above`)."
+            f" set {option}."
         )
     return array > subject.mask_above
 

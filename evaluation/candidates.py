@@ -3,7 +3,6 @@ found go into their folders."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +17,8 @@ import anodiff
 from ..checks import check_choice, check_keys
 from ..data.card import describe_population
 from ..data.prepared import PreparedSplit
-from ..hub.model_index import read_model_index
+from ..files import read_json, read_text, write_json, write_text
+from ..hub.model_index import fetch, read_model_index
 from ..pipelines.base import AnomalyPipeline
 from ..pipelines.postprocessing import PostProcessing
 from .options import EvalOptions
@@ -78,36 +78,39 @@ def postprocessing_changes(options: EvalOptions) -> dict:
 
 def store_values(folder: Path, values: dict) -> None:
     """Puts values of the pipeline's configuration into a checkpoint folder and the table of its card."""
-    index = folder / "model_index.json"
-    config = json.loads(index.read_text(encoding="utf-8")) | values
-    index.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    card = folder / "README.md"
+    index, card = folder / "model_index.json", folder / "README.md"
+    write_json(index, read_json(index) | values)
     if card.exists():
-        text = card.read_text(encoding="utf-8")
+        text = read_text(card)
         for name, value in values.items():
             text = re.sub(rf"^\| `{name}` \|.*\|$", f"| `{name}` | {value} |", text, flags=re.M)
-        card.write_text(text, encoding="utf-8")
+        write_text(card, text)
 
 
 def describe_model(model: str, pipeline: AnomalyPipeline, options: EvalOptions) -> dict:
-    """Returns what a row of the report says of its model: method and folder as tables call it, which commit of a
-    repository, and who it was trained on, from the recipe of the training data, which travels with the weights."""
-    method, path, commit = type(pipeline).__name__.removesuffix("Pipeline"), Path(model), None
-    recipe = path / "recipe.yaml"
-    if not path.is_dir():
+    """Returns what a row of the report says of its model: method and folder as tables call it, the id and commit of a
+    repository or the name of a folder, and who it was trained on, from the recipe of the training data, which travels
+    with the weights."""
+    method, name, commit = type(pipeline).__name__.removesuffix("Pipeline"), model, None
+    if Path(model).is_dir():
+        # Where it lies is nobody's business.
+        path = Path(model).resolve()
+        name = path.parent.name if path.name == "pipeline" else path.name
+    else:
         cached = huggingface_hub.try_to_load_from_cache(model, "model_index.json")
         commit = Path(cached).parent.name if isinstance(cached, str) else None
-        try:
-            recipe = Path(huggingface_hub.hf_hub_download(model, "recipe.yaml"))
-        except huggingface_hub.errors.EntryNotFoundError:
-            pass
+    recipe = fetch(model, "recipe.yaml")
     population = "not recorded in the checkpoint; state it with --training_population"
-    if recipe.is_file():
-        population = describe_population(yaml.safe_load(recipe.read_text(encoding="utf-8")))
+    if recipe is not None:
+        try:
+            population = describe_population(yaml.safe_load(read_text(recipe)))
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"recipe.yaml of {model} is not that of a prepared data set: {reason}.") from None
     return {
-        "name": f"{method} ({path.parent.name if path.name == 'pipeline' else path.name})",
+        "name": f"{method} ({name.split('/')[-1]})",
         "kind": "pipeline",
-        "model": model,
+        "model": name,
         "commit": commit,
         "training_population": options.training_population or population,
     }

@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from ..data.prepared import PreparedSplit
+from ..files import check_name
 from ..pipelines.postprocessing import PostProcessing
 
 
@@ -31,7 +32,8 @@ class _Stored:
     compressed: ClassVar[bool] = False
 
     def save(self, folder: Path) -> None:
-        """Writes `folder/SUBJECT.npz`."""
+        """Writes `folder/SUBJECT.npz`; raises a `ValueError` for a subject whose name leads out of `folder`."""
+        check_name("a subject", self.subject)
         # A picture's name holds the folders it came from.
         path = folder / f"{self.subject}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import nibabel as nib
@@ -53,7 +54,7 @@ def draw_overview(output: AnomalyOutput, path: Path, title: str, *, plane: str =
     threshold = (output.settings or {}).get("threshold")
     contour = "the method's mask" if threshold is None else f"score > {threshold:.3g}"
     note = "" if mask is None else f"; cyan: {contour}"
-    figure.suptitle(f"{title}: highest scored slices{note}. Research use only.", fontsize=8)
+    _add_heading(figure, f"{title}: highest scored slices{note}. Research use only.")
     figure.savefig(path, dpi=120)
 
 
@@ -107,7 +108,7 @@ def draw_members(
     for drawn, label in ((of_deviation, "deviation"), (of_mean, "mean" if of_masks else "score")):
         add_bar(figure, drawn, axes, label, 0.9 if len(chosen) == 1 else 0.4, fraction=0.03, pad=0.01)
     note = f"{len(output.member_maps)} members. {DISPERSION_NOTE}"
-    figure.suptitle(f"{title}: {note}", fontsize=8)
+    _add_heading(figure, f"{title}: {note}")
     figure.savefig(path, dpi=120)
 
 
@@ -129,6 +130,12 @@ def _read_image(source: InputVolume | None, plane: str) -> tuple:
     image = in_plane(source.as_given(next(iter(source.arrays.values()))))
     low, high = 0.0 if image.min() >= 0 else float(image.min()), float(np.quantile(image, 0.998))
     return in_plane, to_plane, zooms, image, (low, high)
+
+
+def _add_heading(figure, text: str) -> None:
+    # About 16 letters an inch; a $ in the name of a scan is no formula.
+    lines = textwrap.wrap(text, int(16 * figure.get_figwidth()), break_on_hyphens=False)
+    figure.suptitle("\n".join(lines), fontsize=8, parse_math=False)
 
 
 def _finish_axes(axes: np.ndarray, zooms: np.ndarray) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.prepared import PreparedSplit
+from ..files import replacing
 from .cases import Case, EnsembleCase
 from .overview import DISPERSION_NOTE, add_bar
 
@@ -61,7 +62,8 @@ def draw_cases(report: dict, rows: list[tuple[dict, Path]], split: PreparedSplit
     data = f"{report['data']['name']}, {report['data']['split']}"
     note = "maps from 0, one scale per method; cyan reference, green prediction"
     figure.suptitle(f"{data}: {note}", fontsize=8)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=130)
 
 
 def _rank(records: list[dict]) -> tuple[str, list[dict]]:
@@ -113,7 +115,8 @@ def draw_ensemble_cases(report: dict, row: dict, folder: Path, split: PreparedSp
     data, count = report["data"], row["metrics"]["num_samples"]
     title = f"{row['name']} on {data['name']}, {data['split']}: best to worst GED, {count} members. {DISPERSION_NOTE}"
     figure.suptitle(title, fontsize=8)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=110)
 
 
 def draw_reliability(rows: list[dict], path: Path) -> None:
@@ -132,4 +135,5 @@ def draw_reliability(rows: list[dict], path: Path) -> None:
         axis.set(xlabel="share of the samples", ylabel="share of the annotations", xlim=(0, 1), ylim=(0, 1))
         axis.set_title(title, fontsize=8)
         axis.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=130)

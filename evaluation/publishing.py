@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
 from ..data.phantoms.sets import is_phantom
+from ..files import read_text, write_text
 from ..hub.model_card import add_evaluation, make_card
-from ..hub.publishing import PublishingError, complete_folder, open_repository, push_folder, read_card, write_card
+from ..hub.publishing import PublishingError, copy_picture, open_repository, push_folder
 from ..pipelines.base import AnomalyPipeline
 from .options import EvalOptions
+
+
+# In the output folder: the card of a pushed folder, if that of the repository took its place.
+FORMER_CARD = "former-card.md"
 
 
 def check_hub(options: EvalOptions, is_main_process: bool) -> None:
@@ -24,6 +29,9 @@ def check_hub(options: EvalOptions, is_main_process: bool) -> None:
         )
     if options.hub_picture and not Path(options.hub_picture).is_file():
         raise FileNotFoundError(f"`hub_picture`: there is no file {options.hub_picture}.")
+    if options.hub_picture:
+        with tempfile.TemporaryDirectory() as folder:
+            copy_picture(options.hub_picture, Path(folder, f"picture{Path(options.hub_picture).suffix}"))
     if is_main_process:
         try:
             open_repository(options.push_to_hub, private=options.hub_private)
@@ -34,7 +42,9 @@ def check_hub(options: EvalOptions, is_main_process: bool) -> None:
 
 
 def push_report(options: EvalOptions, report: dict, recipe: dict, output_dir: Path) -> str:
-    """Adds the report to the card of the model: a folder goes up as a whole, of a repository only what changes."""
+    """Adds the report to the card of the model: a folder goes up as a whole, of a repository only what changes. The
+    card that the repository has stays; a folder whose own one was another gets it, and its own is kept in
+    `output_dir`."""
     local = options.push_to_hub not in options.model
     folder = Path(options.model[0]) if local else output_dir / "card"
     folder.mkdir(exist_ok=True)
@@ -44,12 +54,24 @@ def push_report(options: EvalOptions, report: dict, recipe: dict, output_dir: Pa
         source = output_dir / "cases.png"
     if source is not None:
         picture = f"evaluation-{name.replace('/', '--')}-{split}{Path(source).suffix}"
-        shutil.copy(source, folder / picture)
-    own = (folder / "README.md").read_text(encoding="utf-8") if local and (folder / "README.md").exists() else None
-    card = own or read_card(options.push_to_hub)
-    if card is None:
-        card = str(make_card(AnomalyPipeline.from_pretrained(options.model[0]), repo_id=options.push_to_hub))
-    card = add_evaluation(ModelCard(card), report, repo_id=options.push_to_hub, picture=picture)
-    (complete_folder if local else write_card)(folder, str(card))
-    message = f"Results on {name}, {split}"
-    return push_folder(folder, options.push_to_hub, private=options.hub_private, commit_message=message)
+        copy_picture(source, folder / picture)
+    own = read_text(folder / "README.md") if local and (folder / "README.md").exists() else None
+
+    def make_new_card(there: str | None) -> str:
+        if own is not None and there is not None and own != there:
+            write_text(output_dir / FORMER_CARD, own)
+            print(
+                f"{folder} gets the card of {options.push_to_hub}; its own one is kept in {output_dir / FORMER_CARD}"
+            )
+        card = there or own
+        if card is None:
+            card = str(make_card(AnomalyPipeline.from_pretrained(options.model[0]), repo_id=options.push_to_hub))
+        return str(add_evaluation(ModelCard(card), report, repo_id=options.push_to_hub, picture=picture))
+
+    return push_folder(
+        folder,
+        options.push_to_hub,
+        private=options.hub_private,
+        commit_message=f"Results on {name}, {split}",
+        make_card=make_new_card,
+    )

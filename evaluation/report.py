@@ -40,7 +40,7 @@ def make_report(
         **kind.HEAD,
         "data": {
             # A Hub id stays whole: results belong to that data set.
-            "name": Path(options.data).name if Path(options.data).exists() else options.data,
+            "name": Path(options.data).resolve().name if Path(options.data).exists() else options.data,
             "split": options.split,
             "subjects": len(subjects),
             "slices": len(labels),

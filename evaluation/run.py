@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
@@ -17,13 +18,14 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm.auto import tqdm
 
 from ..data.prepared import PreparedSplit, load_prepared
+from ..files import check_name, lock_folder, read_json, write_json, write_text
 from ..pipelines.base import AnomalyPipeline, SliceResults
 from . import ensembles, maps
 from .calibration import LabelledSlices, calibrate
 from .candidates import choose_protocol, describe_model, load_pipeline, store_values
 from .cases import slice_numbers
 from .options import EvalOptions
-from .publishing import check_hub, push_report
+from .publishing import FORMER_CARD, check_hub, push_report
 from .report import make_report, markdown
 from .scoring import sweep_thresholds
 
@@ -32,48 +34,86 @@ from .scoring import sweep_thresholds
 KINDS = {"anomaly-detection": maps, "segmentation": ensembles}
 
 
+# Of an evaluation under way: the cases, and what of the output folder is its own, so that the next one may go over it
+# if this one is killed.
+CASES, RECORD = ".cases", ".evaluation.json"
+# What an evaluation leaves beside `report.json` and the maps, the last two of them where it is pushed.
+PRODUCTS = ("cases.png", "reliability.png", "report.md", "card", FORMER_CARD)
+
+
 def evaluate(options: EvalOptions) -> dict:
     """Evaluates and writes `report.json`, `report.md` and pictures into `options.output_dir`; returns the report, on
     every process.
 
     Subjects are dealt to the processes in turn. Random numbers depend on the seed and on a slice's number
     ([`slice_numbers`]), so that results do not depend on the number of processes. Maps and masks go through files of
-    the output folder, which all processes must see.
+    the output folder, which all processes must see. `report.json` is written last and whole: an evaluation that was
+    stopped before it begins anew, and goes over what it had written.
+
+    Raises:
+        FileExistsError: The folder holds a report already, or something that would be replaced.
+        BlockingIOError: Another evaluation is writing into the folder.
     """
     # The first process scores while the others wait; NCCL would give up after ten minutes.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
     output_dir = Path(options.output_dir)
-    if (output_dir / "report.json").exists():
-        raise FileExistsError(f"{output_dir} already holds a report. Choose another `--output_dir`, or move it away.")
+    _list_own(output_dir, options)
     evaluation = _Evaluation(options, accelerator)
-    if accelerator.is_main_process:
-        calibrations = evaluation.calibrate()
-    accelerator.wait_for_everyone()
-    evaluation.compute_models()
-    evaluation.compute_baselines()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for row in evaluation.rows:
-            if row.get("model") in calibrations:
-                row["calibration"] = calibrations[row["model"]]
-        report = evaluation.score()
-        (output_dir / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False), encoding="utf-8")
-        for row in report["results"] if options.set_threshold else ():
-            if row["kind"] == "pipeline":
-                threshold = row["metrics"][f"threshold_{options.set_threshold}"]
-                if threshold is None:
-                    raise ValueError(
-                        "`set_threshold`: the validation split does not allow this policy, none was stored."
-                    )
-                store_values(Path(row["model"]), {"threshold": threshold})
-        if not options.keep_maps:
-            shutil.rmtree(evaluation.folder, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    report = json.loads((output_dir / "report.json").read_text(encoding="utf-8"))
-    accelerator.end_training()  # takes the process group down: nothing waits for anybody from here on
-    if accelerator.is_main_process and options.push_to_hub:
-        print(f"Pushed to {push_report(options, report, evaluation.splits['test'].recipe, output_dir)}")
+    with lock_folder(output_dir) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            # Another evaluation may have ended since.
+            for name in _list_own(output_dir, options):
+                _remove(output_dir / name)
+            write_json(output_dir / RECORD, [CASES, *_products(options)])
+            evaluation.calibrate()
+        accelerator.wait_for_everyone()
+        evaluation.compute_models()
+        evaluation.compute_baselines()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            evaluation.finish()
+        accelerator.wait_for_everyone()
+        report = read_json(output_dir / "report.json")
+        accelerator.end_training()  # takes the process group down: nothing waits for anybody from here on
+        if accelerator.is_main_process and options.push_to_hub:
+            print(f"Pushed to {push_report(options, report, evaluation.splits['test'].recipe, output_dir)}")
     return report
+
+
+def _products(options: EvalOptions) -> list[str]:
+    return list(PRODUCTS if options.push_to_hub else PRODUCTS[:3])
+
+
+def _list_own(output_dir: Path, options: EvalOptions) -> list[str]:
+    """The names of what a killed evaluation has left in the output folder. Raises a `FileExistsError` if there is a
+    report, or something that is not left by one and that this evaluation would replace."""
+    report = output_dir / "report.json"
+    if report.exists():
+        try:
+            read_json(report)
+        except ValueError:
+            raise FileExistsError(
+                f"{report} is no whole report: the evaluation that wrote it was stopped. Remove it, or choose another"
+                " `--output_dir`."
+            ) from None
+        raise FileExistsError(f"{output_dir} already holds a report. Choose another `--output_dir`, or move it away.")
+    recorded = read_json(output_dir / RECORD) if (output_dir / RECORD).exists() else []
+    own = [name for name in (CASES, "maps", *PRODUCTS) if name in recorded]
+    made = [CASES, *_products(options), *(["maps"] if options.keep_maps else [])]
+    taken = [name for name in made if name not in own and os.path.lexists(output_dir / name)]
+    if taken:
+        raise FileExistsError(
+            f"{output_dir} holds {', '.join(taken)} already, which this evaluation would replace. Choose another"
+            " `--output_dir`, or move that away."
+        )
+    return own
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class _Evaluation:
@@ -92,18 +132,19 @@ class _Evaluation:
         with accelerator.main_process_first():
             names = self.kind.name_splits(options)
             self.splits = {part: load_prepared(options.data, name) for part, name in names.items()}
-        self.folder = Path(options.output_dir) / "maps"
+        self.folder = Path(options.output_dir) / CASES
         self.rows: list[dict] = []
         self.folders: list[Path] = []
+        self.calibrations: list[dict] = []
 
-    def calibrate(self) -> dict[str, dict]:
+    def calibrate(self) -> None:
         """Calibrates the checkpoints, if that is wanted, and stores the values in their folders, which other processes
-        load; returns the records by model."""
-        options, records = self.options, {}
+        load; keeps the records, one per model."""
+        options = self.options
         if options.calibrate:
             slices = LabelledSlices(self.splits["validation"], options.calibration_slices)
             for model in options.model:
-                records[model] = calibrate(
+                record = calibrate(
                     load_pipeline(model, options, self.accelerator.device, self.splits["validation"]),
                     slices,
                     options.calibrate,
@@ -112,13 +153,15 @@ class _Evaluation:
                     seed=options.seed,
                     batch_size=options.batch_size,
                 )
-                store_values(Path(model), records[model]["values"])
-        return records
+                store_values(Path(model), record["values"])
+                self.calibrations.append(record)
 
     def compute_models(self) -> None:
         """Writes the cases that the models make of this process's subjects, and adds their rows."""
         for number, model in enumerate(self.options.model):
             pipeline = load_pipeline(model, self.options, self.accelerator.device, self.splits["test"])
+            # Before the work: a Hub that does not answer must not end it.
+            row = describe_model(model, pipeline, self.options)
             # Two models of one name must not share a folder.
             self.folders.append(self.folder / f"{number:02d}")
             times = []
@@ -137,8 +180,8 @@ class _Evaluation:
                         case.save(self.folders[-1] / part)
                     times.append((seconds, start))
             seconds, slices = np.sum(gather_object(times), 0)
-            row = {"settings": self.kind.describe_settings(pipeline), "seconds_per_slice": float(seconds / slices)}
-            self.rows.append({**describe_model(model, pipeline, self.options), **row})
+            settings = self.kind.describe_settings(pipeline)
+            self.rows.append({**row, "settings": settings, "seconds_per_slice": float(seconds / slices)})
 
     def compute_baselines(self) -> None:
         """Writes the cases that the baselines make of this process's subjects, and adds their rows."""
@@ -146,10 +189,40 @@ class _Evaluation:
             return
         for row, make in self.kind.make_baselines(self.splits, self.rows[:1], self.protocol, self.options):
             self.rows.append(row)
-            self.folders.append(self.folder / row["name"].replace(" ", "-"))
+            name = row["name"].replace(" ", "-")
+            check_name(f"a row of {self.options.data}", name)  # it holds the name of a modality
+            self.folders.append(self.folder / name)
             for part, split in self.splits.items():
                 for item in self._read_own(split):
                     make(item).save(self.folders[-1] / part)
+
+    def finish(self) -> None:
+        """Scores, stores thresholds where that is wanted, and writes the report, which ends the evaluation."""
+        options, output_dir = self.options, Path(self.options.output_dir)
+        # The rows of the models come first.
+        for row, record in zip(self.rows, self.calibrations, strict=False):
+            row["calibration"] = record
+        report = self.score()
+        undefined = []
+        for model, row in zip(options.model, self.rows, strict=False) if options.set_threshold else ():
+            threshold = row["metrics"][f"threshold_{options.set_threshold}"]
+            if threshold is None:
+                undefined.append(row["name"])
+            else:
+                store_values(Path(model), {"threshold": threshold})
+        if options.keep_maps:
+            if os.path.lexists(output_dir / "maps"):
+                raise FileExistsError(f"{output_dir / 'maps'} was made meanwhile: move it away, and evaluate again.")
+            write_json(output_dir / RECORD, [CASES, "maps", *_products(options)])
+            os.rename(self.folder, output_dir / "maps")
+        write_json(output_dir / "report.json", report)
+        _remove(self.folder)
+        _remove(output_dir / RECORD)
+        if undefined:
+            raise ValueError(
+                f"`set_threshold`: the validation split does not allow the policy {options.set_threshold}; none was"
+                f" stored for {', '.join(undefined)}. The report is in {output_dir}."
+            )
 
     def score(self) -> dict:
         """Scores the rows from their cases, draws, and writes `report.md`; returns the report."""
@@ -171,7 +244,7 @@ class _Evaluation:
         report = make_report(options, kind, protocols, self.splits["test"], self.rows + statistics, self.accelerator)
         kind.draw(report, list(zip(self.rows, self.folders, strict=True)), self.splits["test"], output_dir)
         columns = {name: title for protocol in protocols for name, title in protocol.COLUMNS.items()}
-        (output_dir / "report.md").write_text(markdown(report, columns), encoding="utf-8")
+        write_text(output_dir / "report.md", markdown(report, columns))
         return report
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
+from ..files import read_text
 
 
 # Without these, a number cannot be compared with anybody's.
@@ -149,7 +150,7 @@ def add_evaluation(
     }
     table["seconds per slice"] = [_number(row.get("seconds_per_slice")) for row in results]
     hardware = f" on {evaluation['device']}" if evaluation.get("device") else ""
-    section = jinja2.Template(Path(__file__).with_name("evaluation_template.md").read_text(encoding="utf-8")).render(
+    section = jinja2.Template(read_text(Path(__file__).with_name("evaluation_template.md"))).render(
         evaluation=evaluation,
         data=data,
         speed=f"Inference takes {own['seconds_per_slice']:.3g} s per slice{hardware}.",

@@ -1,15 +1,26 @@
-"""Reads what a pipeline folder or repository says of itself, before anything of it is loaded. No torch here."""
+"""Reads what a pipeline folder or repository says of itself, before anything of it is loaded, and completes it after
+a save. No torch here."""
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import ModelCard, errors, hf_hub_download
 from packaging.version import Version
 
 from .. import __version__
+from ..files import read_json, read_text, sha256, write_json
+from .connection import broken_off, persist
+
+
+# In model_index.json: the SHA-256 of the files of the components, by their paths. diffusers leaves the key alone.
+SUMS = "_sha256"
+_SUFFIXES = (".safetensors", ".bin", ".json")
+# What a cached pipeline can do without where the Hub cannot be reached.
+_DISPENSABLE = ("README.md", "recipe.yaml")
 
 
 def read_model_index(source: str | os.PathLike, **hub_arguments) -> dict:
@@ -22,18 +33,23 @@ def read_model_index(source: str | os.PathLike, **hub_arguments) -> dict:
 
     Raises:
         FileNotFoundError: There is no such folder or repository, it may not be read, or it holds no pipeline.
-        ValueError: The card says that the pipeline was made by a newer version of the library.
+        ValueError:
+            The card says that the pipeline was made by a newer version of the library, or `model_index.json` is
+            damaged.
+        ConnectionError: The download broke off again and again.
     """
-    index = _fetch(source, "model_index.json", **hub_arguments)
-    if index is None:
+    path = fetch(source, "model_index.json", **hub_arguments)
+    if path is None:
         raise FileNotFoundError(
             f"{source} holds no pipeline: there is no model_index.json in it. `--model` and `from_pretrained` take"
             " what `save_pretrained` or train.py wrote."
         )
-    index = json.loads(index.read_text())
+    index = read_json(path)
+    if not isinstance(index, dict) or not isinstance(index.get(SUMS, {}), dict):
+        raise ValueError(f"{path} is damaged: it must hold the values of a pipeline by their names.")
 
-    card = _fetch(source, "README.md", **hub_arguments)
-    made_by = None if card is None else ModelCard(card.read_text(encoding="utf-8")).data.get("anodiff_version")
+    card = fetch(source, "README.md", **hub_arguments)
+    made_by = None if card is None else ModelCard(read_text(card)).data.get("anodiff_version")
     # A patch release changes no file format.
     if made_by is not None and Version(str(made_by)).release[:2] > Version(__version__).release[:2]:
         raise ValueError(
@@ -47,7 +63,7 @@ def check_processor(source: str | os.PathLike, index: dict, **hub_arguments) -> 
     """Raises a `ValueError` unless a saved pipeline with this `model_index.json` has a processor: nobody could know
     without one what its network wants to see. Other arguments as of [`read_model_index`]."""
     named = index.get("processor", [None])[0]
-    if not named or _fetch(source, "processor/processor_config.json", **hub_arguments) is None:
+    if not named or fetch(source, "processor/processor_config.json", **hub_arguments) is None:
         raise ValueError(
             f"{source} has no processor, so nobody can know which modalities, size and intensities its network wants."
             " Save the pipeline with its `processor`, or give one:"
@@ -55,14 +71,73 @@ def check_processor(source: str | os.PathLike, index: dict, **hub_arguments) -> 
         )
 
 
-def _fetch(source: str | os.PathLike, name: str, **hub_arguments) -> Path | None:
-    """Returns the path of a file of a saved pipeline, or `None` where the pipeline has no such file."""
+def complete_index(folder: str | os.PathLike, earlier: str | os.PathLike | None = None) -> None:
+    """
+    Completes `model_index.json` of a saved pipeline by the SHA-256 of those files of its components whose it does not
+    have yet, and takes out of it and of their configurations the folder that diffusers loaded them from, which is
+    nobody's business.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of the pipeline.
+        earlier (`str` or `os.PathLike`, *optional*):
+            Folder that the files are moved to next. What an earlier save left there beside them, weights of another
+            `variant`, keeps its SHA-256.
+    """
+    folder = Path(folder)
+    index = read_json(folder / "model_index.json")
+    sums = dict(index.get(SUMS, {}))
+    for config in folder.glob("*/config.json"):
+        values = read_json(config)
+        if values.pop("_name_or_path", None) is not None:
+            write_json(config, values)
+            sums.pop(config.relative_to(folder).as_posix(), None)
+    for component in (name for name, value in index.items() if isinstance(value, list)):
+        for path in folder.glob(f"{component}/*"):
+            name = path.relative_to(folder).as_posix()
+            if path.suffix in _SUFFIXES and name not in sums:
+                sums[name] = sha256(path)
+    if earlier is not None:
+        # A damaged index is about to be replaced.
+        with suppress(OSError, ValueError, AttributeError):
+            there = read_json(Path(earlier, "model_index.json")).get(SUMS, {})
+            sums = {name: value for name, value in there.items() if Path(earlier, name).is_file()} | sums
+    completed = {key: value for key, value in index.items() if key != "_name_or_path"} | {SUMS: sums}
+    if completed != index:
+        write_json(folder / "model_index.json", dict(sorted(completed.items())))
+
+
+def check_sums(source: str | os.PathLike, folder: str | os.PathLike, given: Collection[str] = ()) -> None:
+    """
+    Makes sure that the files of a pipeline are those that were saved: that they have the SHA-256 that
+    `model_index.json` names. Pipelines of earlier versions name none.
+
+    Args:
+        source (`str` or `os.PathLike`): What the user calls it, for the message.
+        folder (`str` or `os.PathLike`): Where its files are. Those that are not there are not looked for.
+        given (collection of `str`): Components that are not read from the folder.
+
+    Raises:
+        ValueError: A file is another one.
+    """
+    for name, wanted in read_json(Path(folder) / "model_index.json").get(SUMS, {}).items():
+        path = Path(folder, name)
+        if name.split("/")[0] not in given and path.is_file() and sha256(path) != wanted:
+            raise ValueError(
+                f"{name} of {source} is not the file that was saved with it: its SHA-256 differs from that in"
+                " model_index.json. It was damaged or altered: fetch it again (`force_download=True`), or take another"
+                f" copy. If you changed it yourself, remove its line from `{SUMS}` there."
+            )
+
+
+def fetch(source: str | os.PathLike, name: str, **hub_arguments) -> Path | None:
+    """Returns the path of a file of a saved pipeline, or `None` where the pipeline has no such file. Arguments and
+    errors as of [`read_model_index`]."""
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_file() else None
     # The order matters: some of these errors are kinds of others.
     try:
-        return Path(hf_hub_download(str(source), name, **hub_arguments))
+        return Path(persist(hf_hub_download, str(source), name, **hub_arguments))
     except errors.HFValidationError as error:
         raise FileNotFoundError(f"There is no folder {source}, and it is no id of the Hub (owner/name).") from error
     except errors.GatedRepoError as error:
@@ -78,7 +153,7 @@ def _fetch(source: str | os.PathLike, name: str, **hub_arguments) -> Path | None
         raise FileNotFoundError(f"{source} has no revision {hub_arguments.get('revision')!r}.") from error
     except errors.LocalEntryNotFoundError as error:
         # Offline, or no connection.
-        if name == "README.md":
+        if name in _DISPENSABLE:
             return None
         raise FileNotFoundError(
             f"There is no folder {source}, the Hub cannot be reached (or HF_HUB_OFFLINE is set), and {name} of such a"
@@ -86,3 +161,8 @@ def _fetch(source: str | os.PathLike, name: str, **hub_arguments) -> Path | None
         ) from error
     except errors.EntryNotFoundError:
         return None
+    except Exception as error:
+        told = broken_off(str(source), error)
+        if told is None:
+            raise
+        raise told from None

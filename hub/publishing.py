@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,13 +18,27 @@ from huggingface_hub import (
     errors,
     eval_result_entries_to_yaml,
     get_token,
-    hf_hub_download,
-    upload_folder,
 )
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image, ImageOps
+
+from ..files import read_json, read_text, replacing, write_text
+from .connection import persist
+from .model_index import complete_index
+
+
+# What a run leaves in a folder for itself.
+_NOT_PUSHED = [".run.*", ".*.partial.*", "*/.*.partial.*"]
+# How often a card is read again because somebody has changed the repository meanwhile.
+_TRIES = 5
 
 
 class PublishingError(RuntimeError):
     """Reports a push that failed: what failed, where the files are, and how to push them later."""
+
+
+class _UnknownCard(PublishingError):
+    """Reports that nobody knows which card a repository is to have."""
 
 
 def complete_folder(folder: str | os.PathLike, card: str) -> None:
@@ -35,13 +49,8 @@ def complete_folder(folder: str | os.PathLike, card: str) -> None:
     index = folder / "model_index.json"
     if not index.exists():
         raise FileNotFoundError(f"{folder} is no saved pipeline: there is no {index.name} in it.")
-    class_name = json.loads(index.read_text())["_class_name"]
-    (folder / "pipeline.py").write_text(f"from anodiff import {class_name}  # noqa: F401\n")
-    for config in (index, *folder.glob("*/config.json")):
-        values = json.loads(config.read_text())
-        # Where diffusers loaded the component from, a folder of this machine, is nobody's business.
-        if values.pop("_name_or_path", None) is not None:
-            config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "pipeline.py", f"from anodiff import {read_json(index)['_class_name']}  # noqa: F401\n")
+    complete_index(folder)
     write_card(folder, card)
 
 
@@ -49,11 +58,11 @@ def write_card(folder: str | os.PathLike, card: str) -> None:
     """Writes the card as `README.md` of a folder, and as `.eval_results/*.yaml` those results of its metadata that
     belong to a data set on the Hub, whose leaderboard then shows them."""
     folder = Path(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
     entries: dict[str, list[EvalResultEntry]] = {}
     for result in ModelCard(card).data.eval_results or []:
         # A local folder or the bare name of a phantom would claim the results for somebody else's data set.
-        if result.dataset_type.count("/") == 1 and not Path(result.dataset_type).exists():
+        if _is_id(result.dataset_type) and not Path(result.dataset_type).exists():
             protocol = "; ".join(f"{key}: {value}" for key, value in (result.dataset_args or {}).items())
             entry = EvalResultEntry(result.dataset_type, result.metric_type, result.metric_value, notes=protocol)
             entries.setdefault(result.dataset_type, []).append(entry)
@@ -61,17 +70,61 @@ def write_card(folder: str | os.PathLike, card: str) -> None:
         target = folder / ".eval_results" / f"{data_set.replace('/', '--')}.yaml"
         target.parent.mkdir(exist_ok=True)
         rows = eval_result_entries_to_yaml(results)
-        target.write_text(yaml.safe_dump(rows, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_text(target, yaml.safe_dump(rows, sort_keys=False, allow_unicode=True))
 
 
-def read_card(repo_id: str, *, token: str | None = None) -> str | None:
-    """Reads the card of a repository `"owner/name"` as it is on the Hub now; `None` if there is none, or if the Hub
-    does not answer."""
+def _is_id(name: str) -> bool:
+    """Whether a name that a card gives to a data set is an id of the Hub, which may become the name of a file."""
     try:
-        # Not from the cache: somebody may have changed it.
-        return Path(hf_hub_download(repo_id, "README.md", token=token)).read_text(encoding="utf-8")
-    except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.HFValidationError):
+        validate_repo_id(name)
+    except errors.HFValidationError:
+        return False
+    return "/" in name
+
+
+def copy_picture(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Copies a picture for a card: its first frame, upright, and nothing but pixels. Comments, places, dates and names
+    of programs stay behind.
+
+    Raises:
+        ValueError: `source` is no picture, or one of a format that cannot be written.
+    """
+    try:
+        with Image.open(source) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode not in ("1", "L", "LA", "I;16", "RGB", "RGBA"):
+                image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+            pixels = Image.frombytes(image.mode, image.size, image.tobytes())
+            with replacing(target) as unfinished:
+                pixels.save(unfinished)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{source} is no picture that can be shown in a card (PNG, JPEG, ...): {error}.") from error
+
+
+def read_card(repo_id: str, *, token: str | None = None, revision: str | None = None) -> str | None:
+    """Reads the card of a repository `"owner/name"` as it is on the Hub now, or was at the commit `revision`; `None`
+    if there is none. Raises a `PublishingError` if nobody can know: whoever pushes a new one would lose it."""
+    api = HfApi(token=token)
+    try:
+        # The file of a commit, never what a cache believes to be the newest: somebody may have changed it.
+        commit = revision or persist(api.repo_info, repo_id).sha
+        return read_text(persist(api.hf_hub_download, repo_id, "README.md", revision=commit))
+    except errors.RemoteEntryNotFoundError:
         return None
+    except Exception as error:
+        if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
+            return None
+        raise PublishingError(
+            f"The card of {repo_id} could not be read, and is not to be lost: {_say(error)}"
+        ) from error
+
+
+def _say(error: Exception) -> str:
+    """An error in one line."""
+    reason = " ".join(str(error).split())
+    return reason if isinstance(error, (PublishingError, ValueError)) else f"{type(error).__name__}: {reason}"
 
 
 def open_repository(
@@ -106,15 +159,16 @@ def open_repository(
         )
     api = HfApi(token=token)
     try:
-        url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+        url = persist(api.create_repo, repo_id, repo_type=repo_type, private=private, exist_ok=True)
         # An existing repository is no error above even if it is somebody else's.
-        api.auth_check(repo_id, repo_type=repo_type, write=True)
-        is_public = private and not api.repo_info(repo_id, repo_type=repo_type).private
+        persist(api.auth_check, repo_id, repo_type=repo_type, write=True)
+        is_public = private and not persist(api.repo_info, repo_id, repo_type=repo_type).private
         if licence is not None:
-            ModelCard(f"---\n{ModelCardData(license=licence).to_yaml()}\n---\n").validate(repo_type=repo_type)
+            card = ModelCard(f"---\n{ModelCardData(license=licence).to_yaml()}\n---\n")
+            persist(card.validate, repo_type=repo_type)
     except Exception as error:
         # Whatever broke, from a name that the Hub refuses to a cable: nobody wants to read a stack of HTTP calls.
-        raise PublishingError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise PublishingError(_say(error)) from error
     if is_public:
         raise PublishingError(
             f"{repo_id} exists and is public, and a private repository was asked for. Choose another name, or make it"
@@ -131,36 +185,66 @@ def push_folder(
     token: str | None = None,
     commit_message: str = "Upload with anodiff",
     repo_type: str = "model",
+    make_card: Callable[[str | None], str] | None = None,
 ) -> str:
     """
-    Uploads a folder as one repository, which is created if it does not exist, and returns its URL. The folder itself
-    is not changed. Arguments as of [`open_repository`].
+    Uploads a folder as one repository, which is created if it does not exist, in one commit, and returns its URL.
+    Where the Hub stumbles it is asked again ([`~hub.connection.persist`]). Arguments as of [`open_repository`], and:
+
+    Args:
+        folder (`str` or `os.PathLike`): It is not changed without `make_card`.
+        commit_message (`str`): Title of the commit.
+        make_card (callable, *optional*):
+            Of a model: the text of the card that the repository has, or `None`, to the text that it is to have. The
+            folder gets that card ([`complete_folder`], or [`write_card`] if it is no pipeline) and is pushed. A change
+            of the repository in between is not overwritten: the card is made anew of the changed one.
 
     Raises:
         FileNotFoundError: There is no such folder.
-        PublishingError: Anything else: no token, no connection, a server that refuses or breaks off.
+        PublishingError: Anything else: no token, no connection, a server that refuses or breaks off, no card.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
+    arguments = {"repo_id": repo_id, "folder_path": folder, "repo_type": repo_type, "commit_message": commit_message}
     try:
         url = open_repository(repo_id, private=private, token=token, repo_type=repo_type)
-        upload_folder(
-            repo_id=repo_id, folder_path=folder, repo_type=repo_type, token=token, commit_message=commit_message
-        )
+        if make_card is None:
+            persist(HfApi(token=token).upload_folder, **arguments, ignore_patterns=_NOT_PUSHED)
+        else:
+            _upload_with_card(HfApi(token=token), make_card, **arguments)
     except Exception as error:
         # Hours of training must not end in a stack of HTTP calls.
-        reason = " ".join(str(error).split())
-        if not isinstance(error, PublishingError):
-            reason = f"{type(error).__name__}: {reason}"
         command = ["hf", "upload", repo_id, str(folder.resolve())]
         command += ["--repo-type", repo_type] if repo_type != "model" else []
         command += ["--private"] if private else []
+        if isinstance(error, _UnknownCard):
+            # Whatever card is in the folder knows nothing of that of the repository.
+            command += ["--exclude", "README.md"]
         raise PublishingError(
-            f"{repo_id} was not pushed: {reason} All files are safe in {folder.resolve()}. To push them later:\n\n"
+            f"{repo_id} was not pushed: {_say(error)} All files are safe in {folder.resolve()}. To push them later:\n\n"
             f"    {shlex.join(command)}\n"
         ) from error
     return url
+
+
+def _upload_with_card(api: HfApi, make_card: Callable[[str | None], str], **arguments) -> None:
+    repo_id, folder = arguments["repo_id"], arguments["folder_path"]
+    complete = complete_folder if (folder / "model_index.json").exists() else write_card
+    for left in reversed(range(_TRIES)):
+        try:
+            commit = persist(api.repo_info, repo_id).sha
+            card = make_card(read_card(repo_id, token=api.token, revision=commit))
+        except Exception as error:
+            raise _UnknownCard(_say(error)) from error
+        complete(folder, card)
+        try:
+            persist(api.upload_folder, **arguments, parent_commit=commit, ignore_patterns=_NOT_PUSHED)
+            return
+        except errors.HfHubHTTPError as error:
+            # 412: the commit is not the newest one any more.
+            if error.response.status_code != 412 or not left:
+                raise
 
 
 class BackgroundPush:

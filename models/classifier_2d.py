@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
@@ -15,6 +15,7 @@ from torch import nn
 
 from ..checks import check_integer
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from ..hub.configuration import PlainConfigMixin
 from .checks import check_heads
 from .weights import convert_guided_diffusion_layers, rename_parameters, zero_residual_branches
 
@@ -29,7 +30,7 @@ class NoisyClassifierOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class NoisyClassifierModel(ModelMixin, ConfigMixin):
+class NoisyClassifierModel(ModelMixin, PlainConfigMixin):
     r"""
     Classifies a noised slice, given its timestep, as healthy (class 0) or unhealthy (class 1): guided-diffusion's
     `EncoderUNetModel`, the downward half of a UNet with residual blocks that halve the resolution and an attention

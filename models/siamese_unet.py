@@ -3,13 +3,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..checks import check_choice
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from ..hub.configuration import PlainConfigMixin
 from .checks import check_sides
 from .unet_2d_dae import StandardizedConvBlock, StandardizedUpBlock
 
@@ -30,7 +31,7 @@ class SiameseUNet2DOutput(BaseOutput):
     decoder_logits: tuple[torch.Tensor, ...] | None = None
 
 
-class SiameseUNet2DModel(ModelMixin, ConfigMixin):
+class SiameseUNet2DModel(ModelMixin, PlainConfigMixin):
     r"""
     Segments slices with SADM's network (`SegUnet.py`): one encoder sees the residual, image - reconstruction, and the
     image; at every level the features of both are concatenated, residual first, and one decoder makes logits of them.

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from ..hub.configuration import PlainConfigMixin
 from .checks import check_heads, check_sides
 from .weights import rename_parameters
 
@@ -16,7 +17,7 @@ from .weights import rename_parameters
 # N images, C channels, H x W pixels, L = H W tokens, T features of the timestep.
 
 
-class ANDiUNet2DModel(ModelMixin, ConfigMixin):
+class ANDiUNet2DModel(ModelMixin, PlainConfigMixin):
     r"""
     Predicts the noise of slices with the network of ANDi (`modules.py` of its program): a small UNet with one skip per
     level, max pooling, bilinear upsampling, pre-norm transformer blocks from the third level on, and the sinusoidal

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checks import check_integer
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from ..hub.configuration import PlainConfigMixin
 from .checks import check_heads, check_sides
 from .weights import rename_parameters, zero_layer
 
@@ -18,7 +19,7 @@ from .weights import rename_parameters, zero_layer
 # head.
 
 
-class AnoFPDMUNet2DModel(ModelMixin, ConfigMixin):
+class AnoFPDMUNet2DModel(ModelMixin, PlainConfigMixin):
     r"""
     Predicts the noise of slices of a given class, with the network of AnoFPDM and DDIB (`unet_v2.py` of their
     program). It is for weights of the original, see [`~AnoFPDMUNet2DModel.convert_original_state_dict`]; for training

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from ..hub.configuration import PlainConfigMixin
 from .checks import check_sides
 
 
-class DAEUNet2DModel(ModelMixin, ConfigMixin):
+class DAEUNet2DModel(ModelMixin, PlainConfigMixin):
     r"""
     Denoises slices with the network of the denoising autoencoder (Kascenas et al., MIDL 2022) as the ANDi authors ran
     it: a U-Net of weight-standardised convolutions with reflect padding, without a timestep.

@@ -21,7 +21,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..checks import check_choice, check_integer, check_number
-from ..hub.model_index import check_processor, read_model_index
+from ..files import read_text, replacing
+from ..hub.configuration import PlainConfigMixin, plain
+from ..hub.connection import broken_off, persist
+from ..hub.model_index import check_processor, check_sums, complete_index, read_model_index
 from ..schedulers.draws import DRAWS_VERSION, fold_in, make_keys
 from ..volumes.processor import ProcessedVolume
 from .output import AnomalyOutput
@@ -125,7 +128,7 @@ class Noise:
         return drawn.to(self.device, like.dtype)
 
 
-class AnomalyPipeline(DiffusionPipeline):
+class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     r"""
     Base of all pipelines. `AnomalyPipeline.from_pretrained(folder_or_id)` gives the pipeline class that the checkpoint
     names.
@@ -138,8 +141,8 @@ class AnomalyPipeline(DiffusionPipeline):
 
     Args:
         volume:
-            Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array, PIL image, dict of modalities, tensor `(N, C, H, W)`
-            that is already processed, or a list of volumes, which gives a list of results.
+            Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, dict of modalities, tensor `(N, C,
+            H, W)` that is already processed, or a list of volumes, which gives a list of results.
         threshold (`float`, *optional*):
             Of `pred_mask`, instead of the checkpoint's; it also replaces masks that the method makes itself.
         brain_mask (*optional*): Mask of the volume, same kinds as the volume.
@@ -164,7 +167,9 @@ class AnomalyPipeline(DiffusionPipeline):
         Raises:
             FileNotFoundError: There is no such folder or repository, or no pipeline in it.
             ValueError:
-                The checkpoint is no pipeline of this library, has no processor, or was made by a newer version.
+                The checkpoint is no pipeline of this library, has no processor, was made by a newer version, or holds
+                a file that is not the one that was saved.
+            ConnectionError: The download broke off again and again.
         """
         import anodiff
 
@@ -180,6 +185,8 @@ class AnomalyPipeline(DiffusionPipeline):
                 )
             if "processor" not in kwargs:
                 check_processor(pretrained_model_name_or_path, index, **hub_arguments)
+            if Path(pretrained_model_name_or_path).is_dir():
+                check_sums(pretrained_model_name_or_path, pretrained_model_name_or_path, kwargs)
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipelines = [public for public in anodiff.__all__ if public.endswith("Pipeline") and public != cls.__name__]
         if name not in pipelines:
@@ -189,14 +196,46 @@ class AnomalyPipeline(DiffusionPipeline):
             )
         return getattr(anodiff, name).from_pretrained(pretrained_model_name_or_path, **kwargs)
 
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str | os.PathLike:
+        """Downloads as `DiffusionPipeline.download`, asks again where the Hub stumbles, and makes sure that the files
+        are those that were saved. Raises a `ConnectionError` or `ValueError` as [`from_pretrained`]."""
+        try:
+            folder = persist(super().download, pretrained_model_name, **kwargs)
+        except Exception as error:
+            told = broken_off(pretrained_model_name, error)
+            if told is None:
+                raise
+            raise told from None
+        check_sums(pretrained_model_name, folder, kwargs)
+        return folder
+
     def save_pretrained(self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, **kwargs) -> None:
-        """Saves as `DiffusionPipeline.save_pretrained`. With `push_to_hub=True` and `repo_id` the folder gets a card
-        and is pushed; the other arguments of [`push_to_hub`] are taken as well."""
+        """Saves as `DiffusionPipeline.save_pretrained`, with the SHA-256 of every file of the components. With
+        `push_to_hub=True` and `repo_id` the folder gets a card and is pushed; the other arguments of [`push_to_hub`]
+        are taken as well.
+
+        Everything is written beside its place first. A save that is interrupted leaves an earlier pipeline of the
+        folder as it is; only while the finished files are moved, `model_index.json` last, they are not of one save,
+        and [`from_pretrained`] would say so."""
         hub_arguments = ("repo_id", "card", "licence", "private", "token", "commit_message")
         pushing = {key: kwargs.pop(key) for key in hub_arguments if key in kwargs}
-        super().save_pretrained(str(save_directory), **kwargs)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".*.partial.pipeline"):  # by a save that was killed
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".partial.pipeline", dir=folder) as unfinished:
+            super().save_pretrained(unfinished, **kwargs)
+            complete_index(unfinished, folder)
+            made = Path(unfinished, "model_index.json")
+            files = [path for path in Path(unfinished).rglob("*") if path.is_file() and path != made]
+            for path in (*files, made):
+                target = folder / path.relative_to(unfinished)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(target) as beside:
+                    path.replace(beside)
         if push_to_hub:
-            self._push(save_directory, **{"repo_id": Path(save_directory).name, **pushing})
+            self._push(folder, **{"repo_id": folder.name, **pushing})
 
     def push_to_hub(
         self,
@@ -246,12 +285,28 @@ class AnomalyPipeline(DiffusionPipeline):
         commit_message: str = "Upload with anodiff",
     ) -> str:
         from ..hub.model_card import make_card
-        from ..hub.publishing import complete_folder, push_folder, read_card
+        from ..hub.publishing import push_folder
 
-        # A card that somebody has written, or that holds results, is not replaced by a bare one.
-        card = card or read_card(repo_id, token=token) or str(make_card(self, repo_id=repo_id, licence=licence))
-        complete_folder(folder, card)
-        return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
+        path = Path(folder, "README.md")
+        own = read_text(path) if path.is_file() else None
+
+        def choose_card(there: str | None) -> str:
+            # A card that somebody has written, or that holds results, is not replaced by another one.
+            if card is None and own is not None and there is not None and own != there:
+                raise ValueError(
+                    f"{path} and the card of {repo_id} differ. Say by `card` which text the card is to have, or make"
+                    f" them alike: hf download {repo_id} README.md --local-dir {folder}"
+                )
+            return card or there or own or str(make_card(self, repo_id=repo_id, licence=licence))
+
+        return push_folder(
+            folder,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            make_card=choose_card,
+        )
 
     def register_modules(self, **components) -> None:
         """Registers as `DiffusionPipeline.register_modules`, for components of the classes that the signature of
@@ -386,13 +441,13 @@ class AnomalyPipeline(DiffusionPipeline):
 
     def prepare_volume(self, volume, brain_mask=None) -> PreparedSlices:
         """Brings whatever a volume may be to slices on the device. A tensor `(N, C, H, W)` counts as processed: all of
-        it is brain unless `brain_mask`, a bool tensor `(N, H, W)`, says otherwise. [`PreparedSlices`] are returned, so
-        that several calls can share them."""
+        it is brain unless `brain_mask`, a bool tensor `(N, H, W)`, says otherwise; one `(X, Y)` or `(X, Y, Z)` is a
+        volume as an array is. [`PreparedSlices`] are returned, so that several calls can share them."""
         if isinstance(volume, PreparedSlices) and brain_mask is None:
             return volume
-        if isinstance(volume, torch.Tensor):
+        if isinstance(volume, torch.Tensor) and volume.ndim == 4:
             channels = len(self.processor.config.modalities)
-            if volume.ndim != 4 or volume.shape[1] != channels or volume.shape[0] == 0:
+            if volume.shape[1] != channels or volume.shape[0] == 0:
                 raise ValueError(
                     f"A tensor must have the shape (N, {channels}, H, W) with N >= 1, got {tuple(volume.shape)}."
                 )
@@ -429,8 +484,8 @@ class AnomalyPipeline(DiffusionPipeline):
 
         # 0. Resolve defaults: what the checkpoint was tuned to.
         defaults = self.default_settings()
-        settings = {**defaults, **{name: _plain(value) for name, value in given.items() if value is not None}}
-        threshold = self.config.threshold if threshold is None else _plain(threshold)
+        settings = {**defaults, **{name: plain(value) for name, value in given.items() if value is not None}}
+        threshold, batch_size = self.config.threshold if threshold is None else plain(threshold), plain(batch_size)
         record = {**{name: settings[name] for name in defaults}, "threshold": threshold}
 
         # 1. Check.
@@ -601,11 +656,6 @@ def resolve_seed(generator: int | torch.Generator | None) -> int:
     if isinstance(generator, (int, np.integer)) and not isinstance(generator, bool) and generator >= 0:
         return int(generator)
     raise TypeError(f"`generator` must be an integer >= 0, a torch.Generator or None, got {generator!r}.")
-
-
-def _plain(value):
-    """Numbers of numpy as those of Python, which go into JSON."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _rows_together(brain: torch.Tensor, parts: list[int]) -> list[list[int]]:

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -13,28 +13,19 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
+from ..hub.configuration import plain
+from ..volumes.results import (
+    DISPERSION_ARRAYS,
+    ENSEMBLE_ARRAYS,
+    IMAGE,
+    MAP_ARRAYS,
+    MASK,
+    PICTURES,
+    SCORES,
+    SHARE,
+    write_result,
+)
 from ..volumes.volume import InputVolume
-
-
-# What an array of a result is, which decides how it becomes a picture: raw scores >= 0 in 16 bits, whose factor goes
-# into the record; a share in [0, 1] in 16 bits, 65535 is 1; a mask in 8 bits, 255 is 1; or an image in the input's
-# units.
-SCORES, SHARE, MASK, IMAGE = "scores", "share", "mask", "image"
-_MAP_ARRAYS = {"anomaly_map": SCORES, "pred_mask": MASK, "reconstruction": IMAGE}
-_ENSEMBLE_ARRAYS = {
-    "member_masks": MASK,
-    "member_maps": SHARE,
-    "mean_map": SHARE,
-    "std_map": SHARE,
-    "probability_map": SHARE,
-    "agreement": SHARE,
-    "majority_mask": MASK,
-}
-_DISPERSION_ARRAYS = {"member_maps": SCORES, "mean_map": SCORES, "dispersion": SCORES}
-# Stems of the files that results are saved as.
-RESULT_NAMES = (*_MAP_ARRAYS, *_ENSEMBLE_ARRAYS, *_DISPERSION_ARRAYS, "result", "overview")
-# Of a picture each member, and the reconstruction of each of several modalities, is a file of its own.
-_RESULT_FILE = re.compile(r"(reconstruction)_.+\.png|(member_masks|member_maps)_\d+\.png|(\w+)\.(?:nii\.gz|png|json)")
 
 
 @dataclass
@@ -70,22 +61,31 @@ class AnomalyOutput(BaseOutput):
     settings: dict | None = None
     source: InputVolume | None = None
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike, draw: Callable[[Path], None] | None = None) -> None:
         """
         Writes the result into `folder` (made if missing): `anomaly_map`, `pred_mask` and `reconstruction` as NIfTI
         with the affine of the input, or as PNG for a picture, and `result.json` with scores and settings.
 
         A PNG map has 16 bits; `result.json` holds the factor `anomaly_map_per_grey_level` that gives the raw score
         back. A reconstructed picture has 8 bits, 16 where the input exceeds 255; of several modalities each has its
-        own `reconstruction_NAME.png`. Files of an earlier result in `folder` are replaced.
+        own `reconstruction_NAME.png`. An earlier result in `folder` is replaced, as a whole or not at all;
+        `result.json` names the files and is written last.
+
+        Args:
+            folder (`str` or `os.PathLike`): Where to.
+            draw (callable, *optional*): Writes a picture to the path that it is given: `overview.png` of the result.
+
+        Raises:
+            FileExistsError: A file that no earlier result wrote has a name that one of these would get.
+            ValueError: A value of the record is none that JSON has, or this is the result of a tensor.
         """
         record = {
             "volume_score": self.volume_score,
-            "pred_score": self.pred_score.tolist(),
-            **{name: _no_nan(values.tolist()) for name, values in (self.slice_details or {}).items()},
+            "pred_score": self.pred_score,
+            **{name: _no_nan(plain(values)) for name, values in (self.slice_details or {}).items()},
             "settings": self.settings,
         }
-        _write(folder, self.source, self, _MAP_ARRAYS, "result", record)
+        _write(folder, self.source, self, MAP_ARRAYS, "result", record, draw)
 
 
 @dataclass
@@ -123,16 +123,16 @@ class CIMDOutput(BaseOutput):
     settings: dict | None = None
     source: InputVolume | None = None
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike, draw: Callable[[Path], None] | None = None) -> None:
         """
         Writes the result into `folder` (made if missing), one file per array as NIfTI with the affine of the input,
         members along the fourth axis; or as PNG for a picture, one file per member (`member_masks_00.png`, ...); and
         `result.json` with the settings.
 
-        PNG maps have 16 bits: 65535 is 1. Files of an earlier result in `folder` are replaced.
+        PNG maps have 16 bits: 65535 is 1. Arguments and errors as of [`AnomalyOutput.save`].
         """
         record = {"num_members": len(self.member_masks), "settings": self.settings}
-        _write(folder, self.source, self, _ENSEMBLE_ARRAYS, "result", record)
+        _write(folder, self.source, self, ENSEMBLE_ARRAYS, "result", record, draw)
 
 
 @dataclass
@@ -164,53 +164,49 @@ class DispersionOutput(BaseOutput):
     seeds: list[int]
     first: AnomalyOutput
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike, draw: Callable[[Path], None] | None = None) -> None:
         """
         Writes `member_maps`, `mean_map` and `dispersion` into `folder` (made if missing) as NIfTI with the affine of
         the input, members along the fourth axis; or as PNG for a picture, one file per member (`member_maps_00.png`,
         ...); and `dispersion.json` with seeds, scores and settings. `first.save(folder)` may go into the same folder.
 
         PNG maps have 16 bits; `dispersion.json` holds the factors that give raw scores back
-        (`mean_map_per_grey_level`, ...). Files of an earlier result in `folder` are replaced.
+        (`mean_map_per_grey_level`, ...). Arguments and errors as of [`AnomalyOutput.save`], with `dispersion.png` and
+        `dispersion.json`.
         """
         record = {
             "seeds": self.seeds,
-            "volume_score": self.volume_score.tolist(),
-            "pred_score": self.pred_score.tolist(),
+            "volume_score": self.volume_score,
+            "pred_score": self.pred_score,
             "settings": {name: value for name, value in self.first.settings.items() if name != "seed"},
         }
-        _write(folder, self.first.source, self, _DISPERSION_ARRAYS, "dispersion", record)
-
-
-def remove_results(folder: str | os.PathLike, names: Sequence[str] = RESULT_NAMES) -> None:
-    """Removes the files of an earlier result from a folder, and nothing else: members beyond the number of the new
-    ones, say, would pass for its own."""
-    for path in list(Path(folder).iterdir()):
-        match = _RESULT_FILE.fullmatch(path.name)
-        if match and match[match.lastindex] in names:
-            path.unlink()
+        _write(folder, self.first.source, self, DISPERSION_ARRAYS, "dispersion", record, draw)
 
 
 def _write(
-    folder, source: InputVolume | None, result: BaseOutput, kinds: dict[str, str], file: str, record: dict
+    folder,
+    source: InputVolume | None,
+    result: BaseOutput,
+    kinds: dict[str, str],
+    file: str,
+    record: dict,
+    draw: Callable[[Path], None] | None,
 ) -> None:
     """
-    Writes the arrays of a result that there are, as NIfTI or pictures, then its record as `file`.json, in place of an
-    earlier result's.
+    Writes the arrays of a result that there are, as NIfTI or pictures, its picture and its record, `file`.json.
 
     Members, the first axis of an array, lie along the fourth axis of a NIfTI file, and are a picture each.
     """
     if source is None:
         raise ValueError("A result of a tensor has no grid to be written on. Call with a volume to save the result.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_results(folder, (*kinds, file))
+    writers: dict[str, Callable[[Path], object]] = {}
     for name, kind in kinds.items():
         array, of_members = getattr(result, name), name.startswith("member_")
         if array is None:
             continue
         if not source.is_picture:
-            nib.save(source.image(np.moveaxis(array, 0, -1) if of_members else array), folder / f"{name}.nii.gz")
+            image = source.image(np.moveaxis(array, 0, -1) if of_members else array)
+            writers[f"{name}.nii.gz"] = partial(nib.save, image)
             continue
         if kind == SCORES:
             record[f"{name}_per_grey_level"] = float(array.max()) / 65535 or 1.0
@@ -220,9 +216,17 @@ def _write(
         elif kind == MASK:
             array = array * np.uint8(255)
         for stem, picture in _pictures(name, kind, array, source).items():
-            PIL.Image.fromarray(picture).save(folder / f"{stem}.png")
-    with open(folder / f"{file}.json", "w", encoding="utf-8") as target:
-        json.dump(record, target, indent=2, allow_nan=False)
+            writers[f"{stem}.png"] = PIL.Image.fromarray(picture).save
+    if draw is not None:
+        writers[f"{PICTURES[file]}.png"] = draw
+    record = plain(record)
+    try:
+        json.dumps(record, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Scores, details and settings of a result must be values that JSON has: {error}. Nothing was written."
+        ) from error
+    write_result(folder, file, record, writers)
 
 
 def _pictures(name: str, kind: str, array: np.ndarray, source: InputVolume) -> dict[str, np.ndarray]:

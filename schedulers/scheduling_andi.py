@@ -3,11 +3,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..checks import check_choice, check_integer, check_number
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from ..hub.configuration import PlainConfigMixin
 from .noise import draw_pyramid
 from .process import DiffusionProcess
 
@@ -18,7 +19,7 @@ NORMALIZATIONS = ("per_batch", "per_image")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
-class ANDiScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
+class ANDiScheduler(DiffusionProcess, SchedulerMixin, PlainConfigMixin):
     r"""
     Implements the diffusion process of ANDi (Frotscher et al., arXiv 2312.01904) and of its single-modality successor
     in UAD-IMAG (arXiv 2512.01534). It is never walked: a slice is noised once for each timestep, and the mean of the

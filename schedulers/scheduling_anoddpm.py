@@ -3,11 +3,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..checks import check_choice, check_integer
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from ..hub.configuration import PlainConfigMixin
 from .noise import draw_seeds
 from .process import DiffusionProcess, StepOutput, cosine_betas, linear_betas
 from .simplex import OctaveSimplexNoise
@@ -18,7 +19,7 @@ NOISE_TYPES = ("gaussian", "simplex")
 VARIANCE_TYPES = ("fixed_large", "fixed_small")
 
 
-class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
+class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, PlainConfigMixin):
     r"""
     Implements the diffusion process of AnoDDPM (Wyatt et al., CVPRW 2022, pp. 650-656) and of brain_damage: an
     ordinary DDPM chain whose noise may be multi-octave simplex noise, walked from a part of the chain only.

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..checks import check_integer
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from ..hub.configuration import PlainConfigMixin
 from .process import DiffusionProcess, StepOutput, linear_betas
 
 
-class AnoFPDMScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
+class AnoFPDMScheduler(DiffusionProcess, SchedulerMixin, PlainConfigMixin):
     r"""
     Implements the diffusion process of AnoFPDM (Che et al., arXiv 2404.15683) and of the DDIB and classifier-guided
     baselines of its authors: Gaussian noise, linear betas, a network that predicts the noise, and deterministic DDIM

@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..checks import check_choice, check_integer
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from ..hub.configuration import PlainConfigMixin
 from .process import DiffusionProcess, StepOutput, cosine_betas, linear_betas, posterior_tables
 
 
@@ -16,7 +17,7 @@ BETA_SCHEDULES = ("linear", "cosine")
 SAMPLERS = ("ddpm", "ddim")
 
 
-class CIMDScheduler(DiffusionProcess, SchedulerMixin, ConfigMixin):
+class CIMDScheduler(DiffusionProcess, SchedulerMixin, PlainConfigMixin):
     r"""
     Implements the diffusion process of CIMD (Rahman et al., CVPR 2023, arXiv 2304.04745): Gaussian noise on masks,
     linear betas, a network that predicts the noise and, in as many further channels, where the variance of the reverse

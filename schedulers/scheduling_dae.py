@@ -3,18 +3,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..checks import check_integer, check_number
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from ..hub.configuration import PlainConfigMixin
 from .draws import fold_in, integers, normal
 
 
 FIELD, SHIFT = 0, 1  # draws of one sample
 
 
-class DAEScheduler(SchedulerMixin, ConfigMixin):
+class DAEScheduler(SchedulerMixin, PlainConfigMixin):
     r"""
     Implements the corruption of the denoising autoencoder (Kascenas et al., MIDL 2022) as the ANDi authors ran it:
     coarse Gaussian noise, added to the foreground once. There are no timesteps; slices are in [0, 1], background 0.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .hub_server import HubServer
+from .hub_server import TOKEN, HubServer
 
 
 # Before anything imports torch or a Hugging Face library: networks here are tiny, so threads only get in each other's way, and
@@ -34,6 +34,27 @@ def hub():
     """A Hub on 127.0.0.1."""
     with HubServer() as server:
         yield server
+
+
+@pytest.fixture
+def near_hub(hub, tmp_path, monkeypatch):
+    """`hub`, asked by this process, with an empty cache; it waits for nothing, and `near_hub.waited` has the seconds that it
+    would have."""
+    import time
+
+    from huggingface_hub import constants, hf_api
+
+    from anodiff.hub import connection  # noqa: F401 (limits the time of requests)
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    template = "/{repo_id}/resolve/{revision}/{filename}"
+    values = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + template, "HF_HUB_DISABLE_XET": True}
+    for name, value in {**values, "HF_HUB_CACHE": str(tmp_path / "hub-cache")}.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    hub.waited = []
+    monkeypatch.setattr(time, "sleep", hub.waited.append)
+    return hub
 
 
 @pytest.fixture

@@ -62,12 +62,16 @@ class Repository:
 
 @dataclass
 class Failure:
-    """An answer that tests ask for: `status`, or a connection that is cut without one."""
+    """An answer that tests ask for: `status`, or a connection that is cut without one, or after so many bytes of the
+    content; or none at all."""
 
     method: str
     path: re.Pattern
     status: int | None
     remaining: int | None
+    headers: dict[str, str]
+    after: int | None
+    silent: bool
 
 
 class HubServer:
@@ -89,6 +93,7 @@ class HubServer:
         self.blobs: dict[str, bytes] = {}
         self.failures: list[Failure] = []
         self.lock = threading.RLock()
+        self.stopped = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
         self._http.daemon_threads = True
         self._http.hub = self
@@ -99,6 +104,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_) -> None:
+        self.stopped.set()
         self._http.shutdown()
         self._http.server_close()
 
@@ -113,10 +119,21 @@ class HubServer:
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
 
-    def fail(self, method: str, path: str, *, status: int | None = 500, times: int | None = None) -> None:
-        """Answers requests of `method` whose path matches the regular expression `path` with `status`, or cuts the connection
-        for `None`; `times` of them, or all until `failures.clear()`."""
-        self.failures.append(Failure(method, re.compile(path), status, times))
+    def fail(
+        self,
+        method: str,
+        path: str,
+        *,
+        status: int | None = 500,
+        times: int | None = None,
+        headers: dict[str, str] | None = None,
+        after: int | None = None,
+        silent: bool = False,
+    ) -> None:
+        """Answers requests of `method` whose path matches the regular expression `path` with `status` and `headers`; cuts the
+        connection for `None`, without an answer or `after` so many bytes of the content; or says nothing, `silent`. `times` of
+        them, or all until `failures.clear()`."""
+        self.failures.append(Failure(method, re.compile(path), status, times, headers or {}, after, silent))
 
     def files(self, repo_id: str, repo_type: str = "model", revision: str = "main") -> dict[str, bytes]:
         """What a repository holds."""
@@ -144,9 +161,9 @@ class HubServer:
 
 
 class _Error(Exception):
-    def __init__(self, status: int, code: str | None, message: str):
+    def __init__(self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.headers = status, code, headers or {}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -175,13 +192,18 @@ class _Handler(BaseHTTPRequestHandler):
             )
             if failure is not None and failure.remaining is not None:
                 failure.remaining -= 1
-        if failure is not None and failure.status is None:
+        if failure is not None and failure.silent:
+            self.hub.stopped.wait()
+            self.close_connection = True
+            return
+        self.cut_after = None if failure is None else failure.after
+        if failure is not None and failure.status is None and failure.after is None:
             self.close_connection = True
             return
         self.body = self._read_body()
         try:
-            if failure is not None:
-                raise _Error(failure.status, None, "This failure was asked for.")
+            if failure is not None and failure.status is not None:
+                raise _Error(failure.status, None, "This failure was asked for.", failure.headers)
             for method, pattern, handler in _ROUTES:
                 match = re.fullmatch(pattern, path)
                 if match and self.command in method.split():
@@ -190,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return
             raise _Error(404, None, f"This Hub does not know {self.command} {path}.")
         except _Error as error:
-            headers = {"X-Error-Message": str(error)}
+            headers = {"X-Error-Message": str(error), **error.headers}
             if error.code:
                 headers["X-Error-Code"] = error.code
             self._reply(error.status, {"error": str(error)}, headers)
@@ -217,7 +239,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[: self.cut_after])
+            self.close_connection |= self.cut_after is not None
 
     # Access
 
@@ -299,7 +322,7 @@ class _Handler(BaseHTTPRequestHandler):
             "siblings": [{"rfilename": path} for path in sorted(files)],
         }
         if "README.md" in files:
-            answer["cardData"] = _metadata(self.hub.blobs[files["README.md"][0]].decode()) or {}
+            answer["cardData"] = _metadata(self.hub.blobs[files["README.md"][0]].decode(errors="replace")) or {}
             answer["tags"] = answer["cardData"].get("tags", [])
         self._reply(200, answer)
 

@@ -92,6 +92,7 @@ def test_names_that_files_can_have(name):
         "a\\b",
         "a\0b",
         "a\nb",
+        "a\udc80",
         "x" * 201,
         "\xfc" * 101,
         3,

@@ -13,24 +13,28 @@ the samples of batch s // u.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from tqdm.auto import tqdm
 
+from ..files import lock_folder
 from ..hub.publishing import BackgroundPush, push_folder
 from ..schedulers.draws import make_keys
 from .augmentation import augment, augment_intensity
-from .export import check_hub, export
+from .checkpoints import find_checkpoint
+from .export import check_hub, check_picture, choose_card, export, restore_pipeline
 from .keys import TRAINING
 from .objective import Objective
 from .optimization import check_optim
-from .options import TrainOptions, check_options
-from .samples import make_loader
-from .state import Run, find_checkpoint, make_run
+from .options import LoopOptions, TrainOptions, check_options
+from .samples import make_loader, read_batches
+from .state import Run, make_run
 from .validation import validate
 
 
@@ -41,7 +45,7 @@ def fit(options: TrainOptions, objective_class: type[Objective]) -> Path:
     check_options(options)
     check_optim(options.optim)
     objective_class.check_options(options)
-    checkpoint = find_checkpoint(loop)
+    check_picture(loop)
     accelerator = Accelerator(
         gradient_accumulation_steps=loop.gradient_accumulation_steps,
         mixed_precision=loop.mixed_precision,
@@ -51,27 +55,51 @@ def fit(options: TrainOptions, objective_class: type[Objective]) -> Path:
         # The first process may be busy for long while the others wait: a phantom is made, a card is written.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
-    if loop.push_to_hub and accelerator.is_main_process:
-        check_hub(loop)
-
-    run = make_run(options, objective_class, accelerator)
-    run.begin(checkpoint)
-    upload = BackgroundPush()
-    _take_steps(run, upload)
-    upload.wait()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        export(run)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # takes the process group down: nothing waits for anybody from here on
-    folder = run.folder / "pipeline"
-    if accelerator.is_main_process:
-        print(f"Pipeline written to {folder}")
-        if loop.push_to_hub:
-            message = f"Step {run.progress.step}, the end of the training"
-            url = push_folder(folder, loop.push_to_hub, private=loop.hub_private, commit_message=message)
-            print(f"Pushed to {url}")
+    with _held_folder(accelerator, loop) as checkpoint:
+        if accelerator.is_main_process:
+            restore_pipeline(Path(loop.output_dir))
+        run = make_run(options, objective_class, accelerator)
+        run.begin(checkpoint)
+        upload = BackgroundPush()
+        _take_steps(run, upload)
+        upload.wait()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            export(run)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()  # takes the process group down: nothing waits for anybody from here on
+        folder = run.folder / "pipeline"
+        if accelerator.is_main_process:
+            print(f"Pipeline written to {folder}")
+            if loop.push_to_hub:
+                arguments = {"private": loop.hub_private, "make_card": choose_card(folder)}
+                message = f"Step {run.progress.step}, the end of the training"
+                url = push_folder(folder, loop.push_to_hub, commit_message=message, **arguments)
+                print(f"Pushed to {url}")
     return folder
+
+
+@contextmanager
+def _held_folder(accelerator: Accelerator, loop: LoopOptions) -> Iterator[Path | None]:
+    """Holds `train.output_dir` for this run and gives the checkpoint to go on from. The first process does it; where
+    it fails, all of them end with its message."""
+    with ExitStack() as held:
+        checkpoint, failure = None, None
+        if accelerator.is_main_process:
+            try:
+                find_checkpoint(loop)  # before anything is made that a mistake would leave behind
+                if loop.push_to_hub:
+                    check_hub(loop)
+                held.enter_context(lock_folder(loop.output_dir))
+                checkpoint = find_checkpoint(loop)
+            except Exception as error:  # noqa: BLE001 (raised again below)
+                failure = error
+        checkpoint, text = broadcast_object_list([checkpoint, None if failure is None else str(failure)])
+        if failure is not None:
+            raise failure
+        if text is not None:
+            raise RuntimeError(text)
+        yield checkpoint
 
 
 def _take_steps(run: Run, upload: BackgroundPush) -> None:
@@ -82,7 +110,7 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
     bar = tqdm(total=loop.max_steps, initial=progress.step, desc="training", disable=hidden)
     run.model.train()
     step_loss = 0.0
-    for batch in make_loader(run.train_split, objective, run.options, accelerator, progress.step):
+    for batch in read_batches(make_loader(run.train_split, objective, run.options, accelerator, progress.step)):
         with accelerator.accumulate(run.model):
             keys = make_keys(loop.seed, batch.pop("position"), TRAINING, device)
             batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
@@ -108,23 +136,24 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
 
         last = progress.step == loop.max_steps
         saves = last or (loop.checkpoint_every and progress.step % loop.checkpoint_every == 0)
+        validates = loop.validate_every and (last or progress.step % loop.validate_every == 0)
         if saves or progress.step % loop.log_every == 0:
             value = accelerator.reduce(step_loss, "mean").item()
             if not np.isfinite(value):
-                raise FloatingPointError(
-                    f"The loss is {value} at step {progress.step}. Lower `optim.learning_rate`, or use bf16 instead"
-                    " of fp16; the last checkpoint is unharmed."
-                )
+                raise run.not_finite(f"The loss is {value}")
             run.log({"loss": value, "lr": run.lr_scheduler.get_last_lr()[0]})
             bar.set_postfix(loss=f"{value:.4f}")
         step_loss = 0.0
-        if loop.validate_every and (last or progress.step % loop.validate_every == 0):
+        if saves or validates:
+            run.check_finite()
+        if validates:
             validate(run)
         if saves:
             run.save_checkpoint()
             pushes = loop.push_to_hub and loop.hub_strategy == "every_save" and accelerator.is_main_process
             # A push that takes longer than the way to the next checkpoint makes that one wait for the one after it.
             if pushes and not last and not upload.busy:
-                message = f"Step {progress.step}"
-                upload.start(export(run), loop.push_to_hub, private=loop.hub_private, commit_message=message)
+                folder = export(run)
+                arguments = {"private": loop.hub_private, "make_card": choose_card(folder)}
+                upload.start(folder, loop.push_to_hub, commit_message=f"Step {progress.step}", **arguments)
     bar.close()

@@ -22,6 +22,7 @@ from ..pipelines.pipeline_pddpm import PDDPMPipeline, box_masks, boxes_at, patch
 from ..schedulers.draws import fold_in, uniform
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
+from .finite import check_part
 from .keys import BOX, NOISE
 from .objective import Batch, Objective, draw_timesteps
 from .objective_spark import check_encoder, encoder_config
@@ -261,7 +262,9 @@ def load_encoder(path: str | Path, channels: int, outputs: int) -> PreTrainedMod
             f"The encoder {path} makes codes of {config.num_labels} values, and `unet.condition_dim` is {outputs}:"
             " make them equal."
         )
-    return AutoModelForImageClassification.from_pretrained(path, subfolder="encoder", num_labels=outputs)
+    encoder = AutoModelForImageClassification.from_pretrained(path, subfolder="encoder", num_labels=outputs)
+    check_part(encoder, "objective.encoder_path", path)
+    return encoder
 
 
 def draw_boxes(

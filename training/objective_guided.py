@@ -20,6 +20,7 @@ from ..pipelines.pipeline_ddib import DDIBPipeline
 from ..schedulers.draws import fold_in, uniform
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
+from .finite import check_part
 from .keys import LABEL
 from .objective import MODALITIES, Batch, Objective
 from .variational_bound import variance_bound
@@ -236,7 +237,9 @@ def load_classifier(path: str | Path, scheduler: AnoFPDMScheduler, processor: Vo
             f" {betas[-1]:.3g}, here {len(scheduler)} from {scheduler.betas[0]:.3g} to {scheduler.betas[-1]:.3g}."
             " Train one for this scheduler."
         )
-    return NoisyClassifierModel.from_pretrained(path, subfolder="classifier")
+    classifier = NoisyClassifierModel.from_pretrained(path, subfolder="classifier")
+    check_part(classifier, "objective.classifier_path", path)
+    return classifier
 
 
 def _checked(labels: torch.Tensor) -> torch.Tensor:

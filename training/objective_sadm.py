@@ -13,6 +13,7 @@ from ..pipelines.pipeline_cddpm import CDDPMPipeline
 from ..pipelines.pipeline_sadm import SADMPipeline
 from ..schedulers.draws import fold_in
 from ..volumes.processor import VolumeProcessor
+from .finite import check_part
 from .keys import ANOMALY
 from .objective import MODALITIES, Batch, Objective
 from .options import TrainOptions
@@ -74,6 +75,8 @@ class SADMObjective(Objective):
         path = settings.pop("reconstruction_path")
         network = cls.make_network(options, processor)
         reconstruction = CDDPMPipeline.from_pretrained(path)
+        for component in filter(None, (reconstruction.unet, reconstruction.encoder)):
+            check_part(component, "objective.reconstruction_path", path)
         processor.check_equal(reconstruction.processor.settings(), f"the cDDPM {path} was trained with")
         precision = options.train.mixed_precision
         reconstruction.enable_fast_inference(autocast=precision if precision in ("bf16", "fp16") else None)

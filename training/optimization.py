@@ -9,7 +9,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..checks import check_choice
+from ..checks import check_choice, check_number
 from .options import EMAOptions, OptimOptions
 
 
@@ -17,6 +17,8 @@ def check_optim(optim: OptimOptions) -> None:
     """Raises a `ValueError` for options that no optimizer or schedule can be made of."""
     check_choice("optim.algorithm", optim.algorithm, ("adamw", "adam"))
     check_choice("optim.lr_scheduler", optim.lr_scheduler, [schedule.value for schedule in SchedulerType])
+    for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+        check_number(f"optim.{name}", vars(optim)[name], least=0)
     if not 0 <= optim.start_lr <= optim.learning_rate:
         raise ValueError(
             f"`optim.start_lr` must be between 0 and `optim.learning_rate` {optim.learning_rate:g}, got"

@@ -8,6 +8,30 @@ from typing import Any, Literal
 from ..checks import check_integer, check_number
 
 
+# What may differ from a checkpoint that a training goes on from, because it holds from there on, or is compared
+# elsewhere. Everything else has shaped the checkpoint, and lies in it or cannot be told from it.
+MAY_CHANGE = (
+    "processor",  # compared with the data
+    "inference",  # stored in the pipeline at the end
+    "data.path",  # the data are compared by what they are, not by where they lie
+    "data.validation_split",
+    "data.num_workers",
+    "train.max_steps",  # the length of the schedule is compared, `optim.lr_total_steps`
+    "train.batch_size",  # the slices of a step are compared (`training/state.py`)
+    "train.gradient_accumulation_steps",
+    "train.mixed_precision",
+    *("train.output_dir", "train.resume", "train.report_to"),
+    *("train.log_every", "train.validate_every", "train.validation_slices"),
+    *("train.checkpoint_every", "train.checkpoint_limit"),
+    *("train.push_to_hub", "train.hub_strategy", "train.hub_private", "train.hub_licence", "train.hub_picture"),
+)
+# Of them those that pDDPM draws the patches of its training with.
+_TRAINED_INFERENCE = ("inference.patch_size", "inference.overlap")
+# Blocks whose keys are not always all there.
+_OPEN_BLOCKS = ("unet", "scheduler", "inference", "objective")
+_ENDLESS = ("constant", "constant_with_warmup", "piecewise_constant")
+
+
 @dataclass
 class AugmentationOptions:
     """Random changes of a training slice, the same for all its channels."""
@@ -172,3 +196,43 @@ def check_options(options: TrainOptions) -> None:
                 " read the whole data set."
             )
         check_integer("data.shuffle_buffer", data.shuffle_buffer, 1)
+
+
+def check_resumed(checkpoint: str, saved: dict, own: dict) -> None:
+    """
+    Raises a `ValueError` if a training would go on with other options than shaped its checkpoint, and names each.
+
+    Args:
+        checkpoint (`str`): Its folder, for the message.
+        saved (`dict`): Options that the checkpoint was trained with, as JSON values in their blocks.
+        own (`dict`): Options of this run.
+    """
+    saved, own = _fixed(saved), _fixed(own)
+    differences = []
+    for name in dict.fromkeys([*saved, *own]):
+        # What a version before this one did not have was not recorded.
+        if name not in saved and name.split(".")[0] not in _OPEN_BLOCKS:
+            continue
+        if saved.get(name) != own.get(name):
+            values = ["not given" if name not in options else repr(options[name]) for options in (saved, own)]
+            default = " (`train.max_steps` by default)" if name == "optim.lr_total_steps" else ""
+            differences.append(f"`{name}`{default} was {values[0]}, is {values[1]}")
+    if differences:
+        raise ValueError(
+            f"{checkpoint} was trained with other options: {'; '.join(differences)}. Give what it was trained with, or"
+            " start a new run with another `--train.output_dir`."
+        )
+
+
+def _fixed(options: dict) -> dict:
+    """Options that have shaped a checkpoint, by their full names."""
+    flat, pending = {}, list(options.items())
+    while pending:
+        name, value = pending.pop(0)
+        if isinstance(value, dict):
+            pending = [(f"{name}.{key}", inner) for key, inner in value.items()] + pending
+        elif name in _TRAINED_INFERENCE or not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE):
+            flat[name] = value
+    optim = options["optim"]
+    total = optim["lr_total_steps"] or options["train"]["max_steps"]
+    return flat | {"optim.lr_total_steps": None if optim["lr_scheduler"] in _ENDLESS else total}

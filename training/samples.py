@@ -68,8 +68,10 @@ class StreamedSamples(torch.utils.data.IterableDataset):
                 try:
                     batch.append(next(itertools.islice(rows, index - done, None)))
                 except ConnectionError as error:
+                    text = " ".join(str(error).split()).rstrip(".")
                     raise ConnectionError(
-                        f"{error}. The last checkpoint is unharmed: go on with `--train.resume latest`."
+                        f"{text}. Checkpoints are unharmed: `--train.resume latest` goes on from the last one, if"
+                        " there is one."
                     ) from error
                 done = index + 1
             stacked = {name: np.stack([row[name] for row in batch]) for name in self.columns}
@@ -160,6 +162,18 @@ def make_loader(
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=data.num_workers > 0,
     )
+
+
+def read_batches(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+    """Gives the batches of a loader. A connection that breaks in one of its processes is the same error as without
+    them, not one with that process' traceback in its message."""
+    try:
+        yield from loader
+    except ConnectionError as error:
+        name, _, text = str(error).rstrip().splitlines()[-1].partition(": ")
+        if name != ConnectionError.__name__:
+            raise
+        raise ConnectionError(text) from None
 
 
 def as_tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:

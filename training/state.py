@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +20,25 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 
 from ..data.prepared import PreparedSplit, StreamedSplit
+from ..files import read_json, remove_unfinished, write_text
 from ..schedulers.draws import DRAWS_VERSION
 from ..volumes.processor import VolumeProcessor
+from .checkpoints import (
+    RECORD,
+    checkpoint_folder,
+    finish_checkpoint,
+    lies_in,
+    list_checkpoints,
+    list_damaged,
+    remove_checkpoint,
+    remove_leftovers,
+    set_aside,
+    unfinished_name,
+)
+from .finite import are_finite
 from .objective import Objective
 from .optimization import make_ema, make_lr_scheduler, make_optimizer
-from .options import LoopOptions, TrainOptions
+from .options import TrainOptions, check_resumed
 from .samples import load_splits
 
 
@@ -68,6 +83,7 @@ class Run:
     train_split: PreparedSplit | StreamedSplit
     validation_split: PreparedSplit | None
     first_step: int = 0
+    last_checkpoint: Path | None = None
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -98,47 +114,122 @@ class Run:
                 file.write(json.dumps({"step": self.progress.step, **values}) + "\n")
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Loads the checkpoint to go on from, if there is one, and writes the configuration."""
+        """Loads the checkpoint to go on from, if there is one, sets aside what lies behind it, and writes the
+        configuration."""
         accelerator = self.accelerator
         if checkpoint is not None:
-            accelerator.load_state(checkpoint)
-            # Checkpoints lie between optimizer steps; accelerate would go on counting forward passes where it was,
-            # which is wrong under another accumulation. And it loads the average to the CPU.
-            accelerator.step = 0
-            if self.ema is not None:
-                self.ema.to(accelerator.device)
-            self.first_step = self.progress.step
+            self._load(checkpoint)
             accelerator.print(f"Resumed from {checkpoint} at step {self.progress.step}.")
         if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            log = self.folder / "log.jsonl"
-            if log.exists():
-                # What was logged after the checkpoint will be logged again.
-                lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [line for line in lines if json.loads(line)["step"] <= self.progress.step]
-                log.write_text("".join(kept), encoding="utf-8")
-            text = yaml.safe_dump(plain(self.options), sort_keys=False)
-            (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+            # Another run's checkpoint has none of its log and pictures here.
+            goes_on = checkpoint is not None and lies_in(checkpoint, self.folder)
+            place = set_aside(self.folder, self.progress.step if goes_on else 0)
+            if place is not None:
+                print(f"What an earlier run wrote behind the step that this one begins at was moved to {place}.")
+            remove_leftovers(self.folder)
+            remove_unfinished(self.folder / "samples")
+            for damaged in list_damaged(self.folder):
+                print(f"No whole checkpoint, and left as it is: {damaged}.", file=sys.stderr)
+            write_text(
+                self.folder / "config.yaml",
+                yaml.safe_dump(plain(self.options), sort_keys=False, allow_unicode=True),
+            )
         if self.options.train.report_to != "none":
             accelerator.init_trackers("logs")
 
+    def _load(self, checkpoint: Path) -> None:
+        accelerator, last_step = self.accelerator, self.options.train.max_steps
+        if (checkpoint / RECORD).exists():
+            record = read_json(checkpoint / RECORD)
+            check_resumed(str(checkpoint), record["options"], plain(self.options))
+            if record["data"] != describe_data(self.train_split):
+                raise ValueError(
+                    f"{checkpoint} was trained on other data than `data.path` {self.options.data.path} holds now: its"
+                    " recipe, processor or subjects differ. Name that data, or start a new run with another"
+                    " `--train.output_dir`."
+                )
+        else:
+            accelerator.print(
+                f"{checkpoint} does not say what it was trained with, an earlier version wrote it: make sure yourself"
+                " that the options are the same."
+            )
+        if accelerator.scaler is not None and not (checkpoint / "scaler.pt").exists():
+            raise ValueError(
+                f"`train.mixed_precision` is fp16, but {checkpoint} was trained without it and has no scale of the"
+                " loss: go on with no or bf16."
+            )
+        try:
+            accelerator.load_state(checkpoint)
+        except Exception as error:  # noqa: BLE001 (what a damaged file leads to can be anything)
+            raise ValueError(f"{checkpoint} cannot be gone on from. {' '.join(str(error).split())[:500]}") from error
+        # Checkpoints lie between optimizer steps; accelerate would go on counting forward passes where it was,
+        # which is wrong under another accumulation. And it loads the average to the CPU.
+        accelerator.step = 0
+        if self.ema is not None:
+            self.ema.to(accelerator.device)
+        if self.progress.step > last_step:
+            raise ValueError(
+                f"`train.max_steps` is {last_step}, but {checkpoint} is of step {self.progress.step}: raise it, or"
+                " resume from an earlier checkpoint."
+            )
+        part = self._find_not_finite()
+        if part is not None:
+            raise ValueError(
+                f"{checkpoint} holds NaN or infinite values in {part}: it diverged or is damaged. Resume from an"
+                " earlier checkpoint."
+            )
+        self.first_step, self.last_checkpoint = self.progress.step, checkpoint
+
+    def check_finite(self) -> None:
+        """Raises a `FloatingPointError` on all processes if what is about to be saved holds NaN or infinite values."""
+        part = self._find_not_finite()
+        if part is not None:
+            raise self.not_finite(f"There are NaN or infinite values in {part}")
+
+    def not_finite(self, what: str) -> FloatingPointError:
+        """Makes the error of a training that went wrong at this step."""
+        saved, kept = self.last_checkpoint, "Nothing was saved yet"
+        if saved is not None:
+            kept = f"{saved} was saved before and is finite"
+        return FloatingPointError(
+            f"{what} at step {self.progress.step}. {kept}. Start a new run with a lower `optim.learning_rate`, or use"
+            " bf16 instead of fp16."
+        )
+
+    def _find_not_finite(self) -> str | None:
+        """What of the state holds NaN or infinite values on any process."""
+        model = self.accelerator.unwrap_model(self.model)
+        optimizer = [value for state in self.optimizer.state.values() for value in state.values()]
+        parts = {
+            "the weights": model.state_dict().values(),
+            "their moving average": [] if self.ema is None else self.ema.shadow_params,
+            "the optimizer's state": [value for value in optimizer if torch.is_tensor(value)],
+        }
+        finite = torch.tensor([are_finite(tensors) for tensors in parts.values()], device=self.accelerator.device)
+        fails = self.accelerator.reduce((~finite).float(), "sum").tolist()
+        return next((part for part, failed in zip(parts, fails, strict=True) if failed), None)
+
     def save_checkpoint(self) -> None:
-        """Saves the state, and removes checkpoints beyond `train.checkpoint_limit`."""
+        """Saves the state, which [`check_finite`] has found finite, and removes checkpoints beyond
+        `train.checkpoint_limit`."""
         # Written beside its place and renamed: a checkpoint that has its name is whole.
         accelerator = self.accelerator
-        target = self.folder / "checkpoints" / f"step-{self.progress.step:07d}"
-        temporary = target.with_name(target.name + ".partial")
+        target = checkpoint_folder(self.folder, self.progress.step)
+        unfinished = unfinished_name(target)
         if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(temporary)
+        accelerator.save_state(unfinished)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
-            for old in _list_checkpoints(self.folder)[: -self.options.train.checkpoint_limit]:
-                shutil.rmtree(old)
+            data = describe_data(self.train_split)
+            record = {"step": self.progress.step, "options": plain(self.options), "data": data}
+            finish_checkpoint(unfinished, target, record)
+            for old in list_checkpoints(self.folder)[: -self.options.train.checkpoint_limit]:
+                if not old.is_symlink():
+                    remove_checkpoint(old)
         accelerator.wait_for_everyone()
+        self.last_checkpoint = target
 
 
 def make_run(options: TrainOptions, objective_class: type[Objective], accelerator: Accelerator) -> Run:
@@ -173,30 +264,14 @@ def make_run(options: TrainOptions, objective_class: type[Objective], accelerato
     return Run(options, accelerator, objective, model, optimizer, lr_scheduler, ema, progress, *splits)
 
 
-def find_checkpoint(loop: LoopOptions) -> Path | None:
-    """Finds the checkpoint that `train.resume` names, a folder or `latest`; `None` for a new run, which must not mix
-    with an earlier one."""
-    checkpoints = _list_checkpoints(Path(loop.output_dir))
-    if not loop.resume:
-        if checkpoints:
-            raise FileExistsError(
-                f"{loop.output_dir} holds checkpoints of an earlier run. Go on with `--train.resume latest`, or"
-                " choose another `--train.output_dir`."
-            )
-        return None
-    if loop.resume == "latest":
-        if not checkpoints:
-            raise FileNotFoundError(
-                f"`train.resume` is latest, but {loop.output_dir}/checkpoints holds no checkpoint."
-            )
-        return checkpoints[-1]
-    if not Path(loop.resume).is_dir():
-        raise FileNotFoundError(f"`train.resume`: there is no checkpoint folder {loop.resume}.")
-    return Path(loop.resume)
-
-
-def _list_checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".partial")
+def describe_data(split: PreparedSplit | StreamedSplit) -> str:
+    """Returns the SHA-256 of what makes the slices of a split what they are, wherever the data lie: recipe, processor,
+    and the subjects with their numbers of slices."""
+    recipe = {key: value for key, value in split.recipe.items() if key not in ("license", "rehosting", "source")}
+    counts = ("rows", "anomalous_rows", "annotations")
+    subjects = {name: [row[count] for count in counts] for name, row in split.subject_info.items()}
+    text = json.dumps([recipe, split.processor_settings, subjects], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def plain(options: TrainOptions) -> dict:

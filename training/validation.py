@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from ..files import replacing
 from ..schedulers.draws import make_keys
 from .keys import PREVIEW, VALIDATION
 from .samples import as_tensors, validation_rows
@@ -33,7 +34,10 @@ def validate(run: Run) -> None:
             shown = _spread(chosen, 6)
             rows = objective.preview(model, read(shown), make_keys(loop.seed, shown.tolist(), PREVIEW, device))
             _draw_preview(run, rows)
-    run.log({"validation_loss": accelerator.reduce(losses, "sum").mean().item()})
+    value = accelerator.reduce(losses, "sum").mean().item()
+    if not np.isfinite(value):
+        raise run.not_finite(f"The validation loss is {value}")
+    run.log({"validation_loss": value})
 
 
 def _spread(rows: np.ndarray, count: int) -> np.ndarray:
@@ -53,4 +57,5 @@ def _draw_preview(run: Run, rows: dict[str, torch.Tensor]) -> None:
             axis.set_axis_off()
     samples = run.folder / "samples"
     samples.mkdir(parents=True, exist_ok=True)
-    figure.savefig(samples / f"step-{run.progress.step:07d}.png", dpi=100)
+    with replacing(samples / f"step-{run.progress.step:07d}.png") as unfinished:
+        figure.savefig(unfinished, dpi=100)

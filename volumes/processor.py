@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 from collections.abc import Mapping
 
 import numpy as np
 import scipy.ndimage
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer, check_keys, check_number
+from ..files import check_name
 from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
+from ..hub.configuration import PlainConfigMixin
 from .geometry import PLANES, Geometry, plane_orientation
-from .volume import InputVolume, read_volume
+from .volume import InputVolume, check_voxels, read_volume
 
 
 INTENSITY_RULES = ("percentile", "slice_minmax", "brain_percentiles", "mean_std", "mean_std_no_offset", "given")
@@ -50,7 +53,7 @@ class ProcessedVolume:
     source: InputVolume
 
 
-class VolumeProcessor(ConfigMixin):
+class VolumeProcessor(PlainConfigMixin):
     r"""
     Brings volumes to slices and maps back onto the volume. A component of every checkpoint: what the network has seen
     in training is what it sees at inference.
@@ -116,12 +119,25 @@ class VolumeProcessor(ConfigMixin):
         check_choices(
             self.config, plane=PLANES, resize=RESIZE_RULES, intensity=INTENSITY_RULES, brain_mask=BRAIN_RULES
         )
+        # As plain values.
+        modalities, spacing, crop, size, input_range, value_range = map(
+            self.config.get, ("modalities", "spacing", "crop", "size", "input_range", "value_range")
+        )
         if not modalities or isinstance(modalities, str) or len(set(modalities)) != len(modalities):
             raise ValueError(f"`modalities` must be a list of different names, got {modalities!r}.")
+        for name in modalities:
+            # Results of several pictures are files that are named after them.
+            check_name("a modality", name)
+            if "/" in name:
+                raise ValueError(f"The name of a modality must not hold a slash, got {name!r}.")
         if "brain" in modalities:
             raise ValueError("`modalities` must not contain 'brain': that key of a volume is its brain mask.")
-        if spacing is not None and (not _is_list(spacing, 3) or any(mm is not None and not mm > 0 for mm in spacing)):
-            raise ValueError(f"`spacing` must be three numbers > 0 or null, for (H, W, slice), got {spacing!r}.")
+        if spacing is not None:
+            if not _is_list(spacing, 3):
+                raise ValueError(f"`spacing` must be three numbers > 0 or null, for (H, W, slice), got {spacing!r}.")
+            for millimetres in spacing:
+                if millimetres is not None:
+                    check_number("spacing", millimetres, above=0)
         if crop not in (None, "brain") and not _are_counts(crop, 2, 3):
             raise ValueError(f"`crop` must be 'brain', (H, W), (H, W, N) in whole voxels > 0 or null, got {crop!r}.")
         if size is not None and not _are_counts(size, 2):
@@ -136,9 +152,12 @@ class VolumeProcessor(ConfigMixin):
         # The rule brain_percentiles takes the quantile and its mirror image.
         check_number("quantile", quantile, above=0.5 if intensity == "brain_percentiles" else 0, most=1)
         check_integer("curvature_flow", curvature_flow, 0)
+        check_number("background", background)
         for name, pair in (("input_range", input_range), ("value_range", value_range)):
-            if not _is_list(pair, 2) or not pair[0] < pair[1]:
+            if not _is_list(pair, 2):
                 raise ValueError(f"`{name}` must be (low, high) with low < high, got {pair!r}.")
+            check_number(name, pair[1])
+            check_number(name, pair[0], below=pair[1])
 
     @classmethod
     def from_dict(cls, settings: dict) -> VolumeProcessor:
@@ -309,6 +328,20 @@ class VolumeProcessor(ConfigMixin):
                 step[axis] *= ratio[axis]
                 begin[axis] -= padding * step[axis]
                 count[axis] = wanted
+        # What is made on the way: the slices; the input with some axes as long as those of the slices already; weights
+        # of the interpolation along one axis, or the field of view in voxels of the input, for B-splines.
+        pairs = [(int(has), int(gets)) for has, gets in zip(extent, count, strict=True)]
+        field = math.prod(int(voxels) + 2 for voxels in count * step) if self.config.resize == "torchio" else 0
+        check_voxels(
+            max(
+                math.prod(gets for _, gets in pairs) * len(self.config.modalities),
+                math.prod(map(max, pairs)),
+                max(has * gets for has, gets in pairs),
+                field,
+            ),
+            f"A volume of shape {tuple(shape)}, in voxels of {np.linalg.norm(affine[:3, :3], axis=0).tolist()} mm,"
+            " brought to the `spacing`, `crop` and `size` of the processor,",
+        )
         start = begin + step / 2 - 0.5
         return Geometry(
             input_shape=tuple(int(size) for size in shape),
@@ -327,7 +360,7 @@ class VolumeProcessor(ConfigMixin):
                 raise ValueError("The brain mask is given twice: as `brain_mask` and under the key 'brain'.")
             brain_mask = volume["brain"]
             volume = {name: image for name, image in volume.items() if name != "brain"}
-        volume = read_volume(volume)
+        volume = read_volume(volume, labels=False)
         modalities = tuple(self.config.modalities)
         if all(key == "" or key.isdigit() for key in volume.arrays):
             if len(volume.arrays) != len(modalities):

@@ -1,11 +1,51 @@
-"""Finds the scans that a person names by files and folders."""
+"""Finds the scans that a person names by files and folders, and says of the rest why it is none. No torch here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..files import check_name
+from .results import result_files
 from .volume import IMAGE_SUFFIXES, VOLUME_SUFFIXES
+
+
+# What files call a modality, without separators and in lower case; ends of BIDS and BraTS among them. A checkpoint's
+# own name stands for the whole line that it is in.
+ALIASES = (
+    ("t1", "t1w", "t1n", "mprage", "t1mprage"),
+    ("t1ce", "t1c", "t1gd", "t1post", "t1wce", "t1cew", "cet1", "cet1w", "cegadt1w", "cegadoliniumt1w"),
+    ("t2", "t2w"),
+    ("flair", "t2flair", "t2f", "t2wflair"),
+    ("pd", "pdw"),
+    ("t2star", "t2starw"),
+    ("dwi",),
+    ("adc",),
+    ("swi",),
+    ("bold",),
+    ("asl",),
+    ("ct",),
+    ("pet",),
+)
+_LONGEST = 3  # Words that one of these may be written in: T1-ce, ce-gad_T1w.
+# Words after which a modality is not that of the file, but what it was registered to: FLAIR_to_T1, space-T1w_FLAIR.
+_REFERENCES = frozenset("space to in on from".split())
+# Words of masks. `brain` is one only where no modality is named, or the same name without it is there, too: a scan
+# without its skull is often called NAME_brain.
+MASKS = frozenset(
+    "mask masks brainmask lesionmask seg segm segmentation segmentations dseg probseg aseg aparc parc label labels"
+    " labelmap lesion lesions roi rois annotation annotations gt groundtruth".split()
+)
+# Files that lie beside scans and are none: tables and texts.
+_TEXTS = (
+    ".csv .tsv .json .jsonl .txt .md .rst .yaml .yml .xml .html .pdf .log .xls .xlsx .ods .docx .bval .bvec .py .sh"
+    " .ini .db"
+).split()
+_TEXT_NAMES = ("readme", "license", "licence", "changes", "citation", "notice", "makefile")
 
 
 @dataclass(frozen=True)
@@ -18,67 +58,291 @@ class Scan:
     source: Path
 
 
+@dataclass
+class _Listing:
+    """What lies in a folder: files that are read, others that may be scans, folders; links count as what they point
+    to, and as files of their name where there is nothing."""
+
+    files: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    names: dict[str, Path] = field(default_factory=dict)
+    has_results: bool = False
+
+
 def find_scans(
-    paths: list[str], modalities: list[str], brain: str | None = None
+    paths: list[str], modalities: list[str], brain: str | None = None, output: str | os.PathLike | None = None
 ) -> tuple[list[Scan], list[tuple[str, str]]]:
     """
-    Finds the scans in files and folders. Returns scans with different names, and paths without a scan with the reason;
-    raises if the results of several scans would go into one folder.
+    Finds the scans in files and folders.
 
     Args:
-        paths: Files (one scan each), or folders: one scan with a file per modality, or several scans in files or
-            sub-folders. The file of a modality is called after it, alone (`flair.nii.gz`) or at the end
-            (`patient1_flair.nii.gz`).
+        paths: Files (one scan each), or folders: one scan with a file per modality, or several scans in files, or in
+            sub-folders. The file of a modality has its name or an alias (`ALIASES`) as a word of its own, in any
+            case: `flair.nii.gz`, `patient1_FLAIR.nii.gz`, `sub-01_ce-gad_T1w.nii.gz`. Where no file of a folder names
+            a modality each is a scan, of a sub-folder its only one.
         modalities: Of the checkpoint, in its order.
-        brain: Name of the brain mask beside each scan.
+        brain: Name of the brain mask beside each scan, in any case.
+        output: Folder of results, which is not looked into.
+
+    Returns:
+        scans with different names, and paths that are not taken with the reason: no text and no earlier result is
+        left out of both.
+
+    Raises:
+        ValueError: The results of several scans would go into one folder.
     """
     found: list[tuple[Path, dict | Path]] = []
-    failed = []
-    for path in map(Path, paths):
+    failed: list[tuple[str, str]] = []
+    reader = _Reader(modalities, brain, None if output is None else os.path.abspath(output))
+    for path in dict.fromkeys(map(Path, paths)):
         if not path.is_dir():
-            found.append((path, path))
+            reason = reader.contradiction(path)
+            if reason:
+                failed.append((str(path), reason))
+            else:
+                found.append((path, path))
             continue
-        one = _by_modality(path, modalities)
-        scans = [(path, one)] if one else []
-        if not one:
-            folders = [(child, _by_modality(child, modalities)) for child in sorted(path.iterdir()) if child.is_dir()]
-            scans = [(child, volume) for child, volume in folders if volume]
-        scans = scans or [(file, file) for file in _files(path) if file.name != brain]
-        if not scans:
+        try:
+            scans, reasons = reader.search(path)
+        except OSError as error:
+            scans, reasons = [], [(path, f"cannot be read: {error.strerror}.")]
+        if not scans and not reasons:
             wanted = ", ".join(f"{name}.nii.gz" for name in modalities)
-            failed.append((str(path), f"holds no scan: neither {wanted}, nor scans in files or sub-folders."))
+            reasons = [(path, f"holds no scan: neither {wanted}, nor scans in files or sub-folders.")]
         found += scans
-
-    stems = [_stem(source) for source, _ in found]
-    scans = []
-    for (source, volume), stem in zip(found, stems, strict=True):
-        name = stem if stems.count(stem) == 1 else f"{source.resolve().parent.name}_{stem}"
-        folder = source if source.is_dir() else source.parent
-        scans.append(Scan(name, volume, folder / brain if brain else None, source))
-    names = [scan.name for scan in scans]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(
-            f"Several scans would be written into the same folder: {', '.join(twice)}. Predict them separately."
-        )
+        failed += [(str(source), reason) for source, reason in reasons]
+    # A file that is named by itself and by its folder is one scan.
+    different: dict[str, tuple[Path, dict | Path]] = {}
+    for source, volume in found:
+        different.setdefault(os.path.abspath(source), (source, volume))
+    found, scans = list(different.values()), []
+    for (source, volume), name in zip(found, _names([source for source, _ in found]), strict=True):
+        try:
+            check_name(f"the results of {source}", name)
+        except ValueError as error:
+            failed.append((str(source), str(error)))
+            continue
+        scans.append(Scan(name, volume, reader.brain_of(source), source))
     return scans, failed
 
 
-def _by_modality(folder: Path, modalities: list[str]) -> dict[str, Path] | None:
-    files = _files(folder)
-    chosen = {}
-    for modality in modalities:
-        matches = [path for path in files if _stem(path) == modality or _stem(path).endswith(f"_{modality}")]
-        if len(matches) != 1:
+class _Reader:
+    """Reads folders, each once, for the modalities of a checkpoint."""
+
+    def __init__(self, modalities: list[str], brain: str | None, output: str | None):
+        self.modalities, self.brain, self.output = modalities, brain, output
+        self.listings: dict[Path, _Listing] = {}
+        # Spelling to modality: those of the checkpoint by their own names, others by the first of their line.
+        self.spellings = {alias: line[0] for line in ALIASES for alias in line}
+        own = {_joined(name): name for name in modalities}
+        self.spellings |= {
+            alias: own[spelled] for line in ALIASES for spelled in line if spelled in own for alias in line
+        }
+        # Of a checkpoint that says `image`, nobody knows that FLAIR is not meant.
+        if not own.keys() & {alias for line in ALIASES for alias in line}:
+            self.spellings = {}
+        self.spellings |= own
+
+    def contradiction(self, path: Path) -> str | None:
+        """Returns why a file that is named by itself is none of the checkpoint's, by its name."""
+        modality, rest = self.split(path)
+        if MASKS & set(rest):
+            return _MASK
+        if len(self.modalities) == 1 and modality not in (None, *self.modalities):
+            return (
+                f"its name says {modality}, and this checkpoint needs {self.modalities[0]}; rename it if it is that."
+            )
+        return None
+
+    def split(self, path: Path) -> tuple[str | None, list[str]]:
+        """Returns the modality that a name says, if any, and its other words. The end of the name counts; without one
+        there, all of it: names of two modalities are then given as both."""
+        words = re.findall(r"[^\W_]+", _stem(path).casefold())
+        said, rest, end = [], list(words), len(words)
+        while end > 0:
+            for start in range(max(0, end - _LONGEST), end):
+                modality = self.spellings.get("".join(words[start:end]))
+                if modality is not None and not (start and words[start - 1] in _REFERENCES):
+                    said.append(modality)
+                    rest[start:end] = [""] * (end - start)
+                    end = start + 1
+                    break
+            if said and not rest[-1]:
+                break
+            end -= 1
+        return " and ".join(dict.fromkeys(reversed(said))) or None, [word for word in rest if word]
+
+    def contents(self, folder: Path) -> _Listing:
+        if folder in self.listings:
+            return self.listings[folder]
+        listing = self.listings[folder] = _Listing()
+        with os.scandir(folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        ours = (
+            result_files(folder) if any(entry.name in ("result.json", "dispersion.json") for entry in entries) else ()
+        )
+        for entry in entries:
+            path = folder / entry.name
+            listing.names[entry.name.casefold()] = path
+            if entry.name in ours:
+                listing.has_results = True
+            elif entry.name.startswith("."):
+                pass
+            elif entry.is_dir():
+                if os.path.abspath(path) != self.output:
+                    listing.folders.append(path)
+            elif self.brain is not None and entry.name.casefold() == self.brain.casefold():
+                pass
+            elif entry.name.lower().endswith(VOLUME_SUFFIXES + IMAGE_SUFFIXES):
+                listing.files.append(path)
+            elif path.suffix.lower() not in _TEXTS and path.stem.lower() not in _TEXT_NAMES:
+                listing.others.append(path)
+        return listing
+
+    def brain_of(self, source: Path) -> Path | None:
+        """Returns the path of the brain mask beside a scan, whether it is there or not."""
+        if self.brain is None:
             return None
-        chosen[modality] = matches[0]
-    return chosen
+        folder = source if source.is_dir() else source.parent
+        try:
+            return self.contents(folder).names.get(self.brain.casefold(), folder / self.brain)
+        except OSError:
+            return folder / self.brain
+
+    def search(self, folder: Path) -> tuple[list, list]:
+        """Returns the scans in a folder and its sub-folders, and what is none with the reason."""
+        listing = self.contents(folder)
+        scans, failed = self.choose(folder, flat=True)
+        whole = len(scans) == 1 and scans[0][0] == folder
+        for child in listing.folders:
+            try:
+                more, reasons = self.choose(child, flat=False)
+                below = self.contents(child)
+            except OSError as error:
+                failed.append((child, f"cannot be read: {error.strerror}."))
+                continue
+            scans += more
+            failed += reasons
+            if more or reasons or whole or below.has_results:
+                continue
+            if below.folders:
+                names = _some(below.folders)
+                failed.append((child, f"holds no scan, but folders, which are not looked into: {names}. Name them."))
+            elif below.others:
+                failed.append((child, f"holds no scan, only what is not read: {_some(below.others)}."))
+            elif not below.names:
+                failed.append((child, "is empty."))
+        return scans, failed
+
+    def choose(self, folder: Path, flat: bool) -> tuple[list, list]:
+        """
+        Chooses the scans among the files of one folder.
+
+        Args:
+            folder (`Path`): Where.
+            flat (`bool`): Whether it may hold several scans, or is one, as every sub-folder is.
+        """
+        listing, single = self.contents(folder), len(self.modalities) == 1
+        masks, unnamed, foreign, named = [], [], [], {name: [] for name in self.modalities}
+        split = {path: self.split(path) for path in listing.files}
+        whole_names = {(modality, *rest) for modality, rest in split.values()}
+        for path, (modality, rest) in split.items():
+            shorter = (modality, *(word for word in rest if word != "brain"))
+            if MASKS & set(rest) or ("brain" in rest and (modality is None or shorter in whole_names)):
+                masks.append(path)
+            elif modality is None:
+                unnamed.append(path)
+            else:
+                named.get(modality, foreign).append(path)
+        failed = [(path, _foreign(path)) for path in listing.others] if flat else []
+
+        if all(len(files) == 1 for files in named.values()):
+            # One scan; other files belong to it unless their names say another subject.
+            own = split[named[self.modalities[0]][0]][1]
+            failed += [(path, self.reason(split[path][0])) for path in foreign + unnamed]
+            failed = [(path, reason) for path, reason in failed if not _share(own, self.split(path)[1])]
+            return [(folder, {name: files[0] for name, files in named.items()})], failed
+        if flat and single and named[self.modalities[0]]:
+            failed += [(path, self.reason(split[path][0])) for path in foreign + unnamed]
+            return [(path, path) for path in named[self.modalities[0]]], failed + [(path, _MASK) for path in masks]
+        if foreign or any(named.values()):
+            missing = [name for name, files in named.items() if not files]
+            several = [f"{name} ({_some(files)})" for name, files in named.items() if len(files) > 1]
+            parts = [
+                f"no file for {', '.join(missing)}" if missing else "",
+                *(f"several for {one}" for one in several),
+            ]
+            present = [path for files in named.values() for path in files] + foreign + unnamed
+            reason = f"has {' and '.join(filter(None, parts))}; its files are {_some(present)}."
+            return [], [*failed, (folder, reason)]
+        if flat:
+            return [(path, path) for path in unnamed], failed + [(path, _MASK) for path in masks]
+        if len(unnamed) == 1:
+            return [(folder, unnamed[0])], failed
+        if unnamed:
+            wanted = ", ".join(self.modalities)
+            failed.append((folder, f"has several files, and none is named after {wanted}: {_some(unnamed)}."))
+        elif masks:
+            failed.append((folder, f"has no scan, only masks: {_some(masks)}."))
+        return [], failed
+
+    def reason(self, modality: str | None) -> str:
+        """Returns why a file beside scans is none."""
+        wanted = " or ".join(self.modalities)
+        says = f"says {modality}, not {wanted}" if modality else f"does not say {wanted}, as others in its folder do"
+        return f"its name {says}."
 
 
-def _files(folder: Path) -> list[Path]:
-    suffixes = VOLUME_SUFFIXES + IMAGE_SUFFIXES
-    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return sorted(path for path in files if path.name.lower().endswith(suffixes))
+_MASK = "its name says that it is a mask; rename it if it is a scan."
+
+
+def _foreign(path: Path) -> str:
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {os.readlink(path)}, and there is no such file."
+    return f"is none of {', '.join(VOLUME_SUFFIXES + IMAGE_SUFFIXES)}."
+
+
+def _share(first: list[str], second: list[str]) -> bool:
+    """Tells whether the names of two files, without their modalities, can be of one subject: one begins the other."""
+    length = min(len(first), len(second))
+    return first[:length] == second[:length]
+
+
+def _some(paths: list[Path]) -> str:
+    names = [path.name for path in paths]
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _names(sources: list[Path]) -> list[str]:
+    """Returns different names of scans, also where case does not count: the file's or folder's own, or with as many of
+    the folders above it in front as it takes."""
+    parts = []
+    for source in map(Path, map(os.path.abspath, sources)):
+        own = _stem(source) if not source.is_dir() else source.name
+        parts.append([part for part in (*source.parts[1:-1], own.strip(". ") and own) if part] or ["scan"])
+    lengths = [1] * len(parts)
+    while True:
+        names = ["_".join(part[-length:]) for part, length in zip(parts, lengths, strict=True)]
+        keys = [unicodedata.normalize("NFC", name).casefold() for name in names]
+        count = Counter(keys)
+        longer = [
+            length + 1 if count[key] > 1 and length < len(part) else length
+            for part, length, key in zip(parts, lengths, keys, strict=True)
+        ]
+        if longer == lengths:
+            break
+        lengths = longer
+    twice = [str(source) for source, key in zip(sources, keys, strict=True) if count[key] > 1]
+    if twice:
+        raise ValueError(
+            f"Several scans would be written into the same folder: {', '.join(twice[:10])}. Predict them separately."
+        )
+    return names
+
+
+def _joined(name: str) -> str:
+    return "".join(re.findall(r"[^\W_]+", name.casefold()))
 
 
 def _stem(path: Path) -> str:

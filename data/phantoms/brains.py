@@ -5,8 +5,6 @@ support a claim of accuracy, because all subjects share the gyral pattern of one
 """
 
 import csv
-import json
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +16,7 @@ from scipy.special import expit
 from tqdm.auto import tqdm
 
 from ...checks import check_choice, check_integer, check_number
+from ...files import making_folder, write_json
 from ..smooth_fields import smooth_field
 
 
@@ -92,7 +91,7 @@ class PhantomSubject:
             image = nib.Nifti1Image(volume, self.affine)
             image.header.set_xyzt_units("mm")
             nib.save(image, folder / f"{name}.nii.gz")
-        (folder / "phantom.json").write_text(json.dumps(self.parameters, indent=2) + "\n")
+        write_json(folder / "phantom.json", self.parameters)
 
 
 @dataclass(frozen=True)
@@ -487,17 +486,16 @@ def write_phantom(
     Writes a whole data set: one folder per subject (see [`PhantomSubject.save`]) and the subject lists
     `splits/train.csv`, `splits/validation.csv`, `splits/test.csv` (header `subject`). Training subjects are healthy.
 
-    The subjects are made in a temporary folder beside `folder`, which is renamed at the end: an interrupted run leaves
-    no half-made data set. `folder` must not exist; `seed`, `anatomy` and `spacing` are as in [`make_subject`].
+    The subjects are made in `.NAME.partial` beside `folder` and renamed at the end: an interrupted run leaves no
+    half-made data set, and the next one removes what it left. `folder` must not exist; `seed`, `anatomy` and `spacing`
+    are as in [`make_subject`].
     """
     folder = Path(folder)
     check_choice("name", name, PHANTOM_SETS)
     if folder.exists():
         raise FileExistsError(f"`folder` {folder} exists: choose another one or delete it first.")
     kinds = [(split, lesion) for split, counts in PHANTOM_SETS[name].items() for lesion, n in counts for _ in range(n)]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        unfinished = Path(temporary) / folder.name
+    with making_folder(folder) as unfinished:
         subjects = {split: [] for split in PHANTOM_SETS[name]}
         for index, (split, lesion) in enumerate(tqdm(kinds, desc=name, unit="subject", disable=not progress)):
             subject = make_subject(index, seed=seed, lesion=lesion, spacing=spacing, anatomy=anatomy)
@@ -505,6 +503,5 @@ def write_phantom(
             subjects[split].append(subject.name)
         (unfinished / "splits").mkdir()
         for split, names in subjects.items():
-            with open(unfinished / "splits" / f"{split}.csv", "w", newline="") as file:
+            with open(unfinished / "splits" / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
                 csv.writer(file, lineterminator="\n").writerows([["subject"], *([n] for n in names)])
-        unfinished.rename(folder)

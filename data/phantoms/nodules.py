@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from scipy.special import expit
 from tqdm.auto import tqdm
 
 from ...checks import check_choice, check_integer
+from ...files import making_folder, write_json
 from ..smooth_fields import smooth_field
 from .brains import SET_SEED
 
@@ -56,7 +55,7 @@ class RaterCase:
         PIL.Image.fromarray(self.image).save(folder / "image.png")
         for number, mask in enumerate(self.masks):
             PIL.Image.fromarray(mask * np.uint8(255)).save(folder / f"label{number}.png")
-        (folder / "phantom.json").write_text(json.dumps(self.parameters, indent=2) + "\n")
+        write_json(folder / "phantom.json", self.parameters)
 
 
 @dataclass(frozen=True)
@@ -195,22 +194,19 @@ def write_rater_phantom(folder: str | Path, name: str = "phantom-raters", *, pro
     Writes a whole data set: one folder per picture (see [`RaterCase.save`]), and `patients.csv` with the columns
     `case` and `patient`, so that a split keeps the pictures of a patient together.
 
-    The pictures are made in a temporary folder beside `folder`, which is renamed at the end: an interrupted run leaves
-    no half-made data set. `folder` must not exist.
+    The pictures are made in `.NAME.partial` beside `folder` and renamed at the end: an interrupted run leaves no
+    half-made data set, and the next one removes what it left. `folder` must not exist.
     """
     folder = Path(folder)
     check_choice("name", name, RATER_SETS)
     if folder.exists():
         raise FileExistsError(f"`folder` {folder} exists: choose another one or delete it first.")
     patients, pictures = RATER_SETS[name]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        unfinished = Path(temporary) / folder.name
+    with making_folder(folder) as unfinished:
         rows = []
         for index in tqdm(range(patients * pictures), desc=name, unit="picture", disable=not progress):
             case = make_case(*divmod(index, pictures))
             case.save(unfinished / case.name)
             rows.append((case.name, case.patient))
-        with open(unfinished / "patients.csv", "w", newline="") as file:
+        with open(unfinished / "patients.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([("case", "patient"), *rows])
-        unfinished.rename(folder)

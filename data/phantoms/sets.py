@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import tempfile
+import shutil
+import time
 from pathlib import Path
 
 import datasets
 
 from ...checks import check_choice
+from ...files import lock_folder, rename_folder
 from ..prepare import prepare_recipe, read_recipe, read_rules
 from ..shards import code_digest
 from .brains import PHANTOM_SETS, SET_SEED, write_phantom
@@ -40,7 +43,8 @@ def prepare_phantom(
     Args:
         recipe: Instead of the packaged one, see [`phantom_recipe`].
         anatomy: Of brains, as in [`~data.phantoms.brains.make_subject`].
-        raw: Where the raw volumes are kept; must not exist. They are not kept by default.
+        raw: Where the raw volumes are kept; must not exist. They are not kept by default. If the run is interrupted,
+            those that are finished wait in `.NAME-raw` beside this or `out`, and the same call goes on from there.
     """
     out = Path(out)
     if out.exists():
@@ -53,14 +57,26 @@ def prepare_phantom(
     _, rules = read_rules(recipe, **files)
     if "correction" in rules:
         rules["correction"].check()  # before the work
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-raw-", dir=out.parent) as temporary:
-        raw = Path(temporary) / name if raw is None else Path(raw)
-        if brains:
-            write_phantom(raw, name, anatomy=anatomy, progress=progress)
-        else:
-            write_rater_phantom(raw, name, progress=progress)
-        return prepare_recipe(recipe, raw, out, **files, num_proc=num_proc, progress=progress)
+    # Named after what makes them: if a run was interrupted, the next one finds the volumes that it finished.
+    kept = None if raw is None else Path(raw)
+    if kept is not None and os.path.lexists(kept):
+        raise FileExistsError(f"`raw` {kept} exists: choose another folder or delete it first.")
+    target = kept or out
+    home = target.with_name(f".{target.name}-raw")
+    made = home / f"{name}-{anatomy}-{code_digest()[:16]}"
+    with lock_folder(home):
+        for left in set(home.iterdir()) - {made}:
+            if left.is_dir():
+                shutil.rmtree(left)
+        if brains and not made.exists():
+            write_phantom(made, name, anatomy=anatomy, progress=progress)
+        elif not made.exists():
+            write_rater_phantom(made, name, progress=progress)
+        failures = prepare_recipe(recipe, made, out, **files, num_proc=num_proc, progress=progress)
+        if kept is not None:
+            rename_folder(made, kept)
+        shutil.rmtree(home, ignore_errors=True)
+    return failures
 
 
 def phantom_recipe(name: str) -> dict:
@@ -74,11 +90,12 @@ def cached_phantom(name: str) -> Path:
     # Named after the recipe and the code that makes it: what is there never goes stale.
     made_by = hashlib.sha256((json.dumps(recipe) + code_digest()).encode())
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "anodiff" / f"{name}-{made_by.hexdigest()[:16]}"
-    if not folder.is_dir():
+    while not folder.is_dir():
         try:
             prepare_phantom(name, folder, recipe=recipe)
-        except OSError:
-            # Another process may have been faster.
+        except BlockingIOError:
+            time.sleep(1)  # another process is making it
+        except FileExistsError:
             if not folder.is_dir():
                 raise
     return folder

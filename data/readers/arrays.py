@@ -3,21 +3,37 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import PIL.Image
 
-from ...volumes.volume import PICTURE_AFFINE, InputVolume, StoredVolume
-from .listing import Missing, fields_of, folders_in, list_names, match_fields, require_folder
+from ...checks import check_integer
+from ...volumes.volume import PICTURE_AFFINE, InputVolume, StoredVolume, check_fetched, check_voxels, open_picture
+from .listing import (
+    Missing,
+    as_text,
+    fields_of,
+    find_files,
+    folders_in,
+    list_names,
+    list_some,
+    match_fields,
+    require_folder,
+)
 from .subjects import Subject
 
 
 # C channels, X and Y in the plane, Z slices, R x K rows and columns of a picture.
+
+_NUMBERS = "biuf"  # kinds of data types
 
 
 @dataclass(frozen=True)
@@ -38,13 +54,8 @@ class PictureStack(StoredVolume):
     def read(self) -> InputVolume:
         slices = []
         for file in self.files:
-            try:
-                with PIL.Image.open(file) as picture:
-                    slices.append(np.asarray(picture))
-            except FileNotFoundError:
-                raise
-            except Exception as error:  # a damaged file ends in any of nine kinds of error
-                raise ValueError(f"{file} cannot be read, it may be truncated or damaged: {error}.") from error
+            slices.append(np.asarray(open_picture(file)))
+            check_voxels(len(self.files) * slices[-1].size, f"{file} and the slices beside it")
             if slices[-1].shape != slices[0].shape:
                 raise ValueError(
                     f"{file} must have the shape {slices[0].shape} of {self.files[0]}, got {slices[-1].shape}."
@@ -89,15 +100,8 @@ class ArrayStack(StoredVolume):
     def read(self) -> InputVolume:
         slices = []
         for file in self.files:
-            try:
-                with np.load(file, allow_pickle=False) as arrays:
-                    array = arrays[self.key]
-            except FileNotFoundError:
-                raise
-            except KeyError:
-                raise ValueError(f"{file} holds no array `{self.key}`.") from None
-            except Exception as error:
-                raise ValueError(f"{file} cannot be read, it may be truncated or damaged: {error}.") from error
+            array = _read_array(file, self.key)
+            check_voxels(len(self.files) * array.size, f"{file} and the slices beside it")
             if array.ndim != 4 or len(array) != 1 or (slices and array.shape[1:] != slices[0].shape):
                 raise ValueError(f"{file}: `{self.key}` must be (1, C, X, Y), equal in all slices, got {array.shape}.")
             slices.append(array[0])
@@ -107,6 +111,40 @@ class ArrayStack(StoredVolume):
             raise ValueError(f"{self}: `{self.key}` has {len(stack)} channels, and {dict(channels)} is asked for.")
         arrays = {name: stack[index] for name, index in channels.items()}
         return InputVolume(arrays, np.reshape(self.affine, (4, 4)), None, False, 3, str(self))
+
+
+def _read_array(file: Path, key: str) -> np.ndarray:
+    """Reads one array of an `.npz` file; its header has to agree with what there is before memory is taken."""
+    check_fetched(file)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entry = archive.getinfo(f"{key}.npy")
+            with archive.open(entry) as content:
+                version = np.lib.format.read_magic(content)
+                read_header = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }
+                shape, _, dtype = read_header[version](content)
+                start = content.tell()
+    except KeyError:
+        raise ValueError(f"{file} holds no array `{key}`.") from None
+    except Exception as error:  # a damaged file ends in any of nine kinds of error
+        raise ValueError(f"{file} cannot be read, it may be truncated or damaged: {error}.") from error
+    check_voxels(math.prod(shape), f"`{key}` in {file} (shape {shape})")
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize != entry.file_size - start:
+        raise ValueError(
+            f"{file} cannot be read, it may be truncated or damaged: `{key}` has the shape {shape}, and"
+            f" {entry.file_size - start} bytes."
+        )
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            array = arrays[key]
+    except Exception as error:
+        raise ValueError(f"{file} cannot be read, it may be truncated or damaged: {error}.") from error
+    if array.dtype.kind not in _NUMBERS:
+        raise ValueError(f"{file}: `{key}` must hold real numbers, got data type {array.dtype}.")
+    return array
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,11 +177,12 @@ def read_picture_stacks(
     Args:
         modalities: Name to channel, from 0. TCGA-LGG: 0 before contrast, 1 FLAIR, 2 after contrast.
         pictures, masks: File names with the field `{slice}`, a number that grows upwards; `{subject}` is the folder's
-            name. `masks` null: unlabelled.
+            name. `masks` null: unlabelled. Every picture needs a mask, and every mask a picture.
         filler: Channel that stands in where a sequence was not taken (FLAIR in TCGA-LGG): a subject whose modality is
             a copy of it is listed as unreadable.
     """
     root = require_folder(root)
+    modalities, pictures = _check_channels(modalities), as_text("pictures", pictures)
     subjects = []
     for folder, stack in _stacks(root, pictures):
         if isinstance(stack, Missing):
@@ -151,12 +190,16 @@ def read_picture_stacks(
             continue
         found = ()
         if masks is not None:
-            mask = _slices_in(folder, masks)
-            missing = sorted(stack.keys() - mask.keys())
-            found = (PictureStack(tuple(mask[number] for number in stack if number in mask)),)
-            if missing:
-                found = (Missing(f"Subject {folder.name} has no mask {masks} of the slices {missing}."),)
-        subjects.append(Subject(folder.name, PictureStack(tuple(stack.values()), dict(modalities), filler), found))
+            mask = _slices_in(folder, as_text("masks", masks))
+            if isinstance(mask, Missing) or mask.keys() == stack.keys():
+                found = (mask if isinstance(mask, Missing) else PictureStack(tuple(mask.values())),)
+            else:
+                missing, alone = sorted(stack.keys() - mask.keys()), sorted(mask.keys() - stack.keys())
+                what = (
+                    f"mask {masks} of the slices {missing}" if missing else f"picture {pictures} of the masks {alone}"
+                )
+                found = (Missing(f"Subject {folder.name} has no {what}."),)
+        subjects.append(Subject(folder.name, PictureStack(tuple(stack.values()), modalities, filler), found))
     return subjects
 
 
@@ -184,6 +227,8 @@ def read_array_stacks(
         spacing: Voxel size in mm, of X, Y and the slices.
     """
     root = require_folder(root)
+    modalities, arrays, orientation = _check_channels(modalities), as_text("arrays", arrays), str(orientation)
+    image, mask = as_text("image", image), None if mask is None else as_text("mask", mask)
     try:
         axes = nib.orientations.axcodes2ornt(orientation)
     except (ValueError, KeyError):
@@ -203,7 +248,7 @@ def read_array_stacks(
         placed[:3, 3] = affine[:3, 2] * next(iter(stack))
         place, files = tuple(placed.ravel().tolist()), tuple(stack.values())
         masks = () if mask is None else (ArrayStack(files, mask, None, place),)
-        volume = ArrayStack(files, image, dict(modalities), place)
+        volume = ArrayStack(files, image, modalities, place)
         subjects.append(Subject(folder.name, volume, masks, mask_above=mask_above))
     return subjects
 
@@ -218,11 +263,13 @@ def read_crop_pickles(root: str | Path, files: str = "*.pickle") -> list[Subject
     the file otherwise. All of it is in memory while the set is made. `files` is the pattern of the pickles in `root`.
     """
     root = require_folder(root)
-    paths = sorted(root.glob(files))
+    paths = find_files(root, as_text("files", files))
     if not paths:
         raise ValueError(f"No file in {root} is {files}; there are {list_names(root)}.")
     subjects: dict[str, Subject] = {}
     for path in paths:
+        check_fetched(path)
+        size = path.stat().st_size
         with open(path, "rb") as file:
             try:
                 crops = _ArrayUnpickler(file).load()
@@ -233,21 +280,34 @@ def read_crop_pickles(root: str | Path, files: str = "*.pickle") -> list[Subject
         if not isinstance(crops, dict):
             raise ValueError(f"{path} must hold a dict of crops, got {type(crops).__name__}.")
         while crops:  # what is taken over need not be in memory twice
-            key, crop = crops.popitem()
-            name = str(key)
+            name, crop = crops.popitem()
+            if not isinstance(name, (str, int)):
+                raise ValueError(f"{path}: the name of a crop must be text or a number, got {type(name).__name__}.")
+            name = str(name)
             if not isinstance(crop, dict) or not {"image", "masks", "series_uid"} <= crop.keys():
                 raise ValueError(f"{path}: the crop {name} must be a dict with image, masks and series_uid.")
+            if not isinstance(crop["masks"], (list, tuple)) or not isinstance(crop["series_uid"], (str, int)):
+                raise ValueError(f"{path}: the crop {name} must have a list of masks, and a `series_uid` of text.")
             pictures = [crop["image"], *crop["masks"]]
             if not all(
-                isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype != object for array in pictures
+                isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype.kind in _NUMBERS
+                for array in pictures
             ):
-                raise ValueError(f"{path}: image and masks of the crop {name} must be arrays of two dimensions.")
+                raise ValueError(
+                    f"{path}: image and masks of the crop {name} must be arrays of two dimensions, of numbers."
+                )
+            if sum(array.nbytes for array in {id(array): array for array in pictures}.values()) > size:
+                raise ValueError(
+                    f"{path} cannot be read: the crop {name} claims arrays that are larger than the file."
+                )
+            # What stands for several masks is in memory once.
+            marked = {id(array): (array > 0).astype(np.uint8) for array in crop["masks"]}
             if name in subjects:
                 raise ValueError(f"Two crops are called {name}, one of them in {path}.")
             subjects[name] = Subject(
                 name,
                 volume=PicklePicture(name, (path,), crop["image"].astype(np.float32)),
-                masks=tuple(PicklePicture(name, (path,), (array > 0).astype(np.uint8)) for array in crop["masks"]),
+                masks=tuple(PicklePicture(name, (path,), marked[id(array)]) for array in crop["masks"]),
                 group=str(crop["series_uid"]),
             )
     return [subjects[name] for name in sorted(subjects)]
@@ -259,7 +319,8 @@ class _ArrayUnpickler(pickle.Unpickler):
     # How numpy puts arrays and numbers together; its modules are called otherwise before version 2.
     _MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
     _FUNCTIONS = {
-        "_reconstruct": np.empty(1).__reduce__()[0],
+        # Empty, as numpy writes it; the content that follows brings its size, and is as long as it says.
+        "_reconstruct": lambda *_: np.empty(1).__reduce__()[0](np.ndarray, (0,), b"b"),
         "_frombuffer": np.empty(1).__reduce_ex__(5)[0],
         "scalar": np.float64(0).__reduce__()[0],
     }
@@ -283,24 +344,51 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _check_channels(modalities: Mapping[str, int]) -> dict[str, int]:
+    """Returns the channels of the modalities; raises a `ValueError` unless they are numbers."""
+    if not isinstance(modalities, Mapping) or not modalities:
+        raise ValueError(f"`modalities` must give each modality its channel, {{flair: 1}}, got {modalities!r}.")
+    for name, channel in modalities.items():
+        check_integer(f"modalities.{name}", channel, 0)
+    return {as_text("modalities", name): channel for name, channel in modalities.items()}
+
+
 def _stacks(root: Path, pattern: str) -> list[tuple[Path, dict[int, Path] | Missing]]:
     """Returns the folders that hold slices, with the slices by their number, in order."""
     if "slice" not in fields_of(pattern):
         raise ValueError(f"The pattern {pattern!r} must hold the field {{slice}}.")
-    stacks = []
+    stacks, others = [], []
     for folder in folders_in(root):
         slices = _slices_in(folder, pattern)
         if not slices:
+            others.append(folder.name)
             continue
-        gaps = sorted(set(range(min(slices), max(slices))) - slices.keys())
-        reason = f"Subject {folder.name} has no slices {', '.join(map(str, gaps))} ({pattern})."
-        stacks.append((folder, Missing(reason) if gaps else slices))
+        if not isinstance(slices, Missing) and max(slices) - min(slices) >= len(slices):
+            gaps = (number for number in range(min(slices), max(slices)) if number not in slices)
+            listed = ", ".join(map(str, itertools.islice(gaps, 10)))
+            more = max(slices) - min(slices) + 1 - len(slices) - 10
+            more = f" and {more} more" if more > 0 else ""
+            slices = Missing(f"Subject {folder.name} has no slices {listed}{more} ({pattern}).")
+        stacks.append((folder, slices))
     if not stacks:
         raise ValueError(f"No folder in {root} holds slices {pattern}; there are {list_names(root)}.")
+    if others:
+        message = (
+            f"{len(others)} folders in {root} hold no slices {pattern}, and are no subjects: {list_some(others)}."
+        )
+        warnings.warn(message, stacklevel=3)
     return stacks
 
 
-def _slices_in(folder: Path, pattern: str) -> dict[int, Path]:
-    found = match_fields(folder, pattern.replace("{subject}", folder.name))
-    slices = {int(values["slice"]): path for values, path in found if values["slice"].isdigit()}
+def _slices_in(folder: Path, pattern: str) -> dict[int, Path] | Missing:
+    """Returns the slices in a folder by their number, in order, or the reason why they are not unique."""
+    slices: dict[int, Path] = {}
+    for values, path in match_fields(folder, pattern, subject=folder.name):
+        if not values["slice"].isdecimal():
+            continue
+        number = int(values["slice"])
+        if slices.setdefault(number, path) != path:
+            both = (slices[number], path)
+            names = " and ".join(file.name for file in both)
+            return Missing(f"Subject {folder.name} has slice {number} twice: {names}.", both)
     return dict(sorted(slices.items()))

@@ -8,7 +8,6 @@ unique is no error: the subject is left out when the set is made, [`prepare`] li
 
 from __future__ import annotations
 
-import csv
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,19 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...checks import check_number
+from ...files import check_name
 from ...volumes.volume import IMAGE_SUFFIXES, StoredVolume
 from ..layout import SPLITS
 from .listing import (
+    SCAN_SUFFIXES,
     SPLIT_NAMES,
     Missing,
+    as_modalities,
+    as_text,
+    as_texts,
+    check_healthy,
+    find_files,
     folders_below,
     folders_in,
+    leave_out,
     list_names,
+    list_some,
     match_files,
+    read_rows,
     read_table,
     require_folder,
-    require_list,
-    require_modalities,
 )
 
 
@@ -40,7 +47,7 @@ class Subject:
     """Names the files of one subject of a raw data set, and what is known about it. Nothing is read yet.
 
     Args:
-        name: Unique in its data set.
+        name: Unique in its data set, and one that a file can have.
         volume: Modality to file, or one file.
         masks: Lesion masks on the volume's grid, one per annotator; empty if the subject is unlabelled. Subjects of
             one data set may have different numbers of them.
@@ -49,8 +56,7 @@ class Subject:
         split: `"train"`, `"validation"` or `"test"`, where the data set says so.
         group: What no split may divide (a patient); the name by default.
         mask_above: Value in the files of the masks above which a voxel is marked.
-        mask_max: Value of a marked voxel, where it is known: a mask that is not empty and stays at or below
-            `mask_above` is an error then.
+        mask_max: Value of a marked voxel, where it is known.
         age: In years, where the data set says so.
         site: Centre or scanner, where the data set says so.
     """
@@ -68,6 +74,9 @@ class Subject:
     site: str | None = None
 
     def __post_init__(self):
+        check_name("a subject", self.name)
+        if not _is_unicode(self.name):
+            raise ValueError(f"The name of a subject must be UTF-8, got {self.name!a}: rename its files.")
         if self.label not in (0, 1, None):
             raise ValueError(f"Subject {self.name}: `label` must be 0, 1 or None, got {self.label!r}.")
         if self.split is not None and self.split not in SPLITS:
@@ -89,6 +98,12 @@ class Subject:
         """Returns all files of the subject."""
         return [*self.volume_files, *self.mask_files, *_files_of([self.brain] if self.brain else [])]
 
+    def check_files(self) -> None:
+        """Raises a `ValueError` if the name of a file could not be kept in a table."""
+        for file in self.files:
+            if not _is_unicode(str(file)):
+                raise ValueError(f"The name of the file {str(file)!a} must be UTF-8: rename it.")
+
 
 def read_volume_folders(
     root: str | Path,
@@ -99,7 +114,8 @@ def read_volume_folders(
     mask_above: float = 0.0,
 ) -> list[Subject]:
     """
-    Finds one subject per folder: `root/SUBJECT/...`. Folders that hold none of the modalities are no subjects.
+    Finds one subject per folder: `root/SUBJECT/...`. Folders that hold none of the modalities are no subjects; a
+    warning names those that are empty or hold other images.
 
     Args:
         modalities: Name to glob pattern inside the subject's folder, e.g. `{"flair": "{subject}_flair.nii.gz"}`;
@@ -111,11 +127,14 @@ def read_volume_folders(
             a name too. Every subject must be in one of them.
         mask_above: Value in the files of the masks above which a voxel is marked.
     """
-    root = require_folder(root)
-    require_modalities(modalities)
-    require_list("masks", masks)
-    folders = _folders_with(root, folders_in(root), modalities)
-    split_of = {} if splits is None else _read_splits(root / splits, {folder.name for folder in folders})
+    root, modalities, masks = require_folder(root), as_modalities(modalities), as_texts("masks", masks)
+    brain = None if brain is None else as_text("brain", brain)
+    there = folders_in(root)
+    folders = _folders_with(root, there, modalities)
+    _tell_other_folders(root, sorted(set(there) - set(folders)), modalities)
+    leave_out("files", _images_in(root), "an image must be in the folder of its subject")
+    names = {folder.name for folder in folders}
+    split_of = {} if splits is None else _read_splits(root / as_text("splits", splits), names)
     subjects = [
         Subject(
             folder.name,
@@ -139,20 +158,16 @@ def read_image_folders(
     and test (or testing), else `root/CLASS/*`. Every picture is a subject, named by its path without the suffix.
 
     Args:
-        healthy: Classes that are healthy; the others are anomalous.
+        healthy: Classes that are healthy; the others are anomalous. Each must be there.
         groups: CSV file (relative to `root`) with a column `file`, relative to `root`, and the column `group_column`:
             pictures of one group (a patient, copies of one slice) stay in one split. Every picture must be listed.
     """
-    root = require_folder(root)
-    if isinstance(healthy, str) or not healthy:
-        raise ValueError(f"`healthy` must be a list of class names, got {healthy!r}.")
-    classes = [(split, folder) for split, top in _split_folders(root) for folder in folders_in(top)]
-    class_names = sorted({folder.name for _, folder in classes})
-    unknown = sorted(set(healthy) - set(class_names))
-    if unknown:
-        raise ValueError(
-            f"`healthy` names {', '.join(unknown)}; the classes in {root} are {', '.join(class_names) or 'none'}."
-        )
+    root, healthy = require_folder(root), as_texts("healthy", healthy)
+    if not healthy:
+        raise ValueError("`healthy` must name at least one class, got none.")
+    tops = _split_folders(root)
+    classes = [(split, folder) for split, top in tops for folder in folders_in(top)]
+    check_healthy(healthy, (folder.name for _, folder in classes), f"the classes in {root}")
 
     pictures = {
         path.relative_to(root): (split, path)
@@ -160,6 +175,18 @@ def read_image_folders(
         for path in sorted(folder.iterdir())
         if path.name.lower().endswith(IMAGE_SUFFIXES) and not path.name.startswith(".")
     }
+    places = {
+        root,
+        *(top for _, top in tops),
+        *(below for _, folder in classes for below in (folder, *folders_below(folder))),
+    }
+    others = [
+        file
+        for place in sorted(places)
+        for file in _images_in(place)
+        if Path(place, file).relative_to(root) not in pictures
+    ]
+    leave_out("files", others, f"a picture ({', '.join(IMAGE_SUFFIXES)}) must be in the folder of its class")
     group_of = _read_groups(root, groups, "file", group_column, [file.as_posix() for file in pictures])
     subjects: dict[str, Subject] = {}
     for file, (split, path) in pictures.items():
@@ -189,11 +216,13 @@ def read_annotated_folders(
     (CIMD's layout is `{training,testing}/K/image_{K+1}.jpg` with `label0_.jpg` to `label3_.jpg`). Every folder that
     holds a channel is a case, named by its path.
 
-    A case may have fewer annotations than others, or none; one that marks nothing is an annotation.
+    A case may have fewer annotations than others, or none, which a warning names; one that marks nothing is an
+    annotation.
 
     Args:
         modalities: Channel to glob pattern inside the case's folder, each of one file: `{"image": "image_*"}`.
-        annotations: Glob patterns inside the case's folder, each of any number of files: `["label*"]`.
+        annotations: Glob patterns inside the case's folder, each of any number of files: `["label*"]`. Each must
+            match in some case.
         label_threshold: What is marked: above this share of `label_max`. JPEG leaves small values around every edge,
             so that 0.0, the rule of CIMD's authors, marks half as much again.
         label_max: Value of a marked pixel: 255 in pictures of 8 bits, 1 in files that hold 0 and 1.
@@ -202,9 +231,8 @@ def read_annotated_folders(
         groups: CSV file (relative to `root`) with a column `case`, relative to `root`, and the column `group_column`:
             cases of one group (a patient) stay in one split. Every case must be listed.
     """
-    root = require_folder(root)
-    require_modalities(modalities)
-    require_list("annotations", annotations)
+    root, modalities = require_folder(root), as_modalities(modalities)
+    annotations = as_texts("annotations", annotations)
     if not annotations:
         raise ValueError("`annotations` must name at least one pattern, got none.")
     check_number("label_threshold", label_threshold, least=0, below=1)
@@ -229,8 +257,12 @@ def read_annotated_folders(
             )
         )
     _check_patterns(subjects)
-    if not any(subject.masks for subject in subjects):
-        raise ValueError(f"`annotations`: no case in {root} holds a file {', '.join(annotations)}.")
+    for pattern in annotations:
+        if not any(match_files(folder, pattern) for folder in cases.values()):
+            raise ValueError(f"`annotations`: no case in {root} holds a file {pattern}.")
+    without = [subject.name for subject in subjects if not subject.masks]
+    if without:
+        warnings.warn(f"There is no annotation of {len(without)} cases: {list_some(without)}.", stacklevel=2)
     return subjects
 
 
@@ -250,7 +282,8 @@ def read_split_tables(
     `seg_path` is the mask, marked above 0. A table names the T1 file: for another modality, folders called t1 and the
     t1 in the file's name are replaced below `root`, never in `root` itself. What the tables get wrong is repaired with
     a warning that names it: a scan that is listed twice is taken once, and one in several splits stays in the last of
-    train, validation and test, so that nothing is tested that was learnt from.
+    train, validation and test, so that nothing is tested that was learnt from. A path that leads out of `root` is an
+    error.
 
     Args:
         modality: `"t1"`, or what takes its place in the names of folders and files, such as `"t2"`.
@@ -259,16 +292,18 @@ def read_split_tables(
         available: Table, `avail_t2`, whose column `0` lists the scans of IXI that have the modality, by `img_name`; of
             tables called `IXI_...` the others are left out.
     """
-    root = require_folder(root)
+    root, modality = require_folder(root), as_text("modality", modality)
     root = root / "Data" if (root / "Data" / "splits").is_dir() else root
     unknown = [name for name in splits if name not in SPLITS]
     if unknown or not splits:
         raise ValueError(f"`splits` must name {', '.join(SPLITS)}, got {', '.join(unknown) or 'none'}.")
     if any(isinstance(tables, str) for tables in splits.values()):
         raise ValueError(f"`splits` must hold lists of tables, got {splits}.")
+    splits = {split: as_texts("splits", tables) for split, tables in splits.items()}
     kept = None
     if available is not None:
-        kept = {_scan_name(row["0"], modality) for row in _read_table(root, available, ("0",))}
+        rows = _read_table(root, as_text("available", available), ("0",))
+        kept = {_scan_name(row["0"], modality) for row in rows}
 
     subjects: dict[str, Subject] = {}
     twice, moved = [], []
@@ -280,17 +315,10 @@ def read_split_tables(
                     continue
                 if name in subjects:
                     (twice if subjects[name].split == split else moved).append(name)
-                label, segmentation = (row.get(key) or "" for key in ("label", "seg_path"))
-                if label not in ("", "0", "1", "0.0", "1.0"):
-                    raise ValueError(f"The table {table} must have labels 0 or 1, got {label!r} of {row['img_name']}.")
-                subjects[name] = Subject(
-                    name,
-                    volume={modality: root / _in_modality(row["img_path"], modality)},
-                    masks=(root / segmentation.lstrip("/"),) if segmentation else (),
-                    brain=root / row["mask_path"].lstrip("/"),
-                    label=int(float(label)) if label else None,
-                    split=split,
-                )
+                subject = _subject_of_row(root, table, row, modality, split)
+                if name in subjects and subjects[name].label != subject.label:
+                    raise ValueError(f"The table {table} gives {name} another label than an earlier row: correct one.")
+                subjects[name] = subject
     if not subjects:
         raise ValueError(f"`splits`: the tables in {root / 'splits'} list no subject.")
     for names, problem in (
@@ -300,6 +328,33 @@ def read_split_tables(
         if names:
             warnings.warn(f"{len(set(names))} scans are {problem}: {', '.join(sorted(set(names)))}.", stacklevel=2)
     return [subjects[name] for name in sorted(subjects)]
+
+
+def _subject_of_row(root: Path, table: str, row: Mapping[str, str], modality: str, split: str) -> Subject:
+    label, segmentation = (row.get(key) or "" for key in ("label", "seg_path"))
+    if label not in ("", "0", "1", "0.0", "1.0"):
+        raise ValueError(f"The table {table} must have labels 0 or 1, got {label!r} of {row['img_name']}.")
+    for column in ("img_path", "mask_path", *(("seg_path",) if segmentation else ())):
+        check_name(f"a file in `{column}` of the table {table}, row {row['img_name']},", row[column].lstrip("/"))
+    return Subject(
+        _scan_name(row["img_name"], modality),
+        volume={modality: root / _in_modality(row["img_path"], modality)},
+        masks=(root / segmentation.lstrip("/"),) if segmentation else (),
+        brain=root / row["mask_path"].lstrip("/"),
+        label=int(float(label)) if label else None,
+        split=split,
+    )
+
+
+def _images_in(folder: Path) -> list[str]:
+    """Returns the names in a folder that look like images, whether a reader takes them or not."""
+    names = sorted(path.name for path in folder.iterdir() if not path.is_dir())
+    return [name for name in names if name.lower().endswith(SCAN_SUFFIXES) and not name.startswith(".")]
+
+
+def _is_unicode(text: str) -> bool:
+    # Python keeps bytes of a file's name that are no UTF-8 as surrogates.
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _files_of(sources: Iterable[Path | StoredVolume]) -> list[Path]:
@@ -337,6 +392,20 @@ def _folders_with(root: Path, folders: Iterable[Path], modalities: Mapping[str, 
     return found
 
 
+def _tell_other_folders(root: Path, folders: Iterable[Path], modalities: Mapping[str, str]) -> None:
+    """Warns of folders that are no subjects, if they are empty or hold images: they may have been meant to be."""
+    others = []
+    for folder in folders:
+        if not any(folder.iterdir()):
+            others.append(f"{folder.name} (empty)")
+        elif any(_images_in(below) for below in (folder, *folders_below(folder))):
+            others.append(folder.name)
+    if others:
+        wanted = ", ".join(modalities.values())
+        message = f"{len(others)} folders in {root} hold no file {wanted}, and are no subjects: {list_some(others)}."
+        warnings.warn(message, stacklevel=3)
+
+
 def _check_patterns(subjects: Sequence[Subject]) -> None:
     """Raises if every subject lacks a file: then the patterns are wrong, and not a subject."""
     files = ((*subject.volume.values(), *subject.masks, subject.brain) for subject in subjects)
@@ -346,7 +415,7 @@ def _check_patterns(subjects: Sequence[Subject]) -> None:
 
 
 def _read_splits(folder: Path, names: set[str]) -> dict[str, str]:
-    files = sorted(folder.glob("*.csv"))
+    files = find_files(folder, "*.csv")
     if not files:
         raise ValueError(f"`splits`: there is no CSV file in {folder}.")
     split_of: dict[str, str] = {}
@@ -354,15 +423,17 @@ def _read_splits(folder: Path, names: set[str]) -> dict[str, str]:
         split = SPLIT_NAMES.get(path.stem.rpartition("_")[2])
         if split is None:
             raise ValueError(f"`splits`: {path} must be named after a split: {', '.join(SPLIT_NAMES)}.")
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if any(row)]
+        rows = read_rows(path, "splits")
         column = 0
         named = [column for column in ("subject", "Subject_ID") if rows and column in rows[0]]
         if named or (rows and rows[0][0] not in names):  # a header, perhaps with another word for it
             header = rows.pop(0)
             column = header.index(named[0]) if named else 0
+            if not named:
+                message = f"{path}: the first row, {header[0]!r}, is no subject, and is taken for the header."
+                warnings.warn(message, stacklevel=3)
         for row in rows:
-            name = row[column].strip()
+            name = row[column] if column < len(row) else ""
             if name not in names:
                 raise ValueError(f"{path} lists the subject {name!r}, which has no folder with the modalities.")
             if split_of.setdefault(name, split) != split:
@@ -379,21 +450,34 @@ def _read_groups(root: Path, groups: str | Path | None, key: str, column: str, n
     """Reads the groups of all `names`; without a table there are none."""
     if groups is None:
         return {}
-    group_of = {row[key]: row[column] for row in read_table(root / groups, (key, column), "groups")}
-    for name in names:
+    path, column = root / as_text("groups", groups), as_text("group_column", column)
+    group_of: dict[str, str] = {}
+    for row in read_table(path, (key, column), "groups"):
+        if group_of.setdefault(row[key], row[column]) != row[column]:
+            raise ValueError(f"{path} lists {row[key]} in two groups: {group_of[row[key]]} and {row[column]}.")
+    names = set(names)
+    for name in sorted(names):
         if name not in group_of:
-            raise ValueError(f"{root / groups} does not list {name} in its column `{key}`.")
+            raise ValueError(f"{path} does not list {name} in its column `{key}`.")
+        if not group_of[name]:
+            raise ValueError(f"{path} gives {name} no group in its column `{column}`.")
+    leave_out("rows", sorted(set(group_of) - names), f"{path} lists them, and they are not in {root}")
     return group_of
 
 
 def _read_table(root: Path, table: str, columns: Sequence[str]) -> list[dict[str, str]]:
-    name, rows = re.fullmatch(r"(.*?)(?:\[(\d*:\d*)\])?", table).groups()
+    name, rows = re.fullmatch(r"(.*?)(?:\[(\d*:\d*)\])?", table, re.DOTALL).groups()
+    check_name("a table in `splits`", name)
     path = root / "splits" / f"{name.removesuffix('.csv')}.csv"
     if not path.is_file():
         there = list_names(path.parent) if path.parent.is_dir() else "no such folder"
         raise FileNotFoundError(f"There is no table {path}: {there}.")
     listed = read_table(path, columns, "splits")
-    return listed[slice(*(int(end) if end else None for end in rows.split(":")))] if rows else listed
+    if rows:
+        listed = listed[slice(*(int(end) if end else None for end in rows.split(":")))]
+    if not listed:
+        raise ValueError(f"`splits`: the rows of {table} list no subject.")
+    return listed
 
 
 def _in_modality(path: str, modality: str) -> str:

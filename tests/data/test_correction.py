@@ -269,7 +269,7 @@ def test_a_recipe_with_correction(tmp_path, phantom):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         failures = prepare_recipe(RECIPE, tmp_path / "raw", tmp_path / "set", template=template, progress=False)
-    assert list(failures) == ["shear"] and "The affine has shear" in failures["shear"]
+    assert list(failures) == ["shear"] and "axes are not perpendicular" in failures["shear"]
 
     with open(tmp_path / "set" / "corrections.csv", newline="") as file:
         rows = {row["subject"]: row for row in csv.DictReader(file)}

@@ -217,6 +217,7 @@ def test_shifts_as_andi_prepares_it(brain, tmp_path):
     save(tmp_path / "T1_brain.nii", brain.images["t1"], moved)
     for name, image in t1ce.images.items():
         save(tmp_path / "BraTS2021_00000" / f"BraTS2021_00000_{name}.nii.gz", 3 * image, brain.affine)
+    save(tmp_path / "BraTS2021_00000" / "notes.nii.gz", brain.lesion, brain.affine)
     recipe = read_recipe("shifts_andi")
     recipe["processor"]["size"] = [32, 32]
     recipe["reader_options"]["splits"] = {"dev_in": "validation", "dev_out": "test"}

@@ -7,14 +7,16 @@ from pathlib import Path
 import datasets
 import nibabel as nib
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch.utils.data
 import yaml
 
+from anodiff.data import shards
 from anodiff.data.layout import COLUMNS, SPLITS
-from anodiff.data.phantoms.brains import PHANTOM_SETS
-from anodiff.data.phantoms.sets import prepare_phantom
+from anodiff.data.phantoms.brains import PHANTOM_SETS, PhantomSubject
+from anodiff.data.phantoms.sets import cached_phantom, prepare_phantom
 from anodiff.data.prepare import prepare, prepare_recipe, read_recipe
 from anodiff.data.prepared import PreparedSplit, load_prepared
 from anodiff.data.readers.subjects import Subject, read_volume_folders
@@ -466,6 +468,75 @@ def test_wrong_folders(tmp_path):
         load_prepared(tmp_path / "set", "validation")
 
 
+def change_subjects(folder, **columns):
+    """Replaces values of the first row of `subjects.parquet`."""
+    table = pq.read_table(folder / "subjects.parquet")
+    rows = table.to_pylist()
+    rows[0] |= columns
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), folder / "subjects.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({"subject": name}, "The name of a subject in .*parquet must be")
+            for name in ("../../x", "/abs/x", "a\0b", "")
+        ),
+        ({"subject": "s1"}, "lists a subject twice"),
+        ({"split": "../x"}, "must name the splits train, validation, test, got '../x'"),
+        ({"rows": None}, "`rows of s0 in .*` must be an integer of at least 0, got None"),
+        ({"rows": 7}, "do not agree|says 13"),
+    ],
+)
+def test_sets_that_come_from_elsewhere(tmp_path, change, message, streaming):
+    """What evaluations write is called after subjects: a set from a stranger must not choose the place."""
+    make_set(tmp_path / "raw", tmp_path / "set")
+    change_subjects(tmp_path / "set", **change)
+    with pytest.raises(ValueError, match=message):
+        split = load_prepared(tmp_path / "set", "train", streaming=streaming)
+        list(split.shuffled_rows((0,), 8))
+
+
+def test_rows_of_subjects_that_are_not_listed(tmp_path):
+    make_set(tmp_path / "raw", tmp_path / "set")
+    change_subjects(tmp_path / "set", subject="other")
+    with pytest.raises(ValueError, match="do not agree with its subjects.parquet"):
+        load_prepared(tmp_path / "set", "train")
+    split = load_prepared(tmp_path / "set", "train", streaming=True)
+    for rows in (iter(split), split.shuffled_rows((0,), 8, ("image", "annotations"))):
+        with pytest.raises(ValueError, match="hold rows of 's0', whom subjects.parquet does not list"):
+            list(rows)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("processor/processor_config.json", b'{"modalities": ["../x"]}', "The name of a modality in .* must be"),
+        ("processor/processor_config.json", b"{}", "must hold the settings of a processor with its `modalities`"),
+        ("processor/processor_config.json", b"{", "processor_config.json, line 1: the file is no JSON"),
+        ("recipe.yaml", b"[", "recipe.yaml, line 1: the file is no YAML"),
+        ("recipe.yaml", b"- a", "recipe.yaml must hold `key: value` pairs, got"),
+        ("recipe.yaml", b"source: \xe4", "recipe.yaml, line 1: byte 0xe4 is not UTF-8"),
+        ("subjects.parquet", b"PAR1", "subjects.parquet cannot be read, it may be truncated or damaged"),
+        ("data/train-00000-of-00001.parquet", b"PAR1", "train-00000-of-00001.parquet cannot be read"),
+    ],
+)
+def test_damaged_sets(tmp_path, file, content, message):
+    make_set(tmp_path / "raw", tmp_path / "set")
+    (tmp_path / "set" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_prepared(tmp_path / "set", "train")
+
+
+def test_rows_are_measured_before_they_are_unpacked(tmp_path, monkeypatch):
+    make_set(tmp_path / "raw", tmp_path / "set")
+    monkeypatch.setenv("ANODIFF_MAX_VOXELS", "127")
+    with pytest.raises(ValueError, match="A row of `image` in .* would have 128 voxels, and 127 are the limit"):
+        load_prepared(tmp_path / "set", "train")
+
+
 HUB = """
 import json, sys
 from huggingface_hub import HfApi
@@ -580,6 +651,50 @@ def test_a_phantom_is_made_once(tmp_path, monkeypatch):
     before = made.stat().st_mtime_ns
     assert len(load_prepared("phantom-mini", "test")) > 0
     assert made.stat().st_mtime_ns == before
+
+
+def test_a_phantom_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setitem(PHANTOM_SETS, "phantom-mini", {"train": ((None, 1),), "test": (("tumour", 1),)})
+    options = {"anatomy": "geometric", "raw": tmp_path / "raw", "progress": False}
+    save, made = PhantomSubject.save, []
+
+    def interrupt(subject, folder):
+        save(subject, folder)
+        made.append(subject.name)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(PhantomSubject, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):  # of the raw volumes: nothing half-made is left
+            prepare_phantom("phantom-mini", tmp_path / "set", **options)
+        assert not [path for path in (tmp_path / ".raw-raw").iterdir() if path.is_dir()]
+        stopped.setattr(PhantomSubject, "save", save)
+        stopped.setattr(shards, "write_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):  # when they are there
+            prepare_phantom("phantom-mini", tmp_path / "set", **options)
+    assert not (tmp_path / "raw").exists() and not (tmp_path / "set").exists()
+    (tmp_path / ".raw-raw" / "of-another-version").mkdir()
+    with monkeypatch.context() as stopped:
+        stopped.setattr(PhantomSubject, "save", None)  # nothing is made again
+        assert prepare_phantom("phantom-mini", tmp_path / "set", **options) == {}
+    assert {path.name for path in tmp_path.iterdir()} == {"raw", "set"}
+    assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["healthy_0000", "splits", "tumour_0001"]
+    with pytest.raises(FileExistsError, match="`raw` .*raw exists"):
+        prepare_phantom("phantom-mini", tmp_path / "other", **options)
+
+
+def test_a_phantom_that_another_process_makes_is_waited_for(tmp_path, monkeypatch):
+    waited = []
+
+    def make(name, folder, **_):
+        if not waited:
+            raise BlockingIOError("in use")
+        folder.mkdir(parents=True)
+
+    monkeypatch.setattr("anodiff.data.phantoms.sets.prepare_phantom", make)
+    monkeypatch.setattr("anodiff.data.phantoms.sets.time.sleep", waited.append)
+    assert cached_phantom("phantom-mini").is_dir() and waited == [1]
 
 
 def test_real_volumes(tmp_path):

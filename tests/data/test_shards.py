@@ -1,7 +1,9 @@
 """How prepared data sets are written: by several processes, after an interruption, after a change."""
 
 import ast
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +15,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import yaml
+from filelock import FileLock
 
+from anodiff import preprocess
 from anodiff.data import shards
 from anodiff.data.prepare import prepare_recipe
 
@@ -170,6 +174,116 @@ def test_what_is_not_ours_is_not_touched(raw, tmp_path):
     assert (tmp_path / "resumed.partial" / "diary.txt").read_text() == "mine"
 
 
+def test_one_run_at_a_time(raw, tmp_path):
+    holding = FileLock(tmp_path / "set.partial" / ".run.lock")
+    (tmp_path / "set.partial").mkdir()
+    holding.acquire()
+    record = {"process": 7, "host": "here", "since": "2020-01-01 00:00:00"}
+    (tmp_path / "set.partial" / ".run.json").write_text(json.dumps(record))
+    with pytest.raises(BlockingIOError, match="set.partial is in use by process 7 on here, since 2020"):
+        prepared(raw, tmp_path / "set")
+    holding.release()
+    assert list(prepared(raw, tmp_path / "set")) == ["s3"]
+
+
+def test_what_killed_runs_left_is_removed(raw, tmp_path, monkeypatch):
+    """A result that was being written, a piece that was, and a temporary folder of an earlier version."""
+    with monkeypatch.context() as stopped:
+        stopped.setattr(shards, "write_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepared(raw, tmp_path / "set")
+    partial = tmp_path / "set.partial"
+    (partial / "tmp1234" / "set").mkdir(parents=True)
+    (partial / f".0123abcd.partial.{pieces_in(partial)[0].name}").write_bytes(b"half")
+    seen = []
+
+    def look(*arguments):
+        seen.extend(sorted(path.name for path in partial.iterdir() if path.suffix or path.is_dir()))
+        return original(*arguments)
+
+    original = shards.read_piece
+    monkeypatch.setattr(shards, "read_piece", look)
+    prepared(raw, tmp_path / "set")
+    assert set(seen) == {".run.json", ".run.lock", "UNFINISHED.txt", "unfinished"}
+    assert not partial.exists() and "train-00000-of-00001.parquet" in os.listdir(tmp_path / "set" / "data")
+
+
+def test_a_result_that_appeared_meanwhile_stays(raw, tmp_path, monkeypatch):
+    original = shards.check_partial
+    monkeypatch.setattr(shards, "check_partial", lambda partial: (tmp_path / "set").mkdir() or original(partial))
+    with pytest.raises(FileExistsError, match="`out` .*set exists"):
+        prepared(raw, tmp_path / "set")
+    assert not os.listdir(tmp_path / "set")
+
+
+STOPPED = "stopped by {}: what is finished is kept, nothing is half-written. The same command goes on from here."
+
+
+def test_a_signal_ends_a_run_with_one_line(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    original, written = shards.write_piece, []
+
+    def write_piece(path, table, row):
+        original(path, table, row)
+        written.append(path)
+        if len(written) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(shards, "write_piece", write_piece)
+    arguments = ["--recipe", "recipe.yaml", "--root", "raw", "--out", "set"]
+    assert preprocess.run_script(lambda: preprocess.main(arguments), preprocess.GO_ON) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == STOPPED.format("SIGTERM")
+    assert not Path("set").exists() and sorted(pieces_in(Path("set.partial"))) == sorted(map(Path, written))
+    assert preprocess.main(arguments) == 1 and len(written) == 7  # s3 cannot be read
+    assert Path("set").is_dir() and not Path("set.partial").exists()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked at in /proc")
+def test_ctrl_c_ends_the_workers_as_well(tmp_path):
+    """As a terminal sends it: to all processes."""
+    for index in range(200):
+        folder = tmp_path / "raw" / f"s{index:03d}"
+        folder.mkdir(parents=True)
+        nib.save(nib.Nifti1Image(1 + np.eye(9, dtype=np.float32)[..., None], np.eye(4)), folder / "flair.nii.gz")
+    recipe = {**RECIPE, "reader_options": {"modalities": {"flair": "flair.nii.gz"}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    command = [sys.executable, SCRIPT, "--recipe", "recipe.yaml", "--root", "raw", "--out", "set", "--num_proc", "2"]
+    options = {"cwd": tmp_path, "env": {**os.environ, "HF_HOME": str(tmp_path / "home")}, "start_new_session": True}
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen([*map(str, command)], stderr=said, **options)
+    while not pieces_in(tmp_path / "set.partial"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() == 130 and workers
+    while any(map(alive, workers)):  # among them Python's own helper, which follows its parent
+        time.sleep(0.01)
+    lines = re.split(r"[\r\n]+", (tmp_path / "said").read_text().strip())
+    assert lines[-1] == STOPPED.format("SIGINT") and all(line.startswith("prepare:") for line in lines[:-1])
+    assert 1 <= len(pieces_in(tmp_path / "set.partial")) < 200 and not (tmp_path / "set").exists()
+
+
+UNGUARDED = """
+import sys
+import yaml
+from anodiff.data.prepare import prepare_recipe
+
+prepare_recipe(yaml.safe_load(open("recipe.yaml")), "raw", "set", num_proc=2, progress=False)
+"""
+
+
+def test_a_script_without_guard_is_told_so(raw, tmp_path):
+    (tmp_path / "mine.py").write_text(UNGUARDED)
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ChildProcessError: The worker processes could not start. Each of them reads the script again that called this:"
+        ' with `num_proc` above 1 the call must stand below `if __name__ == "__main__":`.'
+    )
+    assert "want of memory" not in done.stderr and "bootstrapping" not in done.stderr
+
+
 def die(number):
     os._exit(number)
 
@@ -220,8 +334,9 @@ def imported_modules(start):
 
 def test_every_module_that_produces_data_is_part_of_the_digest():
     needed = imported_modules("data/phantoms/sets.py")
-    # Words about data, messages about bad values, and what makes the processor a component of checkpoints.
-    no_data = {"data/card.py", "checks.py", "hub/registration.py", "__init__.py"}
+    # Words about data, messages about bad values, files as such, and what makes the processor a component of
+    # checkpoints.
+    no_data = {"data/card.py", "checks.py", "files.py", "hub/configuration.py", "hub/registration.py", "__init__.py"}
     assert needed - no_data == set(shards.PRODUCERS)
     assert len(shards.PRODUCERS) == len(set(shards.PRODUCERS))
     assert not {"data/leaks.py", "data/prepared.py", "data/card.py"} & set(shards.PRODUCERS)

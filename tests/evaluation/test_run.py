@@ -2,11 +2,15 @@
 
 import functools
 import json
+import os
+import shutil
+import signal
 import types
 
 import nibabel as nib
 import numpy as np
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -18,11 +22,15 @@ from anodiff.data.readers.subjects import Subject
 from anodiff.data.rules import SliceRule
 from anodiff.evaluation import run
 from anodiff.evaluation.calibration import LabelledSlices
+from anodiff.evaluation.candidates import store_values
 from anodiff.evaluation.cases import Case, slice_numbers
 from anodiff.evaluation.options import EvalOptions
 from anodiff.evaluation.protocols import PROTOCOLS, pooled
 from anodiff.evaluation.run import evaluate
+from anodiff.files import lock_folder
 from anodiff.hub.model_card import PROTOCOL_FIELDS
+from anodiff.hub.publishing import PublishingError
+from anodiff.running import run_script
 from anodiff.schedulers.draws import DRAWS_VERSION
 
 
@@ -236,3 +244,229 @@ def test_protocols_score_the_same_maps(place, volumes_report, name):
     assert (place / f"out-{name}" / "cases.png").stat().st_size > 10_000 and not (
         place / f"out-{name}" / "maps"
     ).exists()
+
+
+# What an evaluation leaves, and what it leaves alone
+
+
+DONE = {".run.lock", "cases.png", "report.json", "report.md"}
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["maps", "results", "card"])
+def test_a_folder_of_the_user_stays(place, tmp_path, name):
+    (tmp_path / name / "00" / "test").mkdir(parents=True)
+    (tmp_path / name / "00" / "test" / "mine.npz").write_bytes(b"mine")
+    evaluate(options(place, "volumes", tmp_path, baselines=False))
+    assert (tmp_path / name / "00" / "test" / "mine.npz").read_bytes() == b"mine"
+    assert {path.name for path in tmp_path.iterdir()} == DONE | {name}
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("cases.png", {}),
+        ("reliability.png", {}),
+        ("report.md", {}),
+        (".cases", {}),
+        ("maps", {"keep_maps": True}),
+        ("card", {"push_to_hub": "owner/tiny"}),
+        ("former-card.md", {"push_to_hub": "owner/tiny"}),
+    ],
+)
+def test_what_would_be_replaced_is_named_before_the_work(place, tmp_path, name, others):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"holds {name} already"):
+        evaluate(options(place, "volumes", tmp_path, **others))
+    assert contents(tmp_path) == {name: b"mine"}
+
+
+def test_a_report_is_not_replaced_whole_or_torn(place, tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="already holds a report"):
+        evaluate(options(place, "volumes", tmp_path))
+    (tmp_path / "report.json").write_text('{"results": [')
+    with pytest.raises(FileExistsError, match="report.json is no whole report: .* Remove it"):
+        evaluate(options(place, "volumes", tmp_path))
+    assert contents(tmp_path) == {"report.json": b'{"results": ['}
+
+
+@pytest.mark.parametrize("where", ["load_pipeline", "write_text", "os.rename", "store_values", "read_json"])
+def test_the_same_command_again_after_a_stop(place, tmp_path, monkeypatch, capsys, where):
+    """At the first map, after the pictures, among the last files, and while the threshold is stored."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    own = options(place, "volumes", tmp_path / "out", keep_maps=True, baselines=False, set_threshold="validation")
+    own.model = [str(tmp_path / "model")]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+
+    def stop(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        if where == "read_json":  # at the very end: this one is finished
+            patch.setattr(run, "read_json", stop)
+        elif where == "os.rename":
+            patch.setattr(os, "rename", stop)
+        else:
+            patch.setattr(run, where, stop)
+        assert run_script(lambda: evaluate(own)) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped by SIGTERM: what is finished is kept")
+    assert (tmp_path / "out" / "report.json").exists() == (where == "read_json")
+    if where == "read_json":
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["results"]
+    else:
+        report = evaluate(own)
+        index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+        assert index["threshold"] == report["results"][0]["metrics"]["threshold_validation"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == DONE | {"maps", "mine.txt"}
+    assert AnomalyPipeline.from_pretrained(tmp_path / "model").config.threshold is not None
+
+
+def test_a_record_removes_nothing_elsewhere(place, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "out" / ".evaluation.json").write_text('["../mine.txt", "mine", ".cases", "report.md"]')
+    (tmp_path / "out" / "mine").mkdir()
+    evaluate(options(place, "volumes", tmp_path / "out", baselines=False))
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == DONE | {"mine"}
+
+
+def test_two_evaluations_do_not_share_a_folder(place, tmp_path):
+    with lock_folder(tmp_path), pytest.raises(BlockingIOError, match=f"is in use by process {os.getpid()} on"):
+        evaluate(options(place, "volumes", tmp_path))
+    assert not (tmp_path / ".cases").exists()
+
+
+def test_a_threshold_that_does_not_exist_leaves_the_report(place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    own = options(place, "pictures", tmp_path / "out", baselines=False, set_threshold="validation")
+    own.model = [str(tmp_path / "model")]
+    before = contents(tmp_path / "model")
+    with pytest.raises(ValueError, match="does not allow the policy validation; none was stored for ANDi"):
+        evaluate(own)
+    assert contents(tmp_path / "model") == before and (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize("subject", ["../../x", "/tmp/x", "a/../../x", "a\\..\\x", "x\n", "", "x" * 300])
+def test_the_name_of_a_subject_is_no_path(tmp_path, subject):
+    maps = np.zeros((1, 4, 4), np.float32)
+    case = Case(subject, maps, maps > 0, None, np.array([0]), maps.mean((1, 2)), 0.0)
+    with pytest.raises(ValueError, match="The name of a subject must be one that a file can have"):
+        case.save(tmp_path / "in")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_name_of_a_modality_is_no_path(place, tmp_path, monkeypatch):
+    def load(*arguments):
+        split = load_prepared(*arguments)
+        split.processor_settings["modalities"] = ["x/../../../x"]
+        return split
+
+    monkeypatch.setattr(run, "load_prepared", load)
+    own = options(place, "volumes", tmp_path / "a" / "out")
+    own.model = []
+    with pytest.raises(ValueError, match="The name of a row of"):
+        evaluate(own)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and len(list((tmp_path / "a").iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", ["a:\tb", "[]", "", "slices: {train: no such rule}"])
+def test_a_recipe_that_is_none_is_named(place, tmp_path, content):
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model" / "recipe.yaml").write_text(content)
+    own = options(place, "volumes", tmp_path / "out")
+    own.model = [str(tmp_path / "model")]
+    with pytest.raises(ValueError, match="recipe.yaml of .* is not that of a prepared data set"):
+        evaluate(own)
+
+
+def test_values_are_stored_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text('{"threshold": 1}')
+    (tmp_path / "README.md").write_text("| `threshold` | 1 |\nMüller\n", encoding="utf-8")
+    before = contents(tmp_path)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="No space"):
+            store_values(tmp_path, {"threshold": 2})
+    assert contents(tmp_path) == before
+    store_values(tmp_path, {"threshold": 2})
+    assert json.loads((tmp_path / "model_index.json").read_text()) == {"threshold": 2}
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "| `threshold` | 2 |\nMüller\n"
+
+
+# What is published
+
+
+@pytest.mark.parametrize("model", [".", "pipeline", "{}", "../run/pipeline"])
+def test_models_are_named_without_their_folders(place, tmp_path, monkeypatch, model):
+    folder = tmp_path / "run" / "pipeline"
+    shutil.copytree(place / "model", folder)
+    monkeypatch.chdir(folder if model == "." else folder.parent)
+    own = options(place, "volumes", tmp_path / "out", baselines=False)
+    own.model, own.data = [model.format(folder)], os.path.relpath(place / "volumes")
+    report = evaluate(own)
+    [row] = report["results"]
+    assert (row["name"], row["model"], report["data"]["name"]) == ("ANDi (run)", "run", "volumes")
+    assert not [name for name, text in contents(tmp_path / "out").items() if str(tmp_path).encode() in text]
+
+
+CARD = "---\nlicense: mit\n---\n\n# Written by hand\n"
+
+
+def test_nothing_of_this_machine_is_pushed(place, near_hub, tmp_path):
+    pipe = AnomalyPipeline.from_pretrained(place / "model")
+    pipe.save_pretrained(tmp_path / "secret" / "model")
+    picture = tmp_path / "secret" / "mine.png"
+    text = PIL.PngImagePlugin.PngInfo()
+    text.add_text("Comment", str(tmp_path))
+    PIL.Image.new("L", (4, 4)).save(picture, pnginfo=text)
+    own = options(place, "volumes", tmp_path / "secret" / "out", push_to_hub="owner/tiny", hub_picture=str(picture))
+    own.model = [str(tmp_path / "secret" / "model")]
+    report = evaluate(own)
+    pushed = near_hub.files("owner/tiny")
+    assert "evaluation-volumes-test.png" in pushed and "### volumes, split `test`" in pushed["README.md"].decode()
+    for files in (pushed, contents(tmp_path / "secret" / "out"), contents(tmp_path / "secret" / "model")):
+        assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    assert str(tmp_path) not in json.dumps(report) and not any(name.startswith(".run") for name in pushed)
+
+
+def test_a_picture_that_is_none_is_named_before_the_work(place, near_hub, tmp_path):
+    (tmp_path / "mine.png").write_bytes(b"a picture")
+    with pytest.raises(ValueError, match="mine.png is no picture"):
+        evaluate(
+            options(
+                place, "volumes", tmp_path / "out", push_to_hub="owner/tiny", hub_picture=str(tmp_path / "mine.png")
+            )
+        )
+    assert near_hub.requests == []
+
+
+def test_cards_that_people_wrote_get_the_results(place, near_hub, tmp_path, capsys):
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text(CARD.replace("by hand", "in the folder"))
+    near_hub.put("owner/tiny", {"README.md": CARD.encode()})
+    own = options(place, "volumes", tmp_path / "out", baselines=False, push_to_hub="owner/tiny")
+    own.model = [str(tmp_path / "model")]
+    evaluate(own)
+    card = near_hub.files("owner/tiny")["README.md"].decode()
+    assert "# Written by hand" in card and "### volumes, split `test`" in card
+    assert (tmp_path / "model" / "README.md").read_text() == card
+    # The folder's own one is not lost, and it is said.
+    assert "# Written in the folder" in (tmp_path / "out" / "former-card.md").read_text()
+    assert "its own one is kept in" in capsys.readouterr().out
+
+    # While the card cannot be read nothing is pushed over it; the report is there.
+    near_hub.fail("HEAD", "README.md", status=503)
+    own.output_dir = str(tmp_path / "again")
+    with pytest.raises(PublishingError, match="is not to be lost"):
+        evaluate(own)
+    assert near_hub.files("owner/tiny")["README.md"].decode() == card and (tmp_path / "again" / "report.json").exists()

@@ -5,12 +5,16 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import PIL.PngImagePlugin
 import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, parse_eval_result_entries
 
 from anodiff import AnoDDPMPipeline
-from anodiff.hub.publishing import PublishingError, complete_folder, push_folder
+from anodiff.hub.publishing import PublishingError, complete_folder, copy_picture, push_folder, write_card
 
 from ..hub_server import READ_TOKEN
 from ..tiny import make_pipeline
@@ -145,14 +149,14 @@ def test_push_and_pull(hub, hub_client, folder):
 
 def test_a_push_that_fails_says_how_to_do_it_later(hub, hub_client, folder):
     before = contents(folder)
-    # The Hub breaks at the first request, at the end of the upload, and with a cut line.
-    hub.fail("POST", "/api/repos/create", status=500, times=1)
-    hub.fail("POST", "/commit/", status=500, times=1)
-    hub.fail("POST", "/commit/", status=None, times=1)
+    # The Hub refuses the first request, the right to write, and the end of the upload.
+    hub.fail("POST", "/api/repos/create", status=402, times=1)
+    hub.fail("GET", "/auth-check", status=403, times=1)
+    hub.fail("POST", "/commit/", status=403, times=1)
     *failed, url = hub_client(PUSH, folder, "owner/tiny", "4")
     assert url == f"{hub.url}/owner/tiny"
     assert contents(folder) == before
-    for message, reason in zip(failed, ("500", "500", "disconnected"), strict=True):
+    for message, reason in zip(failed, ("402", "403", "403"), strict=True):
         assert message.startswith("owner/tiny was not pushed: ") and reason in message
         assert f"All files are safe in {folder}" in message
 
@@ -228,7 +232,7 @@ def test_a_pipeline_pushes_itself(hub, hub_client, folder, tmp_path):
 
 
 def test_a_pipeline_that_cannot_push_itself_is_safe(hub, hub_client, folder, tmp_path):
-    hub.fail("POST", "/commit/", status=500, times=1)
+    hub.fail("POST", "/commit/", status=403, times=1)
     [message] = hub_client(PUSH_PIPELINE, folder, json.dumps([{"repo_id": "owner/tiny"}]), TMPDIR=str(tmp_path))
     [kept] = tmp_path.glob("AnoDDPMPipeline-*")
     assert f"All files are safe in {kept}." in message
@@ -291,3 +295,53 @@ def test_a_missing_folder_is_no_matter_of_the_hub(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         push_folder(tmp_path / "nothing", "owner/tiny")
     assert issubclass(PublishingError, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [
+        *[(".png", "L"), (".png", "RGB"), (".png", "P"), (".png", "RGBA"), (".png", "I;16")],
+        *[(".jpg", "L"), (".jpg", "RGB"), (".jpg", "CMYK"), (".gif", "P"), (".webp", "RGB"), (".webp", "RGBA")],
+    ],
+)
+def test_a_picture_is_pixels_only_and_upright(suffix, mode, tmp_path):
+    shades = np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4).repeat(8, 0).repeat(8, 1)
+    if mode == "I;16":
+        picture = PIL.Image.fromarray(shades.astype(np.uint16) * 256)
+    else:
+        picture = PIL.Image.fromarray(shades).convert("RGB")
+        picture = picture.quantize() if mode == "P" else picture.convert(mode)
+    source, target = tmp_path / f"source{suffix}", tmp_path / f"target{suffix}"
+    exif, text = PIL.Image.Exif(), PIL.PngImagePlugin.PngInfo()
+    exif[0x0112], exif[0x010E] = 6, "Jane Doe"  # to be turned by a quarter; a description
+    text.add_text("Comment", "Jane Doe")
+    picture.save(source, exif=exif, pnginfo=text, comment="Jane Doe", xmp=b"Jane Doe", icc_profile=b"Jane Doe" * 20)
+    assert b"Jane Doe" in source.read_bytes()
+
+    copy_picture(source, target)
+    assert b"Jane Doe" not in target.read_bytes()
+    with PIL.Image.open(target) as copied:
+        assert not copied.getexif() and not {"comment", "Comment", "exif", "xmp", "icc_profile"} & set(copied.info)
+        expected = shades if suffix == ".gif" else np.rot90(shades, -1)  # GIF has no EXIF
+        seen = np.asarray(copied) / 256 if mode == "I;16" else np.asarray(copied.convert("L"), float)
+    assert seen.shape == expected.shape
+    assert np.abs(seen - expected).mean() < (6 if suffix in (".jpg", ".webp") else 0.01)
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.png", b"a picture"), ("a.svg", b"<svg/>"), ("a.png", b"")])
+def test_what_is_no_picture(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="is no picture that can be shown in a card"):
+        copy_picture(tmp_path / name, tmp_path / f"copy-{name}")
+    with pytest.raises(FileNotFoundError):
+        copy_picture(tmp_path / "nothing.png", tmp_path / "copy.png")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("data_set", ["../x", "lab/../../x", "lab\\x/y", "lab/x\ny", "a/b/c"])
+def test_no_card_names_a_file_elsewhere(data_set, tmp_path):
+    result = EvalResult("image-segmentation", data_set, "x", "slice_auroc", 0.87)
+    data = ModelCardData(license="mit", model_name="tiny", eval_results=[result])
+    (tmp_path / "in").mkdir()
+    write_card(tmp_path / "in", str(ModelCard(f"---\n{data.to_yaml()}\n---\n# Tiny\n")))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "in"]

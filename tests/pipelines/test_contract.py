@@ -68,9 +68,58 @@ def test_every_kind_of_volume_gives_the_same_map(pipe, tmp_path):
     expected = map_of(pipe(volume))
     image = nib.Nifti1Image(volume, np.eye(4))
     nib.save(image, tmp_path / "scan.nii.gz")
-    for kind in (tmp_path / "scan.nii.gz", str(tmp_path / "scan.nii.gz"), image, {"image": volume}):
+    tensor = torch.from_numpy(volume)
+    for kind in (tmp_path / "scan.nii.gz", str(tmp_path / "scan.nii.gz"), image, {"image": volume}, tensor):
         assert_same_map(map_of(pipe(kind)), expected)
     assert map_of(pipe(volume)).shape[-3:] == volume.shape
+
+
+def test_tensors_of_two_and_three_dimensions_are_volumes(pipe, tmp_path):
+    volume = make_volume((SIZE, SIZE))
+    brain = volume > 0.2
+    for given, mask in ((torch.from_numpy(volume), torch.from_numpy(brain)), (volume, brain)):
+        flat = pipe(given, brain_mask=mask)
+        assert isinstance(map_of(flat), np.ndarray) and map_of(flat).shape[-2:] == (SIZE, SIZE)
+        assert not map_of(flat)[..., ~brain].any()
+        flat.save(tmp_path / str(type(given).__name__))
+    one, two = pipe([torch.from_numpy(make_volume()), torch.from_numpy(volume)])
+    assert_same_map(map_of(one), map_of(pipe(make_volume())))
+    assert_same_map(map_of(two), map_of(pipe(volume)))
+    for wrong in (torch.zeros(5), torch.zeros(2, 1, 4, 4, 4)):
+        with pytest.raises(ValueError, match=r"must have the shape \(X, Y\) or \(X, Y, Z\), got"):
+            pipe(wrong)
+
+
+def of_numpy(value):
+    """The same value as numpy has it."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(of_numpy, value))
+    kinds = {bool: np.bool_, int: np.int64, float: np.float64, str: np.str_}
+    return kinds[type(value)](value) if type(value) in kinds else value
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_numbers_of_numpy_are_numbers(name, tmp_path):
+    """In constructors and calls: they are taken, checked by the same limits, and can be saved."""
+    plain = make_pipeline(name, threshold=0.25)
+    settings = {
+        key: plain.config[key] for key in plain.config if not key.startswith("_") and key not in plain.components
+    }
+    scheduler = type(plain.scheduler)(
+        **{key: of_numpy(value) for key, value in plain.scheduler.config.items() if not key.startswith("_")}
+    )
+    numpy = make_pipeline(name, scheduler=scheduler, **{key: of_numpy(value) for key, value in settings.items()})
+    numpy.save_pretrained(tmp_path / "pipeline")
+    for kind in (numpy, type(plain).from_pretrained(tmp_path / "pipeline")):
+        for config, expected in ((kind.config, plain.config), (kind.scheduler.config, plain.scheduler.config)):
+            for key in set(expected) & set(config):
+                if not key.startswith("_") and key not in plain.components:
+                    assert json.loads(json.dumps(config[key])) == json.loads(json.dumps(expected[key])), key
+    call = {key: of_numpy(value) for key, value in plain.default_settings().items()}
+    output = plain(make_volume(), **call, threshold=np.float32(0.5), batch_size=np.int64(4), generator=np.int64(3))
+    output.save(tmp_path / "out")
+    assert_same_map(map_of(output), map_of(plain(make_volume(), generator=3)))
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["settings"]["threshold"] == 0.5
 
 
 def test_pictures_have_pictures_as_results(pipe, tmp_path):
@@ -245,6 +294,8 @@ def test_a_damaged_network_is_refused(pipe, tmp_path):
     [
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
         ({"batch_size": 2.0}, "`batch_size` must be an integer of at least 1, got 2.0"),
+        ({"batch_size": np.int64(0)}, "`batch_size` must be an integer of at least 1, got 0"),
+        ({"threshold": np.float32("nan")}, "`threshold` must be .* got nan"),
         ({"threshold": "high"}, "`threshold` must be .* got 'high'"),
         ({"threshold": float("nan")}, "`threshold` must be .* got nan"),
         ({"generator": -1}, "`generator` must be an integer >= 0"),

@@ -14,7 +14,9 @@ from anodiff.evaluation.overview import draw_members
 from ..tiny import SIZE, make_pipeline, make_slices, make_volume
 
 
-OBLIQUE = np.array([[-0.9, 0.3, 0, 10], [0.3, 1.1, 0.2, -20], [0, -0.1, 4, 5], [0, 0, 0, 1.0]])
+COS, SIN = np.cos(np.deg2rad(20)), np.sin(np.deg2rad(20))
+ROTATION = np.array([[COS, -SIN, 0], [SIN, COS, 0], [0, 0, 1]])
+OBLIQUE = nib.affines.from_matvec(ROTATION @ np.diag([-0.9, 1.1, 4.0]), (10, -20, 5))
 
 
 @pytest.mark.parametrize("name", ["AnoDDPMPipeline", "ANDiPipeline", "AnoFPDMPipeline"])

@@ -1,4 +1,5 @@
 import json
+import os
 
 import nibabel as nib
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from anodiff import AnomalyOutput
-from anodiff.pipelines.output import remove_results
+from anodiff.volumes.results import remove_results
 from anodiff.volumes.volume import read_volume
 
 
@@ -75,6 +76,7 @@ def test_files_lie_on_the_grid_of_the_input(tmp_path, units, kind):
         "volume_score": 0.25,
         "pred_score": [0, 0.125, 0.25, 0.375],
         "settings": {"pipeline": "test", "noise_level": 250},
+        "files": ["anomaly_map.nii.gz", "pred_mask.nii.gz", "reconstruction.nii.gz"],
     }
 
 
@@ -92,11 +94,11 @@ def test_form_codes_stay_as_they_are(tmp_path, codes):
 def test_two_forms_that_differ_both_stay(tmp_path):
     source = scan()
     source.set_sform(OBLIQUE, code=4)
-    source.set_qform(np.diag([0.9, 1.1, 4.0, 1]), code=1)
+    source.set_qform(np.diag([-0.9, 1.1, 4.0, 1]), code=1)
     nib.save(source, tmp_path / "scan.nii")
     image = saved(tmp_path, "anomaly_map", save(tmp_path / "scan.nii", tmp_path))
     np.testing.assert_allclose(image.header.get_sform(), OBLIQUE, atol=1e-5)
-    np.testing.assert_allclose(image.header.get_qform(), np.diag([0.9, 1.1, 4.0, 1]), atol=1e-5)
+    np.testing.assert_allclose(image.header.get_qform(), np.diag([-0.9, 1.1, 4.0, 1]), atol=1e-5)
     np.testing.assert_array_equal(image.affine, nib.load(tmp_path / "scan.nii").affine)
 
 
@@ -201,17 +203,171 @@ def test_a_result_of_a_tensor_refuses_to_be_saved(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_an_earlier_call_wrote_is_removed_and_nothing_else(tmp_path):
-    written = (
-        "dispersion.png",
-        "dispersion.json",
-        "member_maps.nii.gz",
-        "member_masks_03.png",
-        "reconstruction_t1.png",
-        "result.json",
-    )
-    own = ("dispersion_plot.png", "member_masks_of_mine.png", "result.csv", "reconstruction.txt")
-    for name in (*written, *own):
-        (tmp_path / name).touch()
+# --- files are never lost
+
+
+FILES = {"anomaly_map.nii.gz", "pred_mask.nii.gz", "reconstruction.nii.gz", "result.json"}
+OWN = ("dispersion_plot.png", "mean_map.nii.gz", "member_masks_03.png", "result.csv", "scan.nii.gz")
+
+
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).write_text(f"the user's {name}")
+
+
+def test_what_the_record_names_is_removed_and_nothing_else(tmp_path):
+    touch(tmp_path, *OWN)
+    save(scan(), tmp_path, pred_mask=None)
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["files"] == ["anomaly_map.nii.gz", "reconstruction.nii.gz"]
+    touch(tmp_path, "pred_mask.nii.gz")  # a segmentation of the user's, say
     remove_results(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(own)
+    assert names_in(tmp_path) == {*OWN, "pred_mask.nii.gz"}
+    remove_results(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("record", "values", "removed"),
+    [
+        ("result", {"pred_score": [1]}, {"anomaly_map.nii.gz", "reconstruction_t1.png", "overview.png"}),
+        ("result", {"num_members": 4}, {"mean_map.nii.gz", "member_masks_03.png", "overview.png"}),
+        ("dispersion", {"pred_score": [[1]]}, {"mean_map.nii.gz", "dispersion.png"}),
+        (
+            "result",
+            {"pred_score": [1], "settings": None},
+            {"anomaly_map.nii.gz", "reconstruction_t1.png", "overview.png"},
+        ),
+        ("result", {"name": "mine"}, set()),
+        ("result", [1, 2], set()),
+        ("result", None, set()),
+    ],
+)
+def test_results_of_older_versions_are_known_by_their_record(tmp_path, record, values, removed):
+    every = {"anomaly_map.nii.gz", "reconstruction_t1.png", "overview.png", "dispersion.png", *OWN}
+    touch(tmp_path, *every, f"{record}.json")
+    if values is not None:
+        ours = {"settings": {}, **values} if {"pred_score", "num_members"} & set(values) else values
+        (tmp_path / f"{record}.json").write_text(json.dumps(ours))
+    remove_results(tmp_path)
+    assert names_in(tmp_path) == (every | {f"{record}.json"}) - (removed | {f"{record}.json"} if removed else set())
+
+
+def test_a_record_cannot_name_what_is_no_result(tmp_path):
+    (tmp_path / "in").mkdir()
+    touch(tmp_path, "overview.png")
+    touch(tmp_path / "in", "scan.nii.gz", "notes.png")
+    hostile = ["../overview.png", str(tmp_path / "overview.png"), "scan.nii.gz", "notes.png", 3, "."]
+    (tmp_path / "in" / "result.json").write_text(json.dumps({"files": hostile}))
+    remove_results(tmp_path / "in")
+    assert names_in(tmp_path) == {"overview.png", "in"} and names_in(tmp_path / "in") == {"scan.nii.gz", "notes.png"}
+
+
+@pytest.mark.parametrize("name", ["anomaly_map.nii.gz", "result.json", "overview.png"])
+def test_a_file_of_the_user_is_in_the_way_and_stays(tmp_path, name):
+    touch(tmp_path, name)
+    with pytest.raises(FileExistsError, match=f"holds {name}, which no earlier result wrote"):
+        read_and_save(tmp_path)
+    assert names_in(tmp_path) == {name} and (tmp_path / name).read_text() == f"the user's {name}"
+
+
+def read_and_save(folder, draw=lambda path: path.write_text("a picture"), **results):
+    volume = read_volume(scan())
+    values = {
+        "anomaly_map": np.ones(SHAPE, np.float32),
+        "pred_score": np.ones(4),
+        "volume_score": 1.0,
+        "settings": {},
+        "source": volume,
+    }
+    AnomalyOutput(**values | results).save(folder, draw)
+
+
+def test_numbers_of_numpy_become_plain_ones(tmp_path):
+    settings = {
+        "threshold": np.float32(0.5),
+        "noise_level": [np.int64(3), 4],
+        "scale": (np.float64(0.25),),
+        "gap": np.arange(2),
+        "flag": np.bool_(True),
+        "nested": {"k": torch.tensor([1.5])},
+    }
+    read_and_save(
+        tmp_path, settings=settings, volume_score=np.float32(0.5), slice_details={"label": np.array([1, np.nan])}
+    )
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["settings"] == {
+        "threshold": 0.5,
+        "noise_level": [3, 4],
+        "scale": [0.25],
+        "gap": [0, 1],
+        "flag": True,
+        "nested": {"k": [1.5]},
+    }
+    assert (record["volume_score"], record["label"]) == (0.5, [1, None])
+
+
+@pytest.mark.parametrize("wrong", [{"settings": {"model": object()}}, {"volume_score": float("nan")}])
+def test_what_json_has_not_is_refused_before_anything_is_written(tmp_path, wrong):
+    read_and_save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ValueError, match="must be values that JSON has.*Nothing was written"):
+            read_and_save(folder, anomaly_map=np.zeros(SHAPE, np.float32), **wrong)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_save_that_fails_leaves_the_earlier_result(tmp_path, stop):
+    read_and_save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def draw(path):
+        path.write_text("half a pict")
+        raise stop
+
+    with pytest.raises(type(stop)):
+        read_and_save(tmp_path, draw, anomaly_map=np.zeros(SHAPE, np.float32))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(type(stop)):
+        read_and_save(tmp_path / "new", draw)
+    assert names_in(tmp_path / "new") == set()
+
+
+def test_a_save_that_is_killed_while_files_change_leaves_no_record_and_can_be_repeated(tmp_path, monkeypatch):
+    """Whatever the file that takes its place last: `os.replace` stands for the moment of the kill."""
+    before, replace, steps = {}, os.replace, []
+
+    def count(*paths):
+        replace(*paths)
+        steps.append(paths[1].name)
+
+    monkeypatch.setattr(os, "replace", count)
+    save(scan(), tmp_path / "all", volume_score=1.0)
+    save(scan(), tmp_path / "all", volume_score=2.0, pred_mask=None)
+    assert steps[-1] == "result.json" and set(steps) >= FILES
+    last = len(steps) // 2
+    for kill in range(last + 1):
+        folder, steps[:] = tmp_path / str(kill), []
+        monkeypatch.setattr(os, "replace", replace)
+        save(scan(), folder, volume_score=1.0)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+        def stop(*paths, kill=kill):
+            if len(steps) == kill:
+                raise KeyboardInterrupt
+            count(*paths)
+
+        monkeypatch.setattr(os, "replace", stop)
+        try:
+            save(scan(), folder, volume_score=2.0, pred_mask=None)
+        except KeyboardInterrupt:
+            left = {path.name: path.read_bytes() for path in folder.iterdir()}
+            assert left == before or "result.json" not in left
+        monkeypatch.setattr(os, "replace", replace)
+        save(scan(), folder, volume_score=3.0, pred_mask=None)
+        assert names_in(folder) == FILES - {"pred_mask.nii.gz"}
+        assert json.loads((folder / "result.json").read_text())["volume_score"] == 3

@@ -76,6 +76,14 @@ class Workplace:
     ) -> subprocess.CompletedProcess:
         """Runs a script of the repository; with `processes`, through `accelerate launch` on the CPU. `environment` holds
         variables beside those of this process."""
+        begun = self.start(script, *arguments, processes=processes, environment=environment)
+        out, error = begun.communicate()
+        if check:
+            assert begun.returncode == 0, error[-5000:]
+        return subprocess.CompletedProcess(begun.args, begun.returncode, out, error)
+
+    def start(self, script: str, *arguments, processes: int = 0, environment: dict | None = None) -> subprocess.Popen:
+        """Begins to run a script as of [`run`], in a process group of its own."""
         command = [sys.executable, ROOT / f"{script}.py", *arguments]
         own = {"HF_HOME": str(self.folder / "home"), "OMP_NUM_THREADS": "1"}
         environment = {**os.environ, **own, **(environment or {})}
@@ -88,12 +96,8 @@ class Workplace:
             launch = ["-m", "accelerate.commands.launch", *kind, "--num_processes", processes]
             command = [sys.executable, *launch, *command[1:]]
             environment["ACCELERATE_USE_CPU"] = "true"
-        done = subprocess.run(
-            list(map(str, command)), cwd=self.folder, env=environment, text=True, capture_output=True
-        )
-        if check:
-            assert done.returncode == 0, done.stderr[-5000:]
-        return done
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        return subprocess.Popen(list(map(str, command)), cwd=self.folder, env=environment, **pipes)
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,22 @@
-"""`predict.py` and `convert.py` in processes of their own."""
+"""`predict.py` and `convert.py`, in processes of their own or in this one."""
 
 import json
+import os
+import signal
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
 import yaml
 from diffusers import UNet2DModel
 
 from anodiff import AnomalyPipeline
+from anodiff.evaluation import overview
+from anodiff.predict import GO_ON, main
+from anodiff.running import run_script
+
+from ..tiny import make_pipeline, make_volume
 
 
 def test_maps_of_several_scans_one_of_them_broken(workplace, trained):
@@ -108,3 +116,175 @@ def test_convert_brain_damage(workplace):
     wrong = workplace.run("convert", "brain_damage", "other.pth", "wrong", check=False)
     assert wrong.returncode == 1 and "does not fit the network of brain_damage" in wrong.stderr
     assert not (workplace.folder / "wrong").exists()
+
+
+# --- in this process, with a checkpoint for FLAIR in the folder `model`
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    make_pipeline("AnoDDPMPipeline", ("flair",)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The working directory, in which `place(name, ...)` writes scans."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(make_volume((16, 16, 2)), np.eye(4)), tmp_path / name)
+        return tmp_path
+
+    return write
+
+
+def files(folder, *without):
+    """Files below a folder but for those that mark a run."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".run.lock")
+    return {path.relative_to(folder).as_posix() for path in paths} - set(without)
+
+
+RESULT = {"anomaly_map.nii.gz", "reconstruction.nii.gz", "overview.png", "result.json"}
+
+
+def test_results_beside_the_scans_take_nothing_from_the_user(place, model, capsys):
+    folder = place("p1/flair.nii.gz", "p1/mean_map.nii.gz", "p1/dispersion.nii.gz", "p2/flair.nii.gz")
+    mine = folder / "p2" / "anomaly_map.nii.gz"
+    mine.write_bytes(b"the user's")
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    assert main(["--model", model, "p1", "p2", "-o", "."]) == 1
+    assert "p2 holds anomaly_map.nii.gz, which no earlier result wrote" in capsys.readouterr().err
+    assert files(folder) - set(before) == {f"p1/{name}" for name in RESULT}
+    # Again: what the first call wrote is replaced, and nothing else.
+    assert main(["--model", model, "p1", "-o", "."]) == 1
+    assert "already holds a result; `--overwrite` replaces it" in capsys.readouterr().err
+    first = (folder / "p1" / "result.json").read_bytes()
+    assert main(["--model", model, ".", "-o", ".", "--overwrite", "--seed", "5"]) == 1
+    assert capsys.readouterr().err.count("FAILED") == 1
+    assert files(folder) - set(before) == {f"p1/{name}" for name in RESULT}
+    assert (folder / "p1" / "result.json").read_bytes() != first
+    assert before == {name: (folder / name).read_bytes() for name in before}
+
+
+def test_a_call_without_dispersion_removes_an_earlier_one(place, model):
+    folder = place("p1.nii.gz")
+    assert main(["--model", model, "p1.nii.gz", "-o", "out", "--dispersion", "2"]) == 0
+    spread = {"member_maps.nii.gz", "mean_map.nii.gz", "dispersion.nii.gz", "dispersion.png", "dispersion.json"}
+    assert files(folder / "out") == {f"p1/{name}" for name in RESULT | spread}
+    assert main(["--model", model, "p1.nii.gz", "-o", "out", "--overwrite"]) == 0
+    assert files(folder / "out") == {f"p1/{name}" for name in RESULT}
+    record = json.loads((folder / "out" / "p1" / "result.json").read_text())
+    assert record["files"] == sorted(RESULT - {"result.json"})
+
+
+def test_what_is_not_predicted_is_listed_and_the_status_says_so(place, model, capsys):
+    folder = place("raw/a_FLAIR.nii.gz", "raw/b_flair.nii.gz", "raw/a_T1w.nii.gz", "raw/a_seg.nii.gz", "raw/p1/t1.nii")
+    os.symlink(".git/annex/objects/x", folder / "raw" / "c_flair.nii.gz")
+    assert main(["--model", model, "raw", "-o", "out"]) == 1
+    said = capsys.readouterr()
+    assert "2 scan(s) done" in said.out
+    for name, reason in {
+        "a_T1w.nii.gz": "its name says t1, not flair",
+        "a_seg.nii.gz": "a mask",
+        "p1": "no file for flair; its files are t1.nii",
+        "c_flair.nii.gz": "was never fetched: run `datalad get`",
+    }.items():
+        (line,) = [line for line in said.err.splitlines() if line.startswith(f"FAILED raw/{name}: ")]
+        assert reason in line
+    assert {path.name for path in (folder / "out").iterdir()} == {"a_FLAIR", "b_flair"}
+
+
+def test_a_brain_mask_that_is_missing_is_said_of_each_scan(place, model, capsys):
+    folder = place("raw/p1/flair.nii.gz", "raw/p1/BRAIN.nii.gz", "raw/p2/flair.nii.gz", "raw/p3/flair.nii.gz")
+    assert main(["--model", model, "raw", "-o", "out", "--brain", "brain.nii.gz"]) == 1
+    said = capsys.readouterr().err
+    for name in ("p2", "p3"):
+        assert f"FAILED raw/{name}: FileNotFoundError: There is no file raw/{name}/brain.nii.gz." in said
+    assert {path.name for path in (folder / "out").iterdir()} == {"p1"}
+
+
+@pytest.mark.parametrize("scan", ["..", ".", "../in/", "/"])
+def test_nothing_is_written_outside_of_the_output(place, model, monkeypatch, scan, tmp_path):
+    place("flair.nii.gz", "in/flair.nii.gz", "in/p1/flair.nii.gz")
+    monkeypatch.chdir(tmp_path / "in")
+    before = files(tmp_path)
+    main(["--model", model, scan, "-o", "out"])
+    new = files(tmp_path) - before
+    assert all(name.startswith("in/out/") and name.count("/") == 3 for name in new) and bool(new) == (scan != "/")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_whole_results_and_one_line(place, model, monkeypatch, capsys, number):
+    folder = place("raw/a.nii.gz", "raw/b.nii.gz", "raw/c.nii.gz")
+    draw = overview.draw_overview
+
+    def draw_until_stopped(output, path, title, **options):
+        draw(output, path, title, **options)
+        if title == "b":
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(overview, "draw_overview", draw_until_stopped)
+    assert run_script(lambda: main(["--model", model, "raw", "-o", "out"]), GO_ON) == 128 + number
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"stopped by {number.name}: what is finished is kept") and last.endswith(GO_ON)
+    assert files(folder / "out", ".run.json") == {f"a/{name}" for name in RESULT}
+
+
+@pytest.mark.parametrize(
+    "device", ["foo", "cuda:7", "cuda:x", "meta", "cpu:x", "mps" if not torch.backends.mps.is_available() else "xpu"]
+)
+def test_a_device_that_is_not_there_is_one_line_before_the_model_is_loaded(place, monkeypatch, capsys, device):
+    monkeypatch.setattr(AnomalyPipeline, "from_pretrained", None)
+    assert run_script(lambda: main(["--model", "m", "scan.nii.gz", "--device", device])) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: `--device` must be one that this computer has, cpu") and f"got '{device}'" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_where_there_is_none(place, capsys):
+    assert run_script(lambda: main(["--model", "m", "scan.nii.gz", "--device", "cuda"])) == 1
+    assert capsys.readouterr().err == "error: `--device` must be one that this computer has, cpu, got 'cuda'.\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["scan.nii.gz"], "`--model` is missing"),
+        (["--model", "m"], "no scan given"),
+        (["--model", "no/such/folder", "s.nii"], "no/such/folder cannot be loaded: There is no folder no/such/folder"),
+        (
+            ["--model", "m", "scan.nii.gz", "--dispersion", "1"],
+            "`--dispersion` must be 0, for none, or at least 2, got 1",
+        ),
+    ],
+)
+def test_wrong_options_are_one_line(place, capsys, options, message):
+    assert run_script(lambda: main(options)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_damaged_weights_are_one_line(place, model, capsys, tmp_path):
+    damaged = tmp_path / "damaged"
+    AnomalyPipeline.from_pretrained(model).save_pretrained(damaged)
+    weights = damaged / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert run_script(lambda: main(["--model", "damaged", "scan.nii.gz"])) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: damaged cannot be loaded: ")
+
+
+def test_whatever_stops_a_download_is_one_line(place, monkeypatch, capsys):
+    def cut(*_, **__):
+        try:
+            raise ConnectionError("peer closed connection\nwithout a word")
+        except ConnectionError as error:
+            raise RuntimeError("Data processing error") from error
+
+    monkeypatch.setattr(AnomalyPipeline, "from_pretrained", cut)
+    assert run_script(lambda: main(["--model", "owner/m", "scan.nii.gz", "--device", "cpu"])) == 1
+    assert capsys.readouterr().err == "error: owner/m cannot be loaded: Data processing error\n"

@@ -12,7 +12,8 @@ import yaml
 
 from anodiff.data.phantoms.brains import PHANTOM_SETS
 from anodiff.data.prepared import load_prepared
-from anodiff.preprocess import main
+from anodiff.preprocess import main as preprocess
+from anodiff.running import run_script
 
 
 SCRIPT = Path(__file__).parents[2] / "preprocess.py"
@@ -24,6 +25,11 @@ RECIPE = {
     "split": {"fractions": {"train": 0.5, "test": 0.5}, "seed": 1},
     "license": "cc0-1.0",
 }
+
+
+def main(arguments: list[str]) -> int:
+    """As the script runs it: errors are its last line."""
+    return run_script(lambda: preprocess(arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +102,7 @@ def test_one_clear_line_about_what_is_wrong(raw, tmp_path, monkeypatch, capsys, 
     Path("registered.yaml").write_text(yaml.safe_dump({**RECIPE, "correction": {"register": "rigid"}}))
     assert main([*arguments, "--out", "set"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("preprocess.py: ") and message in error and error.count("\n") == 1
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not Path("set").exists()
 
 
@@ -107,9 +113,7 @@ def test_a_missing_extra_is_one_clear_line(raw, tmp_path, monkeypatch, capsys):
     (tmp_path / "smooth.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["--recipe", "smooth.yaml", "--root", "raw", "--out", "out"]) == 1
     error = capsys.readouterr().err
-    assert (
-        "preprocess.py: `curvature_flow` of the processor needs SimpleITK: `pip install anodiff[preprocess]`." in error
-    )
+    assert "error: `curvature_flow` of the processor needs SimpleITK: `pip install anodiff[preprocess]`." in error
     assert not (tmp_path / "out").exists()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -83,6 +84,20 @@ def test_what_is_pushed_is_what_others_get(hub, hub_client, workplace, train, tm
     np.testing.assert_array_equal(np.asarray(image.dataobj), local)
 
 
+def test_a_card_that_somebody_wrote_stays(hub, workplace, train):
+    train("carded")
+    ours = hub.files("owner/tiny")["README.md"].decode()
+    written = ours.replace("# ", "# Written by us: ", 1)
+    hub.put("owner/tiny", {"README.md": written.encode()})
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    before = hub.files("owner/tiny")[weights]
+    done = train("carded", "--train.max_steps", 3, "--optim.lr_total_steps", 2, "--train.resume", "latest")
+    assert hub.files("owner/tiny")["README.md"].decode() == written and hub.files("owner/tiny")[weights] != before
+    assert "The card that the repository has" in done.stderr
+    folder = workplace.folder / "carded" / "pipeline"
+    assert pushed(hub) == contents(folder)
+
+
 def titles(hub):
     return [title for _, title, _ in hub.repositories["model", "owner/tiny"].commits[1:]]
 
@@ -109,7 +124,7 @@ def test_every_checkpoint_is_pushed(hub, hub_client, train):
 
 
 def test_a_push_on_the_way_that_fails_is_a_warning(hub, train):
-    hub.fail("POST", "/commit/", status=500, times=1)
+    hub.fail("POST", "/commit/", status=403, times=1)
     arguments = ["--train.max_steps", 4, "--train.checkpoint_every", 2, "--train.hub_strategy", "every_save"]
     done = train("bumpy", *arguments)
     assert "warning: owner/tiny was not pushed" in done.stderr and "The training goes on." in done.stderr
@@ -160,7 +175,7 @@ def test_results_go_into_the_card(hub, hub_client, workplace, trained):
     version = hub.put("owner/tiny", {"README.md": (str(card) + "\nThanks to all.\n").encode()})
     before = pushed(hub)
     picture = workplace.folder / "mine.png"
-    picture.write_bytes(b"a picture")
+    PIL.Image.new("RGB", (4, 4)).save(picture)
     other = ["--split", "validation", "--validation_split", "none", "--hub_picture", picture]
     evaluate(hub, workplace, "eval-id", "--model", "owner/tiny", "--push_to_hub", "owner/tiny", *other)
     report = json.loads((workplace.folder / "eval-id" / "report.json").read_text())
@@ -191,7 +206,7 @@ def test_results_that_cannot_be_pushed(hub, workplace, trained):
     assert done.returncode == 1 and "Nothing was evaluated." in done.stderr and "Traceback" not in done.stderr
     assert not (workplace.folder / "eval-no" / "report.json").exists()
     hub.failures.clear()
-    hub.fail("POST", "/commit/", status=None)
+    hub.fail("POST", "/commit/", status=403)
     done = evaluate(hub, workplace, "eval-no", "--model", model, "--push_to_hub", "owner/tiny", check=False)
     assert done.returncode == 1 and "was not pushed" in done.stderr and "hf upload owner/tiny" in done.stderr
     assert (workplace.folder / "eval-no" / "report.json").exists()
@@ -206,7 +221,7 @@ def test_a_prepared_data_set_is_pushed(hub, workplace, tmp_path):
             check=check,
         )
 
-    hub.fail("POST", "/commit/", status=500)
+    hub.fail("POST", "/commit/", status=403)
     done = preprocess("pushed-rows", check=False)
     assert done.returncode == 1 and "All files are safe in" in done.stderr
     [line] = re.findall(r"^ +(hf upload .*)$", done.stderr, re.MULTILINE)
@@ -238,12 +253,12 @@ def test_a_prepared_data_set_is_pushed(hub, workplace, tmp_path):
 
 
 def test_a_push_that_fails_loses_nothing(hub, hub_client, workplace, train):
-    hub.fail("POST", "/commit/", status=500)
+    hub.fail("POST", "/commit/", status=403)
     done = train("unpushed", check=False)
     folder = workplace.folder / "unpushed" / "pipeline"
     assert done.returncode == 1
     # The message, not a stack of HTTP calls.
-    assert "error: owner/tiny was not pushed: " in done.stderr and "500" in done.stderr
+    assert "error: owner/tiny was not pushed: " in done.stderr and "403" in done.stderr
     assert "Traceback" not in done.stderr
     assert f"All files are safe in {folder.resolve()}" in done.stderr
     assert pushed(hub) == {}

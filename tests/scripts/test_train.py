@@ -1,9 +1,13 @@
 """`train.py` as a person runs it: real `accelerate launch`, real files."""
 
 import json
+import os
+import signal
+import time
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -138,7 +142,7 @@ def test_another_global_batch_cannot_resume(workplace, trained):
     done = workplace.run(
         "train",
         *["--config", "tiny.yaml", "--data", "prepared", "--train.output_dir", trained],
-        *["--train.resume", "latest", "--train.batch_size", 3, "--train.max_steps", 6],
+        *["--train.resume", "latest", "--train.batch_size", 3],
         check=False,
     )
     assert done.returncode != 0 and "4 samples per step, this run has 3" in done.stderr
@@ -151,3 +155,47 @@ def test_checkpoint_limit_and_ema(workplace, trained):
     saved = weights(workplace, trained)
     moved = [not torch.equal(saved[name], raw[name]) for name in saved]
     assert np.mean(moved) > 0.9  # what is exported is the average, not the last weights
+
+
+ENDLESS = [
+    *["--config", "tiny.yaml", "--data", "prepared", "--data.num_workers", 1, "--train.max_steps", 100_000],
+    *["--optim.lr_scheduler", "constant", "--train.validate_every", 0, "--train.checkpoint_every", 1],
+    *["--train.report_to", "none"],
+]
+
+
+def start_training(workplace, name, **how):
+    """Begins a training that does not end by itself; gives it, and all processes below it, once it has taken steps."""
+    begun = workplace.start("train", *ENDLESS, "--train.output_dir", name, **how)
+    checkpoint = workplace.folder / name / "checkpoints" / "step-0000003"
+    while not checkpoint.exists():
+        assert begun.poll() is None, begun.communicate()[1]
+        time.sleep(0.05)
+    return begun, psutil.Process(begun.pid).children(recursive=True)
+
+
+def test_a_training_ends_with_its_launcher_and_holds_its_folder_until_then(workplace):
+    begun, below = start_training(workplace, "left", processes=1)
+    assert len(below) == 2  # the training and its reader of slices
+    again = workplace.run("train", *ENDLESS, "--train.output_dir", "left", "--train.resume", "latest", check=False)
+    assert again.returncode == 1 and "Traceback" not in again.stderr
+    assert again.stderr.splitlines()[-1].startswith("error: left is in use by process ")
+    begun.kill()
+    _, error = begun.communicate()  # until the last process below it has closed the pipe
+    assert not psutil.wait_procs(below, timeout=10)[1]
+    assert "The launcher of this process is gone: it ends, too." in error and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("stopped by SIGTERM: ")
+    reached = max(log(workplace, "left")["loss"])
+    workplace.run(
+        "train", *ENDLESS, "--train.output_dir", "left", "--train.resume", "latest", "--train.max_steps", reached + 1
+    )
+    assert sorted(log(workplace, "left")["loss"]) == list(range(1, reached + 2))
+
+
+def test_an_interrupt_ends_a_training_with_one_line(workplace):
+    begun, below = start_training(workplace, "interrupted")
+    os.killpg(begun.pid, signal.SIGINT)  # as Ctrl-C in a terminal, which every process gets
+    _, error = begun.communicate()
+    assert begun.returncode == 130 and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("stopped by SIGINT: ") and "`--train.resume latest`" in error
+    assert len(below) == 1 and not psutil.wait_procs(below, timeout=10)[1]

@@ -137,6 +137,10 @@ def test_wrong_options_are_found_before_the_training(workplace, reconstruction, 
         with pytest.raises(ValueError, match=message):
             train(["--config", "wrong.yaml", *where, *arguments])
     shutil.copytree(reconstruction, "cddpm-other")
+    # As if it had been saved with these settings.
+    index = json.loads(Path("cddpm-other/model_index.json").read_text())
+    del index["_sha256"]
+    Path("cddpm-other/model_index.json").write_text(json.dumps(index))
     settings = json.loads(Path("cddpm-other/processor/processor_config.json").read_text())
     Path("cddpm-other/processor/processor_config.json").write_text(json.dumps({**settings, "quantile": 0.5}))
     with pytest.raises(ValueError, match="(?s)cDDPM cddpm-other was trained with.*quantile"):

@@ -15,7 +15,7 @@ from anodiff.data.readers.subjects import Subject
 from anodiff.training.loop import fit
 from anodiff.training.objective_noise import NoiseObjective
 from anodiff.training.options import DataOptions, LoopOptions, TrainOptions
-from anodiff.training.samples import PositionBatches, SampleStream, StreamedSamples
+from anodiff.training.samples import PositionBatches, SampleStream, StreamedSamples, read_batches
 from anodiff.volumes.processor import VolumeProcessor
 
 
@@ -173,8 +173,12 @@ def test_missing_files_and_rows(folder, tmp_path):
         samples(load_prepared(tmp_path / "set", "train", streaming=True), PositionBatches(0, 2, 9, 1, 1, 0))
     stream = load_prepared(tmp_path / "set", "train", streaming=True)
     last.unlink()
-    with pytest.raises(ConnectionError, match="(?s)broke off: FileNotFoundError.*with `--train.resume latest`"):
-        samples(stream, PositionBatches(0, 1, 9, 1, 1, 0))
+    message = r"A stream broke off: FileNotFoundError: .*\. Checkpoints are unharmed: `--train.resume latest` goes on"
+    for workers in (0, 1):
+        stumbling = StreamedSamples(stream, 0, 7, PositionBatches(0, 1, 9, 1, 1, 0))
+        with pytest.raises(ConnectionError, match=f"^{message}") as raised:
+            list(read_batches(torch.utils.data.DataLoader(stumbling, batch_size=None, num_workers=workers)))
+        assert "Traceback" not in str(raised.value)
     with pytest.raises(ValueError, match="the split train has 3 of 4 files"):
         load_prepared(tmp_path / "set", "train", streaming=True)
 

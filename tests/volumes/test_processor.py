@@ -400,6 +400,49 @@ def test_settings_survive_saving(tmp_path):
     assert VolumeProcessor(**SETTINGS).settings() == VolumeProcessor.from_dict(SETTINGS).settings()
 
 
+def test_settings_of_numpy_are_plain_when_saved(tmp_path):
+    numpy = VolumeProcessor(
+        modalities=np.array(["a", "b"]),
+        spacing=(np.float32(1.5), None, np.int64(2)),
+        crop=np.array([20, 16, 4]),
+        size=(np.int64(10), np.uint8(8)),
+        quantile=np.float64(0.75),
+        input_range=(np.float32(0), np.int16(100)),
+        clip=np.bool_(False),
+        curvature_flow=np.int64(0),
+    )
+    numpy.save_pretrained(tmp_path)
+    plain = {"modalities": ["a", "b"], "spacing": [1.5, None, 2], "crop": [20, 16, 4], "size": [10, 8]}
+    plain |= {"quantile": 0.75, "input_range": [0.0, 100], "clip": False, "curvature_flow": 0}
+    for processor in (numpy, VolumeProcessor.from_pretrained(tmp_path)):
+        assert plain.items() <= processor.settings().items()
+    assert numpy.geometry((9, 9, 3), np.eye(4), None).network_shape == (8, 10, 4)
+
+
+@pytest.mark.parametrize(
+    ("zooms", "settings"),
+    [
+        ((1e6, 1e6, 1e6), {"spacing": (1.0, 1.0, 1.0), "size": None}),
+        ((1, 1, 1e9), {"spacing": (None, None, 1.0), "size": (16, 16)}),
+        ((1, 1, 1), {"size": (1_000_000, 1_000_000)}),
+        ((1, 1, 1), {"crop": (100_000, 100_000, 100), "size": None}),
+        ((1e-6, 1e-6, 1e-6), {"spacing": (1.0,) * 3, "crop": (16, 16, 4), "size": (8, 8), "resize": "torchio"}),
+    ],
+)
+def test_the_grid_of_the_network_is_bounded_before_memory_is_taken(zooms, settings):
+    scan = nifti(random_scan(), np.diag([*zooms, 1.0]))
+    with pytest.raises(ValueError, match="A volume of shape .8, 10, 3.*the limit.*ANODIFF_MAX_VOXELS"):
+        VolumeProcessor(**settings).preprocess(scan)
+
+
+def test_labels_are_no_scan_and_may_be_a_mask():
+    scan, labels = nifti(random_scan()), nifti((random_scan() > 0).astype(np.uint8))
+    labels.header["intent_code"] = 1002
+    assert plain().preprocess(scan, labels).brain.any()
+    with pytest.raises(ValueError, match="is no image: its header says that the voxels are of the kind 'label'"):
+        plain().preprocess(labels)
+
+
 def test_an_unknown_setting_is_an_error():
     with pytest.raises(ValueError, match="`processor` has no key sizes; it takes modalities, plane, spacing"):
         VolumeProcessor.from_dict({"sizes": [4, 4]})
@@ -416,9 +459,17 @@ def test_an_unknown_setting_is_an_error():
         ({"modalities": []}, "`modalities` must be a list"),
         ({"modalities": ["a", "a"]}, "`modalities` must be a list of different names"),
         ({"modalities": ["a", "brain"]}, "must not contain 'brain'"),
+        ({"modalities": ["../x"]}, "The name of a modality must be one that a file can have, got '../x'"),
+        ({"modalities": ["/x"]}, "The name of a modality must"),
+        ({"modalities": ["a/b"]}, "must not hold a slash, got 'a/b'"),
+        ({"modalities": [""]}, "The name of a modality must"),
+        ({"modalities": [3]}, "The name of a modality must"),
         ({"spacing": [1.0, 1.0]}, "`spacing` must be three numbers"),
         ({"spacing": 1.0}, "`spacing` must be three numbers"),
-        ({"spacing": [1.0, 0.0, None]}, "`spacing` must be three numbers > 0"),
+        ({"spacing": [1.0, 0.0, None]}, "`spacing` must be a finite number and above 0"),
+        ({"spacing": [1.0, "a", None]}, "`spacing` must be a finite number and above 0"),
+        ({"background": "dark"}, "`background` must be a finite number"),
+        ({"value_range": ["a", "b"]}, "`value_range` must be a finite number"),
         ({"resize": "torchio", "size": [8, 8]}, "`resize` torchio needs `crop` .H, W, N."),
         ({"resize": "torchio", "crop": [16, 16, 4], "size": [8, 4]}, "got .16, 16, 4. and .8, 4."),
         (
