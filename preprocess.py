@@ -1,6 +1,7 @@
 """Turns a raw data set into a prepared one: the slices that networks see, with a card, in a folder for `load_dataset`.
 
 python preprocess.py --phantom phantom-mini --out prepared/phantom-mini
+python preprocess.py --heads label_maps --contrast flair --subjects 200 --out prepared/heads
 python preprocess.py --recipe tcga_lgg_flair --root raw/tcga_lgg_flair --out prepared/tcga-lgg
 python preprocess.py --recipe my_recipe.yaml --root raw/mine --out prepared/mine --num_proc 8 --push_to_hub owner/mine
 python preprocess.py --recipe shifts_andi --root raw/shifts --template T1.nii --reference raw/BraTS --out prepared/s
@@ -49,6 +50,13 @@ class PreprocessOptions:
     """Make this phantom (phantom-mini, phantom-std, phantom-raters) instead of reading a raw data set."""
     phantom_anatomy: Literal["mni152", "geometric"] = "mni152"
     """Anatomy of a phantom of brains; mni152 needs the extra `phantom`."""
+    heads: str | None = None
+    """Folder of label maps with FreeSurfer's numbers; makes synthetic heads of them instead of reading scans."""
+    contrast: list[str] = field(default_factory=list)
+    """Of the heads: flair (default), t1, t2, or any, another at random for every head; given several times, several
+    modalities of every head."""
+    subjects: int = 200
+    """Healthy heads of the training split; validation and test have a dozen each, most of them with lesions."""
     push_to_hub: str | None = None
     """Hub id of a data set that the result is pushed to."""
     hub_private: bool = True
@@ -62,7 +70,14 @@ def main(argv: list[str] | None = None) -> int:
     """Prepares one data set, or checks some. Returns 0, or 1 if something was left out, found or went wrong."""
     # `--check A B`: the folders are no value of the switch.
     argv = ["--check=true" if word == "--check" else word for word in (sys.argv[1:] if argv is None else argv)]
-    options = parse_options(PreprocessOptions, argv, prog="preprocess.py", description=__doc__, positional="prepared")
+    options = parse_options(
+        PreprocessOptions,
+        argv,
+        prog="preprocess.py",
+        description=__doc__,
+        positional="prepared",
+        shorthands={"--contrast": "--contrast+"},
+    )
     if options.check:
         return _check(options)
     from anodiff.hub.publishing import open_repository, push_folder
@@ -71,10 +86,13 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{options.prepared[0]} is no option. Prepared data sets are named after `--check` only.")
     if options.out is None:
         raise ValueError("Give `--out`, the folder to write.")
-    if options.phantom is None and (options.recipe is None or options.root is None):
-        raise ValueError("Give `--recipe` and `--root` of a raw data set, or `--phantom`.")
+    if options.phantom is not None and options.heads is not None:
+        raise ValueError("Give `--phantom` or `--heads`, not both.")
+    made = options.phantom is not None or options.heads is not None
+    if not made and (options.recipe is None or options.root is None):
+        raise ValueError("Give `--recipe` and `--root` of a raw data set, or `--phantom`, or `--heads`.")
 
-    from anodiff.data.phantoms.sets import prepare_phantom
+    from anodiff.data.phantoms.sets import prepare_heads, prepare_phantom
     from anodiff.data.prepare import prepare_recipe, read_recipe
 
     recipe = None if options.recipe is None else read_recipe(options.recipe)
@@ -91,7 +109,12 @@ def main(argv: list[str] | None = None) -> int:
         # Whatever a push would fail at, before the work.
         open_repository(options.push_to_hub, private=options.hub_private, repo_type="dataset")
     common = {"template": options.template, "reference": options.reference, "num_proc": options.num_proc}
-    if options.phantom is None:
+    if options.heads is not None:
+        own = {"recipe": recipe, "raw": options.root, "num_proc": options.num_proc}
+        failures = prepare_heads(
+            options.heads, options.out, subjects=options.subjects, contrasts=options.contrast or ["flair"], **own
+        )
+    elif options.phantom is None:
         failures = prepare_recipe(recipe, options.root, options.out, **common)
     else:
         own = {"recipe": recipe, "anatomy": options.phantom_anatomy, "raw": options.root}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ...checks import check_choice, check_integer
-from ...files import write_json, write_text
+from ...files import making_folder, write_json, write_text
 from ...schedulers.draws import fold_in, integers, make_keys, normal, uniform
 
 
@@ -530,9 +529,7 @@ def write_heads(
         ranges = dict.fromkeys(ranges, (0, len(maps)))
     kinds = [None, *LESIONS]
     plan = [("train", None)] * subjects + [(s, kinds[i % 4]) for s in ("validation", "test") for i in range(tested)]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        unfinished = Path(temporary) / folder.name
+    with making_folder(folder) as unfinished:
         names: dict[str, list[str]] = {split: [] for split in ranges}
         for number, (split, lesion) in enumerate(tqdm(plan, desc="heads", unit="subject", disable=not progress)):
             name = f"{lesion or 'healthy'}_{number:05d}"
@@ -541,10 +538,9 @@ def write_heads(
             chosen = first + integers(fold_in(keys, _CHOICE), count)
             _save_head(unfinished / name, maps, chosen, keys, contrasts, lesion, skull)
             names[split].append(name)
+        (unfinished / "splits").mkdir()
         for split, listed in names.items():
-            (unfinished / "splits").mkdir(exist_ok=True)
             write_text(unfinished / "splits" / f"{split}.csv", "\n".join(["subject", *listed, ""]))
-        unfinished.rename(folder)
 
 
 def _save_head(folder: Path, maps: LabelMaps, chosen, keys, contrasts, lesion: str | None, skull: bool) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
@@ -17,11 +18,14 @@ from ...files import lock_folder, rename_folder
 from ..prepare import prepare_recipe, read_recipe, read_rules
 from ..shards import code_digest
 from .brains import PHANTOM_SETS, SET_SEED, write_phantom
+from .heads import write_heads
 from .nodules import RATER_SETS, write_rater_phantom
 
 
 # Every set that is made and not read; those with several annotations are pictures.
 PHANTOMS = (*PHANTOM_SETS, *RATER_SETS)
+# How the source of a recipe calls synthetic heads.
+HEADS = "synthetic heads"
 
 
 def prepare_phantom(
@@ -57,22 +61,72 @@ def prepare_phantom(
     _, rules = read_rules(recipe, **files)
     if "correction" in rules:
         rules["correction"].check()  # before the work
-    # Named after what makes them: if a run was interrupted, the next one finds the volumes that it finished.
+
+    def make(folder: Path) -> None:
+        if brains:
+            write_phantom(folder, name, anatomy=anatomy, progress=progress)
+        else:
+            write_rater_phantom(folder, name, progress=progress)
+
+    return _prepare_made(make, f"{name}-{anatomy}", recipe, out, raw, **files, num_proc=num_proc, progress=progress)
+
+
+def prepare_heads(
+    label_maps: str | Path,
+    out: str | Path,
+    *,
+    subjects: int,
+    contrasts: Sequence[str] = ("flair",),
+    recipe: dict | None = None,
+    raw: str | Path | None = None,
+    num_proc: int = 1,
+    progress: bool = True,
+    **options,
+) -> dict[str, str]:
+    """
+    Makes synthetic heads of label maps and prepares them, as [`~data.prepare.prepare_recipe`] does.
+
+    Args:
+        label_maps, subjects, contrasts: As in [`~data.phantoms.heads.write_heads`].
+        recipe: Instead of the packaged one, `heads`, whose modalities are the contrasts.
+        raw: As in [`prepare_phantom`].
+        options: `tested`, `seed` and `device` of [`~data.phantoms.heads.write_heads`].
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"`out` {out} exists: choose another folder or delete it first.")
+    recipe = dict(recipe or read_recipe("heads"))
+    files = {contrast: f"{contrast}.nii.gz" for contrast in contrasts}
+    recipe["reader_options"] = {**recipe["reader_options"], "modalities": files}
+    recipe["processor"] = {**recipe["processor"], "modalities": list(contrasts)}
+    recipe["source"] = f"{HEADS} of anodiff, {', '.join(contrasts)}, label maps {Path(label_maps).resolve().name}"
+    options = {"subjects": subjects, "contrasts": tuple(contrasts), **options}
+    key = hashlib.sha256(json.dumps([str(Path(label_maps).resolve()), repr(options)]).encode()).hexdigest()[:16]
+
+    def make(folder: Path) -> None:
+        write_heads(folder, label_maps, **options, progress=progress)
+
+    return _prepare_made(make, f"heads-{key}", recipe, out, raw, num_proc=num_proc, progress=progress)
+
+
+def _prepare_made(
+    make: Callable[[Path], None], key: str, recipe: dict, out: Path, raw: str | Path | None, **options
+) -> dict[str, str]:
+    """Makes raw volumes and prepares them. They are named after what makes them: if a run was interrupted, the next
+    one finds those that it finished."""
     kept = None if raw is None else Path(raw)
     if kept is not None and os.path.lexists(kept):
         raise FileExistsError(f"`raw` {kept} exists: choose another folder or delete it first.")
     target = kept or out
     home = target.with_name(f".{target.name}-raw")
-    made = home / f"{name}-{anatomy}-{code_digest()[:16]}"
+    made = home / f"{key}-{code_digest()[:16]}"
     with lock_folder(home):
         for left in set(home.iterdir()) - {made}:
             if left.is_dir():
                 shutil.rmtree(left)
-        if brains and not made.exists():
-            write_phantom(made, name, anatomy=anatomy, progress=progress)
-        elif not made.exists():
-            write_rater_phantom(made, name, progress=progress)
-        failures = prepare_recipe(recipe, made, out, **files, num_proc=num_proc, progress=progress)
+        if not made.exists():
+            make(made)
+        failures = prepare_recipe(recipe, made, out, **options)
         if kept is not None:
             rename_folder(made, kept)
         shutil.rmtree(home, ignore_errors=True)
@@ -103,5 +157,5 @@ def cached_phantom(name: str) -> Path:
 
 def is_phantom(recipe: dict) -> bool:
     """Returns whether the images that were prepared with `recipe` are of a phantom, so that they may be shown to
-    everybody. The rule is the start of `source`, as [`prepare_phantom`] writes it."""
-    return re.match(r"phantom-\w+ of anodiff\b", recipe.get("source", "")) is not None
+    everybody. The rule is the start of `source`, as [`prepare_phantom`] and [`prepare_heads`] write it."""
+    return re.match(rf"(phantom-\w+|{HEADS}) of anodiff\b", recipe.get("source", "")) is not None
