@@ -103,14 +103,16 @@ def copy_picture(source: str | os.PathLike, target: str | os.PathLike) -> None:
         raise ValueError(f"{source} is no picture that can be shown in a card (PNG, JPEG, ...): {error}.") from error
 
 
-def read_card(repo_id: str, *, token: str | None = None, revision: str | None = None) -> str | None:
+def read_card(
+    repo_id: str, *, token: str | None = None, revision: str | None = None, repo_type: str = "model"
+) -> str | None:
     """Reads the card of a repository `"owner/name"` as it is on the Hub now, or was at the commit `revision`; `None`
     if there is none. Raises a `PublishingError` if nobody can know: whoever pushes a new one would lose it."""
     api = HfApi(token=token)
     try:
         # The file of a commit, never what a cache believes to be the newest: somebody may have changed it.
-        commit = revision or persist(api.repo_info, repo_id).sha
-        return read_text(persist(api.hf_hub_download, repo_id, "README.md", revision=commit))
+        commit = revision or persist(api.repo_info, repo_id, repo_type=repo_type).sha
+        return read_text(persist(api.hf_hub_download, repo_id, "README.md", revision=commit, repo_type=repo_type))
     except errors.RemoteEntryNotFoundError:
         return None
     except Exception as error:
@@ -188,8 +190,8 @@ def push_folder(
     make_card: Callable[[str | None], str] | None = None,
 ) -> str:
     """
-    Uploads a folder as one repository, which is created if it does not exist, in one commit, and returns its URL.
-    Where the Hub stumbles it is asked again ([`~hub.connection.persist`]). Arguments as of [`open_repository`], and:
+    Uploads a folder as one repository, which is created if it does not exist, in one commit, and returns its URL. A
+    data set whose repository has another card keeps that, and a line says so. Where the Hub stumbles it is asked again ([`~hub.connection.persist`]). Arguments as of [`open_repository`], and:
 
     Args:
         folder (`str` or `os.PathLike`): It is not changed without `make_card`.
@@ -210,7 +212,9 @@ def push_folder(
     try:
         url = open_repository(repo_id, private=private, token=token, repo_type=repo_type)
         if make_card is None:
-            persist(HfApi(token=token).upload_folder, **arguments, ignore_patterns=_NOT_PUSHED)
+            kept = repo_type == "dataset" and _has_other_card(folder, repo_id, token)
+            ignored = [*_NOT_PUSHED, *(["README.md"] if kept else [])]
+            persist(HfApi(token=token).upload_folder, **arguments, ignore_patterns=ignored)
         else:
             _upload_with_card(HfApi(token=token), make_card, **arguments)
     except Exception as error:
@@ -226,6 +230,15 @@ def push_folder(
             f"    {shlex.join(command)}\n"
         ) from error
     return url
+
+
+def _has_other_card(folder: Path, repo_id: str, token: str | None) -> bool:
+    """Tells whether the repository of a data set has a card that is not that of the folder, which is said."""
+    own, there = folder / "README.md", read_card(repo_id, token=token, repo_type="dataset")
+    if there is None or (own.is_file() and read_text(own) == there):
+        return False
+    print(f"The card that {repo_id} has stays. For that of this data set: {own}.", file=sys.stderr)
+    return True
 
 
 def _upload_with_card(api: HfApi, make_card: Callable[[str | None], str], **arguments) -> None:

@@ -328,20 +328,7 @@ class VolumeProcessor(PlainConfigMixin):
                 step[axis] *= ratio[axis]
                 begin[axis] -= padding * step[axis]
                 count[axis] = wanted
-        # What is made on the way: the slices; the input with some axes as long as those of the slices already; weights
-        # of the interpolation along one axis, or the field of view in voxels of the input, for B-splines.
-        pairs = [(int(has), int(gets)) for has, gets in zip(extent, count, strict=True)]
-        field = math.prod(int(voxels) + 2 for voxels in count * step) if self.config.resize == "torchio" else 0
-        check_voxels(
-            max(
-                math.prod(gets for _, gets in pairs) * len(self.config.modalities),
-                math.prod(map(max, pairs)),
-                max(has * gets for has, gets in pairs),
-                field,
-            ),
-            f"A volume of shape {tuple(shape)}, in voxels of {np.linalg.norm(affine[:3, :3], axis=0).tolist()} mm,"
-            " brought to the `spacing`, `crop` and `size` of the processor,",
-        )
+        self._check_size(shape, affine, extent, count, step)
         start = begin + step / 2 - 0.5
         return Geometry(
             input_shape=tuple(int(size) for size in shape),
@@ -352,6 +339,19 @@ class VolumeProcessor(PlainConfigMixin):
             network_shape=tuple(int(size) for size in count),
             antialias=self.config.antialias,
             bspline=self.config.resize == "torchio",
+        )
+
+    def _check_size(self, shape, affine: np.ndarray, extent: np.ndarray, count: np.ndarray, step: np.ndarray) -> None:
+        """Raises a `ValueError` if a grid needs more memory than the limit allows."""
+        # What is made on the way: the slices; the input with some axes as long as those of the slices already; weights
+        # of the interpolation along one axis, or the field of view in voxels of the input, for B-splines.
+        pairs = [(int(has), int(gets)) for has, gets in zip(extent, count, strict=True)]
+        slices = math.prod(gets for _, gets in pairs) * len(self.config.modalities)
+        field = math.prod(int(voxels) + 2 for voxels in count * step) if self.config.resize == "torchio" else 0
+        check_voxels(
+            max(slices, math.prod(map(max, pairs)), max(has * gets for has, gets in pairs), field),
+            f"A volume of shape {tuple(shape)}, in voxels of {np.linalg.norm(affine[:3, :3], axis=0).tolist()} mm,"
+            " brought to the `spacing`, `crop` and `size` of the processor,",
         )
 
     def _read(self, volume, brain_mask) -> tuple[InputVolume, np.ndarray]:

@@ -183,6 +183,20 @@ def test_a_card_that_cannot_be_read_is_not_replaced(near_hub, folder, method, pa
     assert (folder / "README.md").read_text() == "# Of the folder\n"
 
 
+def test_a_card_of_a_data_set_that_somebody_wrote_stays(near_hub, folder, capsys):
+    (folder / "README.md").write_text("# Made\n")
+    push_folder(folder, "owner/rows", repo_type="dataset")
+    near_hub.put("owner/rows", {"README.md": CARD.encode()}, repo_type="dataset")
+    (folder / "weights.safetensors").write_bytes(b"others")
+    push_folder(folder, "owner/rows", repo_type="dataset")
+    files = near_hub.files("owner/rows", "dataset")
+    assert (files["README.md"].decode(), files["weights.safetensors"]) == (CARD, b"others")
+    assert f"The card that owner/rows has stays. For that of this data set: {folder / 'README.md'}." in (
+        capsys.readouterr().err
+    )
+    assert (folder / "README.md").read_text() == "# Made\n"
+
+
 def test_a_card_that_is_not_utf8_is_not_replaced(near_hub, folder):
     near_hub.put("owner/tiny", {"README.md": b"# M\xfcller\n"})
     with pytest.raises(PublishingError, match="not UTF-8"):
