@@ -43,7 +43,7 @@ _BRAIN = TISSUES.index("vessel")
 
 # FreeSurfer's numbers, left and right; from 500 on those of the head that SynthSeg's public maps have.
 LABELS = {
-    "white": (2, 41, 25, 57, 77, 78, 79, 85, 192, 250, 251, 252, 253, 254, 255),
+    "white": (2, 41, 25, 57, 77, 78, 79, 192, 250, 251, 252, 253, 254, 255),
     "cortex": (3, 42, 19, 55, 80, 81, 82),
     "fluid": (4, 5, 14, 15, 43, 44, 72, 213, 221),
     "cerebellar_white": (7, 46),
@@ -59,6 +59,7 @@ LABELS = {
     "accumbens": (26, 58),
     "ventral_dc": (28, 60),
     "vessel": (30, 62, 502),
+    "chiasm": (85,),
     "choroid": (31, 63, 136, 137, 163, 164),
     "eye": (506,),
     "soft": (507, 508),
@@ -519,6 +520,10 @@ def write_heads(
     folder = Path(folder)
     check_integer("subjects", subjects, 1)
     check_integer("tested", tested, 0)
+    for contrast in contrasts:
+        check_choice("contrast", contrast, CONTRASTS)
+    if len(set(contrasts)) < len(contrasts):
+        raise ValueError(f"`contrasts` must be different, got {', '.join(contrasts)}.")
     if folder.exists():
         raise FileExistsError(f"`folder` {folder} exists: choose another one or delete it first.")
     maps = read_label_maps(label_maps).to(device)

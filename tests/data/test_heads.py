@@ -1,0 +1,223 @@
+"""Synthetic heads of label maps."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from anodiff.data.phantoms.heads import (
+    CORTEX,
+    FLUID,
+    HEAD_SPACING,
+    LABELS,
+    LESIONS,
+    TISSUES,
+    WHITE,
+    make_slices,
+    read_label_maps,
+    write_heads,
+)
+from anodiff.data.phantoms.sets import is_phantom, prepare_heads
+from anodiff.data.prepared import load_prepared
+from anodiff.preprocess import main as preprocess
+from anodiff.schedulers.draws import make_keys
+
+
+# Semi-axes in mm of ellipsoids, one in another, from left to right, front to back, bottom to top; and FreeSurfer's
+# labels of the left and right half.
+LAYERS = (
+    ((88, 108, 92), (511, 511)),
+    ((80, 100, 84), (515, 515)),
+    ((74, 94, 78), (24, 24)),
+    ((70, 90, 74), (3, 42)),
+    ((60, 80, 64), (2, 41)),
+    ((14, 30, 16), (4, 43)),
+)
+
+
+def head(scale: float = 1.0, spacing: float = 3.0) -> nib.Nifti1Image:
+    """A head of ellipsoids, with its centre at (5, -8, 11) mm."""
+    shape = (66, 80, 68)
+    places = np.stack(np.meshgrid(*[(np.arange(n) - (n - 1) / 2) * spacing for n in shape], indexing="ij"), -1)
+    labels = np.zeros(shape, np.int16)
+    for axes, (left, right) in LAYERS:
+        inside = ((places / (np.array(axes) * scale)) ** 2).sum(-1) < 1
+        labels[inside & (places[..., 0] < 0)], labels[inside & (places[..., 0] >= 0)] = left, right
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    affine[:3, 3] = np.array([5, -8, 11]) - spacing * (np.array(shape) - 1) / 2
+    return nib.Nifti1Image(labels, affine)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("label_maps")
+    for number, scale in enumerate((0.92, 0.96, 1.0, 1.04)):
+        nib.save(head(scale), folder / f"head_{number}.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def maps(folder):
+    return read_label_maps(folder)
+
+
+def slices(maps, count=3, seed=0, positions=(-20.0, 0.0, 24.0), **options):
+    numbers = torch.arange(count)
+    options = {"size": (96, 80), "spacing": 2.5, "thickness": torch.full((count,), 4.0), **options}
+    keys = make_keys(seed, numbers, 0)
+    return make_slices(maps, numbers % len(maps), keys, torch.tensor(positions).repeat(count, 1), **options)
+
+
+def test_a_slice_depends_on_its_head_and_place_only(maps):
+    several = slices(maps, 3, contrasts=("flair", "t1"), lesions=["tumour", "ms", None])
+    one = make_slices(
+        maps,
+        torch.tensor([1]),
+        make_keys(0, torch.tensor([1]), 0),
+        torch.tensor([[24.0]]),
+        contrasts=("flair", "t1"),
+        size=(96, 80),
+        spacing=2.5,
+        thickness=torch.tensor([4.0]),
+        lesions=["ms"],
+    )
+    assert torch.equal(one.tissues[0, 0], several.tissues[1, 2]) and torch.equal(one.brain[0, 0], several.brain[1, 2])
+    assert torch.equal(one.lesion[0, 0], several.lesion[1, 2])
+    torch.testing.assert_close(one.images[0, :, 0], several.images[1, :, 2], atol=1e-5, rtol=0)
+    other = slices(maps, 3, seed=1, contrasts=("flair", "t1"))
+    assert (other.images - several.images).abs().mean() > 0.05
+
+
+def test_contrasts_are_those_of_their_sequences(maps):
+    made = slices(maps, 24, contrasts=("t1", "t2", "flair", "any"), positions=(0.0,))
+    means = {
+        (contrast, tissue): np.array(
+            [float(made.images[head, channel][made.tissues[head] == tissue].mean()) for head in range(24)]
+        )
+        for channel, contrast in enumerate(("t1", "t2", "flair", "any"))
+        for tissue in (WHITE, CORTEX, FLUID)
+    }
+    assert (means["t1", WHITE] > means["t1", CORTEX]).all() and (means["t1", CORTEX] > means["t1", FLUID]).all()
+    assert (means["t2", FLUID] > means["t2", CORTEX]).all() and (means["t2", CORTEX] > means["t2", WHITE]).all()
+    assert (means["flair", CORTEX] > means["flair", FLUID]).all()
+    assert (means["flair", CORTEX] > means["flair", WHITE]).sum() >= 18  # shading may turn it round
+    brighter = means["any", WHITE] > means["any", CORTEX]
+    assert 4 <= brighter.sum() <= 20
+
+
+def test_the_mask_is_the_brain_and_nothing_of_the_head(maps):
+    made = slices(maps, 6)
+    tissue = (made.tissues > 0) & (made.tissues < TISSUES.index("vessel"))
+    outside = (made.tissues == TISSUES.index("skin")) | (made.tissues == TISSUES.index("bone"))
+    assert (made.brain & tissue).sum() > 0.99 * tissue.sum()
+    assert (made.brain & outside).sum() < 0.02 * outside.sum()
+
+
+@pytest.mark.parametrize("kind", LESIONS)
+def test_lesions_lie_in_the_brain_and_look_as_they_should(maps, kind):
+    count, positions = 4, tuple(range(-45, 50, 6))
+    usual = slices(maps, count, positions=positions, contrasts=("flair", "t1", "t2"), lesions=[kind] * count)
+    healthy = slices(maps, count, positions=positions, contrasts=("flair", "t1", "t2"))
+    assert usual.lesion.flatten(1).any(1).all() and not (usual.lesion & ~usual.brain).any()
+    assert not healthy.lesion.any() and torch.equal(healthy.brain, usual.brain)
+    solid = usual.lesion & (usual.tissues == WHITE)
+    difference = (usual.images - healthy.images).transpose(0, 1)[:, solid].mean(1)
+    assert difference[0] > 0.1 and difference[1] < -0.1 and difference[2] > 0.05
+    for look, sign in (("hyper", 1), ("hypo", -1)):
+        made = slices(maps, count, positions=positions, contrasts=("t1",), lesions=[kind] * count, look=look)
+        assert sign * float((made.images - healthy.images[:, 1:2])[:, 0][solid].mean()) > 0.1
+    same = slices(maps, count, positions=positions, contrasts=("t1",), lesions=[kind] * count, look="iso")
+    assert abs(float((same.images - healthy.images[:, 1:2])[:, 0][solid].mean())) < 0.08
+
+
+def test_maps_are_read_in_any_orientation(folder, maps, tmp_path):
+    image = nib.load(folder / "head_2.nii.gz")
+    turned = image.as_reoriented(nib.orientations.axcodes2ornt("PIL"))
+    nib.save(turned, tmp_path / "turned.mgz")
+    other = read_label_maps(tmp_path)
+    numbers, keys = torch.zeros(1, dtype=torch.long), make_keys(0, 0, 0)
+    options = {"size": (96, 80), "spacing": 2.5}
+    first = make_slices(maps, numbers + 2, keys, torch.tensor([[0.0]]), **options)
+    second = make_slices(other, numbers, keys, torch.tensor([[0.0]]), **options)
+    assert (first.tissues != second.tissues).float().mean() < 0.001
+
+
+def test_every_label_has_one_tissue():
+    labels = [label for own in LABELS.values() for label in own]
+    assert len(labels) == len(set(labels)) and set(LABELS) | {"air"} == set(TISSUES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda labels: np.where(labels == 3, 7777, labels), r"one.nii.gz holds labels .* known here: \[7777\]"),
+        (lambda labels: labels + 0.5, "one.nii.gz must be a segmentation, one whole number >= 0 per voxel"),
+        (lambda labels: labels - 5, "one.nii.gz must be a segmentation, one whole number >= 0 per voxel"),
+        (lambda labels: np.stack([labels, labels], -1), "one.nii.gz must be a segmentation"),
+        (lambda labels: np.where(labels < 500, 0, labels), "one.nii.gz holds no label of the brain"),
+    ],
+)
+def test_what_is_no_label_map_is_named(tmp_path, change, message):
+    image = head()
+    nib.save(
+        nib.Nifti1Image(change(np.asarray(image.dataobj)).astype(np.float32), image.affine), tmp_path / "one.nii.gz"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_label_maps(tmp_path)
+
+
+def test_a_folder_without_maps(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There are no label maps"):
+        read_label_maps(tmp_path)
+
+
+def test_a_data_set_of_heads(folder, tmp_path):
+    write_heads(tmp_path / "raw", folder, subjects=2, tested=4, contrasts=("t1", "flair"), progress=False)
+    lists = {
+        split: (tmp_path / "raw" / "splits" / f"{split}.csv").read_text().split()[1:] for split in ("train", "test")
+    }
+    assert [name.split("_")[0] for name in lists["test"]] == ["healthy", *LESIONS]
+    used = {}
+    for split, names in lists.items():
+        for name in names:
+            record = json.loads((tmp_path / "raw" / name / "head.json").read_text())
+            used.setdefault(split, set()).add(record["map"])
+            lesion, brain = (
+                np.asarray(nib.load(tmp_path / "raw" / name / f"{kind}.nii.gz").dataobj)
+                for kind in ("lesion", "brain")
+            )
+            assert lesion.any() == (record["lesion"] is not None) and not (lesion & ~brain).any()
+            image = nib.load(tmp_path / "raw" / name / "t1.nii.gz")
+            assert image.header.get_zooms()[0] == HEAD_SPACING and not np.asarray(image.dataobj)[brain == 0].any()
+    # What is learnt of a map is not tested on it.
+    assert not used["train"] & used["test"]
+    with pytest.raises(FileExistsError, match="exists"):
+        write_heads(tmp_path / "raw", folder, subjects=2)
+
+
+def test_heads_are_prepared(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"subjects": 1, "tested": 2, "contrasts": ("t1", "t2"), "progress": False}
+    assert prepare_heads(folder, "set", **options) == {}
+    train, test = load_prepared("set", "train"), load_prepared("set", "test")
+    assert train.modalities == ("t1", "t2") and (train.labels == 0).all() and (test.labels == 1).any()
+    assert is_phantom(train.recipe) and str(tmp_path) not in str(train.recipe)
+    assert set(os.listdir()) == {"cache", "set"}
+
+
+def test_options_of_heads(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        (["--contrast", "pd"], "`contrast` must be one of flair, t1, t2, any, got 'pd'"),
+        (["--contrast", "t1", "--contrast", "t1"], "`contrasts` must be different, got t1, t1"),
+        (["--subjects", "0"], "`subjects` must be an integer of at least 1, got 0"),
+        (["--phantom", "phantom-mini"], "Give `--phantom` or `--heads`, not both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            preprocess(["--heads", str(folder), "--out", "set", *arguments])
+    assert not os.path.exists("set")
