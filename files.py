@@ -71,6 +71,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         yield unfinished
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
+        with suppress(FileNotFoundError):
+            shutil.copymode(path, unfinished)
         os.replace(unfinished, path)
         sync_folder(path.parent)
     finally:
