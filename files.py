@@ -71,6 +71,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         yield unfinished
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
+        with suppress(OSError):  # there is none, or the file system has no modes
+            shutil.copymode(path, unfinished)
         os.replace(unfinished, path)
         sync_folder(path.parent)
     finally:

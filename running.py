@@ -12,7 +12,11 @@ import traceback
 from collections.abc import Callable
 
 
-_LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
+# Names of programs and modules that start the processes of a run.
+_LAUNCHERS = {
+    *("accelerate", "accelerate-launch", "accelerate.commands.launch"),
+    *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
+}
 # Seconds that a process without its launcher has for its own end; it may be waiting for another that is gone.
 _PATIENCE = 30
 
@@ -88,10 +92,10 @@ def _follow_launcher() -> None:
 
     launcher = os.getppid()
     try:
-        command = " ".join(psutil.Process(launcher).cmdline())
+        names = {os.path.basename(word) for word in psutil.Process(launcher).cmdline()}
     except psutil.Error:
         return
-    if any(name in command for name in _LAUNCHERS):
+    if names & _LAUNCHERS:
         threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
 
 

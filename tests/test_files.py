@@ -51,6 +51,7 @@ def test_a_file_is_replaced_as_a_whole_or_stays(tmp_path):
     assert target.read_text() == "old"
     write(target, "new")
     assert target.read_text() == "new" and os.listdir(tmp_path) == ["one.nii.gz"]
+    assert target.stat().st_mode & 0o777 == 0o640  # who may read it is the user's business
 
 
 def _write_and_die(path):

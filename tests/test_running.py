@@ -93,3 +93,15 @@ def test_a_process_ends_with_its_launcher(tmp_path):
         time.sleep(0.1)
     else:
         raise AssertionError("The child is still there.")
+
+
+def test_a_process_outlives_a_shell(tmp_path):
+    """`nohup python train.py &` in a script, whatever it is called, goes on when the script ends."""
+    (tmp_path / "child.py").write_text(command("time.sleep(3)\n    open('done', 'w').close()")["args"][2])
+    (tmp_path / "run_accelerate.sh").write_text(f"{sys.executable} child.py &\n")
+    subprocess.run(["sh", "run_accelerate.sh"], cwd=tmp_path, check=True)
+    for _ in range(200):
+        if (tmp_path / "done").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError("The child has ended.")
