@@ -39,6 +39,7 @@ PRODUCERS = (
     *("data/slicing.py", "data/smooth_fields.py"),
     *("data/readers/arrays.py", "data/readers/files.py", "data/readers/listing.py", "data/readers/subjects.py"),
     *("data/phantoms/brains.py", "data/phantoms/heads.py", "data/phantoms/nodules.py", "data/phantoms/sets.py"),
+    "schedulers/draws.py",
 )
 
 _ROW_GROUP = 128  # rows that streaming reads at a time

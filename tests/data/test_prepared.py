@@ -617,7 +617,16 @@ def test_recipes_of_the_package(tmp_path):
     assert names == [
         *["anoddpm_nfbs", "atlas_anofpdm", "atlas_v2", "brain_damage", "brain_tumor_mri", "brats21_andi"],
         *["brats21_anofpdm", "brats21_anofpdm_slices", "brats21_flair", "cddpm_ixi_t1", "cddpm_ixi_t2", "cimd_lidc"],
-        *["generic_bids", "generic_image_masks", "ixi_t1", "ixi_t2", "lidc_pickle", "mslub_flair", "phantom_mini"],
+        *[
+            "generic_bids",
+            "generic_image_masks",
+            "heads",
+            "ixi_t1",
+            "ixi_t2",
+            "lidc_pickle",
+            "mslub_flair",
+            "phantom_mini",
+        ],
         *["phantom_raters", "sadm_atlas", "sadm_brats", "sadm_brats_t2", "sadm_mslub_t2", "sadm_t1", "sadm_t2"],
         *["sadm_wmh", "shifts_andi", "shifts_andi_folders", "shifts_ms", "tcga_lgg_flair", "tcga_lgg_kaggle"],
         *["tcga_lgg_labelled", "wmh_flair"],

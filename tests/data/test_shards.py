@@ -343,7 +343,7 @@ def test_every_module_that_produces_data_is_part_of_the_digest():
 
 
 def test_the_digest_changes_with_what_produces_data_and_nothing_else(tmp_path, monkeypatch):
-    for folder in ("data", "volumes"):
+    for folder in ("data", "volumes", "schedulers"):
         shutil.copytree(PACKAGE / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     here = shards.code_digest()
     monkeypatch.setattr(shards, "__file__", str(tmp_path / "data" / "shards.py"))

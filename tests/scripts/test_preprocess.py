@@ -81,7 +81,7 @@ def test_what_cannot_be_read_is_listed(raw, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "recipe.yaml"], "Give `--recipe` and `--root` of a raw data set, or `--phantom`."),
+        (["--recipe", "recipe.yaml"], "Give `--recipe` and `--root` of a raw data set, or `--phantom`, or `--heads`."),
         (
             ["--phantom", "phantom-maxi"],
             "`name` must be one of phantom-mini, phantom-std, phantom-raters, got 'phantom-maxi'",
