@@ -88,9 +88,11 @@ def make_baselines(
     splits: dict[str, PreparedSplit], rows: list[dict], protocol: ModuleType, options: EvalOptions
 ) -> Iterator[tuple[dict, Callable[[dict], Case]]]:
     """Yields the rows of the plain intensity of each modality and of the protocol's own baselines, each with the
-    function that makes the case of a subject. The post-processing is that of the first model."""
+    function that makes the case of a subject. The post-processing is that of the first model, without its weights:
+    intensity is what they are made of."""
     settings = rows[0]["settings"] if rows else asdict(PostProcessing(**postprocessing_changes(options)))
-    postprocessing = PostProcessing(**{field.name: settings[field.name] for field in fields(PostProcessing)})
+    values = {field.name: settings[field.name] for field in fields(PostProcessing)}
+    postprocessing = PostProcessing(**values | {"sign": "both", "weighting": "none"})
     processor = splits["test"].processor_settings
     value_range = processor["value_range"]
     makers = {

@@ -41,6 +41,10 @@ class EvalOptions:
     """mean, max or p99 of the map in the brain."""
     filter_order: str | None = None
     """erosion_first or median_first, for cDDPM and its relatives."""
+    sign: str | None = None
+    """both, brighter or darker: where maps count."""
+    weighting: str | None = None
+    """none or intensity: what maps are multiplied by."""
     healthy_fpr: float = 0.05
     """Share of healthy validation voxels above the healthy-only threshold."""
     protocol: str = "pooled"

@@ -28,7 +28,7 @@ from ..hub.model_index import check_processor, check_sums, complete_index, read_
 from ..schedulers.draws import DRAWS_VERSION, fold_in, make_keys
 from ..volumes.processor import ProcessedVolume
 from .output import AnomalyOutput
-from .postprocessing import PostProcessing
+from .postprocessing import PostProcessing, brightness_weights
 
 
 # N slices of one or several volumes, C modalities, H x W pixels, B items of a batch, K draws of a slice.
@@ -529,8 +529,9 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         Computes the maps of slices: the only way to them, for calls, evaluations and calibrations alike.
 
         The method sees the slices that hold brain. The others have the map 0, their own image as reconstruction, an
-        empty mask, and NaN or -1 as details. Maps are filtered as the configuration says ([`PostProcessing`]), volume
-        by volume, and are 0 outside the brain.
+        empty mask, and NaN or -1 as details. Maps are weighted by brightness and filtered as the configuration says
+        ([`PostProcessing`]), volume by volume, and are 0 outside the brain. What a method adds to filtered maps has
+        the same weights, and its own masks hold no pixel whose weight is 0.
 
         Args:
             slices (`torch.Tensor` of shape `(N, C, H, W)`): In the processor's value range, on the pipeline's device.
@@ -572,6 +573,11 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         maps, added, masks = to_all(maps, 0.0), to_all(added, 0.0), to_all(masks, False)
         if not torch.isfinite(maps).all() or (added is not None and not torch.isfinite(added).all()):
             raise ValueError(NOT_FINITE)
+        weights = self.weigh(slices, brain, volumes)
+        if weights is not None:
+            maps = maps * weights
+            added = None if added is None else added * weights
+            masks = None if masks is None else masks & (weights > 0)
         details = {name: [one[name] for one in details] for name in details[0]}
         return SliceResults(
             self.filter_maps(maps.float().cpu(), brain.cpu(), None if added is None else added.float().cpu(), volumes),
@@ -582,6 +588,17 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
                 for name, values in details.items()
             },
         )
+
+    def weigh(self, slices: torch.Tensor, brain: torch.Tensor, volumes: Sequence[int]) -> torch.Tensor | None:
+        """Returns the weight of every pixel, `(N, H, W)` float32, as the configuration says, from the slices of one or
+        several volumes; `None` without any ([`~pipelines.postprocessing.brightness_weights`])."""
+        sign, weighting = self.postprocessing.sign, self.postprocessing.weighting
+        if sign == "both" and weighting == "none":
+            return None
+        images = self.processor.to_unit(slices).float().cpu().split(list(volumes))
+        pairs = zip(images, brain.cpu().split(list(volumes)), strict=True)
+        weights = [brightness_weights(image.numpy(), inside.numpy(), sign, weighting) for image, inside in pairs]
+        return torch.from_numpy(np.concatenate(weights)).to(slices.device)
 
     def filter_maps(
         self, maps: torch.Tensor, brain: torch.Tensor, added: torch.Tensor | None, volumes: Sequence[int]

@@ -9,12 +9,14 @@ import torch
 from diffusers import UNet2DModel
 from transformers import PreTrainedModel
 
+from ..checks import check_choice
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from .base import AnomalyPipeline, Noise
+from .mahalanobis import mahalanobis_distance
 from .ssim import ssim_map
 
 
-MAP_TYPES = ("residual", "ssim")
+MAP_TYPES = ("residual", "ssim", "mahalanobis")
 
 
 # N slices, C modalities, H x W pixels, K timesteps, E values of a code, B items (a timestep of a slice) of a batch.
@@ -26,6 +28,13 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> None:
     steps = list(timesteps) if isinstance(timesteps, (list, tuple)) else []
     if not steps or len(set(steps)) != len(steps) or any(type(t) is not int or not 0 <= t <= last for t in steps):
         raise ValueError(f"`timesteps` must be a list of different integers from 0 to {last}, got {timesteps!r}.")
+
+
+def check_map_type(map_type: str, timesteps: Sequence[int]) -> None:
+    """Raises a `ValueError` unless `map_type` is one of `MAP_TYPES`, and can be computed from these timesteps."""
+    check_choice("map_type", map_type, MAP_TYPES)
+    if map_type == "mahalanobis" and len(timesteps) < 2:
+        raise ValueError(f"`map_type` mahalanobis needs several `timesteps`, got {list(timesteps)}.")
 
 
 def check_encoder(unet: UNet2DModel, encoder: PreTrainedModel | None) -> None:
@@ -47,7 +56,7 @@ def iterate_reconstructions(
     seed: int,
     batch_size: int,
     noise: torch.Tensor | Callable | None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """
     Reconstructs each slice from each timestep, in full batches: all slices from the first timestep, then all from the
     second one, and so on. The encoder sees each slice once, before.
@@ -61,7 +70,8 @@ def iterate_reconstructions(
         seed, batch_size, noise: As of the call.
 
     Yields:
-        `tuple`: rows of the slices, below N, `(B,)`; their reconstructions `(B, C, H, W)`, about [0, 1], not limited.
+        `tuple`: numbers of the timesteps, below K, and rows of the slices, below N, `(B,)` each; their reconstructions
+        `(B, C, H, W)`, about [0, 1], not limited.
     """
     device = slices.device
     numbers, grid = torch.tensor([0] * len(indices) if shared_noise else indices), torch.tensor(timesteps)
@@ -71,7 +81,7 @@ def iterate_reconstructions(
         codes = encode_slices(pipeline, slices, batch_size)
         for draws, rows in batches:
             fields = draw_fields(pipeline.scheduler, seed, noise, numbers[rows], draws, grid, slices)
-            rows, steps = rows.to(device), grid[draws].to(device)
+            rows, draws, steps = (values.to(device) for values in (rows, draws, grid[draws]))
 
             # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n with x_0 in [-1, 1], (B, C, H, W)
             sample = pipeline.scheduler.add_noise(2.0 * slices[rows] - 1.0, fields, steps)
@@ -79,7 +89,7 @@ def iterate_reconstructions(
             # This network predicts x_0.
             prediction = pipeline.predict_noise(sample, steps, None if codes is None else codes[rows])
             progress.update()
-            yield rows, (prediction + 1.0) / 2.0
+            yield draws, rows, (prediction + 1.0) / 2.0
 
 
 def encode_slices(pipeline: AnomalyPipeline, slices: torch.Tensor, batch_size: int) -> torch.Tensor | None:
@@ -120,11 +130,16 @@ def draw_fields(
     return fields[places.to(like.device)]
 
 
-def difference_maps(slices: torch.Tensor, reconstruction: torch.Tensor, map_type: str) -> torch.Tensor:
-    """Computes maps `(N, H, W)`, unfiltered, from slices and reconstructions `(N, C, H, W)`, both in [0, 1]: by
-    `map_type` the mean absolute difference of the modalities, or 1 - their mean structural similarity."""
+def difference_maps(
+    slices: torch.Tensor, reconstruction: torch.Tensor, map_type: str, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Computes maps `(N, H, W)`, unfiltered, from slices and mean reconstructions `(N, C, H, W)`, both in [0, 1]: by
+    `map_type` the mean absolute difference of the modalities, 1 - their mean structural similarity, or their mean
+    Mahalanobis distance, which the single reconstructions `kept`, `(K, N, C, H, W)`, are for."""
     if map_type == "residual":
         return (slices - reconstruction).abs().mean(1)
+    if map_type == "mahalanobis":
+        return mahalanobis_distance(slices, kept).mean(1)
     similarity = torch.stack([ssim_map(slices[:, c], reconstruction[:, c]) for c in range(slices.shape[1])])
     # At most 1 but for rounding.
     return (1.0 - similarity).mean(0).clamp(min=0.0).to(slices)

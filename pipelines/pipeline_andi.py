@@ -62,7 +62,7 @@ class ANDiPipeline(AnomalyPipeline):
         zero_background (`bool`, defaults to `False`):
             Set pixels that have exactly the lowest value of the processor's range to 0 before modalities are reduced
             (UAD-IMAG).
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting:
             See [`AnomalyPipeline`] and [`PostProcessing`]. ANDi: median of 5 x 5 x 5.
     """
 
@@ -89,6 +89,8 @@ class ANDiPipeline(AnomalyPipeline):
         erosion: int = 0,
         min_component_size: int = 0,
         slice_score: str = "mean",
+        sign: str = "both",
+        weighting: str = "none",
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)

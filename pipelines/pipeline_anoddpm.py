@@ -12,10 +12,12 @@ from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, Noise, SliceResults
+from .mahalanobis import mahalanobis_distance
 from .output import AnomalyOutput
 
 
 MODES = ("partial", "one_shot", "partial_offset")
+MAP_TYPES = ("squared", "mahalanobis")
 MODALITY_REDUCTIONS = ("mean", "max")
 
 
@@ -47,8 +49,12 @@ class AnoDDPMPipeline(AnomalyPipeline):
             noise. With a scheduler of `variance_type="fixed_small"` and `modality_reduction="max"` it is AnoDDPM as
             the ANDi authors compared with it.
         num_draws (`int`, defaults to 1): Reconstructions per slice and level; their mean is compared with the slice.
-        modality_reduction (`str`, defaults to `"mean"`): `"mean"` or `"max"` of the squared errors of the modalities.
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
+        modality_reduction (`str`, defaults to `"mean"`): `"mean"` or `"max"` of the maps of the modalities.
+        map_type (`str`, defaults to `"squared"`):
+            `"squared"`: squared difference of slice and mean reconstruction. `"mahalanobis"`: distance from the
+            distribution of the reconstructions, of all levels and draws
+            ([`~pipelines.mahalanobis.mahalanobis_distance`]).
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting:
             See [`AnomalyPipeline`] and [`PostProcessing`]. AnoDDPM: threshold 0.5, no filter.
     """
 
@@ -64,12 +70,15 @@ class AnoDDPMPipeline(AnomalyPipeline):
         mode: str = "partial",
         num_draws: int = 1,
         modality_reduction: str = "mean",
+        map_type: str = "squared",
         threshold: float | None = None,
         median_size: int = 0,
         median_dimensions: int = 2,
         erosion: int = 0,
         min_component_size: int = 0,
         slice_score: str = "mean",
+        sign: str = "both",
+        weighting: str = "none",
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
@@ -84,6 +93,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         mode: str | None = None,
         num_draws: int | None = None,
         modality_reduction: str | None = None,
+        map_type: str | None = None,
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
@@ -122,6 +132,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         mode: str,
         num_draws: int,
         modality_reduction: str,
+        map_type: str,
         seed: int = 0,
         batch_size: int = 16,
         noise: torch.Tensor | Callable | None = None,
@@ -130,8 +141,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         Computes the method itself: slices `(N, C, H, W)` to maps `(N, H, W)` and mean reconstructions `(N, C, H, W)`,
         unfiltered.
 
-        `indices` are the slices' numbers in their volume, which their random numbers depend on. The map is the squared
-        difference of slice and mean reconstruction, its mean or maximum over channels.
+        `indices` are the slices' numbers in their volume, which their random numbers depend on.
         """
         # Levels of the members, (M,), and their evaluations, of which each has a draw.
         levels = torch.tensor(noise_level).reshape(-1).repeat_interleave(num_draws)
@@ -142,6 +152,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         numbers, device = torch.tensor(indices), slices.device
         draw_noise = partial(self.scheduler.draw_noise, size=slices.shape[1:])
         total = torch.zeros_like(slices)
+        kept = slices.new_zeros(len(levels) if map_type == "mahalanobis" else 0, *slices.shape)
         # Items of a batch walk equally long chains. They are ordered by member, then by slice: what a slice's members
         # add up to is added in the same order for every batch size.
         groups = [(steps, torch.nonzero(lengths == steps).flatten()) for steps in lengths.unique().tolist()]
@@ -170,17 +181,28 @@ class AnoDDPMPipeline(AnomalyPipeline):
                         timesteps = timesteps - 1
                         progress.update()
                     total.index_add_(0, rows, sample)
+                    if len(kept):
+                        kept[members.to(device), rows] = sample
         reconstruction = total / len(levels)
-        squared = (slices - reconstruction).square()
-        return SliceResults(squared.amax(1) if modality_reduction == "max" else squared.mean(1), reconstruction)
+        if map_type == "mahalanobis":
+            maps = mahalanobis_distance(self.processor.to_unit(slices), self.processor.to_unit(kept))
+        else:
+            maps = (slices - reconstruction).square()
+        return SliceResults(maps.amax(1) if modality_reduction == "max" else maps.mean(1), reconstruction)
 
     def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""
-        check_choices(settings, mode=MODES, modality_reduction=MODALITY_REDUCTIONS)
+        check_choices(settings, mode=MODES, modality_reduction=MODALITY_REDUCTIONS, map_type=MAP_TYPES)
         check_integer("num_draws", settings["num_draws"], 1)
         lowest, highest = 1, self.scheduler.config.num_train_timesteps
         if settings["mode"] == "partial_offset":  # noises to t = L, and needs t = 1 to walk at all
             lowest, highest = 2, highest - 1
         levels = settings["noise_level"]
-        for level in (levels if isinstance(levels, (list, tuple)) else [levels]) or [None]:
+        levels = (list(levels) if isinstance(levels, (list, tuple)) else [levels]) or [None]
+        for level in levels:
             check_integer("noise_level", level, lowest, highest)
+        if settings["map_type"] == "mahalanobis" and len(levels) * settings["num_draws"] < 2:
+            raise ValueError(
+                "`map_type` mahalanobis needs several reconstructions of a slice: give `num_draws` of at least 2, or"
+                " several levels as `noise_level`."
+            )

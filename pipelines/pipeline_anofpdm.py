@@ -90,7 +90,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
             the mean of the channels exceeds -0.95 (the authors' rule for their metrics). Mind that `quantile_range`
             fits the image.
         gate_by_label (`bool`, defaults to `True`): Whether slices with the label healthy have an empty mask.
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting:
             See [`AnomalyPipeline`] and [`PostProcessing`].
     """
 
@@ -120,6 +120,8 @@ class AnoFPDMPipeline(AnomalyPipeline):
         erosion: int = 0,
         min_component_size: int = 41,
         slice_score: str = "mean",
+        sign: str = "both",
+        weighting: str = "none",
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)

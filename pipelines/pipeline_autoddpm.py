@@ -52,7 +52,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
         mask_distance (`str`, defaults to `"lpips"`):
             The mask map is the residual divided by its quantile, at most 1, times LPIPS (`"lpips"`, needs the package
             `lpips` and on first use its SqueezeNet weights, or `perceptual_distance`) or by itself (`"residual"`).
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The ANDi authors' median is 5 in 3-D.
     """
 
@@ -77,6 +77,8 @@ class AutoDDPMPipeline(AnomalyPipeline):
         erosion: int = 0,
         min_component_size: int = 0,
         slice_score: str = "mean",
+        sign: str = "both",
+        weighting: str = "none",
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)

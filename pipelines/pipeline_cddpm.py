@@ -12,7 +12,7 @@ from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, SliceResults
-from .one_step import MAP_TYPES, check_encoder, check_timesteps, difference_maps, iterate_reconstructions
+from .one_step import check_encoder, check_map_type, check_timesteps, difference_maps, iterate_reconstructions
 from .output import AnomalyOutput
 
 
@@ -47,12 +47,14 @@ class CDDPMPipeline(AnomalyPipeline):
             `(499,)`.
         map_type (`str`, defaults to `"residual"`):
             `"residual"`: absolute difference of slice and reconstruction. `"ssim"`: 1 - structural similarity in three
-            dimensions ([`~pipelines.ssim.ssim_map`]), which sees the slices with brain of one volume. Modalities are
-            averaged.
+            dimensions ([`~pipelines.ssim.ssim_map`]), which sees the slices with brain of one volume. `"mahalanobis"`:
+            distance from the distribution of the reconstructions, of all `timesteps`
+            ([`~pipelines.mahalanobis.mahalanobis_distance`]). Modalities are averaged.
         shared_noise (`bool`, defaults to `False`):
             The same field for all slices at one timestep, as the authors (who also round it to float16); else each
             slice has its own.
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order, sign,
+        weighting:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The authors: median of 5 x 5 x 5, `erosion` H // 25, so 3
             at 96 px, components of 7 voxels and fewer removed; with `"ssim"` (SADM) the median alone.
     """
@@ -77,6 +79,8 @@ class CDDPMPipeline(AnomalyPipeline):
         min_component_size: int = 8,
         slice_score: str = "mean",
         filter_order: str = "erosion_first",
+        sign: str = "both",
+        weighting: str = "none",
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor, encoder=encoder)
@@ -145,16 +149,20 @@ class CDDPMPipeline(AnomalyPipeline):
         """
         slices = self.processor.to_unit(slices)
         total = torch.zeros_like(slices)
-        # Sums only: memory does not depend on the number of timesteps.
-        for rows, reconstructions in iterate_reconstructions(
+        # Sums only: memory does not depend on the number of timesteps. A distribution needs them all.
+        kept = slices.new_zeros(len(timesteps) if map_type == "mahalanobis" else 0, *slices.shape)
+        for draws, rows, reconstructions in iterate_reconstructions(
             self, slices, indices, timesteps, shared_noise, seed, batch_size, noise
         ):
             total.index_add_(0, rows, reconstructions)
+            if len(kept):
+                kept[draws, rows] = reconstructions
         reconstruction = total / len(timesteps)
-        maps = difference_maps(slices, reconstruction, map_type)
+        maps = difference_maps(slices, reconstruction, map_type, kept)
         return SliceResults(maps, self.processor.from_unit(reconstruction))
 
     def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""
         check_timesteps(settings["timesteps"], len(self.scheduler))
-        check_choices(settings, map_type=MAP_TYPES, shared_noise=(False, True))
+        check_map_type(settings["map_type"], settings["timesteps"])
+        check_choices(settings, shared_noise=(False, True))

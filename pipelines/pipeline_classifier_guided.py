@@ -42,7 +42,7 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
             Limit the guided x_0 estimate to [-1, 1] again. The authors limit it before the guidance only.
         modalities (`tuple[str, ...]`, *optional*):
             Those that the map is the mean of; all by default. BraTS21 flair and t2.
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The authors' thresholds belong to an older map: calibrate.
             They drop components of 40 pixels and fewer in each slice, a volume's are 3-D here.
     """
@@ -66,6 +66,8 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         erosion: int = 0,
         min_component_size: int = 41,
         slice_score: str = "mean",
+        sign: str = "both",
+        weighting: str = "none",
     ):
         super().__init__()
         self.register_modules(unet=unet, classifier=classifier, scheduler=scheduler, processor=processor)

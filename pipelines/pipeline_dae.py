@@ -35,7 +35,7 @@ class DAEPipeline(AnomalyPipeline):
         rim_window (`int`, defaults to 5):
             Odd side of the window that must be filled by foreground (more than 95 %) for a pixel to count; 1 keeps the
             rim.
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The ANDi authors' median is 5 in 3-D.
     """
 
@@ -55,6 +55,8 @@ class DAEPipeline(AnomalyPipeline):
         erosion: int = 0,
         min_component_size: int = 0,
         slice_score: str = "mean",
+        sign: str = "both",
+        weighting: str = "none",
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)

@@ -38,7 +38,7 @@ class DDIBPipeline(AnomalyPipeline):
             w: the noise is (1 + w) eps(healthy) - w eps(none). BraTS21 1.1, ATLAS 1.3.
         modalities (`tuple[str, ...]`, *optional*):
             Those that the map is the mean of; all by default. BraTS21 flair and t2.
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The authors' thresholds belong to an older map: calibrate.
             They drop components of 40 pixels and fewer in each slice, a volume's are 3-D here.
     """
@@ -61,6 +61,8 @@ class DDIBPipeline(AnomalyPipeline):
         erosion: int = 0,
         min_component_size: int = 41,
         slice_score: str = "mean",
+        sign: str = "both",
+        weighting: str = "none",
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)

@@ -52,7 +52,8 @@ class PDDPMPipeline(AnomalyPipeline):
         shared_noise (`bool`, defaults to `False`):
             The same field for all slices at one timestep, as the authors; else each slice has its own. The patches of
             a slice have parts of the same field either way.
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order, sign,
+        weighting:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The authors: median of 5 x 5 x 5, `erosion` H // 25, so 3
             at 96 px, components of 7 voxels and fewer removed.
     """
@@ -76,6 +77,8 @@ class PDDPMPipeline(AnomalyPipeline):
         min_component_size: int = 8,
         slice_score: str = "mean",
         filter_order: str = "erosion_first",
+        sign: str = "both",
+        weighting: str = "none",
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, processor=processor)

@@ -13,7 +13,7 @@ from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, SliceResults
-from .one_step import MAP_TYPES, check_encoder, check_timesteps, difference_maps, iterate_reconstructions
+from .one_step import check_encoder, check_map_type, check_timesteps, difference_maps, iterate_reconstructions
 from .output import AnomalyOutput
 
 
@@ -40,7 +40,8 @@ class SADMPipeline(AnomalyPipeline):
         residual_weight (`float`, *optional*):
             In [0, 1]: the score is `residual_weight` residual + (1 - `residual_weight`) probability, as in the paper's
             appendix (`lambda_cam`). By default it is the sum of both.
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order, sign,
+        weighting:
             See [`AnomalyPipeline`] and [`PostProcessing`]. Median and erosion are of the residual alone. The authors:
             median of 5 x 5 x 5, no erosion, no component removed.
     """
@@ -67,6 +68,8 @@ class SADMPipeline(AnomalyPipeline):
         min_component_size: int = 0,
         slice_score: str = "mean",
         filter_order: str = "erosion_first",
+        sign: str = "both",
+        weighting: str = "none",
     ):
         super().__init__()
         self.register_modules(
@@ -147,16 +150,19 @@ class SADMPipeline(AnomalyPipeline):
         """
         slices = self.processor.to_unit(slices)
         reconstruction, probability = torch.zeros_like(slices), torch.zeros_like(slices[:, 0])
-        # Sums only: memory does not depend on the number of timesteps.
-        for rows, reconstructions in iterate_reconstructions(
+        # Sums only: memory does not depend on the number of timesteps. A distribution needs them all.
+        kept = slices.new_zeros(len(timesteps) if map_type == "mahalanobis" else 0, *slices.shape)
+        for draws, rows, reconstructions in iterate_reconstructions(
             self, slices, indices, timesteps, shared_noise, seed, batch_size, noise
         ):
             reconstruction.index_add_(0, rows, reconstructions)
+            if len(kept):
+                kept[draws, rows] = reconstructions
             probability.index_add_(0, rows, self.segment(slices[rows], reconstructions))
         reconstruction /= len(timesteps)
         probability /= len(timesteps)
 
-        maps = difference_maps(slices, reconstruction, map_type)
+        maps = difference_maps(slices, reconstruction, map_type, kept)
         if residual_weight is not None:
             # The weight before the median is the weight after it.
             maps, probability = residual_weight * maps, (1.0 - residual_weight) * probability
@@ -173,6 +179,7 @@ class SADMPipeline(AnomalyPipeline):
     def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""
         check_timesteps(settings["timesteps"], len(self.scheduler))
-        check_choices(settings, map_type=MAP_TYPES, shared_noise=(False, True))
+        check_map_type(settings["map_type"], settings["timesteps"])
+        check_choices(settings, shared_noise=(False, True))
         if settings["residual_weight"] is not None:
             check_number("residual_weight", settings["residual_weight"], least=0, most=1)

@@ -1,5 +1,5 @@
-"""Post-processing of the anomaly maps of one volume, on the CPU: erosion of the brain, median filter, removal of small
-components. Maps are never min-max scaled."""
+"""Post-processing of the anomaly maps of one volume, on the CPU: weights by brightness, erosion of the brain, median
+filter, removal of small components. Maps are never min-max scaled."""
 
 from dataclasses import asdict, dataclass
 
@@ -13,9 +13,11 @@ SLICE_SCORES = ("mean", "max", "p99")
 FILTER_ORDERS = ("erosion_first", "median_first")
 BORDERS = ("reflect", "mirror")
 DIMENSIONS = (2, 3)
+SIGNS = ("both", "brighter", "darker")
+WEIGHTINGS = ("none", "intensity")
 
 
-# N slices of one volume in anatomical order, H x W pixels.
+# N slices of one volume in anatomical order, C modalities, H x W pixels.
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class PostProcessing:
         slice_score (`str`): Score of a slice or volume: `"mean"`, `"max"` or `"p99"` of the map in the brain.
         filter_order (`str`):
             Of erosion and median, see [`postprocess_maps`]; an option of cDDPM and its relatives only.
+        sign (`str`):
+            Where maps count: `"both"` everywhere, `"brighter"` or `"darker"` only where the slice is so, see
+            [`brightness_weights`]. Lesions are bright on FLAIR.
+        weighting (`str`):
+            What maps are multiplied by before they are filtered: `"none"`, or `"intensity"`, how much brighter or
+            darker the slice is there, see [`brightness_weights`].
     """
 
     median_size: int = 0
@@ -41,10 +49,19 @@ class PostProcessing:
     min_component_size: int = 0
     slice_score: str = "mean"
     filter_order: str = "erosion_first"
+    sign: str = "both"
+    weighting: str = "none"
 
     def __post_init__(self):
         values = asdict(self)
-        check_choices(values, slice_score=SLICE_SCORES, filter_order=FILTER_ORDERS, median_dimensions=DIMENSIONS)
+        check_choices(
+            values,
+            slice_score=SLICE_SCORES,
+            filter_order=FILTER_ORDERS,
+            median_dimensions=DIMENSIONS,
+            sign=SIGNS,
+            weighting=WEIGHTINGS,
+        )
         for name in ("median_size", "erosion", "min_component_size"):
             check_integer(name, values[name], 0)
 
@@ -80,6 +97,36 @@ class PostProcessing:
     def score_slices(self, maps: np.ndarray, brain: np.ndarray) -> np.ndarray:
         """Returns the score of every slice, `(N,)` float64."""
         return np.array([self.score(*pair) for pair in zip(maps, brain, strict=True)])
+
+
+def brightness_weights(slices: np.ndarray, brain: np.ndarray, sign: str, weighting: str) -> np.ndarray:
+    """
+    Returns what the maps of one volume are multiplied by: the distance of every pixel from the median of the volume's
+    brain, or whether there is one.
+
+    A method may say by its reconstruction what is brighter than it should be, but not every method has one. The
+    brain's median is a reference for all of them, and on FLAIR a better one (`benchmarks/map_options.py`). With
+    several modalities the one with the largest distance counts, so that `"brighter"` means: brighter in at least one.
+
+    Args:
+        slices (`np.ndarray` of shape `(N, C, H, W)`): Slices in [0, 1].
+        brain (`np.ndarray` of shape `(N, H, W)`, boolean): Brain mask; the medians are those of its pixels.
+        sign (`str`): `"brighter"`: what is darker than the median has no distance. `"darker"`: what is brighter has
+            none. `"both"`: all have one.
+        weighting (`str`): `"intensity"`: the distance itself. `"none"`: 1 where there is one, else 0.
+
+    Returns:
+        `np.ndarray` of shape `(N, H, W)`, float32, 0 outside the brain.
+    """
+    if not brain.any():
+        return np.zeros(brain.shape, np.float32)
+    distance = slices - np.median(np.moveaxis(slices, 1, -1)[brain], axis=0)[:, None, None]
+    if sign == "both":
+        distance = np.abs(distance)
+    elif sign == "darker":
+        distance = -distance
+    distance = np.where(brain, distance.max(1).clip(min=0), 0)
+    return (distance if weighting == "intensity" else distance > 0).astype(np.float32)
 
 
 def median_filter(maps: np.ndarray, size: int, dimensions: int, *, border: str = "reflect") -> np.ndarray:
