@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "hub.registration": ["ModelMixin", "SchedulerMixin"],
         "models.classifier_2d": ["NoisyClassifierModel"],
+        "models.healthy_maps": ["HealthyMapsModel"],
         "models.siamese_unet": ["SiameseUNet2DModel"],
         "models.spark": ["SparKModel"],
         "models.unet_2d_andi": ["ANDiUNet2DModel"],

@@ -88,11 +88,11 @@ def make_baselines(
     splits: dict[str, PreparedSplit], rows: list[dict], protocol: ModuleType, options: EvalOptions
 ) -> Iterator[tuple[dict, Callable[[dict], Case]]]:
     """Yields the rows of the plain intensity of each modality and of the protocol's own baselines, each with the
-    function that makes the case of a subject. The post-processing is that of the first model, without its weights:
-    intensity is what they are made of."""
+    function that makes the case of a subject. The post-processing is that of the first model, but for what maps
+    are multiplied and divided by."""
     settings = rows[0]["settings"] if rows else asdict(PostProcessing(**postprocessing_changes(options)))
     values = {field.name: settings[field.name] for field in fields(PostProcessing)}
-    postprocessing = PostProcessing(**values | {"sign": "both", "weighting": "none"})
+    postprocessing = PostProcessing(**values | {"sign": "both", "weighting": "none", "normalization": "none"})
     processor = splits["test"].processor_settings
     value_range = processor["value_range"]
     makers = {

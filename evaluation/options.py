@@ -45,6 +45,8 @@ class EvalOptions:
     """both, brighter or darker: where maps count."""
     weighting: str | None = None
     """none or intensity: what maps are multiplied by."""
+    normalization: str | None = None
+    """none or healthy_maps: what maps are divided by."""
     healthy_fpr: float = 0.05
     """Share of healthy validation voxels above the healthy-only threshold."""
     protocol: str = "pooled"

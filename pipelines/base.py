@@ -346,7 +346,16 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
                 )
         self.check_inputs(**self.default_settings())
         self.check_threshold(self.config.threshold)
-        _ = self.postprocessing  # checks its values
+        postprocessing = self.postprocessing  # checks its values
+        size, healthy_maps = self.processor.config.size, self.components.get("healthy_maps")
+        if healthy_maps is None and postprocessing.normalization == "healthy_maps":
+            raise ValueError(
+                "`normalization` healthy_maps needs the component `healthy_maps`, which `measure_healthy_maps` makes."
+            )
+        if healthy_maps is not None and tuple(healthy_maps.levels.shape[1:]) != (size and tuple(size)):
+            raise ValueError(
+                f"`healthy_maps` must have the `size` of the processor, {size}, got {tuple(healthy_maps.levels.shape[1:])}."
+            )
 
     def check_value_range(self) -> None:
         """Raises a `ValueError` unless the processor brings slices to [-1, 1], which predictions of the clean slice
@@ -529,7 +538,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         Computes the maps of slices: the only way to them, for calls, evaluations and calibrations alike.
 
         The method sees the slices that hold brain. The others have the map 0, their own image as reconstruction, an
-        empty mask, and NaN or -1 as details. Maps are weighted by brightness and filtered as the configuration says
+        empty mask, and NaN or -1 as details. Maps are weighted and filtered as the configuration says
         ([`PostProcessing`]), volume by volume, and are 0 outside the brain. What a method adds to filtered maps has
         the same weights, and its own masks hold no pixel whose weight is 0.
 
@@ -573,7 +582,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         maps, added, masks = to_all(maps, 0.0), to_all(added, 0.0), to_all(masks, False)
         if not torch.isfinite(maps).all() or (added is not None and not torch.isfinite(added).all()):
             raise ValueError(NOT_FINITE)
-        weights = self.weigh(slices, brain, volumes)
+        weights = self.weigh(slices, brain, indices, volumes)
         if weights is not None:
             maps = maps * weights
             added = None if added is None else added * weights
@@ -589,16 +598,29 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             },
         )
 
-    def weigh(self, slices: torch.Tensor, brain: torch.Tensor, volumes: Sequence[int]) -> torch.Tensor | None:
-        """Returns the weight of every pixel, `(N, H, W)` float32, as the configuration says, from the slices of one or
-        several volumes; `None` without any ([`~pipelines.postprocessing.brightness_weights`])."""
-        sign, weighting = self.postprocessing.sign, self.postprocessing.weighting
-        if sign == "both" and weighting == "none":
+    def weigh(
+        self, slices: torch.Tensor, brain: torch.Tensor, indices: Sequence[int], volumes: Sequence[int]
+    ) -> torch.Tensor | None:
+        """Returns what the maps of one or several volumes are multiplied by, `(N, H, W)` float32, as the configuration
+        says: weights by brightness ([`~pipelines.postprocessing.brightness_weights`]), over what healthy slices show
+        at the same place. `None` if it says neither."""
+        chosen = self.postprocessing
+        by_brightness = chosen.sign != "both" or chosen.weighting != "none"
+        if not by_brightness and chosen.normalization == "none":
             return None
-        images = self.processor.to_unit(slices).float().cpu().split(list(volumes))
-        pairs = zip(images, brain.cpu().split(list(volumes)), strict=True)
-        weights = [brightness_weights(image.numpy(), inside.numpy(), sign, weighting) for image, inside in pairs]
-        return torch.from_numpy(np.concatenate(weights)).to(slices.device)
+        weights = torch.ones(brain.shape)
+        images, start = self.processor.to_unit(slices).float().cpu().numpy(), 0
+        for count in volumes:
+            rows = slice(start, start + count)
+            start += count
+            if by_brightness:
+                inside = brain[rows].cpu().numpy()
+                weights[rows] = torch.from_numpy(
+                    brightness_weights(images[rows], inside, chosen.sign, chosen.weighting)
+                )
+            if chosen.normalization == "healthy_maps":
+                weights[rows] /= self.healthy_maps(brain[rows], indices[rows]).cpu()
+        return weights.to(slices.device)
 
     def filter_maps(
         self, maps: torch.Tensor, brain: torch.Tensor, added: torch.Tensor | None, volumes: Sequence[int]

@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer
+from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_andi import NOISE_TYPES, ANDiScheduler
 from ..volumes.processor import VolumeProcessor
@@ -62,11 +63,13 @@ class ANDiPipeline(AnomalyPipeline):
         zero_background (`bool`, defaults to `False`):
             Set pixels that have exactly the lowest value of the processor's range to 0 before modalities are reduced
             (UAD-IMAG).
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
+        normalization, healthy_maps:
             See [`AnomalyPipeline`] and [`PostProcessing`]. ANDi: median of 5 x 5 x 5.
     """
 
     model_cpu_offload_seq = "unet"
+    _optional_components = ["healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -91,9 +94,11 @@ class ANDiPipeline(AnomalyPipeline):
         slice_score: str = "mean",
         sign: str = "both",
         weighting: str = "none",
+        normalization: str = "none",
+        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps)
         self.check_configuration()
 
     @torch.no_grad()

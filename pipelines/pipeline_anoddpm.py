@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer
+from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
@@ -54,11 +55,13 @@ class AnoDDPMPipeline(AnomalyPipeline):
             `"squared"`: squared difference of slice and mean reconstruction. `"mahalanobis"`: distance from the
             distribution of the reconstructions, of all levels and draws
             ([`~pipelines.mahalanobis.mahalanobis_distance`]).
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
+        normalization, healthy_maps:
             See [`AnomalyPipeline`] and [`PostProcessing`]. AnoDDPM: threshold 0.5, no filter.
     """
 
     model_cpu_offload_seq = "unet"
+    _optional_components = ["healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -79,9 +82,11 @@ class AnoDDPMPipeline(AnomalyPipeline):
         slice_score: str = "mean",
         sign: str = "both",
         weighting: str = "none",
+        normalization: str = "none",
+        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps)
         self.check_configuration()
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer, check_number
+from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
@@ -52,11 +53,13 @@ class AutoDDPMPipeline(AnomalyPipeline):
         mask_distance (`str`, defaults to `"lpips"`):
             The mask map is the residual divided by its quantile, at most 1, times LPIPS (`"lpips"`, needs the package
             `lpips` and on first use its SqueezeNet weights, or `perceptual_distance`) or by itself (`"residual"`).
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
+        normalization, healthy_maps:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The ANDi authors' median is 5 in 3-D.
     """
 
     model_cpu_offload_seq = "unet"
+    _optional_components = ["healthy_maps"]
     _lpips: torch.nn.Module | None = None
 
     @register_to_config
@@ -79,9 +82,11 @@ class AutoDDPMPipeline(AnomalyPipeline):
         slice_score: str = "mean",
         sign: str = "both",
         weighting: str = "none",
+        normalization: str = "none",
+        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps)
         self.check_configuration()
         self.check_value_range()
 

@@ -8,6 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from transformers import PreTrainedModel
 
 from ..checks import check_choices
+from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
@@ -54,13 +55,13 @@ class CDDPMPipeline(AnomalyPipeline):
             The same field for all slices at one timestep, as the authors (who also round it to float16); else each
             slice has its own.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order, sign,
-        weighting:
+        weighting, normalization, healthy_maps:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The authors: median of 5 x 5 x 5, `erosion` H // 25, so 3
             at 96 px, components of 7 voxels and fewer removed; with `"ssim"` (SADM) the median alone.
     """
 
     model_cpu_offload_seq = "encoder->unet"
-    _optional_components = ["encoder"]
+    _optional_components = ["encoder", "healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -81,9 +82,13 @@ class CDDPMPipeline(AnomalyPipeline):
         filter_order: str = "erosion_first",
         sign: str = "both",
         weighting: str = "none",
+        normalization: str = "none",
+        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, encoder=encoder)
+        self.register_modules(
+            unet=unet, scheduler=scheduler, processor=processor, encoder=encoder, healthy_maps=healthy_maps
+        )
         self.check_configuration()
         check_encoder(unet, encoder)
 

@@ -9,6 +9,7 @@ from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choice, check_integer, check_number
 from ..models.classifier_2d import NoisyClassifierModel
+from ..models.healthy_maps import HealthyMapsModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import HEALTHY, AnomalyPipeline, Noise, SliceResults
@@ -42,12 +43,14 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
             Limit the guided x_0 estimate to [-1, 1] again. The authors limit it before the guidance only.
         modalities (`tuple[str, ...]`, *optional*):
             Those that the map is the mean of; all by default. BraTS21 flair and t2.
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
+        normalization, healthy_maps:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The authors' thresholds belong to an older map: calibrate.
             They drop components of 40 pixels and fewer in each slice, a volume's are 3-D here.
     """
 
     model_cpu_offload_seq = "unet->classifier"
+    _optional_components = ["healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -68,9 +71,13 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         slice_score: str = "mean",
         sign: str = "both",
         weighting: str = "none",
+        normalization: str = "none",
+        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, classifier=classifier, scheduler=scheduler, processor=processor)
+        self.register_modules(
+            unet=unet, classifier=classifier, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps
+        )
         channels = len(processor.config.modalities)
         self.check_configuration(outputs=(channels, 2 * channels))
         self.check_value_range()

@@ -4,6 +4,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_integer
+from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_dae import DAEUNet2DModel
 from ..schedulers.scheduling_dae import DAEScheduler
 from ..volumes.processor import VolumeProcessor
@@ -35,12 +36,14 @@ class DAEPipeline(AnomalyPipeline):
         rim_window (`int`, defaults to 5):
             Odd side of the window that must be filled by foreground (more than 95 %) for a pixel to count; 1 keeps the
             rim.
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
+        normalization, healthy_maps:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The ANDi authors' median is 5 in 3-D.
     """
 
     deterministic = True
     model_cpu_offload_seq = "unet"
+    _optional_components = ["healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -57,9 +60,11 @@ class DAEPipeline(AnomalyPipeline):
         slice_score: str = "mean",
         sign: str = "both",
         weighting: str = "none",
+        normalization: str = "none",
+        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps)
         self.check_configuration()
         if processor.config.intensity == "mean_std":
             raise ValueError(

@@ -5,6 +5,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_integer, check_number
+from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_anofpdm import AnoFPDMUNet2DModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
@@ -38,13 +39,15 @@ class DDIBPipeline(AnomalyPipeline):
             w: the noise is (1 + w) eps(healthy) - w eps(none). BraTS21 1.1, ATLAS 1.3.
         modalities (`tuple[str, ...]`, *optional*):
             Those that the map is the mean of; all by default. BraTS21 flair and t2.
-        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting:
+        threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
+        normalization, healthy_maps:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The authors' thresholds belong to an older map: calibrate.
             They drop components of 40 pixels and fewer in each slice, a volume's are 3-D here.
     """
 
     deterministic = True
     model_cpu_offload_seq = "unet"
+    _optional_components = ["healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -63,9 +66,11 @@ class DDIBPipeline(AnomalyPipeline):
         slice_score: str = "mean",
         sign: str = "both",
         weighting: str = "none",
+        normalization: str = "none",
+        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps)
         self.check_configuration()
         self.check_value_range()
 

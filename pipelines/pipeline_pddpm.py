@@ -7,6 +7,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer
+from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
@@ -53,12 +54,13 @@ class PDDPMPipeline(AnomalyPipeline):
             The same field for all slices at one timestep, as the authors; else each slice has its own. The patches of
             a slice have parts of the same field either way.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order, sign,
-        weighting:
+        weighting, normalization, healthy_maps:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The authors: median of 5 x 5 x 5, `erosion` H // 25, so 3
             at 96 px, components of 7 voxels and fewer removed.
     """
 
     model_cpu_offload_seq = "unet"
+    _optional_components = ["healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -79,9 +81,11 @@ class PDDPMPipeline(AnomalyPipeline):
         filter_order: str = "erosion_first",
         sign: str = "both",
         weighting: str = "none",
+        normalization: str = "none",
+        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps)
         self.check_configuration()
         if unet.config.get("condition_dim") is not None:
             raise ValueError(f"`unet` must have no condition (`condition_dim` None), got {unet.config.condition_dim}.")

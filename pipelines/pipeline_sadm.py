@@ -8,6 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from transformers import PreTrainedModel
 
 from ..checks import check_choices, check_number
+from ..models.healthy_maps import HealthyMapsModel
 from ..models.siamese_unet import SiameseUNet2DModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
@@ -41,13 +42,13 @@ class SADMPipeline(AnomalyPipeline):
             In [0, 1]: the score is `residual_weight` residual + (1 - `residual_weight`) probability, as in the paper's
             appendix (`lambda_cam`). By default it is the sum of both.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order, sign,
-        weighting:
+        weighting, normalization, healthy_maps:
             See [`AnomalyPipeline`] and [`PostProcessing`]. Median and erosion are of the residual alone. The authors:
             median of 5 x 5 x 5, no erosion, no component removed.
     """
 
     model_cpu_offload_seq = "encoder->unet->segmentation_network"
-    _optional_components = ["encoder"]
+    _optional_components = ["encoder", "healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -70,6 +71,8 @@ class SADMPipeline(AnomalyPipeline):
         filter_order: str = "erosion_first",
         sign: str = "both",
         weighting: str = "none",
+        normalization: str = "none",
+        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -78,6 +81,7 @@ class SADMPipeline(AnomalyPipeline):
             scheduler=scheduler,
             processor=processor,
             encoder=encoder,
+            healthy_maps=healthy_maps,
         )
         self.check_configuration()
         check_encoder(unet, encoder)

@@ -15,6 +15,7 @@ BORDERS = ("reflect", "mirror")
 DIMENSIONS = (2, 3)
 SIGNS = ("both", "brighter", "darker")
 WEIGHTINGS = ("none", "intensity")
+NORMALIZATIONS = ("none", "healthy_maps")
 
 
 # N slices of one volume in anatomical order, C modalities, H x W pixels.
@@ -41,6 +42,9 @@ class PostProcessing:
         weighting (`str`):
             What maps are multiplied by before they are filtered: `"none"`, or `"intensity"`, how much brighter or
             darker the slice is there, see [`brightness_weights`].
+        normalization (`str`):
+            What maps are divided by before they are filtered: `"none"`, or `"healthy_maps"`, what healthy slices show
+            at the same place: the component of this name, [`~models.healthy_maps.HealthyMapsModel`].
     """
 
     median_size: int = 0
@@ -51,6 +55,7 @@ class PostProcessing:
     filter_order: str = "erosion_first"
     sign: str = "both"
     weighting: str = "none"
+    normalization: str = "none"
 
     def __post_init__(self):
         values = asdict(self)
@@ -61,6 +66,7 @@ class PostProcessing:
             median_dimensions=DIMENSIONS,
             sign=SIGNS,
             weighting=WEIGHTINGS,
+            normalization=NORMALIZATIONS,
         )
         for name in ("median_size", "erosion", "min_component_size"):
             check_integer(name, values[name], 0)

@@ -7,6 +7,7 @@ import datasets
 import nibabel as nib
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 from diffusers import UNet2DModel
 
@@ -16,6 +17,7 @@ from anodiff.data.prepared import load_prepared
 from anodiff.data.readers.subjects import Subject
 from anodiff.evaluation.calibration import LabelledSlices, calibrate
 from anodiff.evaluation.cases import Case
+from anodiff.evaluation.healthy import measure_healthy_maps
 from anodiff.evaluation.options import EvalOptions
 from anodiff.evaluation.run import evaluate
 from anodiff.evaluation.thresholds import otsu_threshold, threshold_for_fpr, yen_threshold
@@ -158,6 +160,57 @@ def test_thresholds_of_other_methods(prepared):
         record = calibrate(pipe, slices, policy, healthy_fpr=0.1, batch_size=3)
         assert record["values"]["threshold"] == pytest.approx(threshold, rel=1e-4), policy
         assert pipe.config.threshold == record["values"]["threshold"]
+
+
+def test_thresholds_are_of_weighted_maps(prepared):
+    split = load_prepared(prepared / "set", "validation")
+    pipe = make_pipeline(DDIBPipeline, sign="brighter", weighting="intensity")
+    maps = []
+    for subject in split.subjects:
+        item = split.read_subject(subject)
+        images, brain = torch.from_numpy(item["image"]), torch.from_numpy(item["brain"])
+        maps.append(pipe(images, brain_mask=brain).anomaly_map[brain].numpy())
+    calibrate(pipe, LabelledSlices(split), "otsu")
+    assert pipe.config.threshold == pytest.approx(otsu_threshold(np.concatenate(maps)), rel=1e-4)
+
+
+def test_healthy_maps_are_the_mean_of_healthy_slices():
+    """Levels are the two slices themselves: of two volumes, one of which has a lesion in the second."""
+    pipe = make_pipeline(DDIBPipeline, median_size=0)
+    images, brain = torch.rand(4, 2, SIZE, SIZE) * 2 - 1, torch.ones(4, SIZE, SIZE, dtype=torch.bool)
+    brain[:, 0] = False
+    maps = pipe.map_slices(images, brain, [0, 1, 0, 1], volumes=[2, 2]).maps.double()
+    items = [
+        {"image": images[rows].numpy(), "brain": brain[rows].numpy(), "label": np.array(label), "slice": np.arange(2)}
+        for rows, label in ((slice(0, 2), [0, 0]), (slice(2, 4), [0, 1]))
+    ]
+    component = measure_healthy_maps(pipe, items, depth=2, smoothing=0.0, floor=1e-6)
+    assert pipe.healthy_maps is component and pipe.config.normalization == "none"
+    # One level along the slice axis: at the border the Gaussian of two levels has these weights.
+    near = scipy.ndimage.gaussian_filter1d(np.eye(2), 1.0, axis=0)
+    total = np.stack([(maps[0] + maps[2]).numpy(), maps[1].numpy()])
+    count = np.stack([2 * brain[0].numpy(), brain[0].numpy()]).astype(float)
+    mean = total.sum() / count.sum()
+    smooth = [np.einsum("de,ehw->dhw", near, values) for values in (total, count)]
+    expected = (smooth[0] / mean + 1) / (smooth[1] + 1)
+    np.testing.assert_allclose(component.levels.numpy(), expected, rtol=1e-4)
+    assert (component.levels[:, 0] == 1).all()  # no brain, no knowledge
+
+    high = measure_healthy_maps(pipe, items, depth=2, smoothing=0.0, floor=0.9).levels
+    torch.testing.assert_close(high, component.levels.clamp(min=0.9))
+    pipe.register_to_config(normalization="healthy_maps")
+    with pytest.raises(ValueError, match="`normalization` of the pipeline must be none"):
+        measure_healthy_maps(pipe, items)
+
+
+def test_healthy_maps_need_healthy_slices():
+    pipe = make_pipeline(DDIBPipeline)
+    item = {"image": np.zeros((1, 2, SIZE, SIZE), np.float32), "brain": np.ones((1, SIZE, SIZE), bool)}
+    for slices in ([], [item | {"label": np.array([1]), "slice": np.array([0])}]):
+        with pytest.raises(ValueError, match="`slices` must hold healthy slices"):
+            measure_healthy_maps(pipe, slices)
+    with pytest.raises(ValueError, match="`floor` must be"):
+        measure_healthy_maps(pipe, [], floor=0.0)
 
 
 def test_values_travel_with_the_checkpoint(prepared, tmp_path):

@@ -137,6 +137,22 @@ def test_slices_of_a_volume_are_numbered_as_in_a_call(place, volumes_report):
         assert called.volume_score == pytest.approx(case.volume_score, rel=1e-4)
 
 
+def test_weighted_maps_are_those_of_a_call_and_baselines_have_none(place, volumes_report):
+    weights = {"sign": "brighter", "weighting": "intensity"}
+    report = evaluate(options(place, "volumes", "out-weights", keep_maps=True, **weights))
+    pipe = AnomalyPipeline.from_pretrained(place / "model", **weights)
+    pipe.set_progress_bar_config(disable=True)
+    for case in load_cases(place / "out-weights" / "maps" / "00" / "test"):
+        images = pipe.processor.preprocess(nib.load(place / f"{case.subject}_image.nii.gz")).slices
+        expected = pipe(images).anomaly_map.numpy()
+        assert (expected == 0).any() and (expected > 0).any()
+        np.testing.assert_allclose(case.maps, expected, rtol=0, atol=1e-5 * expected.max())
+    rows = report["results"]
+    assert weights.items() <= rows[0]["settings"].items()
+    assert rows[1]["name"] == "intensity of image" and rows[1]["settings"]["weighting"] == "none"
+    assert rows[1]["metrics"] == volumes_report["results"][1]["metrics"]
+
+
 def test_report(place, volumes_report):
     assert volumes_report["draws"] == DRAWS_VERSION and "task" not in volumes_report
     assert set(volumes_report["protocol"]) == set(PROTOCOL_FIELDS) and all(volumes_report["protocol"].values())

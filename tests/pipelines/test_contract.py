@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import anodiff
-from anodiff import AnomalyPipeline, DAEScheduler, VolumeProcessor
+from anodiff import AnomalyPipeline, DAEScheduler, HealthyMapsModel, VolumeProcessor
 from anodiff.pipelines.base import NOT_FINITE
+from anodiff.pipelines.postprocessing import brightness_weights
 from anodiff.schedulers.draws import DRAWS_VERSION
 
 from ..tiny import SETTINGS, SIZE, assert_same_map, make_pipeline, make_slices, make_volume
@@ -266,6 +267,79 @@ def test_several_volumes_share_batches_but_nothing_else(pipe):
         maps = map_of(alone).movedim(0, 1) if hasattr(alone, "member_maps") else map_of(alone)
         assert_same_map(together.maps[rows], maps, 1e-4)
     assert together.added is None and together.maps.dtype == torch.float32
+
+
+def weighted(settings: dict) -> dict:
+    """Settings that weigh maps in every way, with a component that divides by 2 in the first slice, and 4 in the last."""
+    healthy_maps = HealthyMapsModel(SIZE, SIZE, depth=2)
+    healthy_maps.levels.copy_(torch.tensor([2.0, 4.0])[:, None, None].expand(2, SIZE, SIZE))
+    return settings | {"healthy_maps": healthy_maps, "normalization": "healthy_maps"}
+
+
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "CIMDPipeline"])
+def test_maps_of_every_method_are_weighted(name):
+    pipe = make_pipeline(name, **weighted({"sign": "darker", "weighting": "intensity"}))
+    plain = make_pipeline(name)
+    slices, brain = tensor_of(pipe, 3), torch.ones(3, SIZE, SIZE, dtype=torch.bool)
+    brain[:, :3] = False
+    weights = brightness_weights(pipe.processor.to_unit(slices).numpy(), brain.numpy(), "darker", "intensity")
+    divided = torch.from_numpy(weights) / torch.tensor([2.0, 3.0, 4.0])[:, None, None]
+    expected = plain(slices, brain_mask=brain).anomaly_map * divided
+    output = pipe(slices, brain_mask=brain)
+    assert_same_map(output.anomaly_map, expected)
+    assert output.volume_score == pytest.approx(float(expected[brain].double().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ANDiPipeline", "AnoDDPMPipeline"])
+def test_weights_are_those_of_each_volume_and_come_before_the_filter(name):
+    settings = {"sign": "brighter", "weighting": "intensity", "median_size": 3}
+    pipe = make_pipeline(name, ("flair", "t1"), **weighted(settings))
+    slices, brain = tensor_of(pipe, 7), torch.ones(7, SIZE, SIZE, dtype=torch.bool)
+    slices[3:] = slices[3:] / 2 - 0.5  # another volume, darker
+    brain[1], brain[6] = False, False
+    indices = [0, 1, 2, 5, 6, 7, 8]
+    together = pipe.map_slices(slices, brain, indices, volumes=[3, 4], batch_size=5).maps
+    for rows in (slice(0, 3), slice(3, 7)):
+        alone = pipe.map_slices(slices[rows], brain[rows], indices[rows], batch_size=1).maps
+        assert_same_map(together[rows], alone, 1e-4)
+    assert not together[1].any() and not together[6].any()
+    plain = make_pipeline(name, ("flair", "t1"), median_size=0).map_slices(slices[:3], brain[:3], [0, 1, 2]).maps
+    weights = brightness_weights(
+        pipe.processor.to_unit(slices[:3]).numpy(), brain[:3].numpy(), "brighter", "intensity"
+    )
+    divided = plain.numpy() * weights / np.array([2.0, 3.0, 4.0], np.float32)[:, None, None]
+    assert_same_map(together[:3], pipe.postprocessing.filter(divided, brain[:3].numpy()), 1e-4)
+
+
+def test_masks_of_the_method_hold_no_pixel_without_weight():
+    settings = {"similarity_threshold": 1.0, "gap_scale": (1e9,)}
+    slices = tensor_of(make_pipeline("AnoFPDMPipeline"))
+    masks = [
+        make_pipeline("AnoFPDMPipeline", sign=sign, **settings)(slices).pred_mask.bool()
+        for sign in ("both", "brighter", "darker")
+    ]
+    bright = slices[:, 0] > slices.flatten().sort().values[[slices.numel() // 2 - 1, slices.numel() // 2]].mean()
+    assert (masks[0] & bright).any() and (masks[0] & ~bright).any()
+    assert torch.equal(masks[1], masks[0] & bright) and torch.equal(masks[2], masks[0] & ~bright)
+
+
+def test_healthy_maps_are_a_component_of_the_checkpoint(tmp_path):
+    pipe = make_pipeline("AnoDDPMPipeline", **weighted({}))
+    pipe.save_pretrained(tmp_path, safe_serialization=True)
+    loaded = AnomalyPipeline.from_pretrained(tmp_path)
+    assert loaded.config.normalization == "healthy_maps"
+    loaded.set_progress_bar_config(disable=True)
+    assert_same_map(loaded(make_volume()).anomaly_map, pipe(make_volume()).anomaly_map)
+    off = AnomalyPipeline.from_pretrained(tmp_path, normalization="none")
+    off.set_progress_bar_config(disable=True)
+    assert_same_map(off(make_volume()).anomaly_map, make_pipeline("AnoDDPMPipeline")(make_volume()).anomaly_map)
+
+
+def test_healthy_maps_must_be_there_and_fit():
+    with pytest.raises(ValueError, match="`normalization` healthy_maps needs the component `healthy_maps`"):
+        make_pipeline("ANDiPipeline", normalization="healthy_maps")
+    with pytest.raises(ValueError, match=r"`healthy_maps` must have the `size` of the processor, .*, got \(8, 16\)"):
+        make_pipeline("ANDiPipeline", healthy_maps=HealthyMapsModel(8, SIZE))
 
 
 def test_a_filter_does_not_cross_volumes():

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from anodiff.pipelines.postprocessing import erode_brain, median_filter, postprocess_maps, remove_small_components
+from anodiff.pipelines.postprocessing import (
+    PostProcessing,
+    brightness_weights,
+    erode_brain,
+    median_filter,
+    postprocess_maps,
+    remove_small_components,
+)
 
 
 def ball(shape=(7, 20, 18), radius=0.9):
@@ -85,6 +92,46 @@ def test_postprocess_maps_masks_then_filters_then_masks(dimensions):
     # Scores keep their unit: twice the map gives twice the result.
     again = postprocess_maps(2 * maps, brain, median_size=3, median_dimensions=dimensions, erosion=2)
     np.testing.assert_array_equal(again, 2 * processed)
+
+
+@pytest.mark.parametrize(
+    "sign, intensity, first, second",
+    [
+        # The median of 1, 2, 4, 7 and 9 is 4; the pixel of 100 is no brain.
+        ("both", False, [1, 1, 0], [0, 1, 1]),
+        ("brighter", False, [0, 0, 0], [0, 1, 1]),
+        ("darker", False, [1, 1, 0], [0, 0, 0]),
+        ("both", True, [3, 2, 0], [0, 3, 5]),
+        ("brighter", True, [0, 0, 0], [0, 3, 5]),
+        ("darker", True, [3, 2, 0], [0, 0, 0]),
+    ],
+)
+def test_weights_are_distances_from_the_median_of_the_volume(sign, intensity, first, second):
+    slices = np.array([[1, 2, 4], [100, 7, 9]], np.float32)[:, None, None]
+    brain = slices[:, 0] < 100
+    weights = brightness_weights(slices, brain, sign, "intensity" if intensity else "none")
+    assert weights.dtype == np.float32
+    np.testing.assert_array_equal(weights[:, 0], [first, second])
+
+
+def test_of_several_modalities_the_largest_distance_counts():
+    # Medians 3 and 30.
+    slices = np.array([[1, 3, 8], [40, 30, 10]], np.float32)[None, :, None]
+    brain = np.ones((1, 1, 3), bool)
+    for sign, expected in (("brighter", [10, 0, 5]), ("darker", [2, 0, 20]), ("both", [10, 0, 20])):
+        np.testing.assert_array_equal(brightness_weights(slices, brain, sign, "intensity")[0, 0], expected)
+
+
+def test_without_brain_nothing_has_a_weight():
+    with np.errstate(all="raise"):
+        weights = brightness_weights(np.ones((2, 1, 4, 4), np.float32), np.zeros((2, 4, 4), bool), "both", "intensity")
+    assert weights.shape == (2, 4, 4) and not weights.any()
+
+
+@pytest.mark.parametrize("name", ["sign", "weighting", "normalization"])
+def test_bad_weights_name_the_argument(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of .*, got 'dark'"):
+        PostProcessing(**{name: "dark"})
 
 
 @pytest.mark.parametrize(
