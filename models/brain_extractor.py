@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import nibabel as nib
 import numpy as np
@@ -90,12 +91,13 @@ class BrainExtractor(ModelMixin, PlainConfigMixin):
         return self.last(sample)
 
     @torch.no_grad()
-    def find_brain(self, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    def find_brain(self, images: Sequence[np.ndarray], affine: np.ndarray) -> np.ndarray:
         """
         Finds the brain in a scan.
 
         Args:
-            image (`np.ndarray` of shape `(X, Y, Z)`): Brightness, in any units.
+            images (sequence of `np.ndarray` of shape `(X, Y, Z)`):
+                Brightness in any units, of one or several modalities on one grid, whose logits are averaged.
             affine (`np.ndarray` of shape `(4, 4)`): Voxel indices to RAS millimetres.
 
         Returns:
@@ -103,10 +105,8 @@ class BrainExtractor(ModelMixin, PlainConfigMixin):
         """
         orientation = nib.io_orientation(affine)
         inverse = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), orientation)
-        to_world = affine @ nib.orientations.inv_ornt_aff(orientation, image.shape)
-        volume = nib.apply_orientation(np.asarray(image, np.float32), orientation)
-        volume = volume - volume.min()  # beyond the scan is 0
-        shape = volume.shape
+        to_world = affine @ nib.orientations.inv_ornt_aff(orientation, images[0].shape)
+        shape = nib.apply_orientation(images[0], orientation).shape
 
         # 1. A grid along the world's axes over all of the scan, about its centre.
         spacing = self.config.spacing
@@ -119,22 +119,25 @@ class BrainExtractor(ModelMixin, PlainConfigMixin):
         ]
         origin = (low + high) / 2 - spacing * (np.array(sides) - 1) / 2
 
-        # 2. The scan on it: the mean over voxels that are smaller than those of the grid, then linearly.
+        # 2. The logits of each image on it: the mean over voxels that are smaller than those of the grid, then linearly.
         blocks = np.maximum(np.floor(spacing / np.linalg.norm(to_world[:3, :3], axis=0)), 1).astype(int).tolist()
         blocks = [min(block, size) for block, size in zip(blocks, shape, strict=True)]
-        coarse = F.avg_pool3d(torch.from_numpy(np.ascontiguousarray(volume))[None, None], blocks)
         of_block = np.diag([*blocks, 1.0])
         of_block[:3, 3] = (np.array(blocks) - 1) / 2
         grid = np.diag([spacing] * 3 + [1.0])
         grid[:3, 3] = origin
-        sample = _sample(coarse, np.linalg.inv(to_world @ of_block) @ grid, sides)
-        device = self.last.weight.device
-        logits = self(normalize_volumes(sample.to(device, self.dtype))).float().cpu()
+        weight, logits = self.last.weight, torch.zeros(1, 1, *sides)
+        for image in images:
+            # Beyond the scan is its darkest value.
+            volume = nib.apply_orientation(np.asarray(image, np.float32) - np.float32(image.min()), orientation)
+            coarse = F.avg_pool3d(torch.from_numpy(np.ascontiguousarray(volume))[None, None], blocks)
+            sample = normalize_volumes(_sample(coarse, np.linalg.inv(to_world @ of_block) @ grid, sides))
+            logits += self(sample.to(weight.device, weight.dtype)).float().cpu() / len(images)
 
         # 3. One piece without holes, then its smooth surface on the scan's grid.
         pieces, count = scipy.ndimage.label(logits[0, 0].numpy() > 0)
         if not count:
-            return np.zeros(image.shape, bool)
+            return np.zeros(images[0].shape, bool)
         largest = pieces == np.bincount(pieces.ravel())[1:].argmax() + 1
         filled = torch.from_numpy(scipy.ndimage.binary_fill_holes(largest))
         logits = torch.where(filled, logits.clamp(min=0.1), logits.clamp(max=-0.1))

@@ -22,7 +22,7 @@ Batch = dict[str, torch.Tensor]
 MODALITIES = "the number of modalities"
 
 # Arguments of pipelines that are components, not inference values.
-COMPONENTS = {"unet", "scheduler", "processor", "encoder", "classifier", "segmentation_network"}
+COMPONENTS = {"unet", "scheduler", "processor", "encoder", "classifier", "segmentation_network", "brain_extractor"}
 
 
 class Objective:
