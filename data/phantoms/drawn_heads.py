@@ -12,7 +12,7 @@ import torch
 from ...checks import check_choice, check_integer
 from ...schedulers.draws import fold_in, integers, make_keys, uniform
 from ...volumes.processor import BRAIN_LEVEL, VolumeProcessor
-from .heads import CONTRASTS, HEADS, make_slices, map_ranges, read_label_maps
+from .heads import CONTRASTS, HEADS, make_slices, read_label_maps, split_maps
 
 
 # What `data.path` of a training begins with, before the folder of label maps.
@@ -74,7 +74,8 @@ class DrawnHeads:
         self.split, self.seed, self.processor = split, seed, processor
         self.device = torch.device(device)
         maps = read_label_maps(folder)
-        self._first, self._count = map_ranges(len(maps))[split]
+        numbers = split_maps(len(maps))[split]
+        self._first, self._count = numbers[0], len(numbers)
         self.maps = maps.to(self.device)
         self.labels = np.zeros(count, np.int64)
         self.processor_settings = processor.settings()
