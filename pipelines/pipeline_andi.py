@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer
+from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_andi import NOISE_TYPES, ANDiScheduler
@@ -69,7 +70,6 @@ class ANDiPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _optional_components = ["healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -77,6 +77,8 @@ class ANDiPipeline(AnomalyPipeline):
         unet: UNet2DModel | ANDiUNet2DModel,
         scheduler: ANDiScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
+        healthy_maps: HealthyMapsModel | None = None,
         start: int = 75,
         stop: int = 200,
         num_timesteps: int | None = None,
@@ -95,10 +97,15 @@ class ANDiPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
-        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps)
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            processor=processor,
+            brain_extractor=brain_extractor,
+            healthy_maps=healthy_maps,
+        )
         self.check_configuration()
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer, check_number
+from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_anofpdm import AnoFPDMUNet2DModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
@@ -97,7 +98,6 @@ class AnoFPDMPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _optional_components = ["healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -105,6 +105,8 @@ class AnoFPDMPipeline(AnomalyPipeline):
         unet: UNet2DModel | AnoFPDMUNet2DModel,
         scheduler: AnoFPDMScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
+        healthy_maps: HealthyMapsModel | None = None,
         forward_steps: int = 600,
         guidance_scale: float = 2.0,
         forward_process: str = "ddim",
@@ -126,10 +128,15 @@ class AnoFPDMPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
-        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps)
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            processor=processor,
+            brain_extractor=brain_extractor,
+            healthy_maps=healthy_maps,
+        )
         self.check_configuration()
         self.check_value_range()
 

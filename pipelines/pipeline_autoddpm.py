@@ -9,6 +9,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer, check_number
+from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
@@ -59,7 +60,6 @@ class AutoDDPMPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _optional_components = ["healthy_maps"]
     _lpips: torch.nn.Module | None = None
 
     @register_to_config
@@ -68,6 +68,8 @@ class AutoDDPMPipeline(AnomalyPipeline):
         unet: UNet2DModel | ANDiUNet2DModel,
         scheduler: AnoDDPMScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
+        healthy_maps: HealthyMapsModel | None = None,
         noise_level: int = 200,
         inpainting_level: int = 50,
         resample: int = 5,
@@ -83,10 +85,15 @@ class AutoDDPMPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
-        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps)
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            processor=processor,
+            brain_extractor=brain_extractor,
+            healthy_maps=healthy_maps,
+        )
         self.check_configuration()
         self.check_value_range()
 

@@ -8,6 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from transformers import PreTrainedModel
 
 from ..checks import check_choices
+from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
@@ -61,7 +62,7 @@ class CDDPMPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "encoder->unet"
-    _optional_components = ["encoder", "healthy_maps"]
+    _optional_components = ["encoder", "brain_extractor", "healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -70,6 +71,8 @@ class CDDPMPipeline(AnomalyPipeline):
         scheduler: AnoDDPMScheduler,
         processor: VolumeProcessor,
         encoder: PreTrainedModel | None = None,
+        brain_extractor: BrainExtractor | None = None,
+        healthy_maps: HealthyMapsModel | None = None,
         timesteps: tuple[int, ...] | list[int] = (249, 499, 749),
         map_type: str = "residual",
         shared_noise: bool = False,
@@ -83,11 +86,15 @@ class CDDPMPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
-        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
         self.register_modules(
-            unet=unet, scheduler=scheduler, processor=processor, encoder=encoder, healthy_maps=healthy_maps
+            unet=unet,
+            scheduler=scheduler,
+            processor=processor,
+            encoder=encoder,
+            brain_extractor=brain_extractor,
+            healthy_maps=healthy_maps,
         )
         self.check_configuration()
         check_encoder(unet, encoder)

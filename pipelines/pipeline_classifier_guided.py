@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choice, check_integer, check_number
+from ..models.brain_extractor import BrainExtractor
 from ..models.classifier_2d import NoisyClassifierModel
 from ..models.healthy_maps import HealthyMapsModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
@@ -50,7 +51,6 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "unet->classifier"
-    _optional_components = ["healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -59,6 +59,8 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         classifier: NoisyClassifierModel,
         scheduler: AnoFPDMScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
+        healthy_maps: HealthyMapsModel | None = None,
         noise_level: int = 200,
         guidance_scale: float = 1000.0,
         clip_after_guidance: bool = False,
@@ -72,11 +74,15 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
-        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
         self.register_modules(
-            unet=unet, classifier=classifier, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps
+            unet=unet,
+            classifier=classifier,
+            scheduler=scheduler,
+            processor=processor,
+            brain_extractor=brain_extractor,
+            healthy_maps=healthy_maps,
         )
         channels = len(processor.config.modalities)
         self.check_configuration(outputs=(channels, 2 * channels))

@@ -4,6 +4,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_integer
+from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_dae import DAEUNet2DModel
 from ..schedulers.scheduling_dae import DAEScheduler
@@ -43,7 +44,6 @@ class DAEPipeline(AnomalyPipeline):
 
     deterministic = True
     model_cpu_offload_seq = "unet"
-    _optional_components = ["healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -51,6 +51,8 @@ class DAEPipeline(AnomalyPipeline):
         unet: DAEUNet2DModel,
         scheduler: DAEScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
+        healthy_maps: HealthyMapsModel | None = None,
         rim_window: int = 5,
         threshold: float | None = None,
         median_size: int = 5,
@@ -61,10 +63,15 @@ class DAEPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
-        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps)
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            processor=processor,
+            brain_extractor=brain_extractor,
+            healthy_maps=healthy_maps,
+        )
         self.check_configuration()
         if processor.config.intensity == "mean_std":
             raise ValueError(

@@ -5,6 +5,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_integer, check_number
+from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_anofpdm import AnoFPDMUNet2DModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
@@ -47,7 +48,6 @@ class DDIBPipeline(AnomalyPipeline):
 
     deterministic = True
     model_cpu_offload_seq = "unet"
-    _optional_components = ["healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -55,6 +55,8 @@ class DDIBPipeline(AnomalyPipeline):
         unet: UNet2DModel | AnoFPDMUNet2DModel,
         scheduler: AnoFPDMScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
+        healthy_maps: HealthyMapsModel | None = None,
         forward_steps: int = 450,
         guidance_scale: float = 1.1,
         modalities: list[str] | None = None,
@@ -67,10 +69,15 @@ class DDIBPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
-        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps)
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            processor=processor,
+            brain_extractor=brain_extractor,
+            healthy_maps=healthy_maps,
+        )
         self.check_configuration()
         self.check_value_range()
 

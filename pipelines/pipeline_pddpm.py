@@ -7,6 +7,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer
+from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
@@ -60,7 +61,6 @@ class PDDPMPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _optional_components = ["healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -68,6 +68,8 @@ class PDDPMPipeline(AnomalyPipeline):
         unet: ConditionedUNet2DModel | UNet2DModel,
         scheduler: AnoDDPMScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
+        healthy_maps: HealthyMapsModel | None = None,
         timesteps: tuple[int, ...] | list[int] = (499,),
         patch_size: int = 48,
         overlap: str = "none",
@@ -82,10 +84,15 @@ class PDDPMPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
-        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, healthy_maps=healthy_maps)
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            processor=processor,
+            brain_extractor=brain_extractor,
+            healthy_maps=healthy_maps,
+        )
         self.check_configuration()
         if unet.config.get("condition_dim") is not None:
             raise ValueError(f"`unet` must have no condition (`condition_dim` None), got {unet.config.condition_dim}.")

@@ -8,6 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from transformers import PreTrainedModel
 
 from ..checks import check_choices, check_number
+from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..models.siamese_unet import SiameseUNet2DModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
@@ -48,7 +49,7 @@ class SADMPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "encoder->unet->segmentation_network"
-    _optional_components = ["encoder", "healthy_maps"]
+    _optional_components = ["encoder", "brain_extractor", "healthy_maps"]
 
     @register_to_config
     def __init__(
@@ -58,6 +59,8 @@ class SADMPipeline(AnomalyPipeline):
         scheduler: AnoDDPMScheduler,
         processor: VolumeProcessor,
         encoder: PreTrainedModel | None = None,
+        brain_extractor: BrainExtractor | None = None,
+        healthy_maps: HealthyMapsModel | None = None,
         timesteps: tuple[int, ...] | list[int] = (249, 499, 749),
         map_type: str = "ssim",
         shared_noise: bool = False,
@@ -72,7 +75,6 @@ class SADMPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
-        healthy_maps: HealthyMapsModel | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -81,6 +83,7 @@ class SADMPipeline(AnomalyPipeline):
             scheduler=scheduler,
             processor=processor,
             encoder=encoder,
+            brain_extractor=brain_extractor,
             healthy_maps=healthy_maps,
         )
         self.check_configuration()
