@@ -25,6 +25,7 @@ from anodiff import AnoDDPMPipeline, AnomalyPipeline, VolumeProcessor
 from anodiff.data.phantoms.heads import LESIONS, make_slices, read_label_maps, write_heads
 from anodiff.evaluation.healthy import measure_healthy_maps
 from anodiff.evaluation.metrics import PooledScores, auroc
+from anodiff.pipelines.mahalanobis import MAHALANOBIS
 from anodiff.schedulers.draws import make_keys
 from anodiff.volumes.volume import read_volume
 
@@ -85,12 +86,12 @@ def variants(pipe: AnomalyPipeline) -> Iterator[tuple[str, dict, dict]]:
     if isinstance(pipe, AnoDDPMPipeline):
         plain = {"weighting": "none", "normalization": "none"}
         draws = max(4, pipe.config.num_draws)
-        for sign in signs[:2]:
-            settings = {"map_type": "mahalanobis", "num_draws": draws}
-            yield f"mahalanobis, {draws} draws, {sign}", settings, plain | {"sign": sign}
-            settings = {"noise_level": [50, 100, 150, 200], "num_draws": 2}
-            yield f"mean of 4 levels, {sign}", settings, plain | {"sign": sign}
-            yield f"mahalanobis, 4 levels, {sign}", settings | {"map_type": "mahalanobis"}, plain | {"sign": sign}
+        levels = {"noise_level": [50, 100, 150, 200], "num_draws": 2}
+        yield "mean of 4 levels", levels, plain | {"sign": "both"}
+        for map_type in MAHALANOBIS:
+            settings = {"map_type": map_type, "num_draws": draws}
+            yield f"{map_type}, {draws} draws", settings, plain | {"sign": "both"}
+            yield f"{map_type}, 4 levels", levels | {"map_type": map_type}, plain | {"sign": "both"}
 
 
 def score(pipe: AnomalyPipeline, scans: list[Scan], maps: list[np.ndarray]) -> list[str]:

@@ -632,16 +632,14 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         if not by_brightness and chosen.normalization == "none":
             return None
         weights = torch.ones(brain.shape)
-        images, start = self.processor.to_unit(slices).float().cpu().numpy(), 0
-        for count in volumes:
-            rows = slice(start, start + count)
-            start += count
-            if by_brightness:
-                inside = brain[rows].cpu().numpy()
-                weights[rows] = torch.from_numpy(
-                    brightness_weights(images[rows], inside, chosen.sign, chosen.weighting)
-                )
-            if chosen.normalization == "healthy_maps":
+        if by_brightness:
+            images = self.processor.to_unit(slices).float().cpu().numpy()
+            weights = torch.from_numpy(brightness_weights(images, brain.cpu().numpy(), chosen.sign, chosen.weighting))
+        if chosen.normalization == "healthy_maps":
+            start = 0
+            for count in volumes:
+                rows = slice(start, start + count)
+                start += count
                 weights[rows] /= self.healthy_maps(brain[rows], indices[rows]).cpu()
         return weights.to(slices.device)
 

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from ..checks import check_choice
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from .base import AnomalyPipeline, Noise
-from .mahalanobis import mahalanobis_distance
+from .mahalanobis import MAHALANOBIS, mahalanobis_distance
 from .ssim import ssim_map
 
 
-MAP_TYPES = ("residual", "ssim", "mahalanobis")
+MAP_TYPES = ("residual", "ssim", *MAHALANOBIS)
 
 
 # N slices, C modalities, H x W pixels, K timesteps, E values of a code, B items (a timestep of a slice) of a batch.
@@ -33,8 +33,8 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> None:
 def check_map_type(map_type: str, timesteps: Sequence[int]) -> None:
     """Raises a `ValueError` unless `map_type` is one of `MAP_TYPES`, and can be computed from these timesteps."""
     check_choice("map_type", map_type, MAP_TYPES)
-    if map_type == "mahalanobis" and len(timesteps) < 2:
-        raise ValueError(f"`map_type` mahalanobis needs several `timesteps`, got {list(timesteps)}.")
+    if map_type in MAHALANOBIS and len(timesteps) < 2:
+        raise ValueError(f"`map_type` {map_type} needs several `timesteps`, got {list(timesteps)}.")
 
 
 def check_encoder(unet: UNet2DModel, encoder: PreTrainedModel | None) -> None:
@@ -138,8 +138,8 @@ def difference_maps(
     Mahalanobis distance, which the single reconstructions `kept`, `(K, N, C, H, W)`, are for."""
     if map_type == "residual":
         return (slices - reconstruction).abs().mean(1)
-    if map_type == "mahalanobis":
-        return mahalanobis_distance(slices, kept).mean(1)
+    if map_type in MAHALANOBIS:
+        return mahalanobis_distance(slices, kept, map_type).mean(1)
     similarity = torch.stack([ssim_map(slices[:, c], reconstruction[:, c]) for c in range(slices.shape[1])])
     # At most 1 but for rounding.
     return (1.0 - similarity).mean(0).clamp(min=0.0).to(slices)

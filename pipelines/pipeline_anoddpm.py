@@ -14,12 +14,12 @@ from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, Noise, SliceResults
-from .mahalanobis import mahalanobis_distance
+from .mahalanobis import MAHALANOBIS, mahalanobis_distance
 from .output import AnomalyOutput
 
 
 MODES = ("partial", "one_shot", "partial_offset")
-MAP_TYPES = ("squared", "mahalanobis")
+MAP_TYPES = ("squared", *MAHALANOBIS)
 MODALITY_REDUCTIONS = ("mean", "max")
 
 
@@ -53,8 +53,8 @@ class AnoDDPMPipeline(AnomalyPipeline):
         num_draws (`int`, defaults to 1): Reconstructions per slice and level; their mean is compared with the slice.
         modality_reduction (`str`, defaults to `"mean"`): `"mean"` or `"max"` of the maps of the modalities.
         map_type (`str`, defaults to `"squared"`):
-            `"squared"`: squared difference of slice and mean reconstruction. `"mahalanobis"`: distance from the
-            distribution of the reconstructions, of all levels and draws
+            `"squared"`: squared difference of slice and mean reconstruction. `"mahalanobis"` and
+            `"mahalanobis_pixel"`: distance from the distribution of the reconstructions, of all levels and draws
             ([`~pipelines.mahalanobis.mahalanobis_distance`]).
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
         normalization, healthy_maps:
@@ -164,7 +164,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         numbers, device = torch.tensor(indices), slices.device
         draw_noise = partial(self.scheduler.draw_noise, size=slices.shape[1:])
         total = torch.zeros_like(slices)
-        kept = slices.new_zeros(len(levels) if map_type == "mahalanobis" else 0, *slices.shape)
+        kept = slices.new_zeros(len(levels) if map_type in MAHALANOBIS else 0, *slices.shape)
         # Items of a batch walk equally long chains. They are ordered by member, then by slice: what a slice's members
         # add up to is added in the same order for every batch size.
         groups = [(steps, torch.nonzero(lengths == steps).flatten()) for steps in lengths.unique().tolist()]
@@ -196,8 +196,8 @@ class AnoDDPMPipeline(AnomalyPipeline):
                     if len(kept):
                         kept[members.to(device), rows] = sample
         reconstruction = total / len(levels)
-        if map_type == "mahalanobis":
-            maps = mahalanobis_distance(self.processor.to_unit(slices), self.processor.to_unit(kept))
+        if map_type in MAHALANOBIS:
+            maps = mahalanobis_distance(self.processor.to_unit(slices), self.processor.to_unit(kept), map_type)
         else:
             maps = (slices - reconstruction).square()
         return SliceResults(maps.amax(1) if modality_reduction == "max" else maps.mean(1), reconstruction)
@@ -213,8 +213,8 @@ class AnoDDPMPipeline(AnomalyPipeline):
         levels = (list(levels) if isinstance(levels, (list, tuple)) else [levels]) or [None]
         for level in levels:
             check_integer("noise_level", level, lowest, highest)
-        if settings["map_type"] == "mahalanobis" and len(levels) * settings["num_draws"] < 2:
+        if settings["map_type"] in MAHALANOBIS and len(levels) * settings["num_draws"] < 2:
             raise ValueError(
-                "`map_type` mahalanobis needs several reconstructions of a slice: give `num_draws` of at least 2, or"
+                f"`map_type` {settings['map_type']} needs several reconstructions of a slice: give `num_draws` of at least 2, or"
                 " several levels as `noise_level`."
             )

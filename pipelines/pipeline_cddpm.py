@@ -14,6 +14,7 @@ from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, SliceResults
+from .mahalanobis import MAHALANOBIS
 from .one_step import check_encoder, check_map_type, check_timesteps, difference_maps, iterate_reconstructions
 from .output import AnomalyOutput
 
@@ -49,8 +50,8 @@ class CDDPMPipeline(AnomalyPipeline):
             `(499,)`.
         map_type (`str`, defaults to `"residual"`):
             `"residual"`: absolute difference of slice and reconstruction. `"ssim"`: 1 - structural similarity in three
-            dimensions ([`~pipelines.ssim.ssim_map`]), which sees the slices with brain of one volume. `"mahalanobis"`:
-            distance from the distribution of the reconstructions, of all `timesteps`
+            dimensions ([`~pipelines.ssim.ssim_map`]), which sees the slices with brain of one volume. `"mahalanobis"`
+            and `"mahalanobis_pixel"`: distance from the distribution of the reconstructions, of all `timesteps`
             ([`~pipelines.mahalanobis.mahalanobis_distance`]). Modalities are averaged.
         shared_noise (`bool`, defaults to `False`):
             The same field for all slices at one timestep, as the authors (who also round it to float16); else each
@@ -162,7 +163,7 @@ class CDDPMPipeline(AnomalyPipeline):
         slices = self.processor.to_unit(slices)
         total = torch.zeros_like(slices)
         # Sums only: memory does not depend on the number of timesteps. A distribution needs them all.
-        kept = slices.new_zeros(len(timesteps) if map_type == "mahalanobis" else 0, *slices.shape)
+        kept = slices.new_zeros(len(timesteps) if map_type in MAHALANOBIS else 0, *slices.shape)
         for draws, rows, reconstructions in iterate_reconstructions(
             self, slices, indices, timesteps, shared_noise, seed, batch_size, noise
         ):

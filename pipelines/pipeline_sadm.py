@@ -15,6 +15,7 @@ from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, SliceResults
+from .mahalanobis import MAHALANOBIS
 from .one_step import check_encoder, check_map_type, check_timesteps, difference_maps, iterate_reconstructions
 from .output import AnomalyOutput
 
@@ -158,7 +159,7 @@ class SADMPipeline(AnomalyPipeline):
         slices = self.processor.to_unit(slices)
         reconstruction, probability = torch.zeros_like(slices), torch.zeros_like(slices[:, 0])
         # Sums only: memory does not depend on the number of timesteps. A distribution needs them all.
-        kept = slices.new_zeros(len(timesteps) if map_type == "mahalanobis" else 0, *slices.shape)
+        kept = slices.new_zeros(len(timesteps) if map_type in MAHALANOBIS else 0, *slices.shape)
         for draws, rows, reconstructions in iterate_reconstructions(
             self, slices, indices, timesteps, shared_noise, seed, batch_size, noise
         ):

@@ -40,8 +40,8 @@ class PostProcessing:
             Where maps count: `"both"` everywhere, `"brighter"` or `"darker"` only where the slice is so, see
             [`brightness_weights`]. Lesions are bright on FLAIR.
         weighting (`str`):
-            What maps are multiplied by before they are filtered: `"none"`, or `"intensity"`, how much brighter or
-            darker the slice is there, see [`brightness_weights`].
+            What maps are multiplied by before they are filtered: `"none"`, or `"intensity"`, the square of how much
+            brighter or darker the slice is there, see [`brightness_weights`].
         normalization (`str`):
             What maps are divided by before they are filtered: `"none"`, or `"healthy_maps"`, what healthy slices show
             at the same place: the component of this name, [`~models.healthy_maps.HealthyMapsModel`].
@@ -107,32 +107,36 @@ class PostProcessing:
 
 def brightness_weights(slices: np.ndarray, brain: np.ndarray, sign: str, weighting: str) -> np.ndarray:
     """
-    Returns what the maps of one volume are multiplied by: the distance of every pixel from the median of the volume's
-    brain, or whether there is one.
+    Returns what maps are multiplied by: the squared distance of every pixel from the median of its slice's brain, or
+    whether there is one.
 
-    A method may say by its reconstruction what is brighter than it should be, but not every method has one. The
-    brain's median is a reference for all of them, and on FLAIR a better one (`benchmarks/map_options.py`). With
-    several modalities the one with the largest distance counts, so that `"brighter"` means: brighter in at least one.
+    A method may say by its reconstruction what is brighter than it should be, but not every method has one. The median
+    is a reference for all of them, and for FLAIR the better one; that of the slice is as good as that of the volume,
+    and does not depend on which slices there are (`benchmarks/map_options.py`). The distance is squared as most maps
+    are. With several modalities the one with the largest distance counts, so that `"brighter"` means: brighter in at
+    least one.
 
     Args:
         slices (`np.ndarray` of shape `(N, C, H, W)`): Slices in [0, 1].
         brain (`np.ndarray` of shape `(N, H, W)`, boolean): Brain mask; the medians are those of its pixels.
         sign (`str`): `"brighter"`: what is darker than the median has no distance. `"darker"`: what is brighter has
             none. `"both"`: all have one.
-        weighting (`str`): `"intensity"`: the distance itself. `"none"`: 1 where there is one, else 0.
+        weighting (`str`): `"intensity"`: the squared distance. `"none"`: 1 where there is one, else 0.
 
     Returns:
         `np.ndarray` of shape `(N, H, W)`, float32, 0 outside the brain.
     """
-    if not brain.any():
-        return np.zeros(brain.shape, np.float32)
-    distance = slices - np.median(np.moveaxis(slices, 1, -1)[brain], axis=0)[:, None, None]
-    if sign == "both":
-        distance = np.abs(distance)
-    elif sign == "darker":
-        distance = -distance
-    distance = np.where(brain, distance.max(1).clip(min=0), 0)
-    return (distance if weighting == "intensity" else distance > 0).astype(np.float32)
+    weights = np.zeros(brain.shape, np.float32)
+    for row in np.flatnonzero(brain.any((1, 2))):
+        inside = slices[row][:, brain[row]]  # (C, pixels)
+        distance = inside - np.median(inside, axis=1, keepdims=True)
+        if sign == "both":
+            distance = np.abs(distance)
+        elif sign == "darker":
+            distance = -distance
+        distance = distance.max(0).clip(min=0)
+        weights[row][brain[row]] = distance**2 if weighting == "intensity" else distance > 0
+    return weights
 
 
 def median_filter(maps: np.ndarray, size: int, dimensions: int, *, border: str = "reflect") -> np.ndarray:

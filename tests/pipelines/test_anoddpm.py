@@ -146,22 +146,16 @@ def test_draws_are_averaged_before_the_difference():
     torch.testing.assert_close(together, torch.stack(single).mean(0), rtol=0, atol=1e-5)
 
 
-def distances_of(slices, members) -> np.ndarray:
-    """Mahalanobis distances `(N, C, H, W)` from reconstructions `(K, N, C, H, W)`, by the inverse of a whole matrix."""
-    slices, members = (((values + 1) / 2).double().numpy() for values in (slices, members))
-    found = []
-    for image, own in zip(slices, members.swapaxes(0, 1), strict=True):
-        flat = own.reshape(len(own), -1)
-        difference = image.ravel() - flat.mean(0)
-        products = difference * (np.linalg.inv(np.cov(flat.T) + 0.01 * np.eye(flat.shape[1])) @ difference)
-        assert (products < 0).any()
-        found.append(np.sqrt(products.clip(min=0)).reshape(image.shape))
-    return np.array(found)
+def distances_of(values, members) -> np.ndarray:
+    """Mahalanobis distances `(P,)` of P values from members `(K, P)`, by the inverse of a whole matrix."""
+    difference = values - members.mean(0)
+    products = difference * (np.linalg.inv(np.cov(members.T) + 0.01 * np.eye(len(values))) @ difference)
+    return np.sqrt(products.clip(min=0))
 
 
 @pytest.mark.parametrize("settings", [{"num_draws": 3}, {"noise_level": [20, 30, 60]}], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "max"])
-def test_mahalanobis_maps_are_distances_from_the_distribution_of_the_members(settings, reduction):
+@pytest.mark.parametrize("map_type, reduction", [("mahalanobis", "mean"), ("mahalanobis_pixel", "max")])
+def test_mahalanobis_maps_are_distances_from_the_distribution_of_the_members(settings, map_type, reduction):
     pipe = make_pipeline(("flair", "t1"), mode="one_shot", noise_level=30, modality_reduction=reduction)
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(20)  # reconstructions that vary
@@ -170,9 +164,17 @@ def test_mahalanobis_maps_are_distances_from_the_distribution_of_the_members(set
     members = torch.stack(
         [pipe(slices, noise=noise[k : k + 1], noise_level=levels[k]).reconstruction for k in range(3)]
     )
-    expected = getattr(distances_of(slices, members), reduction)(1)
+    images, parts = (((values + 1) / 2).double().numpy() for values in (slices, members))
+    distances = np.empty_like(images)
+    for row, (image, own) in enumerate(zip(images, parts.swapaxes(0, 1), strict=True)):
+        if map_type == "mahalanobis":
+            distances[row] = distances_of(image.ravel(), own.reshape(3, -1)).reshape(image.shape)
+        else:
+            for y, x in np.ndindex(SIZE, SIZE):
+                distances[row, :, y, x] = distances_of(image[:, y, x], own[:, :, y, x])
+    expected = getattr(distances, reduction)(1)
     for batch_size in (16, 1):
-        output = pipe(slices, noise=noise, map_type="mahalanobis", batch_size=batch_size, **settings)
+        output = pipe(slices, noise=noise, map_type=map_type, batch_size=batch_size, **settings)
         assert_same_map(output.anomaly_map, expected, 1e-4)
     torch.testing.assert_close(output.reconstruction, members.mean(0), rtol=0, atol=1e-5)
 
@@ -259,7 +261,7 @@ def test_progress_bar_is_silent_when_asked(capfd):
         ({"mode": "two_shot"}, "`mode` must be one of partial, one_shot"),
         ({"modality_reduction": "median"}, "`modality_reduction` must be one of mean, max"),
         ({"num_draws": 0}, "`num_draws` must be an integer of at least 1"),
-        ({"map_type": "ssim"}, "`map_type` must be one of squared, mahalanobis, got 'ssim'"),
+        ({"map_type": "ssim"}, "`map_type` must be one of squared, mahalanobis, mahalanobis_pixel, got 'ssim'"),
         (
             {"map_type": "mahalanobis"},
             "`map_type` mahalanobis needs several reconstructions of a slice: give `num_draws`",

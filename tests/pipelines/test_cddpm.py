@@ -56,15 +56,16 @@ def test_the_map_is_that_of_the_mean_reconstruction():
     torch.testing.assert_close(whole, sum(parts) / 3, atol=1e-5, rtol=1e-4)
 
 
-def test_mahalanobis_maps_are_distances_from_the_reconstructions_of_all_timesteps():
+@pytest.mark.parametrize("map_type", ["mahalanobis", "mahalanobis_pixel"])
+def test_mahalanobis_maps_are_distances_from_the_reconstructions_of_all_timesteps(map_type):
     pipe = make_pipeline(("flair", "t1"))
     slices, noise, steps = torch.rand(2, 2, SIZE, SIZE) * 2 - 1, torch.randn(3, 2, 2, SIZE, SIZE), (20, 50, 80)
     parts = [pipe(slices, timesteps=[t], noise=noise[k : k + 1]).reconstruction for k, t in enumerate(steps)]
-    expected = mahalanobis_distance((slices + 1) / 2, (torch.stack(parts) + 1) / 2).mean(1)
+    expected = mahalanobis_distance((slices + 1) / 2, (torch.stack(parts) + 1) / 2, map_type).mean(1)
     for size in (5, 64):
-        assert_same_map(pipe(slices, map_type="mahalanobis", noise=noise, batch_size=size).anomaly_map, expected, 1e-4)
-    with pytest.raises(ValueError, match=r"`map_type` mahalanobis needs several `timesteps`, got \[20\]"):
-        pipe(slices, map_type="mahalanobis", timesteps=[20])
+        assert_same_map(pipe(slices, map_type=map_type, noise=noise, batch_size=size).anomaly_map, expected, 1e-4)
+    with pytest.raises(ValueError, match=rf"`map_type` {map_type} needs several `timesteps`, got \[20\]"):
+        pipe(slices, map_type=map_type, timesteps=[20])
 
 
 def test_the_networks_see_what_they_are_promised():

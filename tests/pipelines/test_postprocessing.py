@@ -97,28 +97,29 @@ def test_postprocess_maps_masks_then_filters_then_masks(dimensions):
 @pytest.mark.parametrize(
     "sign, intensity, first, second",
     [
-        # The median of 1, 2, 4, 7 and 9 is 4; the pixel of 100 is no brain.
-        ("both", False, [1, 1, 0], [0, 1, 1]),
-        ("brighter", False, [0, 0, 0], [0, 1, 1]),
-        ("darker", False, [1, 1, 0], [0, 0, 0]),
-        ("both", True, [3, 2, 0], [0, 3, 5]),
-        ("brighter", True, [0, 0, 0], [0, 3, 5]),
-        ("darker", True, [3, 2, 0], [0, 0, 0]),
+        # The medians are 2 and 8; the pixel of 100 is no brain.
+        ("both", False, [1, 0, 1, 1], [0, 1, 0, 1]),
+        ("brighter", False, [0, 0, 1, 1], [0, 0, 0, 1]),
+        ("darker", False, [1, 0, 0, 0], [0, 1, 0, 0]),
+        ("both", True, [1, 0, 4, 9], [0, 1, 0, 4]),
+        ("brighter", True, [0, 0, 4, 9], [0, 0, 0, 4]),
+        ("darker", True, [1, 0, 0, 0], [0, 1, 0, 0]),
     ],
 )
-def test_weights_are_distances_from_the_median_of_the_volume(sign, intensity, first, second):
-    slices = np.array([[1, 2, 4], [100, 7, 9]], np.float32)[:, None, None]
+def test_weights_are_squared_distances_from_the_median_of_the_slice(sign, intensity, first, second):
+    slices = np.array([[1, 2, 2, 4, 5], [100, 7, 8, 10, 8]], np.float32)[:, None, None]
     brain = slices[:, 0] < 100
     weights = brightness_weights(slices, brain, sign, "intensity" if intensity else "none")
     assert weights.dtype == np.float32
-    np.testing.assert_array_equal(weights[:, 0], [first, second])
+    np.testing.assert_array_equal(weights[:, 0, [0, 1, 3, 4]][0], first)
+    np.testing.assert_array_equal(weights[:, 0, :4][1], second)
 
 
 def test_of_several_modalities_the_largest_distance_counts():
     # Medians 3 and 30.
     slices = np.array([[1, 3, 8], [40, 30, 10]], np.float32)[None, :, None]
     brain = np.ones((1, 1, 3), bool)
-    for sign, expected in (("brighter", [10, 0, 5]), ("darker", [2, 0, 20]), ("both", [10, 0, 20])):
+    for sign, expected in (("brighter", [100, 0, 25]), ("darker", [4, 0, 400]), ("both", [100, 0, 400])):
         np.testing.assert_array_equal(brightness_weights(slices, brain, sign, "intensity")[0, 0], expected)
 
 
