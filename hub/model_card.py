@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def make_card(
     data_summary: dict[str, dict[str, int]] | None = None,
     evaluation: dict | None = None,
     training: str | None = None,
+    limits: Sequence[str] = (),
     picture: tuple[str, str] | None = None,
     licence: str = "other",
 ) -> ModelCard:
@@ -65,6 +67,7 @@ def make_card(
         data_summary (`dict`, *optional*): Counts per split, such as `{"train": {"subjects": 20, "slices": 900}}`.
         evaluation (`dict`, *optional*): Report of `eval.py`; [`add_evaluation`] adds more of them.
         training (`str`, *optional*): A sentence on steps, time and hardware of the training.
+        limits (sequence of `str`): What else is to be known before it is used, a sentence each.
         picture (`tuple[str, str]`, *optional*):
             File in the repository and what it shows. Nothing but phantoms and images that everybody may see.
         licence (`str`): Of the weights, an identifier of the Hub (https://hf.co/docs/hub/repositories-licenses).
@@ -74,6 +77,7 @@ def make_card(
     method, paper = _method_text(type(pipeline))
     processor = pipeline.processor.settings()
     modalities = processor["modalities"]
+    strips = pipeline.components.get("brain_extractor") is not None
     inference = {
         key: value
         for key, value in pipeline.config.items()
@@ -101,7 +105,8 @@ def make_card(
         method=method,
         paper=paper,
         source=repo_id or ".",
-        volume=_quick_start_volume(modalities, processor["brain_mask"] == "given"),
+        volume=_quick_start_volume(modalities, processor["brain_mask"] == "given" and not strips),
+        strips=strips,
         recipe=recipe or {},
         counts=data_summary or {},
         population=population,
@@ -110,6 +115,7 @@ def make_card(
         cell=_cell,
         evaluation=NOT_EVALUATED,
         training=training,
+        limits=limits,
         picture=picture,
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip() if config else None,
         licence=licence if licence != "other" else "none was chosen; ask whoever published them",
@@ -142,7 +148,7 @@ def add_evaluation(
         raise ValueError(
             f"`evaluation` lacks the protocol field(s) {', '.join(missing)}: evaluate again with eval.py."
         )
-    own, results, data = _own_result(evaluation, repo_id), evaluation["results"], evaluation["data"]
+    own, results, data = own_result(evaluation, repo_id), evaluation["results"], evaluation["data"]
     # One row per metric and one column per model: there are many metrics, and a baseline does not have all of them.
     table = {
         metric.replace("_", " "): [_number(row["metrics"].get(metric)) for row in results]
@@ -205,7 +211,9 @@ def _quick_start_volume(modalities: list[str], needs_brain_mask: bool) -> str:
     return "{" + ", ".join(f'"{name}": "scan_{name}.nii.gz"' for name in names) + "}"
 
 
-def _own_result(evaluation: dict, repo_id: str | None) -> dict:
+def own_result(evaluation: dict, repo_id: str | None) -> dict:
+    """Returns the row of a report that is of this pipeline: its only pipeline, or the one whose `model` is `repo_id`;
+    raises a `ValueError` if there is none."""
     pipelines = [row for row in evaluation["results"] if row["kind"] == "pipeline"]
     own = pipelines if len(pipelines) == 1 else [row for row in pipelines if row["model"] == repo_id]
     if len(own) != 1:
