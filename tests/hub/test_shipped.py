@@ -16,6 +16,7 @@ from anodiff.files import read_json, write_json
 from anodiff.hub import shipped
 from anodiff.hub.model_card import PROTOCOL_FIELDS
 from anodiff.list_models import main as list_models
+from anodiff.publish import main as publish
 from anodiff.ship import METRICS
 from anodiff.ship import main as ship
 
@@ -272,3 +273,48 @@ def test_a_component_that_is_a_checkpoint_of_its_own(checkpoints, tmp_path, monk
     # Nothing that finds anomalies is chosen.
     with pytest.raises(ValueError, match="their modalities are none"):
         shipped.choose_shipped(None)
+
+
+def test_all_are_published_whole_and_a_failure_is_made_up_for(checkpoints, near_hub, capsys):
+    near_hub.fail("POST", "/api/models/lab/tiny-flair/commit/", status=403, times=1)
+    assert publish(["--owner", "lab"]) == 1
+    said = capsys.readouterr()
+    assert f"tiny-any: {near_hub.url}/lab/tiny-any\n" in said.out and "tiny-flair" not in said.out
+    assert "FAILED tiny-flair: lab/tiny-flair was not pushed: " in said.err
+    assert said.err.endswith("Not pushed: tiny-flair. The same command goes on.\n")
+    before = {name: near_hub.repositories["model", f"lab/{name}"].head for name in ("tiny-any", "tiny-t1")}
+    near_hub.requests.clear()
+    assert publish(["--owner", "lab"]) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        *("tiny-any", "tiny-flair", "tiny-t1"),
+    ]
+    assert sum(request.startswith("PUT /lfs/") for request in near_hub.requests) <= 1
+    assert before == {name: near_hub.repositories["model", f"lab/{name}"].head for name in before}
+    for name in ("tiny-flair", "tiny-t1"):
+        pushed = near_hub.files(f"lab/{name}")
+        # In float16, as they are here.
+        (there,) = [content for file, content in pushed.items() if file.endswith(".safetensors")]
+        owner = {"tiny-t1": "tiny-any"}.get(name, name)
+        assert there == next((checkpoints / owner).glob("unet/*.safetensors")).read_bytes()
+        assert json.loads(pushed["shipped.json"])["shares"] == {}
+        card = pushed["README.md"].decode()
+        assert f'from_pretrained("lab/{name}")' in card and "license: apache-2.0" in card
+        assert b"BBillot/SynthSeg" in pushed["NOTICE"]
+        pipes = [AnomalyPipeline.from_pretrained(source) for source in (f"lab/{name}", name)]
+        for pipe in pipes:
+            pipe.set_progress_bar_config(disable=True)
+        assert_same_map(*(pipe(make_volume()).anomaly_map for pipe in pipes), 1e-6)
+
+
+def test_a_card_that_was_changed_on_the_hub_stays(checkpoints, near_hub, capsys):
+    assert publish(["--owner", "lab", "tiny-any"]) == 0
+    assert ("model", "lab/tiny-flair") not in near_hub.repositories
+    mine = near_hub.files("lab/tiny-any")["README.md"].replace(b"# tiny-any", b"# My own")
+    near_hub.put("lab/tiny-any", {"README.md": mine})
+    assert publish(["--owner", "lab", "tiny-any"]) == 0
+    assert "The card of lab/tiny-any was changed there: it stays." in capsys.readouterr().err
+    assert near_hub.files("lab/tiny-any")["README.md"] == mine
+    with pytest.raises(ValueError, match="`names` must be one of tiny-any, tiny-flair, tiny-t1, got 'tiny'"):
+        publish(["--owner", "lab", "tiny"])
+    with pytest.raises(ValueError, match="`--owner` is missing"):
+        publish([])
