@@ -254,7 +254,7 @@ def test_what_cannot_be_shipped(made, tmp_path):
     assert json.dumps(sorted(str(path) for path in tmp_path.rglob("*"))) == before
 
 
-def test_a_component_that_is_a_checkpoint_of_its_own(checkpoints, tmp_path, monkeypatch, capsys):
+def test_a_component_that_is_a_checkpoint_of_its_own(checkpoints, near_hub, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shipped, "SHIPPED", tmp_path / "checkpoints")
     pipe = make_pipeline("DAEPipeline", ("flair",))
     pipe.save_pretrained(tmp_path / "model")
@@ -270,6 +270,10 @@ def test_a_component_that_is_a_checkpoint_of_its_own(checkpoints, tmp_path, monk
     list_models(["network"])
     card = capsys.readouterr().out
     assert "A `DAEUNet2DModel` of anodiff" in card and "no scan of anybody was seen" in card
+    assert publish(["--owner", "lab", "network"]) == 0
+    assert set(near_hub.files("lab/network")) - {".gitattributes"} == {
+        *("README.md", "NOTICE", "shipped.json", "config.json", "diffusion_pytorch_model.safetensors"),
+    }
     # Nothing that finds anomalies is chosen.
     with pytest.raises(ValueError, match="their modalities are none"):
         shipped.choose_shipped(None)
