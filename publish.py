@@ -66,12 +66,12 @@ def push(name: str, repo_id: str, private: bool | None) -> str:
     from anodiff import AnomalyPipeline
     from anodiff.files import read_json, read_text, write_json
     from anodiff.hub import shipped
+    from anodiff.hub.model_card import move_card
     from anodiff.hub.publishing import push_folder
     from anodiff.training.export import is_untouched, seal
 
     source = shipped.SHIPPED / name
-    text = read_text(source / "README.md").replace(f'.from_pretrained("{name}")', f'.from_pretrained("{repo_id}")')
-    card = seal(text)
+    card = seal(move_card(read_text(source / "README.md"), name, repo_id))
 
     def choose_card(there: str | None) -> str:
         if there is None or is_untouched(there):

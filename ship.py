@@ -131,7 +131,8 @@ def ship_pipeline(options: ShipOptions, reports: dict[str, dict], figures: list,
             value = own_result(report, options.name)["metrics"]["threshold_healthy"]
             if value is None:
                 raise ValueError(f"{path} has no healthy threshold: its validation split holds no healthy slice.")
-            policy = report["protocol"]["threshold_policy"]
+            # Of all its policies; docs/training_and_evaluation.md has them.
+            policy = report["protocol"]["threshold_policy"].partition("healthy: ")[2].partition(";")[0]
             thresholds[kind] = {"threshold": value, "data": report["data"]["name"], "policy": policy}
     if "synthetic" in thresholds:
         pipeline.register_to_config(threshold=thresholds["synthetic"]["threshold"])
@@ -139,15 +140,17 @@ def ship_pipeline(options: ShipOptions, reports: dict[str, dict], figures: list,
     check_finite(pipeline.components, options.model)
     pipeline.save_pretrained(folder)
 
-    config, recipe = (
-        yaml.safe_load(read_text(path)) if path.is_file() else {}
-        for path in (Path(options.model, name) for name in ("config.yaml", "recipe.yaml"))
-    )
+    records = {}
+    for name in ("config.yaml", "recipe.yaml"):
+        path = Path(options.model, name)
+        if path.is_file():
+            shutil.copy(path, folder)
+            records[name] = yaml.safe_load(read_text(path))
     card = make_card(
         pipeline,
         repo_id=options.name,
-        config=config,
-        recipe={**recipe, "license": "apache-2.0"},
+        config=records.get("config.yaml"),
+        recipe={**records.get("recipe.yaml", {}), "license": "apache-2.0"},
         population=POPULATION,
         training=commands(options),
         limits=limits(thresholds),
@@ -260,12 +263,15 @@ def limits(thresholds: dict[str, dict]) -> list[str]:
         "It has learnt from generated images. Their texture is simpler than that of scans, so residuals on real texture are"
         " larger than on the images that it was trained on, also where nothing is wrong."
     ]
-    names = {"synthetic": "generated slices, which is the one in use", "real": "real slices"}
+    kinds = {
+        "synthetic": "generated images, in use",
+        "real": "scans; `threshold=` of a call and `--threshold` take it",
+    }
     for kind, values in thresholds.items():
-        found.append(
-            f"Threshold of healthy {names[kind]} ({values['data']}): {values['threshold']:.6g}. Another one:"
-            " `pipe(scan, threshold=...)`, `predict --threshold`."
+        text = (
+            f"Threshold that {values['policy']} exceed, {kinds[kind]} ({values['data']}): {values['threshold']:.6g}."
         )
+        found.append(text)
     return found
 
 

@@ -179,7 +179,7 @@ def add_evaluation(
         text = text.replace(END_OF_EVALUATIONS, f"{section}\n\n{END_OF_EVALUATIONS}")
     if repo_id:
         # A card that was made before the pipeline had an address.
-        text = text.replace('.from_pretrained(".")', f'.from_pretrained("{repo_id}")')
+        text = move_card(text, ".", repo_id)
     metadata = card.data
     others = [
         result
@@ -190,6 +190,12 @@ def add_evaluation(
     if repo_id or metadata.get("model_name") is None:
         metadata.model_name = (repo_id or own["name"]).split("/")[-1]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}")
+
+
+def move_card(text: str, source: str, target: str) -> str:
+    """Returns the text of a card whose quick start loads `target` instead of `source`."""
+    text = text.replace(f'.from_pretrained("{source}")', f'.from_pretrained("{target}")')
+    return text.replace(f"predict --model {source} ", f"predict --model {target} ")
 
 
 def _method_text(pipeline_class: type) -> tuple[str, str]:

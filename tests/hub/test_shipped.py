@@ -15,6 +15,7 @@ from anodiff import AnoDDPMPipeline, AnomalyPipeline
 from anodiff.files import read_json, write_json
 from anodiff.hub import shipped
 from anodiff.hub.model_card import PROTOCOL_FIELDS
+from anodiff.hub.publishing import push_folder
 from anodiff.list_models import main as list_models
 from anodiff.publish import main as publish
 from anodiff.ship import METRICS
@@ -32,8 +33,9 @@ def make_report(**metrics) -> dict:
     data = {"name": "lesions", "split": "test", "subjects": 3, "slices": 30, "anomalous_slices": 9}
     row = {"name": "AnoDDPM (run)", "kind": "pipeline", "model": "run", "metrics": metrics, "seconds_per_slice": 0.1}
     plain = {"name": "intensity of flair", "kind": "baseline", "settings": {}, "metrics": dict.fromkeys(METRICS, 0.25)}
+    policy = {"threshold_policy": "oracle: some; healthy: 0.01 of the voxels of healthy slices; yen: some"}
     return {
-        **{"data": data, "protocol": dict.fromkeys(PROTOCOL_FIELDS, "some"), "results": [row, plain]},
+        **{"data": data, "protocol": dict.fromkeys(PROTOCOL_FIELDS, "some") | policy, "results": [row, plain]},
         **{"seed": 0, "anodiff": anodiff.__version__, "versions": {}},
     }
 
@@ -44,6 +46,7 @@ def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shipped")
     for modality in ("flair", "image", "t1"):
         make_pipeline("AnoDDPMPipeline", (modality,), noise_level=2).save_pretrained(folder / modality)
+    (folder / "flair" / "config.yaml").write_text("method: anoddpm\n")
     write_json(folder / "synthetic.json", make_report(threshold_healthy=0.125))
     write_json(folder / "real.json", make_report(threshold_healthy=0.75))
     write_json(folder / "lesions.json", make_report(**dict.fromkeys(METRICS, 0.5)))
@@ -153,6 +156,8 @@ def test_a_shared_component_is_checked_and_missed(checkpoints, tmp_path, monkeyp
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
     with pytest.raises(ValueError, match="unet/diffusion_pytorch_model.safetensors of .*tiny-t1 is not the file"):
         AnomalyPipeline.from_pretrained(copy / "tiny-t1")
+    with pytest.raises(ValueError, match="tiny-t1 has no unet of its own: `publish.py` pushes it whole"):
+        push_folder(copy / "tiny-t1", "lab/tiny-t1")
     shutil.rmtree(copy / "tiny-any")
     with pytest.raises(FileNotFoundError, match="shares its `unet` with tiny-any, which is not beside it"):
         AnomalyPipeline.from_pretrained(copy / "tiny-t1")
@@ -170,17 +175,15 @@ def test_the_card_says_what_it_is(checkpoints, capsys):
     card = capsys.readouterr().out
     assert card.strip() == (checkpoints / "tiny-flair" / "README.md").read_text(encoding="utf-8").strip()
     for text in (
-        *("license: apache-2.0", "# tiny-flair", 'from_pretrained("tiny-flair")', "no scan of anybody was seen"),
-        *(
-            "residuals on real texture are larger",
-            "Threshold of healthy generated slices",
-            "0.75",
-            "not a medical device",
-        ),
+        *("license: apache-2.0", "# tiny-flair", 'from_pretrained("tiny-flair")', "predict --model tiny-flair scan"),
+        *("no scan of anybody was seen", "residuals on real texture are larger", "not a medical device"),
+        "Threshold that 0.01 of the voxels of healthy slices exceed, generated images, in use (lesions): 0.125.\n",
+        "scans; `threshold=` of a call and `--threshold` take it (lesions): 0.75.\n\n## Inference defaults",
         *("accelerate launch train.py", "| this checkpoint | 0.600 [0.550, 0.650] |", "### lesions, split `test`"),
     ):
         assert text in card, text
-    assert "\n\n\n" not in card
+    assert "\n\n\n" not in card and "method: anoddpm\n" in card
+    assert (checkpoints / "tiny-flair" / "config.yaml").is_file()
     notice = (checkpoints / "tiny-flair" / "NOTICE").read_text(encoding="utf-8")
     assert "tiny-flair, a checkpoint" in notice and "BBillot/SynthSeg" in notice and "102789, 2023" in notice
 
@@ -302,7 +305,11 @@ def test_all_are_published_whole_and_a_failure_is_made_up_for(checkpoints, near_
         assert there == next((checkpoints / owner).glob("unet/*.safetensors")).read_bytes()
         assert json.loads(pushed["shipped.json"])["shares"] == {}
         card = pushed["README.md"].decode()
-        assert f'from_pretrained("lab/{name}")' in card and "license: apache-2.0" in card
+        assert (
+            f'from_pretrained("lab/{name}")' in card
+            and f"--model lab/{name} scan" in card
+            and "license: apache-2.0" in card
+        )
         assert b"BBillot/SynthSeg" in pushed["NOTICE"]
         pipes = [AnomalyPipeline.from_pretrained(source) for source in (f"lab/{name}", name)]
         for pipe in pipes:
