@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": "score methods under one protocol",
     "predict": "maps for new scans",
     "models": "checkpoints that come with the package",
+    "strip": "scans without their skull",
     "convert": "checkpoint of an original program -> pipeline folder",
 }
 

@@ -55,6 +55,8 @@ class PreprocessOptions:
     contrast: list[str] = field(default_factory=list)
     """Of the heads: flair (default), t1, t2, or any, another at random for every head; given several times, several
     modalities of every head."""
+    skull: bool = False
+    """Keep the skull around the heads; their brain masks lie beside them, so that a recipe can use them."""
     subjects: int = 200
     """Healthy heads of the training split; validation and test have a dozen each, most of them with lesions."""
     push_to_hub: str | None = None
@@ -112,7 +114,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.heads is not None:
         own = {"recipe": recipe, "raw": options.root, "num_proc": options.num_proc}
         failures = prepare_heads(
-            options.heads, options.out, subjects=options.subjects, contrasts=options.contrast or ["flair"], **own
+            options.heads,
+            options.out,
+            subjects=options.subjects,
+            contrasts=options.contrast or ["flair"],
+            skull=options.skull,
+            **own,
         )
     elif options.phantom is None:
         failures = prepare_recipe(recipe, options.root, options.out, **common)

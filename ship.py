@@ -118,7 +118,7 @@ def ship_pipeline(options: ShipOptions, reports: dict[str, dict], figures: list,
     from anodiff.hub.model_card import NOT_EVALUATED, add_evaluation, make_card, own_result
     from anodiff.hub.publishing import complete_folder
 
-    pipeline = AnomalyPipeline.from_pretrained(options.model)
+    pipeline = AnomalyPipeline.from_pretrained(options.model, dtype=torch.float16)
     modalities = pipeline.processor.config.modalities
     if len(modalities) != 1:
         raise ValueError(f"`model` must be a pipeline of one modality, got {', '.join(modalities)}.")
@@ -136,7 +136,6 @@ def ship_pipeline(options: ShipOptions, reports: dict[str, dict], figures: list,
             thresholds[kind] = {"threshold": value, "data": report["data"]["name"], "policy": policy}
     if "synthetic" in thresholds:
         pipeline.register_to_config(threshold=thresholds["synthetic"]["threshold"])
-    pipeline.to(torch.float16, silence_dtype_warnings=True)
     check_finite(pipeline.components, options.model)
     pipeline.save_pretrained(folder)
 
@@ -185,7 +184,7 @@ def ship_component(options: ShipOptions, reports: dict[str, dict], figures: list
     from anodiff.files import read_json, write_json, write_text
 
     kind = read_json(Path(options.model, "config.json"))["_class_name"]
-    component = getattr(anodiff, kind).from_pretrained(options.model).to(torch.float16)
+    component = getattr(anodiff, kind).from_pretrained(options.model, dtype=torch.float16)
     check_finite({kind: component}, options.model)
     component.save_pretrained(folder)
     index = folder / "config.json"
@@ -207,6 +206,8 @@ def ship_component(options: ShipOptions, reports: dict[str, dict], figures: list
 
 def add_shared(pipeline, options: ShipOptions) -> None:
     """Gives the pipeline those components that it shares and has none of its own of."""
+    import torch
+
     import anodiff
     from anodiff.files import read_json
     from anodiff.hub.shipped import component_folder
@@ -222,7 +223,8 @@ def add_shared(pipeline, options: ShipOptions) -> None:
             if place is None:
                 raise FileNotFoundError(f"`shares`: there is no {component} in {Path(options.output, owner)}.")
             kind = read_json(place / "config.json")["_class_name"]
-            pipeline.register_modules(**{component: getattr(anodiff, kind).from_pretrained(place)})
+            loaded = getattr(anodiff, kind).from_pretrained(place, dtype=torch.float16)
+            pipeline.register_modules(**{component: loaded})
 
 
 def leave_shared(folder: Path, options: ShipOptions) -> None:

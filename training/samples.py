@@ -12,10 +12,16 @@ import torch
 import torch.utils.data
 from accelerate import Accelerator
 
+from ..data.phantoms.heads import find_label_maps, split_maps
 from ..data.phantoms.sets import PHANTOMS
 from ..data.prepared import PreparedSplit, StreamedSplit, load_prepared
 from .objective import Objective
 from .options import DataOptions, TrainOptions
+
+
+# How `data.path` begins where heads are drawn from a folder of label maps, and how many of a map are validated on.
+HEADS = "heads:"
+_HEADS_OF_A_MAP = 8
 
 
 class SampleStream(torch.utils.data.Dataset):
@@ -38,6 +44,39 @@ class SampleStream(torch.utils.data.Dataset):
                 self._order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
             rows.append(int(self._order[index]))
         return {**self.split.read_rows(rows, self.columns), "position": np.array(positions)}
+
+
+class MapSplit:
+    """Stands for heads that are drawn from label maps as a training goes: a row names the map of a head, column
+    `map`. Parts of it are as of [`PreparedSplit`].
+
+    Args:
+        names (`list[str]`): Of all maps.
+        rows (`np.ndarray` of shape `(N,)`): Number of the map of every row.
+    """
+
+    def __init__(self, names: list[str], rows: np.ndarray):
+        self.rows = rows
+        self.processor_settings: dict = {}
+        self.recipe = {"source": "heads drawn from label maps", "maps": len(names)}
+        counts = np.bincount(rows, minlength=len(names)).tolist()
+        numbers = {name: count for name, count in zip(names, counts, strict=True) if count}
+        self.subjects = list(numbers)
+        self.subject_info = {
+            name: {"rows": count, "anomalous_rows": 0, "annotations": 0} for name, count in numbers.items()
+        }
+
+    def rows_of(self, population: str) -> np.ndarray:
+        """Returns the numbers of all rows: heads belong to every population."""
+        return np.arange(len(self.rows))
+
+    def count_rows(self, population: str = "all") -> int:
+        """Returns the number of rows."""
+        return len(self.rows)
+
+    def read_rows(self, indices: Sequence[int], columns: Sequence[str] = ("map",)) -> dict:
+        """Returns the maps of the rows with these numbers."""
+        return {"map": self.rows[np.asarray(indices)]}
 
 
 @dataclass(eq=False)
@@ -106,6 +145,12 @@ def load_splits(
     accelerator: Accelerator, data: DataOptions, validates: bool, objective_class: type[Objective]
 ) -> tuple[PreparedSplit | StreamedSplit, PreparedSplit | None]:
     """Opens the training split and, if the run validates, the validation split."""
+    if objective_class.draws_volumes:
+        names = [path.name for path in find_label_maps(label_maps_folder(data.path))]
+        parts = split_maps(len(names))
+        heads = [MapSplit(names, np.array(parts[part])) for part in ("train", "validation")]
+        heads[1].rows = np.tile(heads[1].rows, _HEADS_OF_A_MAP)
+        return heads[0], heads[1] if validates else None
     if data.streaming and data.path in PHANTOMS and not Path(data.path).is_dir():
         raise ValueError(
             f"`data.streaming` is for a folder or a data set on the Hub, got the phantom {data.path!r}, which is made"
@@ -128,6 +173,14 @@ def load_splits(
             " another with `--data.validation_split`, or switch validation off with `--train.validate_every 0`."
         )
     return train_split, validation_split
+
+
+def label_maps_folder(path: str) -> Path:
+    """Returns the folder of label maps of a `data.path` such as `heads:FOLDER`."""
+    kind, colon, folder = path.partition(":")
+    if kind + colon != HEADS or not folder:
+        raise ValueError(f"`data.path` must be {HEADS}FOLDER, a folder of label maps, for this method, got {path!r}.")
+    return Path(folder)
 
 
 def validation_rows(split: PreparedSplit, objective: Objective | type[Objective]) -> np.ndarray:

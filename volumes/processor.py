@@ -365,12 +365,9 @@ class VolumeProcessor(PlainConfigMixin):
             " brought to the `spacing`, `crop` and `size` of the processor,",
         )
 
-    def _read(self, volume, brain_mask) -> tuple[InputVolume, np.ndarray]:
-        if isinstance(volume, Mapping) and "brain" in volume:
-            if brain_mask is not None:
-                raise ValueError("The brain mask is given twice: as `brain_mask` and under the key 'brain'.")
-            brain_mask = volume["brain"]
-            volume = {name: image for name, image in volume.items() if name != "brain"}
+    def read(self, volume) -> InputVolume:
+        """Reads a volume, kinds as of [`preprocess`] but without a brain mask, with its modalities in the processor's
+        order; raises a `ValueError` for a missing or unknown one."""
         volume = read_volume(volume, labels=False)
         modalities = tuple(self.config.modalities)
         if all(key == "" or key.isdigit() for key in volume.arrays):
@@ -389,15 +386,26 @@ class VolumeProcessor(PlainConfigMixin):
                     f" {', '.join(missing) or 'none'}, unknown: {', '.join(unknown) or 'none'}."
                 )
             arrays = {name: volume.arrays[name] for name in modalities}
-        volume = dataclasses.replace(volume, arrays=arrays)
+        return dataclasses.replace(volume, arrays=arrays)
 
+    def _read(self, volume, brain_mask) -> tuple[InputVolume, np.ndarray]:
+        if isinstance(volume, Mapping) and "brain" in volume:
+            if brain_mask is not None:
+                raise ValueError("The brain mask is given twice: as `brain_mask` and under the key 'brain'.")
+            brain_mask = volume["brain"]
+            volume = {name: image for name, image in volume.items() if name != "brain"}
+        volume = self.read(volume)
+        arrays = volume.arrays
         if brain_mask is not None:
             if volume.is_picture and isinstance(brain_mask, (np.ndarray, torch.Tensor)) and brain_mask.ndim == 2:
                 brain_mask = brain_mask.T  # (rows, columns), as the results of a picture are
             what = f"The brain mask must lie on the grid of {volume.name}"
             return volume, _read_mask(brain_mask, volume.shape, volume.affine, what) > 0
         if self.config.brain_mask == "given":
-            raise ValueError("This checkpoint needs a brain mask: `brain_mask=...`, or the key 'brain' of the volume.")
+            raise ValueError(
+                "This checkpoint needs a brain mask: `brain_mask=...`, or the key 'brain' of the volume. `anodiff strip`"
+                " makes one, and a pipeline with a `brain_extractor` does so by itself."
+            )
         if self.config.brain_mask == "none":
             return volume, np.ones(volume.shape, dtype=bool)
         brain = np.any([array > self.config.background for array in arrays.values()], axis=0)

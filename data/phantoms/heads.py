@@ -113,6 +113,26 @@ class LabelMaps:
         return LabelMaps(*moved, self.names)
 
 
+def find_label_maps(folder: str | Path) -> list[Path]:
+    """Returns the files of the label maps in a folder, in their order; a `FileNotFoundError` if there are none."""
+    files = sorted(
+        path for path in Path(folder).glob("*") if path.name.lower().endswith((".nii", ".nii.gz", ".mgz", ".mgh"))
+    )
+    if not files:
+        raise FileNotFoundError(f"There are no label maps (.nii, .nii.gz, .mgz) in {folder}.")
+    return files
+
+
+def split_maps(count: int) -> dict[str, range]:
+    """Returns the numbers of the maps that heads for `train`, `validation` and `test` are made of: different ones
+    where there are three or more, of which the last fifth is held back."""
+    held = max(1, count // 10) if count >= 3 else 0
+    train = count - 2 * held
+    if not held:
+        return dict.fromkeys(("train", "validation", "test"), range(count))
+    return {"train": range(train), "validation": range(train, train + held), "test": range(train + held, count)}
+
+
 def read_label_maps(folder: str | Path) -> LabelMaps:
     """
     Reads the label maps in a folder: segmentations with FreeSurfer's numbers, as FreeSurfer, FastSurfer and SynthSeg
@@ -122,12 +142,7 @@ def read_label_maps(folder: str | Path) -> LabelMaps:
         FileNotFoundError: There is no such folder, or no volume in it.
         ValueError: A volume is no segmentation, holds a number that is not known, or no brain.
     """
-    folder = Path(folder)
-    files = sorted(
-        path for path in folder.glob("*") if path.name.lower().endswith((".nii", ".nii.gz", ".mgz", ".mgh"))
-    )
-    if not files:
-        raise FileNotFoundError(f"There are no label maps (.nii, .nii.gz, .mgz) in {folder}.")
+    files = find_label_maps(folder)
     tissue_of = {label: TISSUES.index(tissue) for tissue, labels in LABELS.items() for label in labels}
     found = [_read_map(path, tissue_of) for path in files]
     shape = np.max([tissues.shape for tissues, _ in found], 0)
@@ -527,20 +542,15 @@ def write_heads(
     if folder.exists():
         raise FileExistsError(f"`folder` {folder} exists: choose another one or delete it first.")
     maps = read_label_maps(label_maps).to(device)
-    held = max(1, len(maps) // 10) if len(maps) >= 3 else 0
-    train = len(maps) - 2 * held
-    ranges = {"train": (0, train), "validation": (train, held), "test": (train + held, held)}
-    if not held:
-        ranges = dict.fromkeys(ranges, (0, len(maps)))
+    ranges = split_maps(len(maps))
     kinds = [None, *LESIONS]
     plan = [("train", None)] * subjects + [(s, kinds[i % 4]) for s in ("validation", "test") for i in range(tested)]
     with making_folder(folder) as unfinished:
         names: dict[str, list[str]] = {split: [] for split in ranges}
         for number, (split, lesion) in enumerate(tqdm(plan, desc="heads", unit="subject", disable=not progress)):
             name = f"{lesion or 'healthy'}_{number:05d}"
-            first, count = ranges[split]
             keys = make_keys(seed, number, _SUBJECT, device)
-            chosen = first + integers(fold_in(keys, _CHOICE), count)
+            chosen = ranges[split][0] + integers(fold_in(keys, _CHOICE), len(ranges[split]))
             _save_head(unfinished / name, maps, chosen, keys, contrasts, lesion, skull)
             names[split].append(name)
         (unfinished / "splits").mkdir()

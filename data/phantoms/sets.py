@@ -90,7 +90,7 @@ def prepare_heads(
         label_maps, subjects, contrasts: As in [`~data.phantoms.heads.write_heads`].
         recipe: Instead of the packaged one, `heads`, whose modalities are the contrasts.
         raw: As in [`prepare_phantom`].
-        options: `tested`, `seed` and `device` of [`~data.phantoms.heads.write_heads`].
+        options: `skull`, `tested`, `seed` and `device` of [`~data.phantoms.heads.write_heads`].
     """
     out = Path(out)
     if out.exists():

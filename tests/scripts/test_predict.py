@@ -11,12 +11,13 @@ import torch
 import yaml
 from diffusers import UNet2DModel
 
-from anodiff import AnomalyPipeline
+from anodiff import AnomalyPipeline, BrainExtractor
 from anodiff.evaluation import overview
 from anodiff.hub import shipped
 from anodiff.predict import GO_ON, main
 from anodiff.running import run_script
 from anodiff.ship import main as ship
+from anodiff.strip import main as strip
 
 from ..tiny import make_pipeline, make_volume
 
@@ -322,6 +323,47 @@ def test_without_a_model_the_one_that_fits_is_taken(
     settings = json.loads((folder / "out" / name / "result.json").read_text())["settings"]
     assert settings["model"] == model and settings["model_chosen"].startswith(reason)
     assert files(folder / "out") == {f"{name}/{file}" for file in RESULT}
+    assert near_hub.requests == []
+
+
+def test_a_raw_scan_needs_neither_a_model_nor_a_mask(tmp_path, monkeypatch, near_hub, capsys):
+    """The network and the brain extractor lie in the folders of other checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shipped, "SHIPPED", tmp_path / "checkpoints")
+    torch.manual_seed(0)
+    extractor = BrainExtractor(spacing=4.0, block_out_channels=(4, 4))
+    torch.nn.init.constant_(extractor.last.bias, 1.0)
+    extractor.half().save_pretrained("trained/extractor")
+    for name in ("flair", "t1"):
+        settings = {"brain_mask": "given"}
+        make_pipeline("AnoDDPMPipeline", (name,), processor_settings=settings).save_pretrained(f"trained/{name}")
+    for name, shares in (
+        ("extractor", "{}"),
+        ("flair", "{brain_extractor: extractor}"),
+        ("t1", "{unet: flair, brain_extractor: extractor}"),
+    ):
+        given = ["--model", f"trained/{name}", "--name", name, "--purpose", "Lesions", "--shares", shares]
+        assert ship([*given, "--default", "true"]) == 0
+    assert {path.name for path in (tmp_path / "checkpoints" / "t1").iterdir() if path.is_dir()} == {
+        *("scheduler", "processor"),
+    }
+
+    values = np.random.default_rng(0).normal(100, 5, (24, 24, 6)).astype(np.float32)
+    nib.save(nib.Nifti1Image(values, np.diag([8.0, 8.0, 8.0, 1.0])), "raw_T1w.nii.gz")
+    assert main(["raw_T1w.nii.gz", "-o", "out"]) == 0
+    assert files(tmp_path / "out") == {f"raw_T1w/{name}" for name in RESULT | {"brain_mask.nii.gz"}}
+    settings = json.loads((tmp_path / "out" / "raw_T1w" / "result.json").read_text())["settings"]
+    assert settings["model"] == "t1" and settings["brain"] == "extracted"
+    # The same extractor, by its name.
+    assert strip(["raw_T1w.nii.gz", "-o", "stripped", "--model", "extractor"]) == 0
+    masks = [
+        nib.load(path).get_fdata() for path in ("out/raw_T1w/brain_mask.nii.gz", "stripped/raw_T1w_brain_mask.nii.gz")
+    ]
+    assert masks[0].any()
+    np.testing.assert_array_equal(*masks)
+    # What is saved of it is whole.
+    AnomalyPipeline.from_pretrained("t1").save_pretrained("whole")
+    assert AnomalyPipeline.from_pretrained("whole").brain_extractor is not None
     assert near_hub.requests == []
 
 
