@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, record in records.items():
         size = sum(path.stat().st_size for path in (shipped.SHIPPED / name).rglob("*") if path.is_file())
         shared = [f"{component} of {owner}" for component, owner in record["shares"].items()]
-        modality = {None: "component", shipped.ANY: "any contrast"}.get(record["modality"], record["modality"])
+        modality = "any contrast" if record["modality"] in shipped.ANY else record["modality"] or "component"
         facts = [record["method"], modality, f"{size / 1e6:.2f} MB" + (f" and {', '.join(shared)}" if shared else "")]
         print(f"{name}: {record['purpose']}")
         print(f"    {'; '.join(facts)}{'; default' if record['default'] else ''}")

@@ -114,14 +114,19 @@ def ship_pipeline(options: ShipOptions, reports: dict[str, dict], figures: list,
     import yaml
 
     from anodiff import AnomalyPipeline
-    from anodiff.files import read_text, write_json, write_text
+    from anodiff.files import read_json, read_text, write_json, write_text
     from anodiff.hub.model_card import NOT_EVALUATED, add_evaluation, make_card, own_result
     from anodiff.hub.publishing import complete_folder
+    from anodiff.hub.shipped import RECORD
 
     pipeline = AnomalyPipeline.from_pretrained(options.model, dtype=torch.float16)
     modalities = pipeline.processor.config.modalities
     if len(modalities) != 1:
         raise ValueError(f"`model` must be a pipeline of one modality, got {', '.join(modalities)}.")
+    for path in Path(options.output).glob(f"*/{RECORD}") if options.default else ():
+        other = read_json(path)
+        if other["default"] and other["modality"] == modalities[0] and path.parent.name != options.name:
+            raise ValueError(f"`default`: {path.parent.name} is the default for {modalities[0]} already.")
     add_shared(pipeline, options)
     thresholds = {}
     for kind in ("synthetic", "real"):
@@ -172,7 +177,7 @@ def ship_pipeline(options: ShipOptions, reports: dict[str, dict], figures: list,
         "shares": options.shares,
     }
     write_text(folder / "NOTICE", NOTICE.format(name=options.name))
-    write_json(folder / "shipped.json", record)
+    write_json(folder / RECORD, record)
     leave_shared(folder, options)
 
 
@@ -182,6 +187,7 @@ def ship_component(options: ShipOptions, reports: dict[str, dict], figures: list
 
     import anodiff
     from anodiff.files import read_json, write_json, write_text
+    from anodiff.hub.shipped import RECORD
 
     kind = read_json(Path(options.model, "config.json"))["_class_name"]
     component = getattr(anodiff, kind).from_pretrained(options.model, dtype=torch.float16)
@@ -201,7 +207,7 @@ def ship_component(options: ShipOptions, reports: dict[str, dict], figures: list
     }
     write_text(folder / "README.md", card)
     write_text(folder / "NOTICE", NOTICE.format(name=options.name))
-    write_json(folder / "shipped.json", record)
+    write_json(folder / RECORD, record)
 
 
 def add_shared(pipeline, options: ShipOptions) -> None:

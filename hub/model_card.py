@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..files import read_text
+from .shipped import ANY
 
 
 # Without these, a number cannot be compared with anybody's.
@@ -86,7 +87,7 @@ def make_card(
 
     tags = ["anodiff", pipeline.task, "medical-imaging", "diffusion"]
     tags += ["brain-mri"] if MRI_MODALITIES.issuperset(modalities) else []
-    tags += [modality for modality in modalities if modality != "image"]
+    tags += [modality for modality in modalities if modality not in ANY]
     card_data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="image-segmentation",
@@ -212,7 +213,7 @@ def _method_text(pipeline_class: type) -> tuple[str, str]:
 
 def _quick_start_volume(modalities: list[str], needs_brain_mask: bool) -> str:
     if len(modalities) == 1 and not needs_brain_mask:
-        return '"scan.nii.gz"' if modalities == ["image"] else f'"scan_{modalities[0]}.nii.gz"'
+        return '"scan.nii.gz"' if modalities[0] in ANY else f'"scan_{modalities[0]}.nii.gz"'
     names = [*modalities, "brain"] if needs_brain_mask else modalities
     return "{" + ", ".join(f'"{name}": "scan_{name}.nii.gz"' for name in names) + "}"
 

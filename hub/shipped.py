@@ -17,14 +17,14 @@ SHIPPED = Path(__file__).parents[1] / "checkpoints"
 RECORD = "shipped.json"
 # The checkpoint's own row among its figures.
 THIS = "this checkpoint"
-# Of a processor that takes any contrast; and what is no contrast of MRI, which such a network has never seen.
-ANY = "image"
+# Modalities of a processor that takes any contrast; and what is no contrast of MRI, which such a network has never seen.
+ANY = ("any", "image")
 _NO_MRI = ("ct", "pet")
 
 
 def list_shipped() -> dict[str, dict]:
     """Returns the records of the checkpoints that come with the package, by their names: `purpose`, `method`,
-    `modality` (`"image"` for any contrast, `None` for a component), `default` (whether a scan of that modality gets it
+    `modality` (`"any"` or `"image"` for any contrast, `None` for a component), `default` (whether a scan of that modality gets it
     where no model is named), `thresholds`, `figures`, `shares` (component to the name of the checkpoint that has it).
 
     Each of the figures has `data`, in words, and `rows`: metrics of this checkpoint (`THIS`) and of others beside it,
@@ -122,9 +122,10 @@ def choose_shipped(modality: str | None) -> tuple[str, str]:
     }
     if modality in defaults:
         return defaults[modality], f"it is the default for {modality}"
-    if ANY in defaults and modality not in _NO_MRI:
+    general = next((defaults[name] for name in ANY if name in defaults), None)
+    if general is not None and modality not in _NO_MRI:
         said = "the modality is not known" if modality is None else f"none is for {modality} alone"
-        return defaults[ANY], f"it takes any contrast, and {said}"
+        return general, f"it takes any contrast, and {said}"
     raise ValueError(
         f"No checkpoint that comes with anodiff fits {modality or 'a scan of unknown modality'}: their modalities are"
         f" {', '.join(defaults) or 'none'}. Name a model by `--model`, or the modality of the scan by `--modality`."

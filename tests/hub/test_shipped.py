@@ -87,6 +87,7 @@ def test_what_is_shipped_is_packaged_and_small():
 
 @pytest.mark.parametrize("name", shipped.list_shipped())
 def test_what_is_shipped_is_complete(name):
+    """Weights of one checkpoint that others share may have been made anew without them: their SHA-256 says so."""
     folder, record = shipped.SHIPPED / name, shipped.list_shipped()[name]
     assert set(record) == {
         *("purpose", "method", "modality", "default", "thresholds", "figures", "reproduce", "shares"),
@@ -222,13 +223,26 @@ def test_the_one_that_fits(checkpoints, modality, name, reason):
         assert shipped.choose_shipped(modality) == (name, reason)
 
 
+@pytest.mark.parametrize("name", shipped.ANY)
+def test_networks_for_any_contrast(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shipped, "SHIPPED", tmp_path / "checkpoints")
+    make_pipeline("AnoDDPMPipeline", (name,)).save_pretrained(tmp_path / "model")
+    given = ["--model", str(tmp_path / "model"), "--name", "general", "--purpose", "Lesions", "--default", "true"]
+    ship([*given, "--output", str(tmp_path / "checkpoints")])
+    assert shipped.choose_shipped("t2")[0] == "general"
+    list_models([])
+    list_models(["general"])
+    said = capsys.readouterr().out
+    assert "any contrast;" in said and 'pipe("scan.nii.gz")' in said
+
+
 def test_what_cannot_be_shipped(made, tmp_path):
     def make(model="flair", name="new", *arguments):
         given = ["--model", made / model, "--name", name, "--purpose", "x", "--output", tmp_path]
         ship([*map(str, given), *arguments])
 
     make("image", "any")
-    make("image", "any")  # again: in its place
+    make("image", "any", "--default", "true")  # again: in its place
     before = json.dumps(sorted(str(path) for path in tmp_path.rglob("*")))
     make_pipeline("AnoDDPMPipeline", ("flair", "t1")).save_pretrained(made / "two")
     other = make_pipeline("AnoDDPMPipeline", ("t1",))
@@ -247,6 +261,7 @@ def test_what_cannot_be_shipped(made, tmp_path):
             "diffusion_pytorch_model.safetensors of the `unet` .* is not that of any",
         ),
         (("other", "new", "--shares", "{net: any}"), "`shares` must name components of AnoDDPMPipeline"),
+        (("image", "new", "--default", "true"), "`default`: any is the default for image already"),
         (("large",), "conv_in.bias of the `unet` of .*large is not finite in float16"),
         (("flair", "mine"), "mine is no shipped checkpoint: its place is needed"),
         (("flair", "../x"), "The name of a checkpoint"),
