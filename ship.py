@@ -101,7 +101,10 @@ def main(argv: list[str] | None = None) -> int:
     folder.parent.mkdir(parents=True, exist_ok=True)
     is_pipeline = Path(options.model, "model_index.json").is_file()
     with making_folder(folder) as unfinished:
-        (ship_pipeline if is_pipeline else ship_component)(options, reports, figures, unfinished)
+        if is_pipeline:
+            ship_pipeline(options, reports, figures, unfinished)
+        else:
+            ship_component(options, figures, unfinished)
         shutil.rmtree(folder, ignore_errors=True)  # the new one is complete
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 1e6:.2f} MB")
@@ -115,7 +118,7 @@ def ship_pipeline(options: ShipOptions, reports: dict[str, dict], figures: list,
 
     from anodiff import AnomalyPipeline
     from anodiff.files import read_json, read_text, write_json, write_text
-    from anodiff.hub.model_card import NOT_EVALUATED, add_evaluation, make_card, own_result
+    from anodiff.hub.model_card import NOT_EVALUATED, add_evaluation, make_card
     from anodiff.hub.publishing import complete_folder
     from anodiff.hub.shipped import RECORD
 
@@ -128,17 +131,7 @@ def ship_pipeline(options: ShipOptions, reports: dict[str, dict], figures: list,
         if other["default"] and other["modality"] == modalities[0] and path.parent.name != options.name:
             raise ValueError(f"`default`: {path.parent.name} is the default for {modalities[0]} already.")
     add_shared(pipeline, options)
-    thresholds = {}
-    for kind in ("synthetic", "real"):
-        path = getattr(options, kind)
-        if path is not None:
-            report = reports[path]
-            value = own_result(report, options.name)["metrics"]["threshold_healthy"]
-            if value is None:
-                raise ValueError(f"{path} has no healthy threshold: its validation split holds no healthy slice.")
-            # Of all its policies; docs/training_and_evaluation.md has them.
-            policy = report["protocol"]["threshold_policy"].partition("healthy: ")[2].partition(";")[0]
-            thresholds[kind] = {"threshold": value, "data": report["data"]["name"], "policy": policy}
+    thresholds = read_thresholds(options, reports)
     if "synthetic" in thresholds:
         pipeline.register_to_config(threshold=thresholds["synthetic"]["threshold"])
     check_finite(pipeline.components, options.model)
@@ -181,7 +174,7 @@ def ship_pipeline(options: ShipOptions, reports: dict[str, dict], figures: list,
     leave_shared(folder, options)
 
 
-def ship_component(options: ShipOptions, reports: dict[str, dict], figures: list, folder: Path) -> None:
+def ship_component(options: ShipOptions, figures: list, folder: Path) -> None:
     """Writes the files of a component alone into the folder: its configuration and weights lie at the top."""
     import torch
 
@@ -189,6 +182,9 @@ def ship_component(options: ShipOptions, reports: dict[str, dict], figures: list
     from anodiff.files import read_json, write_json, write_text
     from anodiff.hub.shipped import RECORD
 
+    for option in ("default", "synthetic", "real", "reports", "shares"):
+        if getattr(options, option):
+            raise ValueError(f"`{option}` belongs to pipelines, and {options.model} has no model_index.json.")
     kind = read_json(Path(options.model, "config.json"))["_class_name"]
     component = getattr(anodiff, kind).from_pretrained(options.model, dtype=torch.float16)
     check_finite({kind: component}, options.model)
@@ -199,7 +195,8 @@ def ship_component(options: ShipOptions, reports: dict[str, dict], figures: list
         f"---\nlicense: apache-2.0\ntags:\n- anodiff\n- medical-imaging\nlibrary_name: diffusers\n---\n\n# {options.name}\n\n"
         f"{options.purpose.rstrip('.')}. A `{kind}` of anodiff; pipelines take it as a component.\n\n"
         "**Research use only. This is not a medical device.**\n\n## Training data\n\n"
-        f"{POPULATION}.\n\n{commands(options)}\n\n## Evaluation\n\n{tables(figures)}\n\n## Licence\n\nWeights: apache-2.0. Label maps: {SOURCES}.\n"
+        f"{POPULATION}.\n\n{commands(options)}\n\n## Evaluation\n\n{tables(figures)}\n\n"
+        f"## Licence\n\nWeights: apache-2.0. Label maps: {SOURCES}.\n"
     )
     record = {
         **{"purpose": options.purpose, "method": kind, "modality": None, "default": False},
@@ -208,6 +205,24 @@ def ship_component(options: ShipOptions, reports: dict[str, dict], figures: list
     write_text(folder / "README.md", card)
     write_text(folder / "NOTICE", NOTICE.format(name=options.name))
     write_json(folder / RECORD, record)
+
+
+def read_thresholds(options: ShipOptions, reports: dict[str, dict]) -> dict[str, dict]:
+    """Returns the healthy thresholds of the reports, by `synthetic` and `real`, with their data and policy."""
+    from anodiff.hub.model_card import own_result
+
+    thresholds = {}
+    for kind in ("synthetic", "real"):
+        path = getattr(options, kind)
+        if path is not None:
+            report = reports[path]
+            value = own_result(report, options.name)["metrics"]["threshold_healthy"]
+            if value is None:
+                raise ValueError(f"{path} has no healthy threshold: its validation split holds no healthy slice.")
+            # Of all its policies; docs/training_and_evaluation.md has them.
+            policy = report["protocol"]["threshold_policy"].partition("healthy: ")[2].partition(";")[0]
+            thresholds[kind] = {"threshold": value, "data": report["data"]["name"], "policy": policy}
+    return thresholds
 
 
 def add_shared(pipeline, options: ShipOptions) -> None:

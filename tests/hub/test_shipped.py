@@ -262,6 +262,7 @@ def test_what_cannot_be_shipped(made, tmp_path):
         ),
         (("other", "new", "--shares", "{net: any}"), "`shares` must name components of AnoDDPMPipeline"),
         (("image", "new", "--default", "true"), "`default`: any is the default for image already"),
+        (("image/unet", "new", "--default", "true"), "`default` belongs to pipelines, and .*unet has no model_index"),
         (("large",), "conv_in.bias of the `unet` of .*large is not finite in float16"),
         (("flair", "mine"), "mine is no shipped checkpoint: its place is needed"),
         (("flair", "../x"), "The name of a checkpoint"),

@@ -343,7 +343,7 @@ def test_a_raw_scan_needs_neither_a_model_nor_a_mask(tmp_path, monkeypatch, near
         ("t1", "{unet: flair, brain_extractor: extractor}"),
     ):
         given = ["--model", f"trained/{name}", "--name", name, "--purpose", "Lesions", "--shares", shares]
-        assert ship([*given, "--default", "true"]) == 0
+        assert ship([*given, "--default", str(name != "extractor").lower()]) == 0
     assert {path.name for path in (tmp_path / "checkpoints" / "t1").iterdir() if path.is_dir()} == {
         *("scheduler", "processor"),
     }
