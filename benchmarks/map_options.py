@@ -37,7 +37,8 @@ COLUMNS = ("set", "map", "AP", "Dice, oracle", "AUROC (slices)")
 
 @dataclass
 class Scan:
-    """One scan, ready: slices `(N, C, H, W)`, brain and lesion `(N, H, W)`, bool, of the slices with brain."""
+    """One scan, ready: slices `(N, C, H, W)` on the pipeline's device, brain and lesion `(N, H, W)`, bool, of the slices
+    with brain."""
 
     slices: torch.Tensor
     brain: torch.Tensor
@@ -63,7 +64,7 @@ def find_sets(data: Path, heads: Path, modality: str) -> dict[str, tuple[str, li
     return sets
 
 
-def read_scan(folder: Path, contrast: str, processor: VolumeProcessor) -> Scan:
+def read_scan(folder: Path, contrast: str, processor: VolumeProcessor, device: str) -> Scan:
     """Slices of 2 % of brain or more; of thin ones every fourth."""
     files = {name: folder / f"{name}.nii.gz" for name in (contrast, "brain", "lesion")}
     processed = processor.preprocess(files[contrast], files["brain"])
@@ -71,27 +72,26 @@ def read_scan(folder: Path, contrast: str, processor: VolumeProcessor) -> Scan:
     rows = np.flatnonzero(processed.brain.float().mean((1, 2)).numpy() >= 0.02)
     if np.linalg.norm(processed.source.affine[:3, 2]) < 2:
         rows = rows[::4]
-    return Scan(processed.slices[rows], processed.brain[rows], lesion[rows], rows.tolist())
+    return Scan(processed.slices[rows].to(device), processed.brain[rows], lesion[rows], rows.tolist())
 
 
 def variants(pipe: AnomalyPipeline) -> Iterator[tuple[str, dict, dict]]:
     """Name, settings of the method, and settings of the post-processing, of every map that is measured."""
-    signs = ("both", "brighter", "darker")
-    for normalization in ("none", "healthy_maps"):
-        for weighting in ("none", "intensity"):
-            for sign in signs:
+    plain = {"sign": "both", "weighting": "none", "normalization": "none"}
+    for weighting in ("none", "intensity"):
+        for sign in ("both", "brighter", "darker"):
+            for normalization in ("none", "healthy_maps"):
                 chosen = {"sign": sign, "weighting": weighting, "normalization": normalization}
                 named = [value for value in chosen.values() if value not in ("none", "both")]
                 yield ", ".join(["map", *named]), {}, chosen
     if isinstance(pipe, AnoDDPMPipeline):
-        plain = {"weighting": "none", "normalization": "none"}
         draws = max(4, pipe.config.num_draws)
-        levels = {"noise_level": [50, 100, 150, 200], "num_draws": 2}
-        yield "mean of 4 levels", levels, plain | {"sign": "both"}
+        levels = {"noise_level": [50, 100, 150, 200], "num_draws": 1}
+        yield "mean of 4 levels", levels, plain
         for map_type in MAHALANOBIS:
             settings = {"map_type": map_type, "num_draws": draws}
-            yield f"{map_type}, {draws} draws", settings, plain | {"sign": "both"}
-            yield f"{map_type}, 4 levels", levels | {"map_type": map_type}, plain | {"sign": "both"}
+            yield f"{map_type}, {draws} draws", settings, plain
+            yield f"{map_type}, 4 levels", levels | {"map_type": map_type}, plain
 
 
 def score(pipe: AnomalyPipeline, scans: list[Scan], maps: list[np.ndarray]) -> list[str]:
@@ -108,7 +108,7 @@ def measure(pipe: AnomalyPipeline, scans: list[Scan], healthy: list[Scan], batch
     """Yields the rows of a set: name of the map and its scores."""
     off = {"sign": "both", "weighting": "none", "normalization": "none"}
     pipe.register_to_config(**off)
-    image = [pipe.processor.to_unit(scan.slices)[:, 0].numpy() for scan in scans]
+    image = [pipe.processor.to_unit(scan.slices)[:, 0].cpu().numpy() for scan in scans]
     for name, maps in (("intensity", image), ("inverted intensity", [1 - one for one in image])):
         filtered = [pipe.postprocessing.filter(own, scan.brain.numpy()) for scan, own in zip(scans, maps, strict=True)]
         yield [name, *score(pipe, scans, filtered)]
@@ -125,7 +125,12 @@ def measure(pipe: AnomalyPipeline, scans: list[Scan], healthy: list[Scan], batch
         if chosen["normalization"] != "none":
             pipe.register_to_config(**chosen | {"normalization": "none"})
             items = (
-                {"image": s.slices.numpy(), "brain": s.brain.numpy(), "label": s.labels, "slice": np.array(s.numbers)}
+                {
+                    "image": s.slices.cpu().numpy(),
+                    "brain": s.brain.numpy(),
+                    "label": s.labels,
+                    "slice": np.array(s.numbers),
+                }
                 for s in healthy
             )
             measure_healthy_maps(pipe, items, batch_size=batch_size)
@@ -134,7 +139,7 @@ def measure(pipe: AnomalyPipeline, scans: list[Scan], healthy: list[Scan], batch
         for scan, own in zip(scans, raw[key], strict=True):
             weights = pipe.weigh(scan.slices, scan.brain, scan.numbers, [len(own)])
             own = own if weights is None else own * weights
-            maps.append(pipe.filter_maps(own, scan.brain, None, [len(own)]).numpy())
+            maps.append(pipe.filter_maps(own.float().cpu(), scan.brain, None, [len(own)]).numpy())
         yield [name, *score(pipe, scans, maps)]
 
 
@@ -190,6 +195,7 @@ def main() -> None:
     parser.add_argument("--rules", action="store_true", help="compare the intensity rules")
     parser.add_argument("--heads", help="folder of synthetic heads of the three contrasts; made by default")
     parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     data = Path(os.environ["ANODIFF_TEST_DATA"])
     if options.rules:
@@ -201,13 +207,13 @@ def main() -> None:
         if options.model and not heads.exists():
             write_heads(heads, data / "label_maps", subjects=1, contrasts=CONTRASTS, tested=HEADS)
         for model in options.model:
-            pipe = AnomalyPipeline.from_pretrained(model)
+            pipe = AnomalyPipeline.from_pretrained(model).to(options.device)
             pipe.set_progress_bar_config(disable=True)
             print(f"\n{model}\n\n| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|", flush=True)
             for name, (contrast, folders) in find_sets(data, heads, *pipe.processor.config.modalities).items():
-                scans = [read_scan(path, contrast, pipe.processor) for path in folders]
+                scans = [read_scan(path, contrast, pipe.processor, options.device) for path in folders]
                 names = (heads / "splits" / "validation.csv").read_text(encoding="utf-8").split()[1:]
-                healthy = [read_scan(heads / one, contrast, pipe.processor) for one in names]
+                healthy = [read_scan(heads / one, contrast, pipe.processor, options.device) for one in names]
                 for row in measure(pipe, scans, healthy, options.batch_size):
                     print(f"| {' | '.join([name, *row])} |", flush=True)
 
