@@ -21,10 +21,19 @@ from .geometry import PLANES, Geometry, plane_orientation
 from .volume import InputVolume, check_voxels, read_volume
 
 
-INTENSITY_RULES = ("percentile", "slice_minmax", "brain_percentiles", "mean_std", "mean_std_no_offset", "given")
+INTENSITY_RULES = (
+    "percentile",
+    "slice_minmax",
+    "brain_percentiles",
+    "brain_median",
+    "mean_std",
+    "mean_std_no_offset",
+    "given",
+)
 BRAIN_RULES = ("nonzero", "given", "none")
 RESIZE_RULES = ("fit", "stretch", "torchio")
 
+BRAIN_LEVEL = 0.4  # where `intensity="brain_median"` puts the median of the brain in [0, 1]
 _FLOW_STEP = 0.125  # of CurvatureFlow
 _NO_BRAIN_LEFT = (
     "{name}: no voxel of the brain is left in the slices. Check the brain mask, and `crop`, `spacing` and `size` of"
@@ -81,6 +90,8 @@ class VolumeProcessor(PlainConfigMixin):
             (AnoFPDM's loader).
             `"brain_percentiles"`: [1 - `quantile`, `quantile`] of the voxels of the brain mask that `crop` leaves, to
             [0, 1], and clip to that before anything is interpolated (cDDPM and SADM: percentiles 1 and 99).
+            `"brain_median"`: divide by 2.5 times the median of the voxels > 0 of the brain mask, which becomes 0.4. A
+            large lesion moves it far less than an upper quantile.
             `"mean_std"`: clip to [m - s, m + 2s] of the volume, then to [0, 1]. `"mean_std_no_offset"`: AnoDDPM's own
             rule: the same clip, divided by 3s, nothing subtracted; above 1 where m > s.
             `"given"`: `input_range` to [0, 1].
@@ -90,6 +101,7 @@ class VolumeProcessor(PlainConfigMixin):
         clip: Limit values to `value_range`. ANDi's exceed it (`False`).
         brain_mask: `"nonzero"`: where any modality is above `background`, holes filled per slice. `"given"`: a mask
             comes with every volume. `"none"`: the whole slice counts. A mask that is given wins over `"nonzero"`.
+        strip: Set voxels outside of the brain mask to 0 first: scans with a skull look as stripped ones do.
         background: Of the rule `"nonzero"`, in the input's units.
         curvature_flow: Smooth every image first, at its own resolution: iterations of SimpleITK's `CurvatureFlow` with
             steps of 0.125. cDDPM and SADM 3. Needs the extra `preprocess`.
@@ -115,6 +127,7 @@ class VolumeProcessor(PlainConfigMixin):
         brain_mask: str = "nonzero",
         background: float = 0.0,
         curvature_flow: int = 0,
+        strip: bool = False,
     ):
         check_choices(
             self.config, plane=PLANES, resize=RESIZE_RULES, intensity=INTENSITY_RULES, brain_mask=BRAIN_RULES
@@ -213,6 +226,8 @@ class VolumeProcessor(PlainConfigMixin):
         """
         volume, brain = self._read(volume, brain_mask)
         arrays = np.stack([volume.arrays[key] for key in volume.arrays])
+        if self.config.strip:
+            arrays = arrays * brain
         for name, array in zip(self.config.modalities, arrays, strict=True):
             if array.min() == array.max():
                 raise ValueError(
@@ -415,6 +430,14 @@ class VolumeProcessor(PlainConfigMixin):
                 if positive.size == 0:
                     raise ValueError(f"{name}: modality `{self.config.modalities[index]}` has no value above 0.")
                 scale[index] = np.quantile(positive, self.config.quantile)
+        elif rule == "brain_median":
+            for index, array in enumerate(arrays):
+                positive = array[brain & (array > 0)]
+                if positive.size == 0:
+                    raise ValueError(
+                        f"{name}: modality `{self.config.modalities[index]}` has no value above 0 in the brain mask."
+                    )
+                scale[index] = np.median(positive) / BRAIN_LEVEL
         elif rule == "brain_percentiles":
             width, height, count = geometry.network_shape
             seen = brain & geometry.to_input(np.ones((count, height, width), dtype=bool), nearest=True)
