@@ -346,7 +346,7 @@ def _brain_mask(tissues: torch.Tensor, keys: torch.Tensor, spacing: float) -> to
     fluid that it surrounds."""
     is_brain = (tissues > AIR) & (tissues <= _BRAIN)
     tissue, outer = is_brain.float().mean(2), (tissues == OUTER_FLUID).float().mean(2) > 0.5
-    boxes = 1 + 2 * ((4.5 + 6 * uniform(fold_in(keys, _MASK))) / spacing).round().long()  # 9 to 21 mm
+    boxes = 1 + 2 * ((4.5 + 6 * uniform(fold_in(keys, _MASK))) / spacing).round().long().clamp(min=1)  # 9 to 21 mm
     around = 2 * round(30 / spacing) + 1
     closed = torch.empty_like(tissue)
     for box in boxes.unique().tolist():
