@@ -156,7 +156,10 @@ def _draw(keys: torch.Tensor, count: int, finish: Callable, dtype: torch.dtype) 
     blocks = -(-count // 4)
     values = torch.empty(len(keys), blocks, 4, dtype=dtype, device=keys.device)
     if keys.device.type != "cpu":
-        _on_device(_fill, keys.device.type)(keys, values, finish)
+        # Made outside: the compiler takes a counter of its own for an index of 32 bits, which the multipliers are too
+        # large for.
+        counter = torch.arange(blocks, device=keys.device)[None]
+        _on_device(_fill, keys.device.type)(keys, counter, values, finish)
         return values.flatten(1)[:, :count]
     # numpy's products and shifts of 64 bits are twice as fast as torch's.
     pair = _as_numpy(keys)[:, :1], _as_numpy(keys)[:, 1:]
@@ -182,8 +185,7 @@ def _store_normals(drawn: list[torch.Tensor], out: torch.Tensor) -> None:
         torch.mul(radius, angle.sin_(), out=out[..., first + 1])
 
 
-def _fill(keys: torch.Tensor, values: torch.Tensor, finish: Callable) -> None:
-    counter = torch.arange(values.shape[1], device=keys.device)[None]
+def _fill(keys: torch.Tensor, counter: torch.Tensor, values: torch.Tensor, finish: Callable) -> None:
     finish(philox((counter, 0, VALUES, 0), (keys[:, :1], keys[:, 1:])), values)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from anodiff.schedulers import draws
@@ -77,10 +78,18 @@ def test_tensor_operations_give_the_same_as_numpy():
     """What runs on other devices than the CPU."""
     for store, expected in ((draws._store_words, words(KEYS, 400)), (draws._store_normals, normal(KEYS, (400,)))):
         values = torch.empty(6, 100, 4, dtype=expected.dtype)
-        draws._fill(KEYS, values, store)
+        counter = torch.arange(100)[None]
+        draws._fill(KEYS, counter, values, store)
         assert_close(values.flatten(1), expected, rtol=0, atol=0)
     numbers = torch.tensor([0, 1, 5, 2**32, 2**40, 3])
     assert torch.equal(draws._fold(KEYS, numbers), fold_in(KEYS, numbers))
+
+
+def test_what_is_compiled_makes_no_counter_of_its_own():
+    """Its compiler for GPUs would count with 32 bits, and refuse the multipliers."""
+    values = torch.empty(6, 1, 4)
+    graph = make_fx(draws._fill)(KEYS, torch.arange(1)[None], values, draws._store_normals).graph
+    assert not [node for node in graph.nodes if "arange" in str(node.target)]
 
 
 def test_another_process_draws_the_same():
