@@ -21,10 +21,19 @@ from .geometry import PLANES, Geometry, plane_orientation
 from .volume import InputVolume, check_voxels, read_volume
 
 
-INTENSITY_RULES = ("percentile", "slice_minmax", "brain_percentiles", "mean_std", "mean_std_no_offset", "given")
+INTENSITY_RULES = (
+    "percentile",
+    "slice_minmax",
+    "brain_percentiles",
+    "brain_median",
+    "mean_std",
+    "mean_std_no_offset",
+    "given",
+)
 BRAIN_RULES = ("nonzero", "given", "none")
 RESIZE_RULES = ("fit", "stretch", "torchio")
 
+_MEDIAN_LEVEL = 0.4  # where `intensity="brain_median"` puts the median of the brain in [0, 1]
 _FLOW_STEP = 0.125  # of CurvatureFlow
 _NO_BRAIN_LEFT = (
     "{name}: no voxel of the brain is left in the slices. Check the brain mask, and `crop`, `spacing` and `size` of"
@@ -81,6 +90,8 @@ class VolumeProcessor(PlainConfigMixin):
             (AnoFPDM's loader).
             `"brain_percentiles"`: [1 - `quantile`, `quantile`] of the voxels of the brain mask that `crop` leaves, to
             [0, 1], and clip to that before anything is interpolated (cDDPM and SADM: percentiles 1 and 99).
+            `"brain_median"`: divide by 2.5 times the median of the voxels > 0 of the brain mask, which becomes 0.4. A
+            large lesion moves it far less than an upper quantile.
             `"mean_std"`: clip to [m - s, m + 2s] of the volume, then to [0, 1]. `"mean_std_no_offset"`: AnoDDPM's own
             rule: the same clip, divided by 3s, nothing subtracted; above 1 where m > s.
             `"given"`: `input_range` to [0, 1].
@@ -407,6 +418,14 @@ class VolumeProcessor(PlainConfigMixin):
                 if positive.size == 0:
                     raise ValueError(f"{name}: modality `{self.config.modalities[index]}` has no value above 0.")
                 scale[index] = np.quantile(positive, self.config.quantile)
+        elif rule == "brain_median":
+            for index, array in enumerate(arrays):
+                positive = array[brain & (array > 0)]
+                if positive.size == 0:
+                    raise ValueError(
+                        f"{name}: modality `{self.config.modalities[index]}` has no value above 0 in the brain mask."
+                    )
+                scale[index] = np.median(positive) / _MEDIAN_LEVEL
         elif rule == "brain_percentiles":
             width, height, count = geometry.network_shape
             seen = brain & geometry.to_input(np.ones((count, height, width), dtype=bool), nearest=True)

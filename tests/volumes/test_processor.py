@@ -90,6 +90,31 @@ def test_brain_percentiles_need_a_brain_that_is_left_and_not_constant():
         processor.preprocess(nifti(scan), nifti(mask))
 
 
+def test_brain_median_is_of_the_positive_voxels_of_the_brain_mask_of_each_modality():
+    flair = np.array([[4, 8, 16, 0, -2, 500]], np.float32)[..., None]
+    t1 = np.array([[30, 30, 10, 10, 10, 1]], np.float32)[..., None]
+    mask = np.array([[1, 1, 1, 1, 1, 0]], np.uint8)[..., None]
+    processor = plain(modalities=("flair", "t1"), intensity="brain_median", brain_mask="given")
+    slices = processor.preprocess({"flair": nifti(flair), "t1": nifti(t1), "brain": nifti(mask)}).slices
+    # The median of 4, 8 and 16 is 8, and 8 becomes 0.4; that of the brain of T1 is 10.
+    np.testing.assert_allclose(slices[0, 0, :, 0], [0.2, 0.4, 0.8, 0, -0.1, 25], rtol=1e-6)
+    np.testing.assert_allclose(slices[0, 1, :, 0], [1.2, 1.2, 0.4, 0.4, 0.4, 0.04], rtol=1e-6)
+
+
+def test_a_large_bright_lesion_hardly_moves_the_brains_median():
+    healthy = np.random.default_rng(0).normal(100, 10, (20, 20, 10)).astype(np.float32)
+    sick = healthy.copy()
+    sick[:8, :10, 2:7] *= 3  # a tenth of the brain
+    scales = {}
+    for rule in ("percentile", "brain_median"):
+        processor = plain(intensity=rule, brain_mask="none")
+        scales[rule] = [processor.preprocess(nifti(scan)).units_scale[0, 0] for scan in (healthy, sick)]
+    # From 123 to 329, the lesion's own brightness; from the normal distribution's quantile 0.5 to 0.5 / 0.9.
+    assert scales["percentile"][1] / scales["percentile"][0] > 2.5
+    assert 1 < scales["brain_median"][1] / scales["brain_median"][0] < 1.02
+    np.testing.assert_allclose(scales["brain_median"][0], 2.5 * np.median(healthy), rtol=1e-6)
+
+
 def test_curvature_flow_is_done_at_the_resolution_of_the_input(monkeypatch):
     pytest.importorskip("SimpleITK", reason="the extra `preprocess` is missing")
     scan = random_scan((8, 10, 7))
@@ -224,6 +249,7 @@ def constant(value):
         ({"modalities": ["a", "b"]}, {"a": random_scan((4, 5, 2)), "b": constant(0)}, "modality `b` is constant"),
         ({"background": 1000.0}, random_scan(), "the brain mask is empty"),
         ({"brain_mask": "none"}, -random_scan(), "modality `image` has no value above 0"),
+        ({"brain_mask": "none", "intensity": "brain_median"}, -random_scan(), "no value above 0 in the brain mask"),
         ({"brain_mask": "given"}, random_scan(), "needs a brain mask"),
         ({}, {"brain": random_scan()}, "dict of modalities is empty"),
     ],
