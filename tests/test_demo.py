@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 import anodiff
-from anodiff.data.phantoms import head_maps, sets
+from anodiff.data.phantoms import head_maps, heads, sets
 from anodiff.files import read_json, read_text
 
 
@@ -35,6 +35,9 @@ def test_the_demonstration(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sets, "write_head_maps", lambda folder, count, **_: head_maps.write_head_maps(folder, 3, spacing=3.0)
     )
+    # Heads of a quarter of the pixels.
+    monkeypatch.setattr(heads, "HEAD_SIZE", (88, 64))
+    monkeypatch.setattr(heads, "HEAD_SPACING", 3.0)
     commands = demo_commands(*SHORT)
     assert [words[0] for words in commands] == [*["preprocess"] * 3, *["predict"] * 3, *["train"] * 2, *["eval"] * 3]
     for words in commands:
@@ -51,7 +54,7 @@ def test_the_demonstration(tmp_path, monkeypatch):
 
 def test_the_commands_of_the_readme_are_those_of_the_demonstration():
     text = read_text(ROOT / "README.md")
-    section = text[text.index("## The demonstration") :].split("\n## ")[1]
+    section = text[text.index("## The demonstration") :].split("\n## ")[0]
     shown = [shlex.split(line)[1:] for line in section.splitlines() if line.startswith("anodiff ")]
     commands = [{word.removeprefix("./") for word in words} for words in demo_commands("DEMO=.")]
     assert len(shown) >= 5
