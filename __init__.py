@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "hub.registration": ["ModelMixin", "SchedulerMixin"],
+        "models.brain_extractor": ["BrainExtractor"],
         "models.classifier_2d": ["NoisyClassifierModel"],
         "models.siamese_unet": ["SiameseUNet2DModel"],
         "models.spark": ["SparKModel"],

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "fit one method",
     "eval": "score methods under one protocol",
     "predict": "maps for new scans",
+    "strip": "scans without their skull",
     "convert": "checkpoint of an original program -> pipeline folder",
 }
 

@@ -5,6 +5,9 @@ python predict.py --model outputs/train/pipeline scans/ -o out --brain brain.nii
 python predict.py --model owner/two-modalities patient1/ patient2/ -o out    # flair.nii.gz, t1.nii.gz in each folder
 python predict.py --model owner/anoddpm-flair scan.nii.gz -o out --dispersion 8    # also how far eight draws lie apart
 
+Where the model wants a brain mask and none is given, its brain extractor, if it has one, makes it: of a scan that has its
+skull. The mask is written beside the maps.
+
 A folder stands for the scans in it: its files, or its sub-folders with one file per modality. What is not predicted is
 named with the reason, and the status is then 1.
 Research use, not a medical device.
@@ -23,6 +26,16 @@ from anodiff.running import run_script
 
 # What a user does after a stop.
 GO_ON = "Scans that are done keep their results; name the others again."
+
+
+# How a scan's brain mask came about (`pipelines/brain.py`).
+_ORIGINS = {
+    "given": "brain mask as given",
+    "extracted": "brain extracted, its mask is brain_mask.nii.gz",
+    "stripped": "left as it is: its skull is off already",
+    "nonzero": "brain taken as what is above the background",
+    "none": "whole slices, no brain mask",
+}
 
 
 @dataclass
@@ -83,8 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     done = 0
     for scan in tqdm(scans, desc="scans", disable=len(scans) < 2):
         try:
-            predict_scan(pipeline, scan, options)
+            origin = predict_scan(pipeline, scan, options)
             done += 1
+            tqdm.write(f"{scan.name}: {_ORIGINS[origin]}")
         except Exception as error:  # noqa: BLE001 (whatever is wrong with one scan, the others are still wanted)
             failed.append((str(scan.source), f"{type(error).__name__}: {error}"))
     print(f"{done} scan(s) done, results in {options.output}")
@@ -120,8 +134,9 @@ def load_pipeline(model: str):
         raise ValueError(f"{model} cannot be loaded: {text}") from error
 
 
-def predict_scan(pipeline, scan, options: PredictOptions) -> None:
-    """Writes the result of one scan, and its pictures, into a folder of its own."""
+def predict_scan(pipeline, scan, options: PredictOptions) -> str:
+    """Writes the result of one scan, and its pictures, into a folder of its own; returns how its brain mask came
+    about."""
     from anodiff.evaluation.overview import draw_members, draw_overview
     from anodiff.files import lock_folder
     from anodiff.pipelines.dispersion import disperse
@@ -139,6 +154,8 @@ def predict_scan(pipeline, scan, options: PredictOptions) -> None:
     arrays = ENSEMBLE_ARRAYS if pipeline.task == "segmentation" else MAP_ARRAYS
     records = ("result", "dispersion") if options.dispersion else ("result",)
     stems = {*arrays, *(DISPERSION_ARRAYS if options.dispersion else ()), *(PICTURES[record] for record in records)}
+    if pipeline.brain_extractor is None:
+        stems.discard("brain_mask")
     check_place(folder, stems, records)
     if (folder / "result.json").exists() and not options.overwrite:
         raise FileExistsError(f"{folder} already holds a result; `--overwrite` replaces it.")
@@ -160,6 +177,7 @@ def predict_scan(pipeline, scan, options: PredictOptions) -> None:
         if spread is not None:
             spread.save(folder, lambda path: draw_members(spread, path, scan.name, plane=plane))
         result.save(folder, lambda path: draw(result, path, scan.name, plane=plane))
+    return result.settings["brain"]
 
 
 if __name__ == "__main__":

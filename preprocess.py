@@ -62,7 +62,7 @@ class PreprocessOptions:
     tested: int = 12
     """Heads of the validation split, and of the test split; three quarters of them have lesions."""
     skull: bool = False
-    """Keep skull and skin in the raw volumes of heads; slices are of the brain either way."""
+    """Keep the skull around the heads; their brain masks lie beside them, so that a recipe can use them."""
     push_to_hub: str | None = None
     """Hub id of a data set that the result is pushed to."""
     hub_private: bool = True

@@ -35,6 +35,7 @@ OBJECTIVES = {
     "dae": ("anodiff.training.objective_dae", "DAEObjective"),
     "sadm": ("anodiff.training.objective_sadm", "SADMObjective"),
     "sadm_labelled": ("anodiff.training.objective_sadm", "LabelledSADMObjective"),
+    "brain_extractor": ("anodiff.training.objective_extractor", "BrainExtractorObjective"),
     "spark": ("anodiff.training.objective_spark", "SparKObjective"),
 }
 

@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,8 +25,10 @@ from ..files import read_text, replacing
 from ..hub.configuration import PlainConfigMixin, plain
 from ..hub.connection import broken_off, persist
 from ..hub.model_index import check_processor, check_sums, complete_index, read_model_index
+from ..models.brain_extractor import BrainExtractor
 from ..schedulers.draws import DRAWS_VERSION, fold_in, make_keys
 from ..volumes.processor import ProcessedVolume
+from .brain import find_brain
 from .output import AnomalyOutput
 from .postprocessing import PostProcessing
 
@@ -45,12 +47,15 @@ HEALTHY, NULL = 0, 2
 
 @dataclass(frozen=True)
 class PreparedSlices:
-    """Slices of one volume on the pipeline's device: `slices` (N, C, H, W), `brain` (N, H, W) bool, and where they
-    came from (`None` for a tensor)."""
+    """Slices of one volume on the pipeline's device: `slices` (N, C, H, W), `brain` (N, H, W) bool, where they came
+    from (`None` for a tensor), how the brain mask came about (of `brain.BRAIN_ORIGINS`), and the mask `(X, Y, Z)` where
+    the pipeline made it."""
 
     slices: torch.Tensor
     brain: torch.Tensor
     processed: ProcessedVolume | None
+    brain_origin: str
+    made_mask: np.ndarray | None = None
 
 
 class SliceResults(NamedTuple):
@@ -137,6 +142,10 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     [`PostProcessing`], and the method's own settings: the arguments of its `compute_maps`, which is the method itself,
     slices in, maps out. In a call each of them may be given, and is `None` for the checkpoint's value.
 
+    The component `brain_extractor`, a [`BrainExtractor`], is optional: where the processor wants a brain mask and none is
+    given, it makes one. A scan whose skull is off already is left alone. `settings["brain"]` of the result says how its
+    mask came about.
+
     All calls share these arguments:
 
     Args:
@@ -157,6 +166,8 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     task = "anomaly-detection"
     # Whether a call draws nothing: `noise` is then no argument, and a seed changes nothing.
     deterministic = False
+    _optional_components = ["brain_extractor"]
+    brain_extractor: BrainExtractor | None = None  # of pipelines that take no such component
     _autocast_dtype: torch.dtype | None = None
 
     @classmethod
@@ -453,6 +464,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
                 )
             if not torch.isfinite(volume).all():
                 raise ValueError("The tensor holds NaN or infinite values.")
+            origin = "none" if brain_mask is None else "given"
             if brain_mask is None:
                 brain_mask = torch.ones(volume.shape[0], *volume.shape[2:], dtype=torch.bool)
             brain_mask = torch.as_tensor(brain_mask)
@@ -460,11 +472,18 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
                 raise ValueError(
                     f"`brain_mask` must have the shape {(volume.shape[0], *volume.shape[2:])}, got {tuple(brain_mask.shape)}."
                 )
-            slices, brain, processed = volume.float(), brain_mask.bool(), None
+            slices, brain, processed, made_mask = volume.float(), brain_mask.bool(), None, None
         else:
+            given = brain_mask is not None or (isinstance(volume, Mapping) and "brain" in volume)
+            origin, made_mask = "given" if given else self.processor.config.brain_mask, None
+            if not given and origin == "given" and self.brain_extractor is not None:
+                volume = self.processor.read(volume)
+                brain_mask, origin = find_brain(self.brain_extractor, volume)
+                made_mask = brain_mask if origin == "extracted" else None
             processed = self.processor.preprocess(volume, brain_mask)
             slices, brain = processed.slices, processed.brain
-        return PreparedSlices(slices.to(self._execution_device), brain.to(self._execution_device), processed)
+        device = self._execution_device
+        return PreparedSlices(slices.to(device), brain.to(device), processed, origin, made_mask)
 
     def run(self, call: dict) -> AnomalyOutput | tuple | list:
         """
@@ -500,6 +519,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
 
         # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
         prepared = self.prepare_volume(volume, brain_mask)
+        record["brain"] = prepared.brain_origin
 
         # 3., 4. The maps of its slices, filtered.
         indices = list(range(len(prepared.slices)))
@@ -638,6 +658,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             slice_details={name: geometry.slices_to_input(values) for name, values in details.items()} or None,
             settings=settings,
             source=source,
+            brain_mask=None if prepared.made_mask is None else prepared.made_mask.astype(np.uint8),
         )
 
 

@@ -50,6 +50,8 @@ class AnomalyOutput(BaseOutput):
             brain.
         settings (`dict`): Every value that the result depends on, for the record.
         source ([`InputVolume`], *optional*): The input that results are written like; `None` for tensors.
+        brain_mask (`np.ndarray` of the input's shape, *optional*):
+            uint8, the brain, where the pipeline's brain extractor has found it.
     """
 
     anomaly_map: np.ndarray | torch.Tensor
@@ -60,11 +62,13 @@ class AnomalyOutput(BaseOutput):
     slice_details: dict[str, np.ndarray] | None = None
     settings: dict | None = None
     source: InputVolume | None = None
+    brain_mask: np.ndarray | None = None
 
     def save(self, folder: str | os.PathLike, draw: Callable[[Path], None] | None = None) -> None:
         """
-        Writes the result into `folder` (made if missing): `anomaly_map`, `pred_mask` and `reconstruction` as NIfTI
-        with the affine of the input, or as PNG for a picture, and `result.json` with scores and settings.
+        Writes the result into `folder` (made if missing): `anomaly_map`, `pred_mask`, `reconstruction` and
+        `brain_mask` as NIfTI with the affine of the input, or as PNG for a picture, and `result.json` with scores and
+        settings.
 
         A PNG map has 16 bits; `result.json` holds the factor `anomaly_map_per_grey_level` that gives the raw score
         back. A reconstructed picture has 8 bits, 16 where the input exceeds 255; of several modalities each has its

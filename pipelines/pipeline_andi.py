@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer
+from ..models.brain_extractor import BrainExtractor
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_andi import NOISE_TYPES, ANDiScheduler
 from ..volumes.processor import VolumeProcessor
@@ -74,6 +75,7 @@ class ANDiPipeline(AnomalyPipeline):
         unet: UNet2DModel | ANDiUNet2DModel,
         scheduler: ANDiScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
         start: int = 75,
         stop: int = 200,
         num_timesteps: int | None = None,
@@ -91,7 +93,7 @@ class ANDiPipeline(AnomalyPipeline):
         slice_score: str = "mean",
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, brain_extractor=brain_extractor)
         self.check_configuration()
 
     @torch.no_grad()

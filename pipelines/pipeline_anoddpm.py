@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer
+from ..models.brain_extractor import BrainExtractor
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
@@ -60,6 +61,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         unet: UNet2DModel | ANDiUNet2DModel,
         scheduler: AnoDDPMScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
         noise_level: int | list[int] = 250,
         mode: str = "partial",
         num_draws: int = 1,
@@ -72,7 +74,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         slice_score: str = "mean",
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, brain_extractor=brain_extractor)
         self.check_configuration()
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer, check_number
+from ..models.brain_extractor import BrainExtractor
 from ..models.unet_2d_anofpdm import AnoFPDMUNet2DModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
@@ -102,6 +103,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
         unet: UNet2DModel | AnoFPDMUNet2DModel,
         scheduler: AnoFPDMScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
         forward_steps: int = 600,
         guidance_scale: float = 2.0,
         forward_process: str = "ddim",
@@ -122,7 +124,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
         slice_score: str = "mean",
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, brain_extractor=brain_extractor)
         self.check_configuration()
         self.check_value_range()
 

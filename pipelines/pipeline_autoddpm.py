@@ -9,6 +9,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer, check_number
+from ..models.brain_extractor import BrainExtractor
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
@@ -65,6 +66,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
         unet: UNet2DModel | ANDiUNet2DModel,
         scheduler: AnoDDPMScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
         noise_level: int = 200,
         inpainting_level: int = 50,
         resample: int = 5,
@@ -79,7 +81,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
         slice_score: str = "mean",
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, brain_extractor=brain_extractor)
         self.check_configuration()
         self.check_value_range()
 

@@ -8,6 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from transformers import PreTrainedModel
 
 from ..checks import check_choices
+from ..models.brain_extractor import BrainExtractor
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
@@ -58,7 +59,7 @@ class CDDPMPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "encoder->unet"
-    _optional_components = ["encoder"]
+    _optional_components = ["encoder", "brain_extractor"]
 
     @register_to_config
     def __init__(
@@ -67,6 +68,7 @@ class CDDPMPipeline(AnomalyPipeline):
         scheduler: AnoDDPMScheduler,
         processor: VolumeProcessor,
         encoder: PreTrainedModel | None = None,
+        brain_extractor: BrainExtractor | None = None,
         timesteps: tuple[int, ...] | list[int] = (249, 499, 749),
         map_type: str = "residual",
         shared_noise: bool = False,
@@ -79,7 +81,9 @@ class CDDPMPipeline(AnomalyPipeline):
         filter_order: str = "erosion_first",
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, encoder=encoder)
+        self.register_modules(
+            unet=unet, scheduler=scheduler, processor=processor, encoder=encoder, brain_extractor=brain_extractor
+        )
         self.check_configuration()
         check_encoder(unet, encoder)
 

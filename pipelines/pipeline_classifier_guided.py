@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choice, check_integer, check_number
+from ..models.brain_extractor import BrainExtractor
 from ..models.classifier_2d import NoisyClassifierModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
@@ -56,6 +57,7 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         classifier: NoisyClassifierModel,
         scheduler: AnoFPDMScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
         noise_level: int = 200,
         guidance_scale: float = 1000.0,
         clip_after_guidance: bool = False,
@@ -68,7 +70,9 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         slice_score: str = "mean",
     ):
         super().__init__()
-        self.register_modules(unet=unet, classifier=classifier, scheduler=scheduler, processor=processor)
+        self.register_modules(
+            unet=unet, classifier=classifier, scheduler=scheduler, processor=processor, brain_extractor=brain_extractor
+        )
         channels = len(processor.config.modalities)
         self.check_configuration(outputs=(channels, 2 * channels))
         self.check_value_range()

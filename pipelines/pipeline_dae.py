@@ -4,6 +4,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_integer
+from ..models.brain_extractor import BrainExtractor
 from ..models.unet_2d_dae import DAEUNet2DModel
 from ..schedulers.scheduling_dae import DAEScheduler
 from ..volumes.processor import VolumeProcessor
@@ -48,6 +49,7 @@ class DAEPipeline(AnomalyPipeline):
         unet: DAEUNet2DModel,
         scheduler: DAEScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
         rim_window: int = 5,
         threshold: float | None = None,
         median_size: int = 5,
@@ -57,7 +59,7 @@ class DAEPipeline(AnomalyPipeline):
         slice_score: str = "mean",
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, brain_extractor=brain_extractor)
         self.check_configuration()
         if processor.config.intensity == "mean_std":
             raise ValueError(

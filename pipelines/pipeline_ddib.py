@@ -5,6 +5,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_integer, check_number
+from ..models.brain_extractor import BrainExtractor
 from ..models.unet_2d_anofpdm import AnoFPDMUNet2DModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
@@ -52,6 +53,7 @@ class DDIBPipeline(AnomalyPipeline):
         unet: UNet2DModel | AnoFPDMUNet2DModel,
         scheduler: AnoFPDMScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
         forward_steps: int = 450,
         guidance_scale: float = 1.1,
         modalities: list[str] | None = None,
@@ -63,7 +65,7 @@ class DDIBPipeline(AnomalyPipeline):
         slice_score: str = "mean",
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, brain_extractor=brain_extractor)
         self.check_configuration()
         self.check_value_range()
 

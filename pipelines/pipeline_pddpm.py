@@ -7,6 +7,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer
+from ..models.brain_extractor import BrainExtractor
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
@@ -65,6 +66,7 @@ class PDDPMPipeline(AnomalyPipeline):
         unet: ConditionedUNet2DModel | UNet2DModel,
         scheduler: AnoDDPMScheduler,
         processor: VolumeProcessor,
+        brain_extractor: BrainExtractor | None = None,
         timesteps: tuple[int, ...] | list[int] = (499,),
         patch_size: int = 48,
         overlap: str = "none",
@@ -78,7 +80,7 @@ class PDDPMPipeline(AnomalyPipeline):
         filter_order: str = "erosion_first",
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, processor=processor)
+        self.register_modules(unet=unet, scheduler=scheduler, processor=processor, brain_extractor=brain_extractor)
         self.check_configuration()
         if unet.config.get("condition_dim") is not None:
             raise ValueError(f"`unet` must have no condition (`condition_dim` None), got {unet.config.condition_dim}.")

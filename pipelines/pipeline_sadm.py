@@ -8,6 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from transformers import PreTrainedModel
 
 from ..checks import check_choices, check_number
+from ..models.brain_extractor import BrainExtractor
 from ..models.siamese_unet import SiameseUNet2DModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
@@ -46,7 +47,7 @@ class SADMPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "encoder->unet->segmentation_network"
-    _optional_components = ["encoder"]
+    _optional_components = ["encoder", "brain_extractor"]
 
     @register_to_config
     def __init__(
@@ -56,6 +57,7 @@ class SADMPipeline(AnomalyPipeline):
         scheduler: AnoDDPMScheduler,
         processor: VolumeProcessor,
         encoder: PreTrainedModel | None = None,
+        brain_extractor: BrainExtractor | None = None,
         timesteps: tuple[int, ...] | list[int] = (249, 499, 749),
         map_type: str = "ssim",
         shared_noise: bool = False,
@@ -75,6 +77,7 @@ class SADMPipeline(AnomalyPipeline):
             scheduler=scheduler,
             processor=processor,
             encoder=encoder,
+            brain_extractor=brain_extractor,
         )
         self.check_configuration()
         check_encoder(unet, encoder)

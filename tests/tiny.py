@@ -13,6 +13,7 @@ from anodiff import (
     AnoDDPMScheduler,
     AnoFPDMScheduler,
     AnomalyPipeline,
+    BrainExtractor,
     CIMDScheduler,
     ConditionedUNet2DModel,
     DAEScheduler,
@@ -105,6 +106,34 @@ def make_classifier(channels: int = 1) -> NoisyClassifierModel:
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     return classifier
+
+
+def make_extractor(spacing: float = 4.0) -> BrainExtractor:
+    """An extractor that takes the bright part of a volume for the brain: every layer hands its input on."""
+    extractor = BrainExtractor(spacing, block_out_channels=(4,), norm_num_groups=1).eval()
+    with torch.no_grad():
+        for name, parameter in extractor.named_parameters():
+            parameter.zero_()
+            if parameter.ndim == 5:
+                parameter[:, 0, parameter.shape[2] // 2, parameter.shape[3] // 2, parameter.shape[4] // 2] = 1.0
+            elif name.startswith("down_path") and name.endswith("weight"):
+                parameter.fill_(1.0)  # of a normalisation
+        extractor.last.bias.fill_(-1.0)
+    return extractor
+
+
+def make_raw_scan(spacing: tuple[float, float, float] = (4.0, 4.0, 6.0), skull: bool = True):
+    """A bright brain in a dimmer head, not in the middle of the scan: image, brain `(X, Y, Z)`, and RAS affine."""
+    shape = tuple(int(216 / edge) for edge in spacing)
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -100.0, -110.0, -90.0
+    places = np.stack(np.meshgrid(*[np.arange(count) for count in shape], indexing="ij"), -1) @ affine[:3, :3]
+    x, y, z = np.moveaxis(places + affine[:3, 3] - (5.0, 0.0, 20.0), -1, 0)
+    brain = (x / 55) ** 2 + (y / 70) ** 2 + (z / 50) ** 2 < 1
+    head = (x / 75) ** 2 + (y / 92) ** 2 + (z / 72) ** 2 < 1
+    noise = np.random.default_rng(0).random(shape, dtype=np.float32)
+    image = 1000 * brain + 300 * (head & ~brain) + 20 * noise if skull else brain * (1000 + 20 * noise)
+    return image.astype(np.float32), brain, affine
 
 
 def make_components(name: str, channels: int) -> dict:

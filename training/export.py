@@ -126,7 +126,7 @@ def _write(run: Run, model: torch.nn.Module, folder: Path) -> None:
         recipe["trained_on"] = "not_anomalous"
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     if pipeline is None:
-        parts = ", ".join(sorted(path.parent.name for path in folder.glob("*/*.json")))
+        parts = ", ".join(sorted(path.parent.name for path in folder.glob("*/*.json"))) or "A model"
         card = (
             f"---\nlicense: {options.train.hub_licence}\ntags:\n- anodiff\n---\n\n# Part of a pipeline:"
             f" {options.method}\n\n{parts}, made by anodiff. {_training_record(run)} Research use only, not a"

@@ -119,8 +119,9 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
         with accelerator.accumulate(run.model):
             keys = make_keys(loop.seed, batch.pop("position"), TRAINING, device)
             batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-            batch = augment(batch, keys, augmentation, value_range[0])
-            batch["image"] = augment_intensity(batch["image"], keys, augmentation, value_range)
+            if not objective.draws_volumes:
+                batch = augment(batch, keys, augmentation, value_range[0])
+                batch["image"] = augment_intensity(batch["image"], keys, augmentation, value_range)
             update = progress.step % objective.updates_per_batch
             loss = objective.loss(run.model, batch, keys, **({"update": update} if update else {})).mean()
             accelerator.backward(loss)

@@ -22,7 +22,7 @@ Batch = dict[str, torch.Tensor]
 MODALITIES = "the number of modalities"
 
 # Arguments of pipelines that are components, not inference values.
-COMPONENTS = {"unet", "scheduler", "processor", "encoder", "classifier", "segmentation_network"}
+COMPONENTS = {"unet", "scheduler", "processor", "encoder", "classifier", "segmentation_network", "brain_extractor"}
 
 
 class Objective:
@@ -45,6 +45,8 @@ class Objective:
     trains_on = "healthy"
     # The same for the validation split, or "labelled", slices with a known label.
     validates_on = "healthy"
+    # Whether it draws whole heads itself, of label maps; batches then hold a `map` and no image.
+    draws_volumes = False
     # Optimizer steps on one batch; with more than one, `loss` takes the number of the `update`, too.
     updates_per_batch = 1
     # Whether the `unet` of its pipeline is all that it trains, so that `train.init_from` can name what it begins with.

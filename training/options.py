@@ -59,7 +59,8 @@ class DataOptions:
     """The prepared data set."""
 
     path: str = "phantom-mini"
-    """Folder or Hub id of a prepared data set, or the name of a phantom, which is made on first use."""
+    """Folder or Hub id of a prepared data set, the name of a phantom, which is made on first use, or `heads:FOLDER`:
+    synthetic heads of the label maps in a folder, a new one for every slice, as the block `processor` says."""
     train_split: str = "train"
     """Split to learn from. Methods that learn from healthy slices leave out those that are known to be anomalous."""
     validation_split: str = "validation"

@@ -12,10 +12,17 @@ import torch
 import torch.utils.data
 from accelerate import Accelerator
 
+from ..data.phantoms.drawn_heads import DRAWN, DrawnHeads
+from ..data.phantoms.heads import find_label_maps, split_maps
 from ..data.phantoms.sets import PHANTOMS
 from ..data.prepared import PreparedSplit, StreamedSplit, load_prepared
+from ..volumes.processor import VolumeProcessor
 from .objective import Objective
-from .options import DataOptions, TrainOptions
+from .options import TrainOptions
+
+
+# Heads of a map that whole volumes are validated on.
+_HEADS_OF_A_MAP = 8
 
 
 class SampleStream(torch.utils.data.Dataset):
@@ -38,6 +45,39 @@ class SampleStream(torch.utils.data.Dataset):
                 self._order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
             rows.append(int(self._order[index]))
         return {**self.split.read_rows(rows, self.columns), "position": np.array(positions)}
+
+
+class MapSplit:
+    """Stands for heads that are drawn from label maps as a training goes: a row names the map of a head, column
+    `map`. Parts of it are as of [`PreparedSplit`].
+
+    Args:
+        names (`list[str]`): Of all maps.
+        rows (`np.ndarray` of shape `(N,)`): Number of the map of every row.
+    """
+
+    def __init__(self, names: list[str], rows: np.ndarray):
+        self.rows = rows
+        self.processor_settings: dict = {}
+        self.recipe = {"source": "heads drawn from label maps", "maps": len(names)}
+        counts = np.bincount(rows, minlength=len(names)).tolist()
+        numbers = {name: count for name, count in zip(names, counts, strict=True) if count}
+        self.subjects = list(numbers)
+        self.subject_info = {
+            name: {"rows": count, "anomalous_rows": 0, "annotations": 0} for name, count in numbers.items()
+        }
+
+    def rows_of(self, population: str) -> np.ndarray:
+        """Returns the numbers of all rows: heads belong to every population."""
+        return np.arange(len(self.rows))
+
+    def count_rows(self, population: str = "all") -> int:
+        """Returns the number of rows."""
+        return len(self.rows)
+
+    def read_rows(self, indices: Sequence[int], columns: Sequence[str] = ("map",)) -> dict:
+        """Returns the maps of the rows with these numbers."""
+        return {"map": self.rows[np.asarray(indices)]}
 
 
 @dataclass(eq=False)
@@ -78,6 +118,35 @@ class StreamedSamples(torch.utils.data.IterableDataset):
             yield {**stacked, "image": stacked["image"].astype(np.float32), "position": np.array(positions)}
 
 
+# Slices of heads that are made at once on a GPU, which is busy with starting the work of a smaller number.
+_DRAWN_AT_ONCE = 512
+
+
+@dataclass(eq=False)
+class DrawnSamples(torch.utils.data.Dataset):
+    """Gives samples by number that are drawn as they are asked for: sample p is slice p of `heads`."""
+
+    heads: DrawnHeads
+    columns: Sequence[str] = ("image",)
+
+    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+        return {**self.heads.draw(positions, self.columns), "position": torch.tensor(positions)}
+
+
+def draw_batches(
+    heads: DrawnHeads, batches: Iterable[list[int]], columns: Sequence[str]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Gives the samples of [`DrawnSamples`] for lists of sample numbers, on the device that they are made on; several
+    lists are made at once on a GPU."""
+    batches = iter(batches)
+    at_once = 1 if heads.device.type == "cpu" else _DRAWN_AT_ONCE
+    while first := next(batches, None):
+        group = [first, *itertools.islice(batches, max(at_once // len(first) - 1, 0))]
+        made = DrawnSamples(heads, columns).__getitems__(list(itertools.chain(*group)))
+        parts = zip(*(values.split([len(batch) for batch in group]) for values in made.values()), strict=True)
+        yield from (dict(zip(made, part, strict=True)) for part in parts)
+
+
 @dataclass
 class PositionBatches:
     """Gives the sample numbers of each forward pass of one process, from optimizer step `first_step` to `last_step` -
@@ -103,9 +172,18 @@ class PositionBatches:
 
 
 def load_splits(
-    accelerator: Accelerator, data: DataOptions, validates: bool, objective_class: type[Objective]
-) -> tuple[PreparedSplit | StreamedSplit, PreparedSplit | None]:
+    accelerator: Accelerator, options: TrainOptions, objective_class: type[Objective]
+) -> tuple[PreparedSplit | StreamedSplit | DrawnHeads, PreparedSplit | DrawnHeads | None]:
     """Opens the training split and, if the run validates, the validation split."""
+    data, validates = options.data, options.train.validate_every > 0
+    if objective_class.draws_volumes:
+        names = [path.name for path in find_label_maps(label_maps_folder(data.path))]
+        parts = split_maps(len(names))
+        heads = [MapSplit(names, np.array(parts[part])) for part in ("train", "validation")]
+        heads[1].rows = np.tile(heads[1].rows, _HEADS_OF_A_MAP)
+        return heads[0], heads[1] if validates else None
+    if data.path.startswith(DRAWN):
+        return _draw_heads(accelerator, options, objective_class)
     if data.streaming and data.path in PHANTOMS and not Path(data.path).is_dir():
         raise ValueError(
             f"`data.streaming` is for a folder or a data set on the Hub, got the phantom {data.path!r}, which is made"
@@ -130,25 +208,61 @@ def load_splits(
     return train_split, validation_split
 
 
-def validation_rows(split: PreparedSplit, objective: Objective | type[Objective]) -> np.ndarray:
+def _draw_heads(
+    accelerator: Accelerator, options: TrainOptions, objective_class: type[Objective]
+) -> tuple[DrawnHeads, DrawnHeads | None]:
+    """The splits of `heads:FOLDER`. Without workers heads are made where the network is."""
+    data, loop = options.data, options.train
+    if data.streaming:
+        raise ValueError(
+            "`data.streaming` is for data sets that are read, not for heads that are drawn: leave it out."
+        )
+    if objective_class.trains_on == "annotated" or objective_class.validates_on == "labelled":
+        raise ValueError(
+            f"`data.path` {data.path} draws healthy heads, and this method learns from labels or masks: make a data"
+            " set with `preprocess.py --heads`."
+        )
+    processor, folder = VolumeProcessor.from_dict(options.processor), label_maps_folder(data.path)
+    device = "cpu" if data.num_workers else accelerator.device
+    train = DrawnHeads(folder, processor, data.train_split, seed=loop.seed, device=device)
+    if not loop.validate_every:
+        return train, None
+    # The same slices for every seed, so that runs can be compared.
+    count = loop.validation_slices
+    return train, DrawnHeads(folder, processor, data.validation_split, count=count, device=accelerator.device)
+
+
+def label_maps_folder(path: str) -> Path:
+    """Returns the folder of label maps of a `data.path` such as `heads:FOLDER`."""
+    kind, colon, folder = path.partition(":")
+    if kind + colon != DRAWN or not folder:
+        raise ValueError(f"`data.path` must be {DRAWN}FOLDER, a folder of label maps, for this method, got {path!r}.")
+    return Path(folder)
+
+
+def validation_rows(split: PreparedSplit | DrawnHeads, objective: Objective | type[Objective]) -> np.ndarray:
     """Returns the rows that an objective is validated on: those of a population, or those with a known label."""
     labelled = objective.validates_on == "labelled"
     return np.flatnonzero(split.labels >= 0) if labelled else split.rows_of(objective.validates_on)
 
 
 def make_loader(
-    split: PreparedSplit | StreamedSplit,
+    split: PreparedSplit | StreamedSplit | DrawnHeads,
     objective: Objective,
     options: TrainOptions,
     accelerator: Accelerator,
     first_step: int,
-) -> torch.utils.data.DataLoader:
-    """Makes the loader of this process' batches from optimizer step `first_step` on: tensors on the CPU, the columns
-    of the objective and `position (N,)`."""
+) -> Iterable[dict[str, torch.Tensor]]:
+    """Makes the loader of this process' batches from optimizer step `first_step` on: the columns of the objective and
+    `position (N,)`, tensors on the CPU; heads that are drawn without workers are on the device."""
     loop, data, wanted = options.train, options.data, (objective.columns, objective.trains_on)
     sizes = loop.batch_size, loop.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
     batches = PositionBatches(first_step, loop.max_steps, *sizes, objective.updates_per_batch)
-    if data.streaming:
+    if isinstance(split, DrawnHeads) and not data.num_workers:
+        return draw_batches(split, batches, wanted[0])
+    if isinstance(split, DrawnHeads):
+        source = {"dataset": DrawnSamples(split, wanted[0]), "batch_sampler": batches}
+    elif data.streaming:
         samples = StreamedSamples(split, loop.seed, data.shuffle_buffer, batches, *wanted)
         source = {"dataset": samples, "batch_size": None}  # it makes whole batches
     else:
@@ -164,7 +278,7 @@ def make_loader(
     )
 
 
-def read_batches(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+def read_batches(loader: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
     """Gives the batches of a loader. A connection that breaks in one of its processes is the same error as without
     them, not one with that process' traceback in its message."""
     try:
@@ -176,5 +290,8 @@ def read_batches(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, torc
         raise ConnectionError(text) from None
 
 
-def as_tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in batch.items()}
+def as_tensors(batch: dict[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: values if isinstance(values, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+        for name, values in batch.items()
+    }

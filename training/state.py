@@ -243,7 +243,7 @@ def make_run(
     """Opens the data, builds the objective, and prepares everything that is trained, with new weights, or those of the
     pipeline `start`."""
     loop = options.train
-    train_split, validation_split = load_splits(accelerator, options.data, loop.validate_every > 0, objective_class)
+    train_split, validation_split = load_splits(accelerator, options, objective_class)
     processor = VolumeProcessor.from_dict(train_split.processor_settings)
     VolumeProcessor.from_dict({**processor.settings(), **options.processor})  # checks the values
     processor.check_equal(options.processor, "the block `processor` of the configuration asks for")

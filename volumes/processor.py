@@ -33,7 +33,7 @@ INTENSITY_RULES = (
 BRAIN_RULES = ("nonzero", "given", "none")
 RESIZE_RULES = ("fit", "stretch", "torchio")
 
-_MEDIAN_LEVEL = 0.4  # where `intensity="brain_median"` puts the median of the brain in [0, 1]
+BRAIN_LEVEL = 0.4  # where `intensity="brain_median"` puts the median of the brain in [0, 1]
 _FLOW_STEP = 0.125  # of CurvatureFlow
 _NO_BRAIN_LEFT = (
     "{name}: no voxel of the brain is left in the slices. Check the brain mask, and `crop`, `spacing` and `size` of"
@@ -101,6 +101,7 @@ class VolumeProcessor(PlainConfigMixin):
         clip: Limit values to `value_range`. ANDi's exceed it (`False`).
         brain_mask: `"nonzero"`: where any modality is above `background`, holes filled per slice. `"given"`: a mask
             comes with every volume. `"none"`: the whole slice counts. A mask that is given wins over `"nonzero"`.
+        strip: Set voxels outside of the brain mask to 0 first: scans with a skull look as stripped ones do.
         background: Of the rule `"nonzero"`, in the input's units.
         curvature_flow: Smooth every image first, at its own resolution: iterations of SimpleITK's `CurvatureFlow` with
             steps of 0.125. cDDPM and SADM 3. Needs the extra `preprocess`.
@@ -126,6 +127,7 @@ class VolumeProcessor(PlainConfigMixin):
         brain_mask: str = "nonzero",
         background: float = 0.0,
         curvature_flow: int = 0,
+        strip: bool = False,
     ):
         check_choices(
             self.config, plane=PLANES, resize=RESIZE_RULES, intensity=INTENSITY_RULES, brain_mask=BRAIN_RULES
@@ -224,6 +226,8 @@ class VolumeProcessor(PlainConfigMixin):
         """
         volume, brain = self._read(volume, brain_mask)
         arrays = np.stack([volume.arrays[key] for key in volume.arrays])
+        if self.config.strip:
+            arrays = arrays * brain
         for name, array in zip(self.config.modalities, arrays, strict=True):
             if array.min() == array.max():
                 raise ValueError(
@@ -365,12 +369,9 @@ class VolumeProcessor(PlainConfigMixin):
             " brought to the `spacing`, `crop` and `size` of the processor,",
         )
 
-    def _read(self, volume, brain_mask) -> tuple[InputVolume, np.ndarray]:
-        if isinstance(volume, Mapping) and "brain" in volume:
-            if brain_mask is not None:
-                raise ValueError("The brain mask is given twice: as `brain_mask` and under the key 'brain'.")
-            brain_mask = volume["brain"]
-            volume = {name: image for name, image in volume.items() if name != "brain"}
+    def read(self, volume) -> InputVolume:
+        """Reads a volume, kinds as of [`preprocess`] but without a brain mask, with its modalities in the processor's
+        order; raises a `ValueError` for a missing or unknown one."""
         volume = read_volume(volume, labels=False)
         modalities = tuple(self.config.modalities)
         if all(key == "" or key.isdigit() for key in volume.arrays):
@@ -389,15 +390,26 @@ class VolumeProcessor(PlainConfigMixin):
                     f" {', '.join(missing) or 'none'}, unknown: {', '.join(unknown) or 'none'}."
                 )
             arrays = {name: volume.arrays[name] for name in modalities}
-        volume = dataclasses.replace(volume, arrays=arrays)
+        return dataclasses.replace(volume, arrays=arrays)
 
+    def _read(self, volume, brain_mask) -> tuple[InputVolume, np.ndarray]:
+        if isinstance(volume, Mapping) and "brain" in volume:
+            if brain_mask is not None:
+                raise ValueError("The brain mask is given twice: as `brain_mask` and under the key 'brain'.")
+            brain_mask = volume["brain"]
+            volume = {name: image for name, image in volume.items() if name != "brain"}
+        volume = self.read(volume)
+        arrays = volume.arrays
         if brain_mask is not None:
             if volume.is_picture and isinstance(brain_mask, (np.ndarray, torch.Tensor)) and brain_mask.ndim == 2:
                 brain_mask = brain_mask.T  # (rows, columns), as the results of a picture are
             what = f"The brain mask must lie on the grid of {volume.name}"
             return volume, _read_mask(brain_mask, volume.shape, volume.affine, what) > 0
         if self.config.brain_mask == "given":
-            raise ValueError("This checkpoint needs a brain mask: `brain_mask=...`, or the key 'brain' of the volume.")
+            raise ValueError(
+                "This checkpoint needs a brain mask: `brain_mask=...`, or the key 'brain' of the volume. `anodiff strip`"
+                " makes one, and a pipeline with a `brain_extractor` does so by itself."
+            )
         if self.config.brain_mask == "none":
             return volume, np.ones(volume.shape, dtype=bool)
         brain = np.any([array > self.config.background for array in arrays.values()], axis=0)
@@ -425,7 +437,7 @@ class VolumeProcessor(PlainConfigMixin):
                     raise ValueError(
                         f"{name}: modality `{self.config.modalities[index]}` has no value above 0 in the brain mask."
                     )
-                scale[index] = np.median(positive) / _MEDIAN_LEVEL
+                scale[index] = np.median(positive) / BRAIN_LEVEL
         elif rule == "brain_percentiles":
             width, height, count = geometry.network_shape
             seen = brain & geometry.to_input(np.ones((count, height, width), dtype=bool), nearest=True)

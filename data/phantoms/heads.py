@@ -30,6 +30,8 @@ from ...schedulers.draws import fold_in, integers, make_keys, normal, uniform
 # B heads, M maps, Z slices, S samples of a slice's thickness, H x W pixels of the network's plane (rows from anterior
 # to posterior, columns from the patient's right to the left), T tissues; mm are RAS millimetres from the map's centre.
 
+# How the source of a recipe calls synthetic heads.
+HEADS = "synthetic heads"
 CONTRASTS = ("flair", "t1", "t2", "any")
 TISSUES = (
     *("air", "white", "cortex", "fluid", "thalamus", "caudate", "putamen", "pallidum", "hippocampus", "amygdala"),
@@ -76,7 +78,7 @@ LESIONS = ("tumour", "ms", "stroke")
 LOOKS = ("usual", "hyper", "hypo", "iso")
 
 # What keys are folded with, one number per purpose.
-_SHAPE, _KNOTS, _TISSUE, _TEXTURE, _FIELDS, _SCANNER, _NOISE, _MASK, _RIMS, _LESION = range(1, 11)
+_SHAPE, _KNOTS, _TISSUE, _TEXTURE, _FIELDS, _SCANNER, _NOISE, _MASK, _RIMS, _LESION, _LOOK, _ERRORS = range(1, 13)
 
 # Rows and columns of a volume, and the size of its pixels in mm: a head is up to 260 mm long and 190 mm wide.
 HEAD_SIZE, HEAD_SPACING = (176, 128), 1.5
@@ -113,6 +115,26 @@ class LabelMaps:
         return LabelMaps(*moved, self.names)
 
 
+def find_label_maps(folder: str | Path) -> list[Path]:
+    """Returns the files of the label maps in a folder, in their order; a `FileNotFoundError` if there are none."""
+    files = sorted(
+        path for path in Path(folder).glob("*") if path.name.lower().endswith((".nii", ".nii.gz", ".mgz", ".mgh"))
+    )
+    if not files:
+        raise FileNotFoundError(f"There are no label maps (.nii, .nii.gz, .mgz) in {folder}.")
+    return files
+
+
+def split_maps(count: int) -> dict[str, range]:
+    """Returns the numbers of the maps that heads for `train`, `validation` and `test` are made of: different ones
+    where there are three or more, of which the last fifth is held back."""
+    held = max(1, count // 10) if count >= 3 else 0
+    train = count - 2 * held
+    if not held:
+        return dict.fromkeys(("train", "validation", "test"), range(count))
+    return {"train": range(train), "validation": range(train, train + held), "test": range(train + held, count)}
+
+
 def read_label_maps(folder: str | Path) -> LabelMaps:
     """
     Reads the label maps in a folder: segmentations with FreeSurfer's numbers, as FreeSurfer, FastSurfer and SynthSeg
@@ -122,12 +144,7 @@ def read_label_maps(folder: str | Path) -> LabelMaps:
         FileNotFoundError: There is no such folder, or no volume in it.
         ValueError: A volume is no segmentation, holds a number that is not known, or no brain.
     """
-    folder = Path(folder)
-    files = sorted(
-        path for path in folder.glob("*") if path.name.lower().endswith((".nii", ".nii.gz", ".mgz", ".mgh"))
-    )
-    if not files:
-        raise FileNotFoundError(f"There are no label maps (.nii, .nii.gz, .mgz) in {folder}.")
+    files = find_label_maps(folder)
     tissue_of = {label: TISSUES.index(tissue) for tissue, labels in LABELS.items() for label in labels}
     found = [_read_map(path, tissue_of) for path in files]
     shape = np.max([tissues.shape for tissues, _ in found], 0)
@@ -196,10 +213,12 @@ def make_slices(
     *,
     contrasts: Sequence[str] = ("flair",),
     size: tuple[int, int] = (160, 128),
-    spacing: float = 1.5,
+    spacing: float | torch.Tensor = 1.5,
+    centre: torch.Tensor | None = None,
     thickness: torch.Tensor | None = None,
     lesions: Sequence[str | None] | None = None,
     look: str = "usual",
+    mask_errors: bool = False,
 ) -> Heads:
     """
     Makes slices of heads.
@@ -211,12 +230,16 @@ def make_slices(
         positions (`torch.Tensor` of shape `(B, Z)`): Middle of each slice, in mm above the centre of the brain.
         contrasts (`Sequence[str]`): Of `CONTRASTS`, a channel each; the anatomy is the same in all.
         size (`tuple[int, int]`): H and W.
-        spacing (`float`): Size of a pixel in mm.
+        spacing (`float` or `torch.Tensor` of shape `(B,)`): Size of a pixel in mm.
+        centre (`torch.Tensor` of shape `(B, 2)`, *optional*):
+            Middle of the slices, in mm towards anterior and right; the centre of the brain's map by default.
         thickness (`torch.Tensor` of shape `(B,)`, *optional*): Of a slice, in mm; 1 mm for one sample a slice.
         lesions (`Sequence[str | None]`, *optional*): What every head has of `LESIONS`; none by default.
         look (`str`):
             Of the lesions: `"usual"`, bright in FLAIR and T2, dark in T1; `"hyper"` and `"hypo"`, brighter and darker
             than white matter in every contrast; `"iso"`, as bright, with another texture.
+        mask_errors (`bool`):
+            Let some masks leave remnants of the head beside the brain, or cut into it, as brain extraction does.
     """
     check_choice("look", look, LOOKS)
     for contrast in contrasts:
@@ -225,19 +248,30 @@ def make_slices(
         check_choice("lesions", lesion, (None, *LESIONS))
     device, heads = maps.tissues.device, len(keys)
     thickness = torch.ones(heads, device=device) if thickness is None else thickness.to(device)
-    # The mean over the thickness: samples about 1.3 mm apart.
-    samples = max(1, math.ceil(float(thickness.max()) / 1.3))
+    # The mean over the thickness: samples about 1.3 mm apart, an odd number, so that there is a middle.
+    samples = math.ceil(float(thickness.max()) / 1.3) | 1
     offsets = (torch.arange(samples, device=device) + 0.5) / samples - 0.5
     z = positions.to(device)[:, :, None] + thickness[:, None, None] * offsets  # (B, Z, S)
-    height, width = size
-    y = -(torch.arange(height, device=device) - (height - 1) / 2) * spacing
-    x = -(torch.arange(width, device=device) - (width - 1) / 2) * spacing
-    tissues = _bend(maps, chosen.to(device), keys, z.flatten(1), y, x).unflatten(1, z.shape[1:])  # (B, Z, S, H, W)
-    brain = _brain_mask(tissues, keys, spacing)
+    spacing = torch.as_tensor(spacing, dtype=torch.float32, device=device).expand(heads)
+    centre = torch.zeros(heads, 2, device=device) if centre is None else centre.to(device)
+    y, x = (
+        centre[:, axis, None] - (torch.arange(length, device=device) - (length - 1) / 2) * spacing[:, None]
+        for axis, length in enumerate(size)
+    )
+    # Samples of a slice lie apart in its plane, too, the middle one in the middle: what is smaller than a pixel is
+    # averaged.
+    from_middle = torch.arange(samples, device=device) - samples // 2
+    rows, columns = ((samples // 2 + step * from_middle) % samples for step in (2, -2))
+    apart = torch.stack([offsets[rows], offsets[columns]], -1) * spacing[:, None, None]  # (B, S, 2)
+    apart = apart[:, None].expand(*z.shape, 2).flatten(1, 2)
+    tissues = _bend(maps, chosen.to(device), keys, z.flatten(1), y, x, apart).unflatten(1, z.shape[1:])
+    brain = _brain_mask(tissues, keys, float(spacing.mean()))
     # A slice's own key: the number of its position, in micrometres, which may be negative.
     numbers = ((z.mean(2) + 1000) * 1000).round().long()
     slice_keys = fold_in(keys.repeat_interleave(z.shape[1], 0), numbers.flatten())
-    places = [positions.to(device), y.expand(heads, -1), x.expand(heads, -1)]
+    places = [positions.to(device), y, x]
+    if mask_errors:
+        brain = _with_errors(brain, tissues, keys, places)
     lesion = None
     if lesions is not None and any(lesions):
         lesion = _draw_lesions(maps, chosen.to(device), keys, lesions, places)
@@ -250,8 +284,9 @@ def make_slices(
     return Heads(torch.stack(images, 1), brain, tissues[:, :, samples // 2], marked)
 
 
-def _bend(maps: LabelMaps, chosen, keys, z, y, x) -> torch.Tensor:
-    """Tissues `(B, P, H, W)` of bent maps in the planes `z (B, P)` at rows `y (H,)` and columns `x (W,)`, all in mm."""
+def _bend(maps: LabelMaps, chosen, keys, z, y, x, apart: torch.Tensor | None = None) -> torch.Tensor:
+    """Tissues `(B, P, H, W)` of bent maps in the planes `z (B, P)` at rows `y (B, H)` and columns `x (B, W)`, all in
+    mm; a plane's points lie `apart (B, P, 2)` from these rows and columns."""
     heads, device = len(keys), keys.device
     u = uniform(fold_in(keys, _SHAPE), (16,))
     angles = normal(fold_in(fold_in(keys, _SHAPE), 1), (6,))
@@ -269,13 +304,15 @@ def _bend(maps: LabelMaps, chosen, keys, z, y, x) -> torch.Tensor:
     matrix = matrix @ shear * scale[:, None]
 
     # Two fields of displacements, in mm: the shape of the head, and that of its folds.
-    places = [z, y.expand(heads, -1), x.expand(heads, -1)]
+    places = [z, y, x]
     shifts = 0.0
     for number, (knots, size) in enumerate((((5, 5, 5), 3.5), ((10, 10, 9), 1.5))):
         drawn = normal(fold_in(fold_in(keys, _KNOTS), number), (3, *knots))
         drawn = drawn * (size * (0.4 + 0.8 * u[:, 4 + number]))[:, None, None, None, None]
         shifts = shifts + _spline(drawn, places)
-    z, y, x = z[:, :, None, None], y[:, None], x[None]
+    z, y, x = z[:, :, None, None], y[:, None, :, None], x[:, None, None, :]
+    if apart is not None:
+        y, x = y + apart[:, :, :1, None], x + apart[:, :, 1:, None]
     linear = [matrix[:, axis, :, None, None, None] for axis in range(3)]
     # Rows of the matrix give source x, y, z in mm of a point (x, y, z).
     points = [row[:, 0] * x + row[:, 1] * y + row[:, 2] * z + shifts[:, axis] for axis, row in enumerate(linear)]
@@ -309,7 +346,7 @@ def _brain_mask(tissues: torch.Tensor, keys: torch.Tensor, spacing: float) -> to
     fluid that it surrounds."""
     is_brain = (tissues > AIR) & (tissues <= _BRAIN)
     tissue, outer = is_brain.float().mean(2), (tissues == OUTER_FLUID).float().mean(2) > 0.5
-    boxes = 7 + 2 * (4 * uniform(fold_in(keys, _MASK))).long()  # pixels, odd
+    boxes = 1 + 2 * ((4.5 + 6 * uniform(fold_in(keys, _MASK))) / spacing).round().long()  # 9 to 21 mm
     around = 2 * round(30 / spacing) + 1
     closed = torch.empty_like(tissue)
     for box in boxes.unique().tolist():
@@ -318,6 +355,19 @@ def _brain_mask(tissues: torch.Tensor, keys: torch.Tensor, spacing: float) -> to
         closed[own] = -_max_pool(F.pad(-wide, (half,) * 4, value=-1.0)[..., half:-half, half:-half], box, half)
     share = F.avg_pool2d(F.avg_pool2d(tissue, (around, 1), 1, (around // 2, 0)), (1, around), 1, (0, around // 2))
     return (closed > 0.5) | (outer & (share > 0.5))
+
+
+def _with_errors(brain: torch.Tensor, tissues: torch.Tensor, keys: torch.Tensor, places) -> torch.Tensor:
+    """Masks `(B, Z, H, W)` that in a third of the heads reach into what lies around the brain, in a third cut a rim
+    off it, here and there."""
+    field = _spline(normal(fold_in(keys, _ERRORS), (1, 9, 9, 8)), places)[:, 0]
+    u = uniform(fold_in(fold_in(keys, _ERRORS), 1), (4,))[..., None, None, None]
+    head = (tissues > AIR).float().mean(2) > 0.5
+    reach = (0.4 + 1.6 * u[:, 1]).masked_fill(u[:, 0] > 1 / 3, torch.inf)
+    cut = (0.4 + 1.6 * u[:, 3]).masked_fill(u[:, 2] > 1 / 3, torch.inf)
+    near = _max_pool(brain.float(), 15, 7) > 0
+    inner = _max_pool((~brain).float(), 3, 1) == 0
+    return (brain | (near & head & (field > reach))) & (inner | (field > -cut))
 
 
 def _max_pool(images: torch.Tensor, box: int, padding: int = 0) -> torch.Tensor:
@@ -334,7 +384,7 @@ def _draw_lesions(maps: LabelMaps, chosen, keys, kinds: Sequence[str | None], pl
     uneven edges, tumours in the white matter, plaques of MS beside the ventricles, strokes in the cortex."""
     device, heads = keys.device, len(keys)
     grid = [(torch.arange(size, device=device) - (size - 1) / 2) * _COARSE for size in _COARSE_SHAPE]
-    tissues = _bend(maps, chosen, keys, grid[0].expand(heads, -1), grid[1], grid[2])
+    tissues = _bend(maps, chosen, keys, *(places_of_axis.expand(heads, -1) for places_of_axis in grid))
     white = tissues == WHITE
     beside = white & (F.max_pool3d((tissues == FLUID).float(), 5, 1, 2) > 0)
     allowed = {"tumour": white, "ms": beside, "stroke": tissues == CORTEX}
@@ -404,6 +454,12 @@ def _paint(tissues, contrast: str, keys, slice_keys, places, lesion: torch.Tenso
         for number, knots in enumerate(((14, 14, 12), (7, 7, 6), (4, 4, 3)))
     ]
     image = image * (1 + 0.05 * u[:, 0] * fields[0] + 0.05 * u[:, 1] * fields[1])
+    # Regions differ within a tissue, and fluid that flows shines or fades.
+    for number, (kind, strength) in enumerate(((WHITE, 0.1), (CORTEX, 0.12), (FLUID, 0.35))):
+        region = (tissues == kind) | ((tissues == OUTER_FLUID) if kind == FLUID else False)
+        knots = normal(fold_in(fold_in(keys, _FIELDS), 3 + number), (1, 9, 9, 8))
+        own = _spline(knots, places)[:, 0] * strength * u[:, 6 if kind == FLUID else 7] ** 2
+        image = image * (1 + own * region.float().mean(2)).clamp(min=0)
     image = _blur(image, 0.3 + 0.5 * u[:, 2, 0, 0, 0])
     image = image.clamp(min=0) ** (0.75 + 0.65 * u[:, 3])
     image = image * torch.exp((0.02 + 0.2 * u[:, 4]) * fields[2])
@@ -436,52 +492,64 @@ def _tissue_values(contrast: str, keys: torch.Tensor) -> tuple[torch.Tensor, tor
     """Mean and standard deviation `(B, T)` of every tissue's brightness."""
     u = uniform(fold_in(keys, _TISSUE), (2, len(TISSUES)))
     deviations = 0.005 + 0.055 * u[:, 1] ** 1.5
-    u = dict(zip(TISSUES, u[:, 0].unbind(1), strict=True))
+    outside = [TISSUES.index(tissue) for tissue in ("soft", "mucosa", "skin", "marrow")]
+    deviations[:, outside] += 0.12  # fat, muscle and vessels in one
+    u = u[:, 0]
+    if contrast != "any":
+        return _means(contrast, u), deviations
+    # Of the known contrasts more than of those that no sequence has.
+    kinds = ("flair", "t1", "t2", "random")
+    drawn = torch.bucketize(uniform(fold_in(keys, _LOOK)), torch.tensor([0.25, 0.45, 0.65], device=keys.device))
+    means = torch.stack([_means(kind, u) for kind in kinds])
+    return means[drawn, torch.arange(len(keys), device=keys.device)], deviations
+
+
+def _means(contrast: str, drawn: torch.Tensor) -> torch.Tensor:
+    """Mean brightness `(B, T)` of every tissue in FLAIR, T1, T2 or a random contrast, from uniform numbers of the same
+    shape."""
+    u = dict(zip(TISSUES, drawn.unbind(1), strict=True))
 
     def between(tissue, start, end, low=0.0, high=1.0):
         return start + (end - start) * (low + (high - low) * u[tissue])
 
-    means = dict.fromkeys(TISSUES, torch.zeros_like(u["air"]))
-    if contrast == "any":
-        for tissue in ("white", "cortex", "fluid"):
-            means[tissue] = 0.05 + 1.15 * u[tissue]
+    one = torch.ones_like(u["air"])
+    if contrast == "random":
+        white, cortex, fluid = (0.05 + 1.15 * u[tissue] for tissue in ("white", "cortex", "fluid"))
     elif contrast == "flair":
-        means |= {"cortex": torch.ones_like(u["air"]), "white": 0.62 + 0.38 * u["white"]}
-        means["fluid"] = 0.12 + 0.63 * u["fluid"] ** 1.5
+        white, cortex, fluid = 0.62 + 0.38 * u["white"], one, 0.12 + 0.63 * u["fluid"] ** 1.5
     elif contrast == "t1":
-        means |= {"white": torch.ones_like(u["air"]), "cortex": 0.55 + 0.3 * u["cortex"]}
-        means["fluid"] = 0.08 + 0.3 * u["fluid"]
+        white, cortex, fluid = one, 0.55 + 0.3 * u["cortex"], 0.08 + 0.3 * u["fluid"]
     else:
-        means |= {"fluid": torch.ones_like(u["air"]), "cortex": 0.42 + 0.25 * u["cortex"]}
-        means["white"] = means["cortex"] * (0.6 + 0.28 * u["white"])
-    white, cortex, fluid = means["white"], means["cortex"], means["fluid"]
-    for tissue in ("thalamus", "brain_stem", "ventral_dc"):
-        means[tissue] = between(tissue, white, cortex) * (0.9 + 0.15 * u["accumbens"])
-    for tissue in ("caudate", "putamen", "pallidum", "hippocampus", "amygdala", "accumbens"):
+        cortex, fluid = 0.35 + 0.32 * u["cortex"], one
+        white = cortex * (0.6 + 0.28 * u["white"])
+    stem = 0.9 + 0.15 * u["accumbens"]
+    means = {"white": white, "cortex": cortex, "fluid": fluid}
+    means |= {tissue: between(tissue, white, cortex) * stem for tissue in ("thalamus", "brain_stem", "ventral_dc")}
+    for tissue in ("caudate", "putamen", "hippocampus", "amygdala", "accumbens"):
         means[tissue] = between(tissue, white, cortex, 0.4, 1.15)
-    iron = between("pallidum", white, 0.6 * white)  # darkens the pallidum where T2 weighs
-    means["pallidum"] = iron if contrast in ("flair", "t2") else between("pallidum", white, cortex, 0.0, 0.6)
     means |= {
+        # Iron darkens the pallidum where T2 weighs.
+        "pallidum": between(
+            "pallidum", white, 0.6 * white if contrast in ("flair", "t2") else white + 0.6 * (cortex - white)
+        ),
         "cerebellar_white": white * (0.92 + 0.16 * u["cerebellar_white"]),
         "cerebellar_cortex": cortex * (0.88 + 0.2 * u["cerebellar_cortex"]),
         "chiasm": white * (0.8 + 0.3 * u["chiasm"]),
-        "choroid": between("choroid", fluid, torch.full_like(fluid, 1.2)),
+        "choroid": between("choroid", fluid, 1.2 * one),
         "vessel": between("vessel", fluid, white),
         "outer_fluid": fluid * (0.85 + 0.3 * u["outer_fluid"]),
         "cord": means["brain_stem"] * (0.9 + 0.2 * u["cord"]),
         "nerve": white * (0.7 + 0.4 * u["nerve"]),
-        "eye": fluid * (0.7 + 0.5 * u["eye"]),
-        "soft": 0.15 + 1.0 * u["soft"],
+        "eye": fluid * (0.7 + 0.9 * u["eye"]),
+        "soft": 0.15 + 1.9 * u["soft"] ** 1.5,
         "mucosa": 0.3 + 1.0 * u["mucosa"],
-        "skin": 0.2 + 1.2 * u["skin"],
+        "skin": 0.2 + 1.8 * u["skin"],
         "vein": 0.05 + 1.1 * u["vein"],
         "marrow": 0.15 + 1.2 * u["marrow"],
         "bone": 0.2 * u["bone"],
         "air": 0.02 * u["air"],
     }
-    outside = [TISSUES.index(tissue) for tissue in ("soft", "mucosa", "skin", "marrow")]
-    deviations[:, outside] += 0.12  # fat, muscle and vessels in one
-    return torch.stack([means[tissue] for tissue in TISSUES], 1), deviations
+    return torch.stack([means[tissue] for tissue in TISSUES], 1)
 
 
 # Numbers that keys of subjects are made of with a seed, apart from those of training samples.
@@ -527,20 +595,15 @@ def write_heads(
     if folder.exists():
         raise FileExistsError(f"`folder` {folder} exists: choose another one or delete it first.")
     maps = read_label_maps(label_maps).to(device)
-    held = max(1, len(maps) // 10) if len(maps) >= 3 else 0
-    train = len(maps) - 2 * held
-    ranges = {"train": (0, train), "validation": (train, held), "test": (train + held, held)}
-    if not held:
-        ranges = dict.fromkeys(ranges, (0, len(maps)))
+    ranges = split_maps(len(maps))
     kinds = [None, *LESIONS]
     plan = [("train", None)] * subjects + [(s, kinds[i % 4]) for s in ("validation", "test") for i in range(tested)]
     with making_folder(folder) as unfinished:
         names: dict[str, list[str]] = {split: [] for split in ranges}
         for number, (split, lesion) in enumerate(tqdm(plan, desc="heads", unit="subject", disable=not progress)):
             name = f"{lesion or 'healthy'}_{number:05d}"
-            first, count = ranges[split]
             keys = make_keys(seed, number, _SUBJECT, device)
-            chosen = first + integers(fold_in(keys, _CHOICE), count)
+            chosen = ranges[split][0] + integers(fold_in(keys, _CHOICE), len(ranges[split]))
             _save_head(unfinished / name, maps, chosen, keys, contrasts, lesion, skull)
             names[split].append(name)
         (unfinished / "splits").mkdir()

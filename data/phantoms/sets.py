@@ -19,14 +19,12 @@ from ..prepare import prepare_recipe, read_recipe, read_rules
 from ..shards import code_digest
 from .brains import PHANTOM_SETS, SET_SEED, write_phantom
 from .head_maps import write_head_maps
-from .heads import write_heads
+from .heads import HEADS, write_heads
 from .nodules import RATER_SETS, write_rater_phantom
 
 
 # Every set that is made and not read; those with several annotations are pictures.
 PHANTOMS = (*PHANTOM_SETS, *RATER_SETS)
-# How the source of a recipe calls synthetic heads.
-HEADS = "synthetic heads"
 # Label maps that need no folder.
 BUILTIN = "builtin"
 

@@ -1,0 +1,52 @@
+"""Finds the brain of a scan that comes without a mask."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.ndimage
+
+from ..models.brain_extractor import BrainExtractor
+from ..volumes.volume import InputVolume
+
+
+# How the mask of a scan came about: it was given; found by the brain extractor; the scan came without skull; by the
+# rules of the processor, voxels above the background, or all of them.
+BRAIN_ORIGINS = ("given", "extracted", "stripped", "nonzero", "none")
+
+# Share of the border's voxels that are background, and of the others that are brain, in a scan without skull: of whole
+# heads and necks the brain is a third, of slabs above the ears less than two thirds.
+_BORDER, _BRAIN = 0.9, 0.75
+
+
+def find_brain(extractor: BrainExtractor, volume: InputVolume) -> tuple[np.ndarray, str]:
+    """
+    Finds the brain in a scan. One whose skull is off already is left alone: its mask is where it is not background.
+
+    Returns:
+        the mask `(X, Y, Z)`, bool, and how it came about: `"extracted"` or `"stripped"`.
+
+    Raises:
+        ValueError: The scan is a picture or a single slice, or no brain was found.
+    """
+    images = list(volume.arrays.values())
+    if min(volume.shape) < 2:
+        raise ValueError(
+            f"{volume.name} is a single slice, and the brain is found in whole volumes: give its mask, `brain_mask=...`."
+        )
+    brain = extractor.find_brain(images, volume.affine)
+    if not brain.any():
+        raise ValueError(f"{volume.name}: no brain was found. Give its mask, `brain_mask=...`.")
+    backgrounds, shares = zip(*map(_find_background, images), strict=True)
+    if min(shares) < _BORDER:
+        return brain, "extracted"
+    signal = np.any([image != background for image, background in zip(images, backgrounds, strict=True)], axis=0)
+    if (signal & brain).sum() < _BRAIN * signal.sum():
+        return brain, "extracted"
+    return scipy.ndimage.binary_fill_holes(signal), "stripped"
+
+
+def _find_background(image: np.ndarray) -> tuple[np.float32, float]:
+    """The most frequent value on the six faces of `(X, Y, Z)`, and its share of them."""
+    faces = [np.take(image, (0, -1), axis).ravel() for axis in range(3)]
+    values, counts = np.unique(np.concatenate(faces), return_counts=True)
+    return values[counts.argmax()], float(counts.max() / counts.sum())
