@@ -54,11 +54,14 @@ def take_start(options: TrainOptions, objective_class: type[Objective]) -> tuple
 
 def load_start(objective: Objective, pipeline: AnomalyPipeline, name: str) -> None:
     """Gives the network of an objective the weights of the pipeline that is called `name`, whose processor must be
-    that of the data."""
+    that of the data. Its brain extractor, if it has one, goes with the result."""
     check_part(pipeline.unet, "train.init_from", name)
     objective.processor.check_equal(pipeline.processor.settings(), f"the pipeline of `train.init_from` {name}")
     network: torch.nn.Module = objective.make_pipeline(objective.model).unet
     network.load_state_dict(pipeline.unet.state_dict())
+    extractor = pipeline.components.get("brain_extractor")
+    if extractor is not None:
+        objective.inference = {**objective.inference, "brain_extractor": extractor}
 
 
 def _plain(values: dict) -> dict:

@@ -88,7 +88,7 @@ def prepare_heads(
     Makes synthetic heads of label maps and prepares them, as [`~data.prepare.prepare_recipe`] does.
 
     Args:
-        label_maps: As in [`~data.phantoms.heads.write_heads`], or `"builtin"`, see [`label_map_folder`].
+        label_maps: As in [`~data.phantoms.heads.write_heads`], or `"builtin"`, see [`locate_label_maps`].
         subjects, contrasts: As in [`~data.phantoms.heads.write_heads`].
         recipe: Instead of the packaged one, `heads`, whose modalities are the contrasts.
         raw: As in [`prepare_phantom`].
@@ -103,7 +103,7 @@ def prepare_heads(
     recipe["processor"] = {**recipe["processor"], "modalities": list(contrasts)}
     recipe["source"] = f"{HEADS} of anodiff, {', '.join(contrasts)}, label maps {Path(label_maps).resolve().name}"
     options = {"subjects": subjects, "contrasts": tuple(contrasts), **options}
-    label_maps = label_map_folder(label_maps)
+    label_maps = locate_label_maps(label_maps)
     key = hashlib.sha256(json.dumps([str(label_maps.resolve()), repr(options)]).encode()).hexdigest()[:16]
 
     def make(folder: Path) -> None:
@@ -158,7 +158,7 @@ def cached_phantom(name: str) -> Path:
     return folder
 
 
-def label_map_folder(label_maps: str | Path, progress: bool = True) -> Path:
+def locate_label_maps(label_maps: str | Path, progress: bool = True) -> Path:
     """Returns the folder of label maps that is named; of `"builtin"`, unless there is a folder of that name, one in the
     cache of `datasets` with six maps of [`~data.phantoms.head_maps.write_head_maps`], which is made first if it is not
     there."""

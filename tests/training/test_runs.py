@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from anodiff import AnomalyPipeline
+from anodiff import AnoDDPMPipeline, AnomalyPipeline, BrainExtractor
 from anodiff.data.prepare import prepare
 from anodiff.data.readers.subjects import Subject
 from anodiff.files import lock_folder
@@ -446,9 +446,13 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def start(train, tmp_path):
-    """A pipeline folder of an earlier run."""
-    run = train(2, scheduler={"wavelength": 4.0, "octaves": 2}, inference={"noise_level": 7, "threshold": 0.5})
-    return run.rename(tmp_path / "earlier") / "pipeline"
+    """The pipeline of an earlier run, with values of its own and a brain extractor."""
+    run = train(2, scheduler={"wavelength": 4.0, "octaves": 2})
+    folder = run.rename(tmp_path / "earlier") / "pipeline"
+    parts = AnomalyPipeline.from_pretrained(folder).components
+    parts["brain_extractor"] = BrainExtractor(block_out_channels=(4,))
+    AnoDDPMPipeline(**parts, noise_level=7, threshold=0.5).save_pretrained(folder)
+    return folder
 
 
 def test_a_run_begins_with_the_weights_of_a_pipeline(train, start, tmp_path):
@@ -460,7 +464,7 @@ def test_a_run_begins_with_the_weights_of_a_pipeline(train, start, tmp_path):
         AnomalyPipeline.from_pretrained(run / "pipeline"),
     )
     assert (pipe.scheduler.config.wavelength, pipe.config.noise_level, pipe.config.threshold) == (4.0, 7, None)
-    assert options["train"]["init_from"] == str(start)
+    assert pipe.brain_extractor is not None and options["train"]["init_from"] == str(start)
     assert options["unet"]["norm_num_groups"] == 4 and options["scheduler"]["octaves"] == 2
     card = (run / "pipeline/README.md").read_text()
     assert "Begun with the weights of pipeline." in card and str(tmp_path) not in card
