@@ -9,7 +9,7 @@ DEMO_TESTED ?= 4
 DEMO_HALF ?= 50
 DEMO_STEPS ?= 100
 
-.PHONY: demo test quality style types benchmark hub clean
+.PHONY: demo test quality style types benchmark hub publish clean
 
 # The virtual environment, made anew whenever a pinned version changes.
 $(BIN)/.installed: setup.cfg constraints.txt
@@ -72,6 +72,10 @@ benchmark: $(BIN)/.installed
 # A Hub on this machine to try push and pull with; docs/hub.md.
 hub: $(BIN)/.installed
 	$(BIN)/python tests/hub_server.py --port 8765
+
+# Pushes the checkpoints that come with the package: make publish OWNER=name; docs/hub.md.
+publish: $(BIN)/.installed
+	$(BIN)/python publish.py --owner "$(OWNER)" $(ARGS)
 
 clean:
 	rm -rf $(VENV) .types outputs

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "fit one method",
     "eval": "score methods under one protocol",
     "predict": "maps for new scans",
+    "models": "checkpoints that come with the package",
     "strip": "scans without their skull",
     "convert": "checkpoint of an original program -> pipeline folder",
 }
@@ -22,7 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        script = importlib.import_module(f"anodiff.{argv[0]}")
+        # `anodiff.models` is the package of networks.
+        name = "list_models" if argv[0] == "models" else argv[0]
+        script = importlib.import_module(f"anodiff.{name}")
         return run_script(lambda: script.main(argv[1:]), script.GO_ON)
     usage = "\n".join(
         [

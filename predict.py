@@ -1,5 +1,6 @@
 """Anomaly maps of new scans, or ensembles of segmentations (CIMD).
 
+python predict.py scan.nii.gz -o out                     # with the checkpoint of this package that fits the scan
 python predict.py --model owner/anoddpm-flair scan.nii.gz -o out
 python predict.py --model outputs/train/pipeline scans/ -o out --brain brain.nii.gz
 python predict.py --model owner/two-modalities patient1/ patient2/ -o out    # flair.nii.gz, t1.nii.gz in each folder
@@ -44,7 +45,10 @@ class PredictOptions:
 
     scans: list[str] = field(default_factory=list)
     model: str = ""
-    """Pipeline folder or Hub id."""
+    """Pipeline folder, Hub id, or name of a checkpoint that comes with the package (`anodiff models` lists them); by
+    default the one of these that fits the modality."""
+    modality: str | None = None
+    """What the scans are, flair, t1, t2, ..., where no model is named and their names do not say it."""
     output: str = "outputs/predict"
     """Folder that gets one folder per scan (also -o)."""
     brain: str | None = None
@@ -72,8 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(
         PredictOptions, argv, prog="predict.py", description=__doc__, positional="scans", shorthands=shorthands
     )
-    if not options.model:
-        raise ValueError("`--model` is missing: a pipeline folder or a Hub id.")
+    if options.model and options.modality:
+        raise ValueError("`--modality` chooses a model where none is named: leave it out with `--model`.")
     if not options.scans:
         raise ValueError("no scan given: files, or folders of scans.")
     if options.dispersion < 0 or options.dispersion == 1:
@@ -86,17 +90,19 @@ def main(argv: list[str] | None = None) -> int:
     from anodiff.volumes.scans import find_scans
 
     device = find_device(options.device)
-    pipeline = load_pipeline(options.model).to(device)
+    model, modality, record = (options.model, None, {}) if options.model else choose_model(options)
+    pipeline = load_pipeline(model).to(device)
     if options.dispersion:
         check_dispersion(pipeline, options.dispersion)
     check_keys("inference", options.inference, pipeline.default_settings(), type(pipeline).__name__)
     modalities = list(pipeline.processor.config.modalities)
-    scans, failed = find_scans(options.scans, modalities, options.brain, options.output)
+    wanted = modalities if modality is None else [modality]
+    scans, failed = find_scans(options.scans, wanted, options.brain, options.output)
     pipeline.set_progress_bar_config(leave=False)
     done = 0
     for scan in tqdm(scans, desc="scans", disable=len(scans) < 2):
         try:
-            origin = predict_scan(pipeline, scan, options)
+            origin = predict_scan(pipeline, scan, options, record)
             done += 1
             tqdm.write(f"{scan.name}: {_ORIGINS[origin]}")
         except Exception as error:  # noqa: BLE001 (whatever is wrong with one scan, the others are still wanted)
@@ -105,6 +111,24 @@ def main(argv: list[str] | None = None) -> int:
     for name, reason in failed:
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def choose_model(options: PredictOptions) -> tuple[str, str | None, dict]:
+    """Chooses the shipped checkpoint for the scans, and says so; returns its folder, the modality of the scans, if it
+    is known, and what the results record of the choice."""
+    from anodiff.hub import shipped
+    from anodiff.volumes.scans import find_modality, name_modality
+
+    if options.modality:
+        modality = name_modality(options.modality)
+        reason = f"`--modality` says {modality}"
+    else:
+        modality = find_modality(options.scans, options.brain, options.output)
+        reason = "no name of a scan says a modality" if modality is None else f"the name of the scan says {modality}"
+    name, fits = shipped.choose_shipped(modality)
+    reason = f"{reason}: {fits}"
+    print(f"Model: {name}, as {reason}.")
+    return str(shipped.SHIPPED / name), modality, {"model": name, "model_chosen": reason}
 
 
 def find_device(name: str | None):
@@ -134,9 +158,9 @@ def load_pipeline(model: str):
         raise ValueError(f"{model} cannot be loaded: {text}") from error
 
 
-def predict_scan(pipeline, scan, options: PredictOptions) -> str:
-    """Writes the result of one scan, and its pictures, into a folder of its own; returns how its brain mask came
-    about."""
+def predict_scan(pipeline, scan, options: PredictOptions, record: dict) -> str:
+    """Writes the result of one scan, and its pictures, into a folder of its own; `record` goes into its settings. Returns
+    how its brain mask came about."""
     from anodiff.evaluation.overview import draw_members, draw_overview
     from anodiff.files import lock_folder
     from anodiff.pipelines.dispersion import disperse
@@ -166,9 +190,13 @@ def predict_scan(pipeline, scan, options: PredictOptions) -> str:
         threshold=options.threshold,
         **options.inference,
     )
-    plane = pipeline.processor.config.plane
-    spread = disperse(pipeline, scan.volume, options.dispersion, **arguments) if options.dispersion else None
-    result = pipeline(scan.volume, **arguments) if spread is None else spread.first
+    plane, volume = pipeline.processor.config.plane, scan.volume
+    if isinstance(volume, dict):
+        # A network for any contrast has another name for it.
+        volume = dict(zip(pipeline.processor.config.modalities, volume.values(), strict=True))
+    spread = disperse(pipeline, volume, options.dispersion, **arguments) if options.dispersion else None
+    result = pipeline(volume, **arguments) if spread is None else spread.first
+    result.settings |= record
     draw = draw_overview if isinstance(result, AnomalyOutput) else draw_members
     # The record of the result, which marks the scan as done, comes last.
     with lock_folder(folder):

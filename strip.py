@@ -30,7 +30,7 @@ class StripOptions:
     output: str | None = None
     """Folder for the results (also -o); beside each scan by default."""
     model: str = "brain-extractor"
-    """Folder or Hub id of the brain extractor."""
+    """Folder, Hub id or name (of one that comes with the package) of the brain extractor."""
     overwrite: bool = False
     """Replace files that are already there."""
 
@@ -48,11 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     from tqdm.auto import tqdm
 
     from anodiff import BrainExtractor
+    from anodiff.hub.shipped import locate
     from anodiff.volumes.scans import find_scans
 
     scans, failed = find_scans(options.scans, ["image"], None, options.output)
     try:
-        extractor = BrainExtractor.from_pretrained(options.model)
+        extractor = BrainExtractor.from_pretrained(locate(options.model))
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{options.model} cannot be loaded: {text}") from error

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..files import read_text
+from .shipped import ANY
 
 
 # Without these, a number cannot be compared with anybody's.
@@ -49,6 +51,7 @@ def make_card(
     data_summary: dict[str, dict[str, int]] | None = None,
     evaluation: dict | None = None,
     training: str | None = None,
+    limits: Sequence[str] = (),
     picture: tuple[str, str] | None = None,
     licence: str = "other",
 ) -> ModelCard:
@@ -65,6 +68,7 @@ def make_card(
         data_summary (`dict`, *optional*): Counts per split, such as `{"train": {"subjects": 20, "slices": 900}}`.
         evaluation (`dict`, *optional*): Report of `eval.py`; [`add_evaluation`] adds more of them.
         training (`str`, *optional*): A sentence on steps, time and hardware of the training.
+        limits (sequence of `str`): What else is to be known before it is used, a sentence each.
         picture (`tuple[str, str]`, *optional*):
             File in the repository and what it shows. Nothing but phantoms and images that everybody may see.
         licence (`str`): Of the weights, an identifier of the Hub (https://hf.co/docs/hub/repositories-licenses).
@@ -74,6 +78,7 @@ def make_card(
     method, paper = _method_text(type(pipeline))
     processor = pipeline.processor.settings()
     modalities = processor["modalities"]
+    strips = pipeline.components.get("brain_extractor") is not None
     inference = {
         key: value
         for key, value in pipeline.config.items()
@@ -82,7 +87,7 @@ def make_card(
 
     tags = ["anodiff", pipeline.task, "medical-imaging", "diffusion"]
     tags += ["brain-mri"] if MRI_MODALITIES.issuperset(modalities) else []
-    tags += [modality for modality in modalities if modality != "image"]
+    tags += [modality for modality in modalities if modality not in ANY]
     card_data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="image-segmentation",
@@ -101,7 +106,8 @@ def make_card(
         method=method,
         paper=paper,
         source=repo_id or ".",
-        volume=_quick_start_volume(modalities, processor["brain_mask"] == "given"),
+        volume=_quick_start_volume(modalities, processor["brain_mask"] == "given" and not strips),
+        strips=strips,
         recipe=recipe or {},
         counts=data_summary or {},
         population=population,
@@ -110,6 +116,7 @@ def make_card(
         cell=_cell,
         evaluation=NOT_EVALUATED,
         training=training,
+        limits=limits,
         picture=picture,
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip() if config else None,
         licence=licence if licence != "other" else "none was chosen; ask whoever published them",
@@ -142,7 +149,7 @@ def add_evaluation(
         raise ValueError(
             f"`evaluation` lacks the protocol field(s) {', '.join(missing)}: evaluate again with eval.py."
         )
-    own, results, data = _own_result(evaluation, repo_id), evaluation["results"], evaluation["data"]
+    own, results, data = own_result(evaluation, repo_id), evaluation["results"], evaluation["data"]
     # One row per metric and one column per model: there are many metrics, and a baseline does not have all of them.
     table = {
         metric.replace("_", " "): [_number(row["metrics"].get(metric)) for row in results]
@@ -173,7 +180,7 @@ def add_evaluation(
         text = text.replace(END_OF_EVALUATIONS, f"{section}\n\n{END_OF_EVALUATIONS}")
     if repo_id:
         # A card that was made before the pipeline had an address.
-        text = text.replace('.from_pretrained(".")', f'.from_pretrained("{repo_id}")')
+        text = move_card(text, ".", repo_id)
     metadata = card.data
     others = [
         result
@@ -184,6 +191,12 @@ def add_evaluation(
     if repo_id or metadata.get("model_name") is None:
         metadata.model_name = (repo_id or own["name"]).split("/")[-1]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}")
+
+
+def move_card(text: str, source: str, target: str) -> str:
+    """Returns the text of a card whose quick start loads `target` instead of `source`."""
+    text = text.replace(f'.from_pretrained("{source}")', f'.from_pretrained("{target}")')
+    return text.replace(f"predict --model {source} ", f"predict --model {target} ")
 
 
 def _method_text(pipeline_class: type) -> tuple[str, str]:
@@ -200,12 +213,14 @@ def _method_text(pipeline_class: type) -> tuple[str, str]:
 
 def _quick_start_volume(modalities: list[str], needs_brain_mask: bool) -> str:
     if len(modalities) == 1 and not needs_brain_mask:
-        return '"scan.nii.gz"' if modalities == ["image"] else f'"scan_{modalities[0]}.nii.gz"'
+        return '"scan.nii.gz"' if modalities[0] in ANY else f'"scan_{modalities[0]}.nii.gz"'
     names = [*modalities, "brain"] if needs_brain_mask else modalities
     return "{" + ", ".join(f'"{name}": "scan_{name}.nii.gz"' for name in names) + "}"
 
 
-def _own_result(evaluation: dict, repo_id: str | None) -> dict:
+def own_result(evaluation: dict, repo_id: str | None) -> dict:
+    """Returns the row of a report that is of this pipeline: its only pipeline, or the one whose `model` is `repo_id`;
+    raises a `ValueError` if there is none."""
     pipelines = [row for row in evaluation["results"] if row["kind"] == "pipeline"]
     own = pipelines if len(pipelines) == 1 else [row for row in pipelines if row["model"] == repo_id]
     if len(own) != 1:

@@ -14,6 +14,7 @@ from packaging.version import Version
 from .. import __version__
 from ..files import read_json, read_text, sha256, write_json
 from .connection import broken_off, persist
+from .shipped import locate, shared_folders
 
 
 # In model_index.json: the SHA-256 of the files of the components, by their paths. diffusers leaves the key alone.
@@ -28,7 +29,7 @@ def read_model_index(source: str | os.PathLike, **hub_arguments) -> dict:
     Reads `model_index.json` of a saved pipeline and makes sure that this version of the library may load it.
 
     Args:
-        source (`str` or `os.PathLike`): Folder, or id of a Hub repository.
+        source (`str` or `os.PathLike`): Folder, id of a Hub repository, or name of a shipped checkpoint.
         hub_arguments: `revision`, `token`, `cache_dir`, ... of `huggingface_hub.hf_hub_download`.
 
     Raises:
@@ -119,9 +120,11 @@ def check_sums(source: str | os.PathLike, folder: str | os.PathLike, given: Coll
     Raises:
         ValueError: A file is another one.
     """
+    shared = shared_folders(folder)
     for name, wanted in read_json(Path(folder) / "model_index.json").get(SUMS, {}).items():
-        path = Path(folder, name)
-        if name.split("/")[0] not in given and path.is_file() and sha256(path) != wanted:
+        component, _, file = name.partition("/")
+        path = shared[component] / file if component in shared else Path(folder, name)
+        if component not in given and path.is_file() and sha256(path) != wanted:
             raise ValueError(
                 f"{name} of {source} is not the file that was saved with it: its SHA-256 differs from that in"
                 " model_index.json. It was damaged or altered: fetch it again (`force_download=True`), or take another"
@@ -132,8 +135,9 @@ def check_sums(source: str | os.PathLike, folder: str | os.PathLike, given: Coll
 def fetch(source: str | os.PathLike, name: str, **hub_arguments) -> Path | None:
     """Returns the path of a file of a saved pipeline, or `None` where the pipeline has no such file. Arguments and
     errors as of [`read_model_index`]."""
-    if Path(source).is_dir():
-        path = Path(source) / name
+    folder = locate(source)
+    if Path(folder).is_dir():
+        path = Path(folder) / name
         return path if path.is_file() else None
     # The order matters: some of these errors are kinds of others.
     try:

@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 from ..files import read_json, read_text, replacing, write_text
 from .connection import persist
 from .model_index import complete_index
+from .shipped import shared_folders
 
 
 # What a run leaves in a folder for itself.
@@ -203,11 +204,15 @@ def push_folder(
 
     Raises:
         FileNotFoundError: There is no such folder.
+        ValueError: It is a shipped checkpoint that shares components with others, so not whole.
         PublishingError: Anything else: no token, no connection, a server that refuses or breaks off, no card.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
+    shared = shared_folders(folder)
+    if shared:
+        raise ValueError(f"{folder} has no {', '.join(shared)} of its own: `publish.py` pushes it whole.")
     arguments = {"repo_id": repo_id, "folder_path": folder, "repo_type": repo_type, "commit_message": commit_message}
     try:
         url = open_repository(repo_id, private=private, token=token, repo_type=repo_type)

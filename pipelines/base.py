@@ -25,6 +25,7 @@ from ..files import read_text, replacing
 from ..hub.configuration import PlainConfigMixin, plain
 from ..hub.connection import broken_off, persist
 from ..hub.model_index import check_processor, check_sums, complete_index, read_model_index
+from ..hub.shipped import load_shared, locate
 from ..models.brain_extractor import BrainExtractor
 from ..schedulers.draws import DRAWS_VERSION, fold_in, make_keys
 from ..volumes.processor import ProcessedVolume
@@ -172,11 +173,21 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Loads a pipeline as `DiffusionPipeline.from_pretrained`; on this base class, the subclass that the
-        checkpoint names.
+        """
+        Loads a pipeline as `DiffusionPipeline.from_pretrained`; on this base class, the subclass that the checkpoint
+        names.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                Folder, id of a Hub repository (`"owner/name"`), or the bare name of a checkpoint that comes with the
+                package (`"anoddpm-flair"`; `anodiff models` lists them), for which no request is made. A folder of
+                that name wins.
+            kwargs:
+                As of diffusers: components, `dtype` (float32 by default, whatever the weights are stored in),
+                `device_map`, `revision`, `token`, `local_files_only`, ...
 
         Raises:
-            FileNotFoundError: There is no such folder or repository, or no pipeline in it.
+            FileNotFoundError: There is no such folder, repository or shipped checkpoint, or no pipeline in it.
             ValueError:
                 The checkpoint is no pipeline of this library, has no processor, was made by a newer version, or holds
                 a file that is not the one that was saved.
@@ -196,9 +207,12 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
                 )
             if "processor" not in kwargs:
                 check_processor(pretrained_model_name_or_path, index, **hub_arguments)
-            if Path(pretrained_model_name_or_path).is_dir():
-                check_sums(pretrained_model_name_or_path, pretrained_model_name_or_path, kwargs)
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            source = locate(pretrained_model_name_or_path)
+            if Path(source).is_dir():
+                check_sums(pretrained_model_name_or_path, source, kwargs)
+                loading = {key: kwargs[key] for key in ("dtype", "device_map") if key in kwargs}
+                kwargs |= load_shared(source, index, kwargs, **loading)
+            return super().from_pretrained(source, **kwargs)
         pipelines = [public for public in anodiff.__all__ if public.endswith("Pipeline") and public != cls.__name__]
         if name not in pipelines:
             raise ValueError(

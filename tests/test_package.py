@@ -22,7 +22,7 @@ ROOMS = (
     ("pipelines", "data"),
     ("training", "evaluation"),
     ("convert",),
-    ("train", "eval", "predict", "preprocess", "strip", "benchmark", "__main__"),
+    ("train", "eval", "predict", "preprocess", "strip", "list_models", "ship", "publish", "benchmark", "__main__"),
 )
 
 

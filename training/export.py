@@ -26,9 +26,9 @@ from .options import LoopOptions, TrainOptions
 from .state import Run, plain
 
 
-# Last line of a card that a training wrote: the SHA-256 of what stands above, by which it knows that nobody has
+# Last line of a card that a training, or `publish.py`, wrote: the SHA-256 of what stands above, by which it knows that nobody has
 # changed it.
-_SEAL = "<!-- written by train.py, SHA-256 {} -->\n"
+_SEAL = "<!-- written by anodiff, SHA-256 {} -->\n"
 
 
 def check_picture(loop: LoopOptions) -> None:
@@ -104,7 +104,7 @@ def choose_card(folder: Path) -> Callable[[str | None], str]:
     own = read_text(folder / "README.md")
 
     def choose(there: str | None) -> str:
-        if there is None or there == own or _is_untouched(there):
+        if there is None or there == own or is_untouched(there):
             return own
         print(
             f"The card that the repository has is not, or not as it is, of a training: it stays, also in {folder}. For"
@@ -132,7 +132,7 @@ def _write(run: Run, model: torch.nn.Module, folder: Path) -> None:
             f" {options.method}\n\n{parts}, made by anodiff. {_training_record(run)} Research use only, not a"
             " medical device.\n"
         )
-        write_text(folder / "README.md", _seal(card))
+        write_text(folder / "README.md", seal(card))
         return
     splits = {"train": run.train_split, "validation": run.validation_split}
     card = make_card(
@@ -150,7 +150,7 @@ def _write(run: Run, model: torch.nn.Module, folder: Path) -> None:
         picture=_example(run, folder),
         licence=options.train.hub_licence,
     )
-    complete_folder(folder, _seal(str(card)))
+    complete_folder(folder, seal(str(card)))
 
 
 def _take_over(old: Path, new: Path, written: dict[str, str]) -> list[str]:
@@ -159,7 +159,7 @@ def _take_over(old: Path, new: Path, written: dict[str, str]) -> list[str]:
     with it, too, as it speaks of it."""
     coming = _files(new)
     theirs = {name: path for name, path in _files(old).items() if written.get(name) != sha256(path)}
-    if "README.md" in theirs and _is_untouched(read_text(theirs["README.md"])):
+    if "README.md" in theirs and is_untouched(read_text(theirs["README.md"])):
         del theirs["README.md"]
     changed = [name for name in theirs if name in coming and name != "README.md"]
     taken = {name: path for name, path in theirs.items() if name not in coming}
@@ -189,15 +189,16 @@ def _old_name(folder: Path) -> Path:
     return folder.with_name(f".old.{folder.name}")
 
 
-def _seal(card: str) -> str:
+def seal(card: str) -> str:
+    """Returns a card with the last line that says that nobody has changed it, as [`is_untouched`] finds out."""
     text = card.rstrip() + "\n\n"
     return text + _SEAL.format(hashlib.sha256(text.encode()).hexdigest())
 
 
-def _is_untouched(card: str) -> bool:
-    """Tells whether a card is as a training wrote it."""
+def is_untouched(card: str) -> bool:
+    """Tells whether a card is as it was sealed."""
     text = re.sub(rf"{_SEAL.format('[0-9a-f]{64}').strip()}\s*\Z", "", card)
-    return card.rstrip() == _seal(text).rstrip()
+    return card.rstrip() == seal(text).rstrip()
 
 
 def _training_record(run: Run) -> str:

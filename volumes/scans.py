@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,6 +126,60 @@ def find_scans(
             continue
         scans.append(Scan(name, volume, reader.brain_of(source), source))
     return scans, failed
+
+
+def name_modality(spelling: str) -> str:
+    """Returns the name of a modality, the first of its line in `ALIASES`, for any spelling of it (`T1w` is `t1`);
+    raises a `ValueError` if there is no such line."""
+    line = next((line for line in ALIASES if _joined(spelling) in line), None)
+    if line is None:
+        known = ", ".join(line[0] for line in ALIASES)
+        raise ValueError(f"`modality` must be one of {known}, or another spelling of one of these, got {spelling!r}.")
+    return line[0]
+
+
+def find_modality(paths: list[str], brain: str | None = None, output: str | os.PathLike | None = None) -> str | None:
+    """
+    Finds the modality that the names of scans say.
+
+    Args:
+        paths, brain, output: As of [`find_scans`].
+
+    Returns:
+        `str`: As of [`name_modality`]; `None` if no name says one.
+
+    Raises:
+        ValueError: They are of several modalities, or some name one and others, outside of its folder, do not.
+    """
+    reader = _Reader([ALIASES[0][0]], brain, None if output is None else os.path.abspath(output))
+    said: dict[str | None, Path] = {}
+    groups: list[list[Path]] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            groups.append([path])
+            continue
+        # A folder that may not be read is listed by `find_scans`.
+        with suppress(OSError):
+            listing = reader.contents(path)
+            groups.append(listing.files)
+            groups += [reader.contents(folder).files for folder in listing.folders]
+    for files in groups:
+        found: dict[str | None, Path] = {}
+        for file in files:
+            modality, rest = reader.split(file)
+            if not MASKS & set(rest):
+                for name in modality.split(" and ") if modality else [None]:
+                    found.setdefault(name, file)
+        if len(found) > 1:
+            found.pop(None, None)  # what lies beside scans with a name is none
+        said = found | said
+    if len(said) > 1:
+        names = " and ".join(f"{modality or 'unknown'} ({file})" for modality, file in said.items())
+        raise ValueError(
+            f"The scans are of several modalities, by their names: {names}. Say by `--modality` which are meant, or name"
+            " a model by `--model`."
+        )
+    return next(iter(said), None)
 
 
 class _Reader:

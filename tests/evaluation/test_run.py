@@ -28,10 +28,12 @@ from anodiff.evaluation.options import EvalOptions
 from anodiff.evaluation.protocols import PROTOCOLS, pooled
 from anodiff.evaluation.run import evaluate
 from anodiff.files import lock_folder
+from anodiff.hub import shipped
 from anodiff.hub.model_card import PROTOCOL_FIELDS
 from anodiff.hub.publishing import PublishingError
 from anodiff.running import run_script
 from anodiff.schedulers.draws import DRAWS_VERSION
+from anodiff.ship import main as ship
 
 
 SIZE = 16
@@ -122,6 +124,30 @@ def test_every_picture_has_noise_of_its_own(place):
 @pytest.fixture(scope="module")
 def volumes_report(place):
     return evaluate(options(place, "volumes", "out-volumes", keep_maps=True))
+
+
+def test_a_checkpoint_of_the_package_is_evaluated_by_its_name_and_shipped_with_the_report(
+    place, volumes_report, monkeypatch, near_hub
+):
+    monkeypatch.setattr(shipped, "SHIPPED", place / "checkpoints")
+    given = ["--model", str(place / "model"), "--name", "tiny", "--purpose", "Lesions"]
+    threshold = f"{place / 'out-volumes' / 'report.json'}"
+    ship([*given, "--output", str(place / "checkpoints"), "--synthetic", threshold])
+    report = evaluate(
+        EvalOptions(model=["tiny"], data=str(place / "volumes"), output_dir=str(place / "out-tiny"), baselines=False)
+    )
+    (row,) = report["results"]
+    assert row["model"] == "tiny" and row["commit"] is None and near_hub.requests == []
+    expected = volumes_report["results"][0]["metrics"]
+    assert AnomalyPipeline.from_pretrained("tiny").config.threshold == pytest.approx(expected["threshold_healthy"])
+    assert row["metrics"]["voxel_auroc"] == pytest.approx(expected["voxel_auroc"], abs=0.02)
+    reports = f"[{place / 'out-tiny' / 'report.json'}]"
+    ship([*given, "--output", str(place / "checkpoints"), "--synthetic", threshold, "--reports", reports])
+    record = shipped.list_shipped()["tiny"]
+    assert record["figures"][0]["rows"][shipped.THIS]["AP"] == [row["metrics"]["voxel_average_precision"]]
+    assert record["thresholds"]["synthetic"]["policy"] == "0.05 of the voxels of healthy validation slices"
+    with pytest.raises(ValueError, match="`set_threshold` needs checkpoint folders, got tiny"):
+        evaluate(EvalOptions(model=["tiny"], data=str(place / "volumes"), set_threshold="healthy"))
 
 
 def test_slices_of_a_volume_are_numbered_as_in_a_call(place, volumes_report):

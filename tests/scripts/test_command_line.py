@@ -17,7 +17,7 @@ from anodiff.training.options import TrainOptions
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("preprocess", "train", "eval", "predict", "convert")
+SCRIPTS = ("preprocess", "train", "eval", "predict", "convert", "list_models", "ship", "publish")
 
 
 def python(*arguments) -> subprocess.CompletedProcess:
@@ -43,6 +43,9 @@ def test_console_command(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["predict", "--help"])
     assert stopped.value.code == 0 and "usage: predict.py" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["models", "--help"])
+    assert "usage: models" in capsys.readouterr().out
 
 
 def options(*arguments) -> TrainOptions:

@@ -11,10 +11,13 @@ import torch
 import yaml
 from diffusers import UNet2DModel
 
-from anodiff import AnomalyPipeline
+from anodiff import AnomalyPipeline, BrainExtractor
 from anodiff.evaluation import overview
+from anodiff.hub import shipped
 from anodiff.predict import GO_ON, main
 from anodiff.running import run_script
+from anodiff.ship import main as ship
+from anodiff.strip import main as strip
 
 from ..tiny import make_pipeline, make_volume
 
@@ -253,7 +256,8 @@ def test_a_gpu_where_there_is_none(place, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["scan.nii.gz"], "`--model` is missing"),
+        (["--model", "m", "--modality", "t1", "s.nii"], "`--modality` chooses a model where none is named"),
+        (["--modality", "x-ray", "s.nii"], "`modality` must be one of t1, t1ce, t2, flair, "),
         (["--model", "m"], "no scan given"),
         (["--model", "no/such/folder", "s.nii"], "no/such/folder cannot be loaded: There is no folder no/such/folder"),
         (
@@ -266,6 +270,126 @@ def test_wrong_options_are_one_line(place, capsys, options, message):
     assert run_script(lambda: main(options)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+# --- without `--model`, with checkpoints that come with the package
+
+
+@pytest.fixture
+def checkpoints(tmp_path_factory, monkeypatch):
+    """Shipped checkpoints for FLAIR and for any contrast."""
+    folder = tmp_path_factory.mktemp("shipped")
+    monkeypatch.setattr(shipped, "SHIPPED", folder / "checkpoints")
+    for modality in ("flair", "image"):
+        make_pipeline("AnoDDPMPipeline", (modality,)).save_pretrained(folder / modality)
+        given = ["--model", str(folder / modality), "--name", f"tiny-{modality}", "--purpose", "Lesions"]
+        ship([*given, "--default", "true", "--output", str(folder / "checkpoints")])
+
+
+@pytest.mark.parametrize(
+    ("scans", "options", "model", "reason"),
+    [
+        (["p1_FLAIR.nii.gz"], [], "tiny-flair", "the name of the scan says flair: it is the default for flair"),
+        (
+            ["p1_T1w.nii.gz"],
+            [],
+            "tiny-image",
+            "the name of the scan says t1: it takes any contrast, and none is for t1",
+        ),
+        (
+            ["p1.nii.gz"],
+            [],
+            "tiny-image",
+            "no name of a scan says a modality: it takes any contrast, and the modality",
+        ),
+        (["p1.nii.gz"], ["--modality", "FLAIR"], "tiny-flair", "`--modality` says flair: it is the default for flair"),
+        (
+            ["p1/flair.nii.gz", "p1/t2.nii.gz"],
+            ["--modality", "t2"],
+            "tiny-image",
+            "`--modality` says t2: it takes any",
+        ),
+    ],
+)
+def test_without_a_model_the_one_that_fits_is_taken(
+    place, checkpoints, near_hub, capsys, scans, options, model, reason
+):
+    folder = place(*scans)
+    # A folder of the same name is not meant: nobody has named it.
+    (folder / "tiny-flair").mkdir()
+    assert main([scans[0].split("/")[0], "-o", "out", *options]) == 0
+    assert f"Model: {model}, as {reason}" in capsys.readouterr().out
+    name = scans[0].split("/")[0].removesuffix(".nii.gz")
+    settings = json.loads((folder / "out" / name / "result.json").read_text())["settings"]
+    assert settings["model"] == model and settings["model_chosen"].startswith(reason)
+    assert files(folder / "out") == {f"{name}/{file}" for file in RESULT}
+    assert near_hub.requests == []
+
+
+def test_a_raw_scan_needs_neither_a_model_nor_a_mask(tmp_path, monkeypatch, near_hub, capsys):
+    """The network and the brain extractor lie in the folders of other checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shipped, "SHIPPED", tmp_path / "checkpoints")
+    torch.manual_seed(0)
+    extractor = BrainExtractor(spacing=4.0, block_out_channels=(4, 4))
+    torch.nn.init.constant_(extractor.last.bias, 1.0)
+    extractor.half().save_pretrained("trained/extractor")
+    for name in ("flair", "t1"):
+        settings = {"brain_mask": "given"}
+        make_pipeline("AnoDDPMPipeline", (name,), processor_settings=settings).save_pretrained(f"trained/{name}")
+    for name, shares in (
+        ("extractor", "{}"),
+        ("flair", "{brain_extractor: extractor}"),
+        ("t1", "{unet: flair, brain_extractor: extractor}"),
+    ):
+        given = ["--model", f"trained/{name}", "--name", name, "--purpose", "Lesions", "--shares", shares]
+        assert ship([*given, "--default", str(name != "extractor").lower()]) == 0
+    assert {path.name for path in (tmp_path / "checkpoints" / "t1").iterdir() if path.is_dir()} == {
+        *("scheduler", "processor"),
+    }
+
+    values = np.random.default_rng(0).normal(100, 5, (24, 24, 6)).astype(np.float32)
+    nib.save(nib.Nifti1Image(values, np.diag([8.0, 8.0, 8.0, 1.0])), "raw_T1w.nii.gz")
+    assert main(["raw_T1w.nii.gz", "-o", "out"]) == 0
+    assert files(tmp_path / "out") == {f"raw_T1w/{name}" for name in RESULT | {"brain_mask.nii.gz"}}
+    settings = json.loads((tmp_path / "out" / "raw_T1w" / "result.json").read_text())["settings"]
+    assert settings["model"] == "t1" and settings["brain"] == "extracted"
+    # The same extractor, by its name.
+    assert strip(["raw_T1w.nii.gz", "-o", "stripped", "--model", "extractor"]) == 0
+    masks = [
+        nib.load(path).get_fdata() for path in ("out/raw_T1w/brain_mask.nii.gz", "stripped/raw_T1w_brain_mask.nii.gz")
+    ]
+    assert masks[0].any()
+    np.testing.assert_array_equal(*masks)
+    # What is saved of it is whole.
+    AnomalyPipeline.from_pretrained("t1").save_pretrained("whole")
+    assert AnomalyPipeline.from_pretrained("whole").brain_extractor is not None
+    assert near_hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("scans", "message"),
+    [
+        (["p1/flair.nii.gz", "p1/t1.nii.gz"], "The scans are of several modalities, by their names: flair (p1/flair"),
+        (
+            ["p1_ct.nii.gz"],
+            "No checkpoint that comes with anodiff fits ct: their modalities are flair, image. Name a model",
+        ),
+    ],
+)
+def test_without_a_model_that_fits_nothing_is_done(place, checkpoints, capsys, scans, message):
+    folder = place(*scans)
+    assert run_script(lambda: main([scans[0].split("/")[0], "-o", "out"])) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}") and not (folder / "out").exists()
+
+
+def test_the_name_of_a_shipped_checkpoint_is_a_model(place, checkpoints, capsys):
+    folder = place("p1_T1w.nii.gz", "p2.nii.gz")
+    assert main(["--model", "tiny-flair", "p1_T1w.nii.gz", "p2.nii.gz", "-o", "out"]) == 1
+    said = capsys.readouterr()
+    assert "Model:" not in said.out and "its name says t1, and this checkpoint needs flair" in said.err
+    assert "model" not in json.loads((folder / "out" / "p2" / "result.json").read_text())["settings"]
 
 
 def test_damaged_weights_are_one_line(place, model, capsys, tmp_path):

@@ -718,7 +718,7 @@ def test_the_card_of_a_push(train):
     assert choose(theirs) == theirs
     # That of an earlier checkpoint, as the training wrote it, is replaced.
     text = earlier[: earlier.rindex("<!--")].rstrip()
-    assert choose(export_files._seal(text)) == own
+    assert choose(export_files.seal(text)) == own
 
 
 # What is published

@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from anodiff.volumes import scans as module
-from anodiff.volumes.scans import find_scans
+from anodiff.volumes.scans import find_modality, find_scans, name_modality
 
 
 @pytest.fixture
@@ -103,6 +103,45 @@ def test_another_modality_or_a_mask_never_gets_a_map(make, modality, name):
     assert name in " ".join([*failed, *failed.values()])
     found, failed = find(modality, f"p/{name}")
     assert not found and "its name says" in failed[f"p/{name}"]
+
+
+@pytest.mark.parametrize(
+    ("names", "modality"),
+    [
+        ("a.nii", None),
+        ("a_T1w.nii", "t1"),
+        ("a_FLAIR.nii b_t2-flair.nii", "flair"),
+        ("p/a_FLAIR.nii p/a_seg.nii p/brain.nii p/notes.txt", "flair"),
+        ("p/1/T1w.nii p/2/mprage.nii p/2/t1_lesion.nii", "t1"),
+        ("p/1/a.nii p/2/b.nii", None),
+        ("nowhere_t2.nii", "t2"),
+    ],
+)
+def test_the_modality_that_names_say(make, names, modality):
+    make(*[name for name in names.split() if "nowhere" not in name])
+    assert find_modality([name for name in names.split() if "/" not in name] or ["p"]) == modality
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("p/flair.nii p/t1.nii", r"flair \(p/flair.nii\) and t1 \(p/t1.nii\)"),
+        ("p/1/flair.nii p/2/b.nii", r"unknown \(p/2/b.nii\) and flair \(p/1/flair.nii\)"),
+        ("p/t1_t2_a.nii", r"t1 \(p/t1_t2_a.nii\) and t2 \(p/t1_t2_a.nii\)"),
+    ],
+)
+def test_names_of_several_modalities(make, names, message):
+    make(*names.split())
+    with pytest.raises(ValueError, match=f"of several modalities, by their names: {message}. Say by `--modality`"):
+        find_modality(["p"])
+
+
+def test_spellings_of_a_modality():
+    assert [name_modality(spelling) for spelling in ("T1w", "t2-flair", "ce-gad_T1w", "ct")] == [
+        *("t1", "flair", "t1ce", "ct"),
+    ]
+    with pytest.raises(ValueError, match="`modality` must be one of t1, t1ce, t2, flair, .*, got 'x-ray'"):
+        name_modality("x-ray")
 
 
 def test_a_checkpoint_that_names_no_known_modality_takes_all_scans(make):
