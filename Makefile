@@ -9,7 +9,7 @@ DEMO_TESTED ?= 4
 DEMO_HALF ?= 50
 DEMO_STEPS ?= 100
 
-.PHONY: demo test quality style types benchmark hub publish clean
+.PHONY: demo picture test quality style types benchmark hub publish clean
 
 # The virtual environment, made anew whenever a pinned version changes.
 $(BIN)/.installed: setup.cfg constraints.txt
@@ -40,7 +40,12 @@ demo: $(BIN)/.installed
 	$(RUN) eval --data $(DEMO)/prepared/flair --output_dir $(DEMO)/eval/flair --model anoddpm-flair --model $(DEMO)/finetuned/pipeline
 	$(RUN) eval --data $(DEMO)/prepared/t1 --output_dir $(DEMO)/eval/t1 --model anoddpm-t1
 	$(RUN) eval --data $(DEMO)/prepared/t2 --output_dir $(DEMO)/eval/t2 --model anoddpm-t2
-	@cat $(DEMO)/eval/*/report.md
+	@grep "^[|#] " $(DEMO)/eval/*/report.md --no-filename | grep -v Protocol
+
+# The picture of the README: the demonstration's T1, in few colours.
+picture:
+	$(BIN)/python -c "from PIL import Image; picture = Image.open('$(DEMO)/maps/t1/t1/overview.png').convert('RGB'); \
+	picture.thumbnail((900, 900)); picture.quantize(64).save('docs/images/overview.png', optimize=True)"
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
