@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= outputs/demo
 # What the demonstration makes: heads to learn from, heads of the validation and of the test, steps of the fine-tuning.
-DEMO_SUBJECTS ?= 4
-DEMO_TESTED ?= 4
+DEMO_SUBJECTS ?= 3
+DEMO_TESTED ?= 3
 DEMO_HALF ?= 50
 DEMO_STEPS ?= 100
 
@@ -22,7 +22,7 @@ RUN := $(BIN)/anodiff
 HEADS := $(RUN) preprocess --heads builtin --subjects $(DEMO_SUBJECTS) --tested $(DEMO_TESTED)
 # The first head of the test with a lesion.
 TUMOUR := tumour_$(shell printf %05d $$(($(DEMO_SUBJECTS) + $(DEMO_TESTED) + 1)))
-FINETUNE := $(RUN) train --config finetune_heads.yaml --data $(DEMO)/prepared/flair --train.output_dir $(DEMO)/finetuned --train.report_to none
+FINETUNE := $(RUN) train --config finetune_heads.yaml --data $(DEMO)/prepared/flair --train.output_dir $(DEMO)/finetuned --train.batch_size 4 --train.report_to none
 demo: $(BIN)/.installed
 	rm -rf $(DEMO)
 	@echo "1. Heads that nobody was scanned for: FLAIR, T1, and T2 with its skull. Scans: $(DEMO)/scans"
@@ -38,8 +38,8 @@ demo: $(BIN)/.installed
 	$(FINETUNE) --train.max_steps $(DEMO_STEPS) --train.resume latest
 	@echo "4. How well lesions are found, beside the plain intensity. Look at: $(DEMO)/eval/*/report.md and cases.png"
 	$(RUN) eval --data $(DEMO)/prepared/flair --output_dir $(DEMO)/eval/flair --model anoddpm-flair --model $(DEMO)/finetuned/pipeline
-	$(RUN) eval --data $(DEMO)/prepared/t1 --output_dir $(DEMO)/eval/t1 --model anoddpm-t1
-	$(RUN) eval --data $(DEMO)/prepared/t2 --output_dir $(DEMO)/eval/t2 --model anoddpm-t2
+	$(RUN) eval --data $(DEMO)/prepared/t1 --output_dir $(DEMO)/eval/t1 --model anoddpm-t1 --validation_split none
+	$(RUN) eval --data $(DEMO)/prepared/t2 --output_dir $(DEMO)/eval/t2 --model anoddpm-t2 --validation_split none
 	@grep "^[|#] " $(DEMO)/eval/*/report.md --no-filename | grep -v Protocol
 
 # The picture of the README: the demonstration's T1, in few colours.

@@ -160,14 +160,14 @@ def cached_phantom(name: str) -> Path:
 
 def locate_label_maps(label_maps: str | Path, progress: bool = True) -> Path:
     """Returns the folder of label maps that is named; of `"builtin"`, unless there is a folder of that name, one in the
-    cache of `datasets` with six maps of [`~data.phantoms.head_maps.write_head_maps`], which is made first if it is not
+    cache of `datasets` with four maps of [`~data.phantoms.head_maps.write_head_maps`], which is made first if it is not
     there."""
     if str(label_maps) != BUILTIN or Path(label_maps).is_dir():
         return Path(label_maps)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "anodiff" / f"label-maps-{code_digest()[:16]}"
     while not folder.is_dir():
         try:
-            write_head_maps(folder, 6, progress=progress)
+            write_head_maps(folder, 4, progress=progress)
         except BlockingIOError:
             time.sleep(1)  # another process is making them
         except FileExistsError:
