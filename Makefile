@@ -22,7 +22,9 @@ RUN := $(BIN)/anodiff
 HEADS := $(RUN) preprocess --heads builtin --subjects $(DEMO_SUBJECTS) --tested $(DEMO_TESTED)
 # The first head of the test with a lesion.
 TUMOUR := tumour_$(shell printf %05d $$(($(DEMO_SUBJECTS) + $(DEMO_TESTED) + 1)))
-FINETUNE := $(RUN) train --config finetune_heads.yaml --data $(DEMO)/prepared/flair --train.output_dir $(DEMO)/finetuned --train.batch_size 4 --train.report_to none
+FINETUNE := $(RUN) train --config finetune_heads.yaml --data $(DEMO)/prepared/flair --train.output_dir $(DEMO)/finetuned --train.batch_size 2 --train.report_to none
+# One draw instead of four, and no thresholds of a validation, for the time.
+EVAL := $(RUN) eval --inference.num_draws 1 --validation_split none
 demo: $(BIN)/.installed
 	rm -rf $(DEMO)
 	@echo "1. Heads that nobody was scanned for: FLAIR, T1, and T2 with its skull. Scans: $(DEMO)/scans"
@@ -37,9 +39,9 @@ demo: $(BIN)/.installed
 	$(FINETUNE) --train.max_steps $(DEMO_HALF)
 	$(FINETUNE) --train.max_steps $(DEMO_STEPS) --train.resume latest
 	@echo "4. How well lesions are found, beside the plain intensity. Look at: $(DEMO)/eval/*/report.md and cases.png"
-	$(RUN) eval --data $(DEMO)/prepared/flair --output_dir $(DEMO)/eval/flair --model anoddpm-flair --model $(DEMO)/finetuned/pipeline
-	$(RUN) eval --data $(DEMO)/prepared/t1 --output_dir $(DEMO)/eval/t1 --model anoddpm-t1 --validation_split none
-	$(RUN) eval --data $(DEMO)/prepared/t2 --output_dir $(DEMO)/eval/t2 --model anoddpm-t2 --validation_split none
+	$(EVAL) --data $(DEMO)/prepared/flair --output_dir $(DEMO)/eval/flair --model anoddpm-flair --model $(DEMO)/finetuned/pipeline
+	$(EVAL) --data $(DEMO)/prepared/t1 --output_dir $(DEMO)/eval/t1 --model anoddpm-t1
+	$(EVAL) --data $(DEMO)/prepared/t2 --output_dir $(DEMO)/eval/t2 --model anoddpm-t2
 	@grep "^[|#] " $(DEMO)/eval/*/report.md --no-filename | grep -v Protocol
 
 # The picture of the README: the demonstration's T1, in few colours.

@@ -25,10 +25,11 @@ sitk = lazy_loader.load("SimpleITK")  # an extra; `Correction.check` says if it 
 
 # Arrays are (X, Y, Z), affines lead to RAS+ as in nibabel; ITK's world is LPS, and its arrays run backwards.
 
-STRIPPERS = {"hd-bet": "hd-bet", "synthstrip": "mri_synthstrip"}
+STRIPPERS = {"anodiff": "anodiff", "hd-bet": "hd-bet", "synthstrip": "mri_synthstrip"}
 TRANSFORMS = ("rigid", "affine")
 
 _INSTALL = {
+    "anodiff": "`pip install anodiff` puts it beside Python: is its folder in PATH?",
     "hd-bet": "`pip install hd-bet`",
     "synthstrip": "it comes with FreeSurfer: https://surfer.nmr.mgh.harvard.edu/docs/synthstrip/",
 }
@@ -47,8 +48,8 @@ class Correction:
     each other in the world.
 
     Args:
-        skull_strip: `"hd-bet"` or `"synthstrip"`, the program that makes the brain mask of the modality `by`; outside
-            it everything is 0 then.
+        skull_strip: `"anodiff"`, `"hd-bet"` or `"synthstrip"`, the program that makes the brain mask of the modality
+            `by`; outside it everything is 0 then.
         register: `"rigid"` or `"affine"`: the modality `by` to the template, by mutual information.
         by: Modality that brain and registration are found in; the first by default.
         spacing: Voxel size of the new grid in mm along its axes; the template's, or without one the subject's, by
@@ -302,7 +303,10 @@ class Correction:
             source, brain = Path(folder) / "scan.nii.gz", Path(folder) / "out" / "scan.nii.gz"
             brain.parent.mkdir()
             nib.save(nib.Nifti1Image(_array(image), _affine(image)), source)
-            if self.skull_strip == "hd-bet":
+            if self.skull_strip == "anodiff":
+                mask = brain.with_name("scan_brain_mask.nii.gz")
+                command = ["anodiff", "strip", source, "-o", brain.parent]
+            elif self.skull_strip == "hd-bet":
                 mask = brain.with_name("scan_bet.nii.gz")
                 command = ["hd-bet", "-i", source, "-o", brain, "--save_bet_mask", "-device", "cuda" if gpu else "cpu"]
                 command += [] if gpu else ["--disable_tta"]

@@ -131,7 +131,9 @@ class BrainExtractor(ModelMixin, PlainConfigMixin):
             # Beyond the scan is its darkest value.
             volume = nib.apply_orientation(np.asarray(image, np.float32) - np.float32(image.min()), orientation)
             coarse = F.avg_pool3d(torch.from_numpy(np.ascontiguousarray(volume))[None, None], blocks)
-            sample = normalize_volumes(_sample(coarse, np.linalg.inv(to_world @ of_block) @ grid, sides))
+            onto = np.linalg.inv(to_world @ of_block) @ grid
+            sample = torch.from_numpy(_resample(coarse[0, 0].numpy(), onto, sides, "grid-constant"))
+            sample = normalize_volumes(sample[None, None])
             logits += self(sample.to(weight.device, weight.dtype)).float().cpu() / len(images)
 
         # 3. One piece without holes, then its smooth surface on the scan's grid.
@@ -139,10 +141,11 @@ class BrainExtractor(ModelMixin, PlainConfigMixin):
         if not count:
             return np.zeros(images[0].shape, bool)
         largest = pieces == np.bincount(pieces.ravel())[1:].argmax() + 1
-        filled = torch.from_numpy(scipy.ndimage.binary_fill_holes(largest))
-        logits = torch.where(filled, logits.clamp(min=0.1), logits.clamp(max=-0.1))
-        logits = _sample(logits, np.linalg.inv(grid) @ to_world, shape, border=True)
-        return np.ascontiguousarray(nib.apply_orientation(logits[0, 0].numpy() > 0, inverse))
+        surface = logits[0, 0].numpy()
+        filled = scipy.ndimage.binary_fill_holes(largest)
+        surface = np.where(filled, surface.clip(min=0.1), surface.clip(max=-0.1))
+        brain = _resample(surface, np.linalg.inv(grid) @ to_world, shape, "nearest") > 0
+        return np.ascontiguousarray(nib.apply_orientation(brain, inverse))
 
 
 def normalize_volumes(volumes: torch.Tensor) -> torch.Tensor:
@@ -156,18 +159,8 @@ def normalize_volumes(volumes: torch.Tensor) -> torch.Tensor:
     return ((volumes - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
 
 
-def _sample(volume: torch.Tensor, to_voxel: np.ndarray, shape, border: bool = False) -> torch.Tensor:
-    """Values `(1, 1, *shape)` of a volume `(1, 1, X, Y, Z)`, linearly, at the places that `to_voxel` leads the indices
-    of the new grid to; 0 outside, or what is nearest. One plane after the other: places take more memory than values."""
-    size = np.array(volume.shape[2:])
-    scale = 2 / size  # grid_sample's coordinates run from -1 to 1 along every side
-    matrix = torch.tensor(to_voxel[:3, :3] * scale[:, None], dtype=torch.float32)
-    shift = torch.tensor((to_voxel[:3, 3] + 0.5) * scale - 1, dtype=torch.float32)
-    y, z = torch.meshgrid(*[torch.arange(count, dtype=torch.float32) for count in shape[1:]], indexing="ij")
-    plane = y[..., None] * matrix[:, 1] + z[..., None] * matrix[:, 2] + shift
-    sampled = torch.empty(1, 1, *shape)
-    for x in range(shape[0]):
-        places = (plane + x * matrix[:, 0]).flip(-1)[None, None]  # (z, y, x), the last axis first
-        values = F.grid_sample(volume, places, padding_mode="border" if border else "zeros", align_corners=False)
-        sampled[:, :, x] = values[:, :, 0]
-    return sampled
+def _resample(volume: np.ndarray, to_voxel: np.ndarray, shape: Sequence[int], mode: str) -> np.ndarray:
+    """Values of a volume `(X, Y, Z)`, linearly, at the places that `to_voxel` leads the indices of a grid of another
+    shape to; `mode` says what is beyond its border, as in scipy."""
+    options = {"output_shape": tuple(shape), "order": 1, "mode": mode, "output": np.float32}
+    return scipy.ndimage.affine_transform(volume, to_voxel[:3, :3], to_voxel[:3, 3], **options)

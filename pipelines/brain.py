@@ -13,9 +13,9 @@ from ..volumes.volume import InputVolume
 # rules of the processor, voxels above the background, or all of them.
 BRAIN_ORIGINS = ("given", "extracted", "stripped", "nonzero", "none")
 
-# Share of the border's voxels that are background, and of the others that are brain, in a scan without skull: of whole
-# heads and necks the brain is a third, of slabs above the ears less than two thirds.
-_BORDER, _BRAIN = 0.9, 0.75
+# Share of the voxels that are not background that are brain, in a scan without skull: of whole heads and necks the brain
+# is a third, of slabs above the ears less than two thirds, of scans with a noisy background less.
+_BRAIN = 0.75
 
 
 def find_brain(extractor: BrainExtractor, volume: InputVolume) -> tuple[np.ndarray, str]:
@@ -36,17 +36,14 @@ def find_brain(extractor: BrainExtractor, volume: InputVolume) -> tuple[np.ndarr
     brain = extractor.find_brain(images, volume.affine)
     if not brain.any():
         raise ValueError(f"{volume.name}: no brain was found. Give its mask, `brain_mask=...`.")
-    backgrounds, shares = zip(*map(_find_background, images), strict=True)
-    if min(shares) < _BORDER:
-        return brain, "extracted"
-    signal = np.any([image != background for image, background in zip(images, backgrounds, strict=True)], axis=0)
+    signal = np.any([image != _find_background(image) for image in images], axis=0)
     if (signal & brain).sum() < _BRAIN * signal.sum():
         return brain, "extracted"
     return scipy.ndimage.binary_fill_holes(signal), "stripped"
 
 
-def _find_background(image: np.ndarray) -> tuple[np.float32, float]:
-    """The most frequent value on the six faces of `(X, Y, Z)`, and its share of them."""
+def _find_background(image: np.ndarray) -> np.float32:
+    """The most frequent value on the six faces of `(X, Y, Z)`."""
     faces = [np.take(image, (0, -1), axis).ravel() for axis in range(3)]
     values, counts = np.unique(np.concatenate(faces), return_counts=True)
-    return values[counts.argmax()], float(counts.max() / counts.sum())
+    return values[counts.argmax()]

@@ -69,8 +69,8 @@ def draw_heads(
         images[own] = heads.images[:, 0].permute(0, 3, 2, 1).flip(1, 2)
         tissues[own] = heads.tissues.permute(0, 3, 2, 1).flip(1, 2)
     brain = find_brains(tissues, spacing)
-    images = _change_outside(images, tissues, brain, keys)
-    images, brain = _move(images[:, None], brain[:, None].float(), keys)
+    images, stripped = _change_outside(images, tissues, brain, keys)
+    images, brain = _move(images[:, None], brain[:, None].float(), keys, stripped)
     images = _scan(images, keys)
     return _cut(images, brain, keys, spacing)
 
@@ -90,21 +90,23 @@ def find_brains(tissues: torch.Tensor, spacing: float) -> torch.Tensor:
     return closed & ~torch.isin(tissues, torch.tensor(_HARD, dtype=torch.uint8, device=tissues.device))
 
 
-def _change_outside(images, tissues, brain, keys) -> torch.Tensor:
-    """Images `(N, X, Y, Z)` whose fat and skin are darker (fat suppression) or brighter, or that have no skull."""
+def _change_outside(images, tissues, brain, keys) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images `(N, X, Y, Z)` whose fat and skin are darker (fat suppression) or brighter, or that have no skull, and
+    which these are, `(N,)`."""
     u = uniform(fold_in(keys, _OUTSIDE), (5,))[..., None, None, None]
     factor = torch.where(u[:, 0] < 0.3, 0.05 + 0.6 * u[:, 1], torch.where(u[:, 0] < 0.5, 1.2 + 1.8 * u[:, 1], 1.0))
     outer = ~brain & (tissues > 0) & (tissues != OUTER_FLUID)
     weight = F.avg_pool3d(outer.float()[:, None], 3, 1, 1)[:, 0]
     images = images * (1 + weight * (factor - 1))
-    # A tenth of the heads come stripped, half of these with a rim.
+    # A fifth of the heads come stripped, half of these with a rim.
     rim = F.max_pool3d(brain.float()[:, None], 3, 1, 1)[:, 0]
     stripped = images * torch.where(u[:, 3] < 0.5, rim, brain.float())
-    return torch.where(u[:, 2] < 0.1, stripped, images)
+    return torch.where(u[:, 2] < 0.2, stripped, images), u[:, 2, 0, 0, 0] < 0.2
 
 
-def _move(images, brain, keys) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turns, scales and shifts three quarters of the volumes `(N, 1, X, Y, Z)` and their brains."""
+def _move(images, brain, keys, stripped) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turns, scales and shifts three quarters of the volumes `(N, 1, X, Y, Z)` and their brains. Of a third of the
+    `stripped` ones the slices lie too close, as in files that do not say their distance."""
     u = uniform(fold_in(keys, _MOVE), (8,))
     angles = normal(fold_in(keys, _ANGLES), (3,)) * math.radians(12)
     moves = u[:, 0] < 0.75
@@ -115,7 +117,9 @@ def _move(images, brain, keys) -> tuple[torch.Tensor, torch.Tensor]:
         turn[:, first, first] = turn[:, second, second] = angles[:, axis].cos()
         turn[:, first, second], turn[:, second, first] = -angles[:, axis].sin(), angles[:, axis].sin()
         matrix = matrix @ turn
-    matrix = matrix * (0.88 + 0.27 * u[:, 1:2, None])
+    scale = (0.88 + 0.27 * u[:, 1:2]).repeat(1, 3)
+    scale[:, 2] *= torch.where(stripped & (u[:, 5] < 1 / 3), 1 + 4 * u[:, 6], 1.0)
+    matrix = matrix * scale[:, None]
     # affine_grid's coordinates run from -1 to 1 along every side, the last axis first.
     sides = torch.tensor(images.shape[:1:-1], dtype=torch.float32, device=device)
     matrix = matrix * sides / sides[:, None]

@@ -178,10 +178,9 @@ def load_splits(
     data, validates = options.data, options.train.validate_every > 0
     if objective_class.draws_volumes:
         names = [path.name for path in find_label_maps(label_maps_folder(data.path))]
-        parts = split_maps(len(names))
-        heads = [MapSplit(names, np.array(parts[part])) for part in ("train", "validation")]
-        heads[1].rows = np.tile(heads[1].rows, _HEADS_OF_A_MAP)
-        return heads[0], heads[1] if validates else None
+        maps = {part: np.array(numbers) for part, numbers in split_maps(len(names)).items()}
+        validation = MapSplit(names, np.tile(maps["validation"], _HEADS_OF_A_MAP))
+        return MapSplit(names, maps["train"]), validation if validates else None
     if data.path.startswith(DRAWN):
         return _draw_heads(accelerator, options, objective_class)
     if data.streaming and data.path in PHANTOMS and not Path(data.path).is_dir():

@@ -21,7 +21,7 @@ DRAWN = "heads:"
 _STREAMS = {"train": 21, "validation": 22, "test": 23}
 _CHOICE, _PLACE = 31, 32
 # Planes, rows and columns, and their distance in mm, of the coarse volume that a head is measured on.
-_PLANES, _PLANE_DISTANCE, _COARSE_SIZE, _COARSE_SPACING = 21, 8.0, (50, 40), 4.5
+_PLANES, _PLANE_DISTANCE, _COARSE_SIZE, _COARSE_SPACING = 17, 10.0, (38, 30), 6.0
 # A slice has at least this share of the area of the largest one.
 _LEAST_AREA = 0.2
 # In mm.

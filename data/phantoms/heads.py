@@ -346,7 +346,7 @@ def _brain_mask(tissues: torch.Tensor, keys: torch.Tensor, spacing: float) -> to
     fluid that it surrounds."""
     is_brain = (tissues > AIR) & (tissues <= _BRAIN)
     tissue, outer = is_brain.float().mean(2), (tissues == OUTER_FLUID).float().mean(2) > 0.5
-    boxes = 1 + 2 * ((4.5 + 6 * uniform(fold_in(keys, _MASK))) / spacing).round().long()  # 9 to 21 mm
+    boxes = 1 + 2 * ((4.5 + 6 * uniform(fold_in(keys, _MASK))) / spacing).round().long().clamp(min=1)  # 9 to 21 mm
     around = 2 * round(30 / spacing) + 1
     closed = torch.empty_like(tissue)
     for box in boxes.unique().tolist():
@@ -358,13 +358,13 @@ def _brain_mask(tissues: torch.Tensor, keys: torch.Tensor, spacing: float) -> to
 
 
 def _with_errors(brain: torch.Tensor, tissues: torch.Tensor, keys: torch.Tensor, places) -> torch.Tensor:
-    """Masks `(B, Z, H, W)` that in a third of the heads reach into what lies around the brain, in a third cut a rim
-    off it, here and there."""
+    """Masks `(B, Z, H, W)` that in six of ten heads reach into what lies around the brain, in a quarter cut a rim off
+    it, here and there."""
     field = _spline(normal(fold_in(keys, _ERRORS), (1, 9, 9, 8)), places)[:, 0]
     u = uniform(fold_in(fold_in(keys, _ERRORS), 1), (4,))[..., None, None, None]
     head = (tissues > AIR).float().mean(2) > 0.5
-    reach = (0.4 + 1.6 * u[:, 1]).masked_fill(u[:, 0] > 1 / 3, torch.inf)
-    cut = (0.4 + 1.6 * u[:, 3]).masked_fill(u[:, 2] > 1 / 3, torch.inf)
+    reach = (2 * u[:, 1]).masked_fill(u[:, 0] > 0.6, torch.inf)
+    cut = (0.4 + 1.6 * u[:, 3]).masked_fill(u[:, 2] > 0.25, torch.inf)
     near = _max_pool(brain.float(), 15, 7) > 0
     inner = _max_pool((~brain).float(), 3, 1) == 0
     return (brain | (near & head & (field > reach))) & (inner | (field > -cut))
@@ -541,9 +541,9 @@ def _means(contrast: str, drawn: torch.Tensor) -> torch.Tensor:
         "cord": means["brain_stem"] * (0.9 + 0.2 * u["cord"]),
         "nerve": white * (0.7 + 0.4 * u["nerve"]),
         "eye": fluid * (0.7 + 0.9 * u["eye"]),
-        "soft": 0.15 + 1.9 * u["soft"] ** 1.5,
+        "soft": 0.15 + 2.6 * u["soft"] ** 1.5,
         "mucosa": 0.3 + 1.0 * u["mucosa"],
-        "skin": 0.2 + 1.8 * u["skin"],
+        "skin": 0.2 + 2.4 * u["skin"],
         "vein": 0.05 + 1.1 * u["vein"],
         "marrow": 0.15 + 1.2 * u["marrow"],
         "bone": 0.2 * u["bone"],

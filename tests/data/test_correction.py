@@ -174,17 +174,22 @@ from pathlib import Path
 import nibabel as nib
 arguments = sys.argv[1:]
 Path({log!r}).write_text(json.dumps(arguments))
-source, target = (Path(arguments[arguments.index(flag) + 1]) for flag in ("-i", "-o"))
+source = Path(arguments[arguments.index("strip" if "strip" in arguments else "-i") + 1])
+target = Path(arguments[arguments.index("-o") + 1])
 image = nib.load(source)
 if image.get_fdata().max() > 5000:
     sys.exit("cuda error, or so")
 mask = Path(arguments[arguments.index("-m") + 1]) if "-m" in arguments else target.with_name(target.name[:-7] + "_bet.nii.gz")
-if "-m" in arguments or "--save_bet_mask" in arguments:
+if "strip" in arguments:
+    mask = target / "scan_brain_mask.nii.gz"
+if {{"-m", "--save_bet_mask", "strip"}} & set(arguments):
     nib.save(nib.Nifti1Image((image.get_fdata() > 0.2).astype("uint8"), image.affine), mask)
 """
 
 
-@pytest.mark.parametrize(("tool", "program"), [("hd-bet", "hd-bet"), ("synthstrip", "mri_synthstrip")])
+@pytest.mark.parametrize(
+    ("tool", "program"), [("anodiff", "anodiff"), ("hd-bet", "hd-bet"), ("synthstrip", "mri_synthstrip")]
+)
 def test_skull_stripping_calls_the_program(tmp_path, phantom, monkeypatch, tool, program):
     with monkeypatch.context() as nothing:
         nothing.setenv("PATH", str(tmp_path))
@@ -227,7 +232,10 @@ def test_a_mask_is_not_lost_without_a_word(tmp_path, phantom):
     ("rules", "message"),
     [
         ({"register": "elastic"}, "`correction.register` must be one of None, rigid, affine, got 'elastic'"),
-        ({"skull_strip": "bet"}, "`correction.skull_strip` must be one of None, hd-bet, synthstrip, got 'bet'"),
+        (
+            {"skull_strip": "bet"},
+            "`correction.skull_strip` must be one of None, anodiff, hd-bet, synthstrip, got 'bet'",
+        ),
         ({"by": "t2"}, "`correction.by` must be one of None, t1, flair, got 't2'"),
         ({"spacing": (1, 1)}, r"three numbers > 0 in mm, got \(1, 1\)"),
         ({"n4": -1}, "`correction.n4` must be an integer of at least 0, got -1"),

@@ -17,7 +17,7 @@ from anodiff import AnoDDPMPipeline
 from anodiff.hub.publishing import PublishingError, complete_folder, copy_picture, push_folder, write_card
 
 from ..hub_server import READ_TOKEN
-from ..tiny import make_pipeline
+from ..tiny import make_extractor, make_pipeline
 
 
 CARD = "---\nlicense: mit\ntags:\n- anodiff\n---\n\n# Tiny\n"
@@ -48,6 +48,7 @@ def anomaly_map(pipeline):
 
 def compare(pipeline):
     same = torch.equal(anomaly_map(pipeline), expected)
+    same = same and (pipeline.brain_extractor.last.bias == -1).all().item()
     return [type(pipeline) is AnoDDPMPipeline, same, pipeline.config.threshold]
 
 folder, repo, custom, *revisions = sys.argv[1:]
@@ -67,7 +68,8 @@ print(json.dumps(answers))
 
 @pytest.fixture
 def folder(tmp_path):
-    pipeline = make_pipeline("AnoDDPMPipeline", ("flair",), noise_level=2, threshold=0.5)
+    extractor = make_extractor()
+    pipeline = make_pipeline("AnoDDPMPipeline", ("flair",), noise_level=2, threshold=0.5, brain_extractor=extractor)
     pipeline.save_pretrained(tmp_path / "pipeline")
     complete_folder(tmp_path / "pipeline", CARD)
     return tmp_path / "pipeline"
@@ -80,6 +82,8 @@ def contents(folder):
 def test_what_a_complete_folder_holds(folder):
     assert sorted(contents(folder)) == [
         "README.md",
+        "brain_extractor/config.json",
+        "brain_extractor/diffusion_pytorch_model.safetensors",
         "model_index.json",
         "pipeline.py",
         "processor/processor_config.json",

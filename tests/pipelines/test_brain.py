@@ -55,9 +55,11 @@ def test_a_mask_that_is_given_wins(scan, way):
     np.testing.assert_array_equal(result.anomaly_map, make()(image, brain_mask=mask).anomaly_map)
 
 
-def test_a_scan_without_skull_is_left_alone():
+@pytest.mark.parametrize("planes", [slice(None), slice(14, 22)], ids=["whole", "slab"])
+def test_a_scan_without_skull_is_left_alone(planes):
     image, brain, affine = make_raw_scan(skull=False)
     image[tuple(np.argwhere(brain).mean(0).astype(int))] = 0.0  # a hole
+    image, brain = image[..., planes], brain[..., planes]
     result = make(make_extractor())(nib.Nifti1Image(image, affine))
     assert result.settings["brain"] == "stripped" and result.brain_mask is None
     given = make()(nib.Nifti1Image(image, affine), brain_mask=brain)

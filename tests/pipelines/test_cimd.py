@@ -155,6 +155,7 @@ def test_summary_of_the_members():
         "threshold": 0.4,
         "seed": 0,
         "draws": DRAWS_VERSION,
+        "brain": "none",
     }
 
 

@@ -205,6 +205,14 @@ def test_every_configuration_builds_what_it_names(path):
         with pytest.raises(OSError, match=part):
             objective_class.from_options(parsed, processor)
         return
+    if objective_class.draws_volumes:
+        # The label maps are the user's.
+        with pytest.raises(FileNotFoundError, match="label_maps"):
+            objective_class.from_options(parsed, processor)
+        with init_empty_weights():
+            network = objective_class.make_network(parsed, processor)
+        assert sum(parameter.numel() for parameter in network.parameters()) > 1e5
+        return
     with init_empty_weights():
         objective = objective_class.from_options(parsed, processor)
     assert sum(parameter.numel() for parameter in objective.model.parameters()) > 1e5
