@@ -3,8 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= outputs/demo
+# What the demonstration makes: heads to learn from, heads of the validation and of the test, steps of the fine-tuning.
+DEMO_SUBJECTS ?= 3
+DEMO_TESTED ?= 3
+DEMO_HALF ?= 50
+DEMO_STEPS ?= 100
 
-.PHONY: demo test quality style types benchmark hub publish clean
+.PHONY: demo picture test quality style types benchmark hub publish clean
 
 # The virtual environment, made anew whenever a pinned version changes.
 $(BIN)/.installed: setup.cfg constraints.txt
@@ -12,18 +17,37 @@ $(BIN)/.installed: setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# accelerate gives a process one thread unless it is told otherwise.
-demo: export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
-# Trains and evaluates on the built-in phantom; pictures and NIfTI maps are in $(DEMO).
+# From raw scans to maps in five minutes: results are in $(DEMO), which is made anew. Every command is one that a user types.
+RUN := $(BIN)/anodiff
+HEADS := $(RUN) preprocess --heads builtin --subjects $(DEMO_SUBJECTS) --tested $(DEMO_TESTED)
+# The first head of the test with a lesion.
+TUMOUR := tumour_$(shell printf %05d $$(($(DEMO_SUBJECTS) + $(DEMO_TESTED) + 1)))
+FINETUNE := $(RUN) train --config finetune_heads.yaml --data $(DEMO)/prepared/flair --train.output_dir $(DEMO)/finetuned --train.batch_size 2 --train.report_to none
+# One draw instead of four, and no thresholds of a validation, for the time.
+EVAL := $(RUN) eval --inference.num_draws 1 --validation_split none
 demo: $(BIN)/.installed
 	rm -rf $(DEMO)
-	$(BIN)/python preprocess.py --phantom phantom-mini --root $(DEMO)/raw --out $(DEMO)/prepared
-	$(BIN)/accelerate launch --num_processes 1 train.py --config configs/andi_phantom.yaml --data $(DEMO)/prepared --train.output_dir $(DEMO)/andi
-	$(BIN)/accelerate launch --num_processes 1 train.py --config configs/anoddpm_phantom.yaml --data $(DEMO)/prepared --train.output_dir $(DEMO)/anoddpm
-	$(BIN)/accelerate launch --num_processes 1 eval.py --model $(DEMO)/andi/pipeline --model $(DEMO)/anoddpm/pipeline --data $(DEMO)/prepared --output_dir $(DEMO)/eval --set_threshold validation
-	$(BIN)/python predict.py --model $(DEMO)/andi/pipeline $(DEMO)/raw/tumour_0028 $(DEMO)/raw/stroke_0031 --brain brain.nii.gz -o $(DEMO)/maps
-	@cat $(DEMO)/eval/report.md
-	@echo "Pictures: $(DEMO)/eval/cases.png, $(DEMO)/maps/*/overview.png; NIfTI maps: $(DEMO)/maps/*/anomaly_map.nii.gz"
+	@echo "1. Heads that nobody was scanned for: FLAIR, T1, and T2 with its skull. Scans: $(DEMO)/scans"
+	$(HEADS) --contrast flair --root $(DEMO)/scans/flair --out $(DEMO)/prepared/flair
+	$(HEADS) --contrast t1 --root $(DEMO)/scans/t1 --out $(DEMO)/prepared/t1
+	$(HEADS) --contrast t2 --skull true --root $(DEMO)/scans/t2 --out $(DEMO)/prepared/t2
+	@echo "2. Checkpoints that come with the library find what is wrong with them. Look at: $(DEMO)/maps/*/*/overview.png"
+	$(RUN) predict $(DEMO)/scans/flair/$(TUMOUR)/flair.nii.gz -o $(DEMO)/maps/flair
+	$(RUN) predict $(DEMO)/scans/t1/$(TUMOUR)/t1.nii.gz -o $(DEMO)/maps/t1
+	$(RUN) predict $(DEMO)/scans/t2/$(TUMOUR)/t2.nii.gz -o $(DEMO)/maps/t2
+	@echo "3. Fine-tuning on the healthy heads, stopped half-way, and gone on with as if nothing had happened. Look at: $(DEMO)/finetuned/samples"
+	$(FINETUNE) --train.max_steps $(DEMO_HALF)
+	$(FINETUNE) --train.max_steps $(DEMO_STEPS) --train.resume latest
+	@echo "4. How well lesions are found, beside the plain intensity. Look at: $(DEMO)/eval/*/report.md and cases.png"
+	$(EVAL) --data $(DEMO)/prepared/flair --output_dir $(DEMO)/eval/flair --model anoddpm-flair --model $(DEMO)/finetuned/pipeline
+	$(EVAL) --data $(DEMO)/prepared/t1 --output_dir $(DEMO)/eval/t1 --model anoddpm-t1
+	$(EVAL) --data $(DEMO)/prepared/t2 --output_dir $(DEMO)/eval/t2 --model anoddpm-t2
+	@grep "^[|#] " $(DEMO)/eval/*/report.md --no-filename | grep -v Protocol
+
+# The picture of the README: the demonstration's T1, in few colours.
+picture:
+	$(BIN)/python -c "from PIL import Image; picture = Image.open('$(DEMO)/maps/t1/t1/overview.png').convert('RGB'); \
+	picture.thumbnail((900, 900)); picture.quantize(64).save('docs/images/overview.png', optimize=True)"
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -1,6 +1,7 @@
 """Turns a raw data set into a prepared one: the slices that networks see, with a card, in a folder for `load_dataset`.
 
 python preprocess.py --phantom phantom-mini --out prepared/phantom-mini
+python preprocess.py --heads builtin --contrast t1 --subjects 20 --out prepared/demo
 python preprocess.py --heads label_maps --contrast flair --subjects 200 --out prepared/heads
 python preprocess.py --recipe tcga_lgg_flair --root raw/tcga_lgg_flair --out prepared/tcga-lgg
 python preprocess.py --recipe my_recipe.yaml --root raw/mine --out prepared/mine --num_proc 8 --push_to_hub owner/mine
@@ -51,14 +52,17 @@ class PreprocessOptions:
     phantom_anatomy: Literal["mni152", "geometric"] = "mni152"
     """Anatomy of a phantom of brains; mni152 needs the extra `phantom`."""
     heads: str | None = None
-    """Folder of label maps with FreeSurfer's numbers; makes synthetic heads of them instead of reading scans."""
+    """Folder of label maps with FreeSurfer's numbers, or builtin for those of the phantom (extra `phantom`); makes
+    synthetic heads of them instead of reading scans."""
     contrast: list[str] = field(default_factory=list)
     """Of the heads: flair (default), t1, t2, or any, another at random for every head; given several times, several
     modalities of every head."""
+    subjects: int = 200
+    """Healthy heads of the training split."""
+    tested: int = 12
+    """Heads of the validation split, and of the test split; three quarters of them have lesions."""
     skull: bool = False
     """Keep the skull around the heads; their brain masks lie beside them, so that a recipe can use them."""
-    subjects: int = 200
-    """Healthy heads of the training split; validation and test have a dozen each, most of them with lesions."""
     push_to_hub: str | None = None
     """Hub id of a data set that the result is pushed to."""
     hub_private: bool = True
@@ -113,14 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     common = {"template": options.template, "reference": options.reference, "num_proc": options.num_proc}
     if options.heads is not None:
         own = {"recipe": recipe, "raw": options.root, "num_proc": options.num_proc}
-        failures = prepare_heads(
-            options.heads,
-            options.out,
-            subjects=options.subjects,
-            contrasts=options.contrast or ["flair"],
-            skull=options.skull,
-            **own,
-        )
+        own |= {name: getattr(options, name) for name in ("subjects", "tested", "skull")}
+        failures = prepare_heads(options.heads, options.out, contrasts=options.contrast or ["flair"], **own)
     elif options.phantom is None:
         failures = prepare_recipe(recipe, options.root, options.out, **common)
     else:

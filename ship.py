@@ -15,6 +15,7 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from anodiff.configs import parse_options
 from anodiff.running import run_script
@@ -60,6 +61,10 @@ class ShipOptions:
     """Name of the checkpoint."""
     purpose: str = ""
     """What it is for, in one line."""
+    modality: str | None = None
+    """Another name of the one modality than the pipeline has: what a network for any contrast is to be used for."""
+    inference: dict[str, Any] = field(default_factory=dict)
+    """Inference values instead of the pipeline's: noise_level, sign, median_size, ..."""
     default: bool = False
     """Whether a scan of its modality gets it where no model is named."""
     synthetic: str | None = None
@@ -116,13 +121,21 @@ def ship_pipeline(options: ShipOptions, reports: dict[str, dict], figures: list,
     import torch
     import yaml
 
-    from anodiff import AnomalyPipeline
+    from anodiff import AnomalyPipeline, VolumeProcessor
+    from anodiff.checks import check_keys
     from anodiff.files import read_json, read_text, write_json, write_text
     from anodiff.hub.model_card import NOT_EVALUATED, add_evaluation, make_card
     from anodiff.hub.publishing import complete_folder
     from anodiff.hub.shipped import RECORD
 
-    pipeline = AnomalyPipeline.from_pretrained(options.model, dtype=torch.float16)
+    settings = VolumeProcessor.from_pretrained(Path(options.model, "processor")).settings()
+    if options.modality:
+        settings["modalities"] = [options.modality]
+    processor = VolumeProcessor.from_dict(settings)
+    pipeline = AnomalyPipeline.from_pretrained(
+        options.model, dtype=torch.float16, processor=processor, **options.inference
+    )
+    check_keys("inference", options.inference, pipeline.config, type(pipeline).__name__)
     modalities = pipeline.processor.config.modalities
     if len(modalities) != 1:
         raise ValueError(f"`model` must be a pipeline of one modality, got {', '.join(modalities)}.")

@@ -202,9 +202,11 @@ def is_untouched(card: str) -> bool:
 
 
 def _training_record(run: Run) -> str:
+    start = run.options.train.init_from
+    begun = "" if start is None else f"Begun with the weights of {_without_folders(start)}. "
     minutes = (time.perf_counter() - run.started) / 60
     return (
-        f"Trained to step {run.progress.step} with {run.progress.samples_per_step} slices a step; the steps from"
+        f"{begun}Trained to step {run.progress.step} with {run.progress.samples_per_step} slices a step; the steps from"
         f" {run.first_step} on took {minutes:.3g} minutes on {run.accelerator.num_processes} x"
         f" {device_name(run.accelerator.device)}."
     )

@@ -34,6 +34,7 @@ from .objective import Objective
 from .optimization import check_optim
 from .options import LoopOptions, TrainOptions, check_options
 from .samples import make_loader, read_batches
+from .start import take_start
 from .state import Run, make_run
 from .validation import validate
 
@@ -45,6 +46,10 @@ def fit(options: TrainOptions, objective_class: type[Objective]) -> Path:
     check_options(options)
     check_optim(options.optim)
     objective_class.check_options(options)
+    start = None
+    if loop.init_from is not None:
+        options, start = take_start(options, objective_class)
+        objective_class.check_options(options)
     check_picture(loop)
     accelerator = Accelerator(
         gradient_accumulation_steps=loop.gradient_accumulation_steps,
@@ -58,7 +63,7 @@ def fit(options: TrainOptions, objective_class: type[Objective]) -> Path:
     with _held_folder(accelerator, loop) as checkpoint:
         if accelerator.is_main_process:
             restore_pipeline(Path(loop.output_dir))
-        run = make_run(options, objective_class, accelerator)
+        run = make_run(options, objective_class, accelerator, start)
         run.begin(checkpoint)
         upload = BackgroundPush()
         _take_steps(run, upload)

@@ -52,6 +52,8 @@ class Objective:
     draws_volumes = False
     # Optimizer steps on one batch; with more than one, `loss` takes the number of the `update`, too.
     updates_per_batch = 1
+    # Whether the `unet` of its pipeline is all that it trains, so that `train.init_from` can name what it begins with.
+    trains_unet_alone = True
     # Networks of the block `unet`, the first one by default.
     unet_classes: tuple[type, ...] = ()
     # Made of the blocks `scheduler` and `inference`, which must be empty for `None`.
@@ -80,9 +82,14 @@ class Objective:
             ("inference", options.inference, cls.pipeline_class),
             ("processor", options.processor, VolumeProcessor),
         ):
-            known = [] if target is None else [key for key in _argument_names(target) if key not in COMPONENTS]
+            known = [] if target is None else [key for key in argument_names(target) if key not in COMPONENTS]
             check_keys(block, given, known, (target or cls).__name__)
         check_keys("objective", options.objective, cls.objective_keys, cls.__name__)
+        if options.train.init_from is not None and not cls.trains_unet_alone:
+            raise ValueError(
+                f"`train.init_from` must not be given for the method {options.method}: it begins with the weights of a"
+                " pipeline whose `unet` is all that is trained. Leave it out."
+            )
         if cls.part is not None and cls.part[0] not in options.objective:
             raise ValueError(f"`objective.{cls.part[0]}` must be the folder or Hub id of {cls.part[1]}.")
 
@@ -101,7 +108,7 @@ class Objective:
             if unet.setdefault(key, value) != value:
                 raise ValueError(f"`unet.{key}` must be {value}, {reason}, got {unet[key]}.")
         size = processor.config.size
-        if size is not None and "sample_size" in _argument_names(network):
+        if size is not None and "sample_size" in argument_names(network):
             unet.setdefault("sample_size", size[0] if size[0] == size[1] else tuple(size))
         return network(**unet)
 
@@ -179,5 +186,6 @@ def draw_timesteps(keys: torch.Tensor, high: int, low: int = 0) -> torch.Tensor:
     return low + integers(fold_in(keys, TIMESTEP), high - low)
 
 
-def _argument_names(target: type) -> list[str]:
+def argument_names(target: type) -> list[str]:
+    """Returns the names of the arguments that a class takes."""
     return [name for name in inspect.signature(target.__init__).parameters if name != "self"]

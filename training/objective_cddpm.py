@@ -124,6 +124,7 @@ class CDDPMObjective(DDPM2DObjective):
         unet, scheduler, processor, inference, settings: As of [`DDPM2DObjective`].
     """
 
+    trains_unet_alone = False
     unet_classes = (ConditionedUNet2DModel,)
     objective_keys = (*DDPM2DObjective.objective_keys, "encoder", "encoder_path")
 

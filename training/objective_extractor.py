@@ -32,6 +32,7 @@ class BrainExtractorObjective(Objective):
     """
 
     columns = ("map",)
+    trains_unet_alone = False
     unet_classes = (BrainExtractor,)
     objective_keys = ("size",)
     trains_on = validates_on = "all"

@@ -110,6 +110,7 @@ class ClassifierObjective(Objective):
     columns = ("image", "label")
     trains_on = "all"
     validates_on = "labelled"
+    trains_unet_alone = False
     unet_classes = (NoisyClassifierModel,)
     scheduler_class = AnoFPDMScheduler
 

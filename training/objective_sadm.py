@@ -41,6 +41,7 @@ class SADMObjective(Objective):
             as the authors.
     """
 
+    trains_unet_alone = False
     unet_classes = (SiameseUNet2DModel,)
     pipeline_class = SADMPipeline
     objective_keys = ("reconstruction_path", "loss", "shared_noise")

@@ -33,6 +33,7 @@ class SparKObjective(Objective):
     Trained and averaged: encoder, decoder and what joins them, but not the running statistics of the batch
     normalisation. Labels: none. Arguments as of [`Objective`] and [`spark_loss`]."""
 
+    trains_unet_alone = False
     objective_keys = ("encoder", *OF_MODEL, "loss", "region", "normalize")
 
     def __init__(

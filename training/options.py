@@ -120,6 +120,9 @@ class LoopOptions:
 
     output_dir: str = "outputs/train"
     """Folder of checkpoints, logs, pictures and the finished pipeline."""
+    init_from: str | None = None
+    """Pipeline whose network, scheduler and inference values a new run begins with: folder, Hub id, or the name of a
+    checkpoint that comes with the library."""
     max_steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 16

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from ..data.phantoms.drawn_heads import DRAWN, DrawnHeads
 from ..data.phantoms.heads import find_label_maps, split_maps
-from ..data.phantoms.sets import PHANTOMS
+from ..data.phantoms.sets import PHANTOMS, locate_label_maps
 from ..data.prepared import PreparedSplit, StreamedSplit, load_prepared
 from ..volumes.processor import VolumeProcessor
 from .objective import Objective
@@ -232,11 +232,11 @@ def _draw_heads(
 
 
 def label_maps_folder(path: str) -> Path:
-    """Returns the folder of label maps of a `data.path` such as `heads:FOLDER`."""
+    """Returns the folder of label maps of a `data.path` such as `heads:FOLDER` or `heads:builtin`."""
     kind, colon, folder = path.partition(":")
     if kind + colon != DRAWN or not folder:
         raise ValueError(f"`data.path` must be {DRAWN}FOLDER, a folder of label maps, for this method, got {path!r}.")
-    return Path(folder)
+    return locate_label_maps(folder)
 
 
 def validation_rows(split: PreparedSplit | DrawnHeads, objective: Objective | type[Objective]) -> np.ndarray:

@@ -21,6 +21,7 @@ from diffusers.training_utils import EMAModel
 
 from ..data.prepared import PreparedSplit, StreamedSplit
 from ..files import read_json, remove_unfinished, write_text
+from ..pipelines.base import AnomalyPipeline
 from ..schedulers.draws import DRAWS_VERSION
 from ..volumes.processor import VolumeProcessor
 from .checkpoints import (
@@ -40,6 +41,7 @@ from .objective import Objective
 from .optimization import make_ema, make_lr_scheduler, make_optimizer
 from .options import TrainOptions, check_resumed
 from .samples import load_splits
+from .start import load_start
 
 
 class Progress:
@@ -232,8 +234,14 @@ class Run:
         self.last_checkpoint = target
 
 
-def make_run(options: TrainOptions, objective_class: type[Objective], accelerator: Accelerator) -> Run:
-    """Opens the data, builds the objective, and prepares everything that is trained, with new weights."""
+def make_run(
+    options: TrainOptions,
+    objective_class: type[Objective],
+    accelerator: Accelerator,
+    start: AnomalyPipeline | None = None,
+) -> Run:
+    """Opens the data, builds the objective, and prepares everything that is trained, with new weights, or those of the
+    pipeline `start`."""
     loop = options.train
     train_split, validation_split = load_splits(accelerator, options, objective_class)
     processor = VolumeProcessor.from_dict(train_split.processor_settings)
@@ -242,6 +250,8 @@ def make_run(options: TrainOptions, objective_class: type[Objective], accelerato
 
     set_seed(loop.seed)
     objective = objective_class.from_options(options, processor)
+    if start is not None:
+        load_start(objective, start, loop.init_from)
     if objective.updates_per_batch > 1 and options.data.streaming:
         raise ValueError(
             f"`objective.updates_per_batch` is {objective.updates_per_batch}, but `data.streaming` reads every slice"

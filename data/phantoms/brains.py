@@ -473,6 +473,28 @@ def make_subject(
     return PhantomSubject(name, images, subject.brain.astype(np.uint8), mask, soft_lesion, affine, parameters)
 
 
+def draw_tissues(index: int, *, spacing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Draws the healthy anatomy of a subject, as [`make_subject`] does with `anatomy="mni152"`, without any image.
+
+    Returns:
+        Which tissue prevails in the V voxels of the brain, `(V,)`: 0 CSF, 1 GM, 2 WM; the brain `(X, Y, Z)`, bool;
+        where its voxels lie in the template, `(3, V)` in mm; and the affine from voxels to RAS millimetres.
+    """
+    check_integer("index", index, 0)
+    check_number("spacing", spacing, least=1, most=8)
+    template = _mni152_template()
+    shape = tuple(int(n) for n in template.extent // spacing + 1)
+    grid = _Grid(shape, float(spacing), template.origin, template.extent)
+    subject = _draw_anatomy(np.random.default_rng([SET_SEED, index]), grid, template)
+    # The average has filled sulci and thick cortex, which the images of partial volumes bear and a label does not.
+    weights = subject.tissue_weights(template, subject.source) * np.float32([[2.2], [1.0], [1.3]])
+    tissues = weights.argmax(0)
+    affine = np.diag([grid.spacing] * 3 + [1.0])
+    affine[:3, 3] = grid.origin
+    return tissues, subject.brain, subject.source, affine
+
+
 def write_phantom(
     folder: str | Path,
     name: str = "phantom-mini",

@@ -18,12 +18,15 @@ from ...files import lock_folder, rename_folder
 from ..prepare import prepare_recipe, read_recipe, read_rules
 from ..shards import code_digest
 from .brains import PHANTOM_SETS, SET_SEED, write_phantom
+from .head_maps import write_head_maps
 from .heads import HEADS, write_heads
 from .nodules import RATER_SETS, write_rater_phantom
 
 
 # Every set that is made and not read; those with several annotations are pictures.
 PHANTOMS = (*PHANTOM_SETS, *RATER_SETS)
+# Label maps that need no folder.
+BUILTIN = "builtin"
 
 
 def prepare_phantom(
@@ -85,7 +88,8 @@ def prepare_heads(
     Makes synthetic heads of label maps and prepares them, as [`~data.prepare.prepare_recipe`] does.
 
     Args:
-        label_maps, subjects, contrasts: As in [`~data.phantoms.heads.write_heads`].
+        label_maps: As in [`~data.phantoms.heads.write_heads`], or `"builtin"`, see [`locate_label_maps`].
+        subjects, contrasts: As in [`~data.phantoms.heads.write_heads`].
         recipe: Instead of the packaged one, `heads`, whose modalities are the contrasts.
         raw: As in [`prepare_phantom`].
         options: `skull`, `tested`, `seed` and `device` of [`~data.phantoms.heads.write_heads`].
@@ -99,7 +103,8 @@ def prepare_heads(
     recipe["processor"] = {**recipe["processor"], "modalities": list(contrasts)}
     recipe["source"] = f"{HEADS} of anodiff, {', '.join(contrasts)}, label maps {Path(label_maps).resolve().name}"
     options = {"subjects": subjects, "contrasts": tuple(contrasts), **options}
-    key = hashlib.sha256(json.dumps([str(Path(label_maps).resolve()), repr(options)]).encode()).hexdigest()[:16]
+    label_maps = locate_label_maps(label_maps)
+    key = hashlib.sha256(json.dumps([str(label_maps.resolve()), repr(options)]).encode()).hexdigest()[:16]
 
     def make(folder: Path) -> None:
         write_heads(folder, label_maps, **options, progress=progress)
@@ -147,6 +152,24 @@ def cached_phantom(name: str) -> Path:
             prepare_phantom(name, folder, recipe=recipe)
         except BlockingIOError:
             time.sleep(1)  # another process is making it
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def locate_label_maps(label_maps: str | Path, progress: bool = True) -> Path:
+    """Returns the folder of label maps that is named; of `"builtin"`, unless there is a folder of that name, one in the
+    cache of `datasets` with four maps of [`~data.phantoms.head_maps.write_head_maps`], which is made first if it is not
+    there."""
+    if str(label_maps) != BUILTIN or Path(label_maps).is_dir():
+        return Path(label_maps)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "anodiff" / f"label-maps-{code_digest()[:16]}"
+    while not folder.is_dir():
+        try:
+            write_head_maps(folder, 4, progress=progress)
+        except BlockingIOError:
+            time.sleep(1)  # another process is making them
         except FileExistsError:
             if not folder.is_dir():
                 raise

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
+import datasets
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
+from anodiff.data.phantoms import sets
+from anodiff.data.phantoms.head_maps import write_head_maps
 from anodiff.data.phantoms.heads import (
     CORTEX,
     FLUID,
@@ -221,3 +225,51 @@ def test_options_of_heads(folder, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             preprocess(["--heads", str(folder), "--out", "set", *arguments])
     assert not os.path.exists("set")
+
+
+# Label maps that need no folder
+
+
+@pytest.fixture(scope="module")
+def builtin(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("builtin") / "maps"
+    write_head_maps(folder, 2, spacing=4.0, progress=False)
+    return folder
+
+
+def test_a_built_in_map_is_a_head(builtin):
+    first, second = (nib.load(path) for path in sorted(builtin.iterdir()))
+    labels = np.asarray(first.dataobj)
+    assert not np.array_equal(labels, np.asarray(second.dataobj))
+    litres = {label: (labels == label).sum() * 0.064 / 1000 for label in np.unique(labels).tolist()}
+    # White matter, cortex, ventricles, cerebellum; nuclei and brain stem; fluid outside, skull and skin.
+    assert 0.4 < litres[2] + litres[41] < 0.8 and 0.5 < litres[3] + litres[42] < 0.95
+    assert 0.005 < litres[4] + litres[43] < 0.08 and 0.08 < litres[8] + litres[47] < 0.18
+    assert {10, 49, 11, 50, 12, 51, 16, 24, 506, 508, 511, 515} <= set(litres)
+    places = nib.affines.apply_affine(first.affine, np.argwhere(labels == 2)), np.argwhere(labels == 41)
+    assert places[0][:, 0].mean() < -15 and nib.affines.apply_affine(first.affine, places[1])[:, 0].mean() > 15
+    # Nowhere does brain touch the air.
+    brain, air = np.isin(labels, [*range(2, 24), *range(25, 86)]), labels == 0
+    for axis in range(3):
+        for step in (-1, 1):
+            assert not (brain & np.roll(air, step, axis))[1:-1, 1:-1, 1:-1].any()
+
+
+def test_heads_of_built_in_maps(builtin, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(sets, "write_head_maps", lambda path, *_, **__: made.append(shutil.copytree(builtin, path)))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    arguments = ["--heads", "builtin", "--contrast", "t1", "--subjects", "1", "--tested", "0"]
+    for name, skull in (("a", "false"), ("b", "true")):
+        where = ["--out", str(tmp_path / name), "--root", str(tmp_path / f"raw-{name}"), "--skull", skull]
+        assert preprocess([*arguments, *where]) == 0
+    assert len(made) == 1 and is_phantom(load_prepared(tmp_path / "a", "train").recipe)
+    heads = [
+        {name: nib.load(tmp_path / f"raw-{raw}/healthy_00000/{name}.nii.gz").get_fdata() for name in ("t1", "brain")}
+        for raw in "ab"
+    ]
+    np.testing.assert_array_equal(*(head["brain"] for head in heads))
+    outside = heads[0]["brain"] == 0
+    assert (heads[0]["t1"][outside] == 0).all() and heads[1]["t1"][outside].max() > 300
+    np.testing.assert_array_equal(*(head["t1"][~outside] for head in heads))
+    assert sum(1 for _ in (tmp_path / "raw-a").glob("*_0000?")) == 1

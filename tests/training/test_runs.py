@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from anodiff import AnomalyPipeline
+from anodiff import AnoDDPMPipeline, AnomalyPipeline, BrainExtractor
 from anodiff.data.prepare import prepare
 from anodiff.data.readers.subjects import Subject
 from anodiff.files import lock_folder
@@ -28,7 +28,7 @@ from anodiff.training.checkpoints import RECORD, list_checkpoints, set_aside
 from anodiff.training.loop import fit
 from anodiff.training.objective_cddpm import load_encoder
 from anodiff.training.objective_guided import ClassifierObjective, LearnedSigmaObjective, load_classifier
-from anodiff.training.objective_noise import NoiseObjective
+from anodiff.training.objective_noise import ANDiObjective, NoiseObjective
 from anodiff.training.objective_sadm import SADMObjective
 from anodiff.training.options import MAY_CHANGE, DataOptions, LoopOptions, OptimOptions, TrainOptions, check_resumed
 from anodiff.training.state import plain
@@ -71,7 +71,8 @@ def train(data, tmp_path):
     """`train(step, kind, **options)` trains to a step in `tmp_path/run`, with a checkpoint of every one."""
 
     def run(steps: int, kind=NoiseObjective, *, optim=None, data_path=data, method="anoddpm", **changes):
-        blocks = {name: changes.pop(name) for name in ("unet", "inference", "objective") if name in changes}
+        kinds = ("unet", "scheduler", "inference", "objective")
+        blocks = {name: changes.pop(name) for name in kinds if name in changes}
         loop = {"output_dir": str(tmp_path / "run"), "max_steps": steps, "batch_size": 2, "log_every": 1}
         loop |= {"validate_every": 0, "checkpoint_every": 1, "checkpoint_limit": 9, "report_to": "none", **changes}
         options = TrainOptions(
@@ -434,6 +435,78 @@ def test_the_data_are_compared_by_what_they_are(train, data, tmp_path):
     with pytest.raises(ValueError, match="was trained on other data than `data.path` .*more"):
         train(3, resume="latest", data_path=other)
     assert steps_of(run) == [1, 2]
+
+
+# Beginning with the weights of a pipeline
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "pipeline/unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture
+def start(train, tmp_path):
+    """The pipeline of an earlier run, with values of its own and a brain extractor."""
+    run = train(2, scheduler={"wavelength": 4.0, "octaves": 2})
+    folder = run.rename(tmp_path / "earlier") / "pipeline"
+    parts = AnomalyPipeline.from_pretrained(folder).components
+    parts["brain_extractor"] = BrainExtractor(block_out_channels=(4,))
+    AnoDDPMPipeline(**parts, noise_level=7, threshold=0.5).save_pretrained(folder)
+    return folder
+
+
+def test_a_run_begins_with_the_weights_of_a_pipeline(train, start, tmp_path):
+    # A step of length 0 leaves them and their average as they were.
+    run = train(1, init_from=str(start), unet={"block_out_channels": [4]}, optim={"learning_rate": 0.0}, seed=5)
+    torch.testing.assert_close(weights(run), weights(start.parent), rtol=0, atol=0)
+    options, pipe = (
+        yaml.safe_load((run / "config.yaml").read_text()),
+        AnomalyPipeline.from_pretrained(run / "pipeline"),
+    )
+    assert (pipe.scheduler.config.wavelength, pipe.config.noise_level, pipe.config.threshold) == (4.0, 7, None)
+    assert pipe.brain_extractor is not None and options["train"]["init_from"] == str(start)
+    assert options["unet"]["norm_num_groups"] == 4 and options["scheduler"]["octaves"] == 2
+    card = (run / "pipeline/README.md").read_text()
+    assert "Begun with the weights of pipeline." in card and str(tmp_path) not in card
+
+
+def test_a_run_that_began_with_a_pipeline_goes_on_from_its_own_weights(train, start, tmp_path):
+    options = {"init_from": str(start), "unet": {}, "optim": {"learning_rate": 1e-2}}
+    whole = train(4, **options).rename(tmp_path / "whole")
+    train(2, **options)
+    run = train(4, resume="latest", **options)
+    torch.testing.assert_close(weights(run), weights(whole), rtol=0, atol=0)
+    assert (run / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"`train.init_from` was '.*earlier/pipeline', is None"):
+        train(5, resume="latest", optim={"learning_rate": 1e-2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unet": UNET | {"layers_per_block": 2}}, r"`unet.layers_per_block` is 1 there and 2 here\. Leave"),
+        ({"unet": {"_class_name": "UNet2DHeadsModel"}}, r"`unet._class_name` is 'UNet2DModel' there"),
+        ({"scheduler": {"wavelength": 9.0}}, r"`scheduler.wavelength` is 4.0 there and 9.0 here"),
+        ({"kind": ANDiObjective, "method": "andi"}, r"holds a AnoDDPMPipeline, but the method andi trains a ANDiPip"),
+        ({"kind": SADMObjective, "method": "sadm"}, r"`train.init_from` must not be given for the method sadm"),
+        ({"init_from": "missing/folder"}, r"missing/folder"),
+    ],
+)
+def test_what_a_run_cannot_begin_with(train, start, tmp_path, changes, message):
+    changes = {"init_from": str(start), "unet": {}, **changes}
+    if changes.get("method") == "sadm":
+        changes["objective"] = {"reconstruction_path": str(start)}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(1, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_data_of_a_run_are_prepared_as_those_of_its_start(train, start, tmp_path):
+    pipe = AnomalyPipeline.from_pretrained(start)
+    pipe.processor = VolumeProcessor(modalities=("t1",), size=(8, 8), brain_mask="given")
+    pipe.save_pretrained(start)
+    with pytest.raises(ValueError, match=r"than the pipeline of `train.init_from` .*: `brain_mask` is "):
+        train(1, init_from=str(start), unet={})
 
 
 # One run per folder
