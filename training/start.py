@@ -18,7 +18,7 @@ def take_start(options: TrainOptions, objective_class: type[Objective]) -> tuple
     Loads the pipeline of `train.init_from`, and returns the options with its network, scheduler and inference values
     in their blocks, where they are recorded and compared like those that a configuration gives.
 
-    Its threshold is left out: it belongs to the maps of the weights that are about to change.
+    Its threshold and what it divides maps by are left out: they belong to the weights that are about to change.
 
     Raises:
         ValueError: It is of another method, or a block gives a network or scheduler that differs from its own.
@@ -47,7 +47,8 @@ def take_start(options: TrainOptions, objective_class: type[Objective]) -> tuple
             f"`train.init_from` {name} differs from the configuration: {'; '.join(differences)}. Leave these out:"
             " network and scheduler are those of the pipeline."
         )
-    settings = {key: pipeline.config[key] for key in argument_names(wanted) if key not in {*COMPONENTS, "threshold"}}
+    left_out = {*COMPONENTS, "threshold", "normalization"}
+    settings = {key: pipeline.config[key] for key in argument_names(wanted) if key not in left_out}
     blocks["inference"] = {**_plain(settings), **options.inference}
     return dataclasses.replace(options, **blocks), pipeline
 

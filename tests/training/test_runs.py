@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from anodiff import AnoDDPMPipeline, AnomalyPipeline, BrainExtractor
+from anodiff import AnoDDPMPipeline, AnomalyPipeline, BrainExtractor, HealthyMapsModel
 from anodiff.data.prepare import prepare
 from anodiff.data.readers.subjects import Subject
 from anodiff.files import lock_folder
@@ -451,7 +451,8 @@ def start(train, tmp_path):
     folder = run.rename(tmp_path / "earlier") / "pipeline"
     parts = AnomalyPipeline.from_pretrained(folder).components
     parts["brain_extractor"] = BrainExtractor(block_out_channels=(4,))
-    AnoDDPMPipeline(**parts, noise_level=7, threshold=0.5).save_pretrained(folder)
+    parts["healthy_maps"] = HealthyMapsModel(8, 8)
+    AnoDDPMPipeline(**parts, noise_level=7, threshold=0.5, normalization="healthy_maps").save_pretrained(folder)
     return folder
 
 
@@ -464,6 +465,7 @@ def test_a_run_begins_with_the_weights_of_a_pipeline(train, start, tmp_path):
         AnomalyPipeline.from_pretrained(run / "pipeline"),
     )
     assert (pipe.scheduler.config.wavelength, pipe.config.noise_level, pipe.config.threshold) == (4.0, 7, None)
+    assert pipe.healthy_maps is None and pipe.config.normalization == "none"
     assert pipe.brain_extractor is not None and options["train"]["init_from"] == str(start)
     assert options["unet"]["norm_num_groups"] == 4 and options["scheduler"]["octaves"] == 2
     card = (run / "pipeline/README.md").read_text()
