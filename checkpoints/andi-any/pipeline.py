@@ -1,0 +1,1 @@
+from anodiff import ANDiPipeline  # noqa: F401

@@ -1,0 +1,1 @@
+from anodiff import AnoDDPMPipeline  # noqa: F401
