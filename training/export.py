@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from ..data.card import describe_population
+from ..data.phantoms.drawn_heads import DRAWN
 from ..data.phantoms.sets import is_phantom
 from ..files import read_json, read_text, sha256, sync_folder, write_json, write_text
 from ..hub.model_card import make_card
@@ -216,6 +217,8 @@ def _published(options: TrainOptions) -> dict:
     """The configuration as it travels with the weights."""
     config = plain(options)
     config["train"] |= {"output_dir": Path(options.train.output_dir).name, "resume": None, "hub_picture": None}
+    if options.data.path.startswith(DRAWN):
+        config["data"]["path"] = DRAWN + Path(options.data.path.removeprefix(DRAWN)).name
     return config
 
 

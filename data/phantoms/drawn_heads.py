@@ -26,6 +26,8 @@ _PLANES, _PLANE_DISTANCE, _COARSE_SIZE, _COARSE_SPACING = 17, 10.0, (38, 30), 6.
 _LEAST_AREA = 0.2
 # In mm.
 _THINNEST, _THICKEST = 1.0, 6.5
+# Of a slice's thickness, whatever it is: a slice must not depend on the others of its batch.
+_SAMPLES = 5
 
 
 class DrawnHeads:
@@ -131,6 +133,7 @@ class DrawnHeads:
             spacing=spacing,
             centre=centre,
             thickness=_THINNEST + (_THICKEST - _THINNEST) * u,
+            samples=_SAMPLES,
             **options,
         )
         brain = heads.brain[:, 0]

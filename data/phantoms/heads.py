@@ -216,6 +216,7 @@ def make_slices(
     spacing: float | torch.Tensor = 1.5,
     centre: torch.Tensor | None = None,
     thickness: torch.Tensor | None = None,
+    samples: int | None = None,
     lesions: Sequence[str | None] | None = None,
     look: str = "usual",
     mask_errors: bool = False,
@@ -234,6 +235,8 @@ def make_slices(
         centre (`torch.Tensor` of shape `(B, 2)`, *optional*):
             Middle of the slices, in mm towards anterior and right; the centre of the brain's map by default.
         thickness (`torch.Tensor` of shape `(B,)`, *optional*): Of a slice, in mm; 1 mm for one sample a slice.
+        samples (`int`, *optional*):
+            Odd number of samples of a slice's thickness; by default about 1.3 mm apart in the thickest of the batch.
         lesions (`Sequence[str | None]`, *optional*): What every head has of `LESIONS`; none by default.
         look (`str`):
             Of the lesions: `"usual"`, bright in FLAIR and T2, dark in T1; `"hyper"` and `"hypo"`, brighter and darker
@@ -248,8 +251,8 @@ def make_slices(
         check_choice("lesions", lesion, (None, *LESIONS))
     device, heads = maps.tissues.device, len(keys)
     thickness = torch.ones(heads, device=device) if thickness is None else thickness.to(device)
-    # The mean over the thickness: samples about 1.3 mm apart, an odd number, so that there is a middle.
-    samples = math.ceil(float(thickness.max()) / 1.3) | 1
+    # The mean over the thickness, of an odd number, so that there is a middle.
+    samples = samples or math.ceil(float(thickness.max()) / 1.3) | 1
     offsets = (torch.arange(samples, device=device) + 0.5) / samples - 0.5
     z = positions.to(device)[:, :, None] + thickness[:, None, None] * offsets  # (B, Z, S)
     spacing = torch.as_tensor(spacing, dtype=torch.float32, device=device).expand(heads)
@@ -265,7 +268,7 @@ def make_slices(
     apart = torch.stack([offsets[rows], offsets[columns]], -1) * spacing[:, None, None]  # (B, S, 2)
     apart = apart[:, None].expand(*z.shape, 2).flatten(1, 2)
     tissues = _bend(maps, chosen.to(device), keys, z.flatten(1), y, x, apart).unflatten(1, z.shape[1:])
-    brain = _brain_mask(tissues, keys, float(spacing.mean()))
+    brain = _brain_mask(tissues, keys, spacing)
     # A slice's own key: the number of its position, in micrometres, which may be negative.
     numbers = ((z.mean(2) + 1000) * 1000).round().long()
     slice_keys = fold_in(keys.repeat_interleave(z.shape[1], 0), numbers.flatten())
@@ -341,19 +344,23 @@ def _spline(knots: torch.Tensor, places: Sequence[torch.Tensor]) -> torch.Tensor
     return torch.einsum("bcijk,bpi,bhj,bwk->bcphw", knots, *weights)
 
 
-def _brain_mask(tissues: torch.Tensor, keys: torch.Tensor, spacing: float) -> torch.Tensor:
+def _brain_mask(tissues: torch.Tensor, keys: torch.Tensor, spacing: torch.Tensor) -> torch.Tensor:
     """Masks `(B, Z, H, W)` as brain extraction gives them: the tissue of the brain, closed over narrow sulci, and the
     fluid that it surrounds."""
     is_brain = (tissues > AIR) & (tissues <= _BRAIN)
     tissue, outer = is_brain.float().mean(2), (tissues == OUTER_FLUID).float().mean(2) > 0.5
     boxes = 1 + 2 * ((4.5 + 6 * uniform(fold_in(keys, _MASK))) / spacing).round().long().clamp(min=1)  # 9 to 21 mm
-    around = 2 * round(30 / spacing) + 1
+    reaches = (30 / spacing).round().long()
     closed = torch.empty_like(tissue)
     for box in boxes.unique().tolist():
         own, half = boxes == box, box // 2
         wide = _max_pool(F.pad((tissue[own] > 0.5).float(), (half,) * 4), box)
         closed[own] = -_max_pool(F.pad(-wide, (half,) * 4, value=-1.0)[..., half:-half, half:-half], box, half)
-    share = F.avg_pool2d(F.avg_pool2d(tissue, (around, 1), 1, (around // 2, 0)), (1, around), 1, (0, around // 2))
+    share = torch.empty_like(tissue)
+    for reach in reaches.unique().tolist():
+        own, around = reaches == reach, 2 * reach + 1
+        rows = F.avg_pool2d(tissue[own], (around, 1), 1, (reach, 0))
+        share[own] = F.avg_pool2d(rows, (1, around), 1, (0, reach))
     return (closed > 0.5) | (outer & (share > 0.5))
 
 
