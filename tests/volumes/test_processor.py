@@ -412,6 +412,7 @@ SETTINGS = {
     "brain_mask": "none",
     "background": 3.0,
     "curvature_flow": 0,
+    "strip": True,
 }
 
 
@@ -565,3 +566,13 @@ def test_real_scans(folder, modalities, lesion):
     reference = scan.get_fdata()
     dark = reference < np.quantile(reference[reference > 0], 0.95)
     assert np.corrcoef(image[dark], reference[dark])[0, 1] > 0.98
+
+
+def test_a_scan_with_a_skull_looks_like_a_stripped_one():
+    volume = np.random.default_rng(0).uniform(1, 9, (20, 24, 6)).astype(np.float32)
+    brain = np.zeros(volume.shape, bool)
+    brain[4:16, 5:20, 1:5] = True
+    settings = {"size": (16, 16), "crop": "brain", "intensity": "brain_median", "brain_mask": "given"}
+    stripped = VolumeProcessor(**settings).preprocess(volume * brain, brain)
+    assert torch.equal(VolumeProcessor(**settings, strip=True).preprocess(volume, brain).slices, stripped.slices)
+    assert not torch.equal(VolumeProcessor(**settings).preprocess(volume, brain).slices, stripped.slices)
