@@ -348,8 +348,8 @@ def test_a_raw_scan_needs_neither_a_model_nor_a_mask(tmp_path, monkeypatch, near
         *("scheduler", "processor"),
     }
 
-    values = np.random.default_rng(0).normal(100, 5, (24, 24, 6)).astype(np.float32)
-    nib.save(nib.Nifti1Image(values, np.diag([8.0, 8.0, 8.0, 1.0])), "raw_T1w.nii.gz")
+    values, _, affine = tiny.make_raw_scan()
+    nib.save(nib.Nifti1Image(values, affine), "raw_T1w.nii.gz")
     assert main(["raw_T1w.nii.gz", "-o", "out"]) == 0
     assert files(tmp_path / "out") == {f"raw_T1w/{name}" for name in RESULT | {"brain_mask.nii.gz"}}
     settings = json.loads((tmp_path / "out" / "raw_T1w" / "result.json").read_text())["settings"]
