@@ -44,10 +44,10 @@ demo: $(BIN)/.installed
 	$(EVAL) --data $(DEMO)/prepared/t2 --output_dir $(DEMO)/eval/t2 --model anoddpm-t2
 	@grep "^[|#] " $(DEMO)/eval/*/report.md --no-filename | grep -v Protocol
 
-# The picture of the README: the demonstration's T1, in few colours.
+# The picture of the README: the demonstration's T2, in few colours.
 picture:
-	$(BIN)/python -c "from PIL import Image; picture = Image.open('$(DEMO)/maps/t1/t1/overview.png').convert('RGB'); \
-	picture.thumbnail((900, 900)); picture.quantize(64).save('docs/images/overview.png', optimize=True)"
+	$(BIN)/python -c "from PIL import Image; picture = Image.open('$(DEMO)/maps/t2/t2/overview.png').convert('RGB'); \
+	picture.thumbnail((1000, 1000)); picture.quantize(256, method=1, dither=0).save('docs/images/overview.png', optimize=True)"
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
