@@ -11,7 +11,7 @@ import torch
 import yaml
 from diffusers import UNet2DModel
 
-from anodiff import AnomalyPipeline, BrainExtractor
+from anodiff import AnomalyPipeline
 from anodiff.evaluation import overview
 from anodiff.hub import shipped
 from anodiff.predict import GO_ON, main
@@ -19,7 +19,7 @@ from anodiff.running import run_script
 from anodiff.ship import main as ship
 from anodiff.strip import main as strip
 
-from ..tiny import make_pipeline, make_volume
+from ..tiny import make_extractor, make_pipeline, make_raw_scan, make_volume
 
 
 def test_maps_of_several_scans_one_of_them_broken(workplace, trained):
@@ -331,9 +331,7 @@ def test_a_raw_scan_needs_neither_a_model_nor_a_mask(tmp_path, monkeypatch, near
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shipped, "SHIPPED", tmp_path / "checkpoints")
     torch.manual_seed(0)
-    extractor = BrainExtractor(spacing=4.0, block_out_channels=(4, 4))
-    torch.nn.init.constant_(extractor.last.bias, 1.0)
-    extractor.half().save_pretrained("trained/extractor")
+    make_extractor().half().save_pretrained("trained/extractor")
     for name in ("flair", "t1"):
         settings = {"brain_mask": "given"}
         make_pipeline("AnoDDPMPipeline", (name,), processor_settings=settings).save_pretrained(f"trained/{name}")
@@ -348,7 +346,7 @@ def test_a_raw_scan_needs_neither_a_model_nor_a_mask(tmp_path, monkeypatch, near
         *("scheduler", "processor"),
     }
 
-    values, _, affine = tiny.make_raw_scan()
+    values, _, affine = make_raw_scan()
     nib.save(nib.Nifti1Image(values, affine), "raw_T1w.nii.gz")
     assert main(["raw_T1w.nii.gz", "-o", "out"]) == 0
     assert files(tmp_path / "out") == {f"raw_T1w/{name}" for name in RESULT | {"brain_mask.nii.gz"}}
