@@ -13,9 +13,11 @@ from ..volumes.volume import InputVolume
 # rules of the processor, voxels above the background, or all of them.
 BRAIN_ORIGINS = ("given", "extracted", "stripped", "nonzero", "none")
 
-# Share of the voxels that are not background that are brain, in a scan without skull: of whole heads and necks the brain
-# is a third, of slabs above the ears less than two thirds, of scans with a noisy background less.
+# Share of the voxels that are not background that the network finds to be brain, in a scan without skull: of whole
+# heads and necks the brain is a third, of slabs above the ears less than two thirds. It may find less of a brain without
+# skull, as it looks for the skull around it; there is then no more than a brain, in ml.
 _BRAIN = 0.75
+_PART, _LARGEST = 0.5, 1800.0
 
 
 def find_brain(extractor: BrainExtractor, volume: InputVolume) -> tuple[np.ndarray, str]:
@@ -37,9 +39,11 @@ def find_brain(extractor: BrainExtractor, volume: InputVolume) -> tuple[np.ndarr
     if not brain.any():
         raise ValueError(f"{volume.name}: no brain was found. Give its mask, `brain_mask=...`.")
     signal = np.any([image != _find_background(image) for image in images], axis=0)
-    if (signal & brain).sum() < _BRAIN * signal.sum():
-        return brain, "extracted"
-    return scipy.ndimage.binary_fill_holes(signal), "stripped"
+    share = (signal & brain).sum() / signal.sum()
+    millilitres = signal.sum() * abs(np.linalg.det(volume.affine[:3, :3])) / 1000
+    if share >= _BRAIN or (share >= _PART and millilitres <= _LARGEST):
+        return scipy.ndimage.binary_fill_holes(signal), "stripped"
+    return brain, "extracted"
 
 
 def _find_background(image: np.ndarray) -> np.float32:
