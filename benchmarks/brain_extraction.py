@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from anodiff import BrainExtractor
-from anodiff.data.phantoms.heads import CONTRASTS, make_slices, read_label_maps, split_maps
+from anodiff.data.phantoms.heads import CONTRASTS, make_slices
+from anodiff.data.phantoms.label_maps import read_label_maps, split_maps
 from anodiff.pipelines.brain import find_brain
 from anodiff.schedulers.draws import make_keys
 from anodiff.training.head_volumes import find_brains

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..data.phantoms.heads import CONTRASTS, LESIONS, OUTER_FLUID, TISSUES, VESSEL, LabelMaps, make_slices
+from ..data.phantoms.heads import CONTRASTS, LESIONS, make_slices
+from ..data.phantoms.label_maps import OUTER_FLUID, TISSUES, VESSEL, LabelMaps
 from ..schedulers.draws import fold_in, normal, uniform
 
 

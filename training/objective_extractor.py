@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import check_integer
-from ..data.phantoms.heads import LabelMaps, read_label_maps
+from ..data.phantoms.label_maps import LabelMaps, read_label_maps
 from ..models.brain_extractor import BrainExtractor, normalize_volumes
 from ..volumes.processor import VolumeProcessor
 from .head_volumes import draw_heads

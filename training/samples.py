@@ -13,7 +13,7 @@ import torch.utils.data
 from accelerate import Accelerator
 
 from ..data.phantoms.drawn_heads import DRAWN, DrawnHeads
-from ..data.phantoms.heads import find_label_maps, split_maps
+from ..data.phantoms.label_maps import find_label_maps, split_maps
 from ..data.phantoms.sets import PHANTOMS, locate_label_maps
 from ..data.prepared import PreparedSplit, StreamedSplit, load_prepared
 from ..volumes.processor import VolumeProcessor

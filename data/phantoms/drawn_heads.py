@@ -12,7 +12,8 @@ import torch
 from ...checks import check_choice, check_integer
 from ...schedulers.draws import fold_in, integers, make_keys, uniform
 from ...volumes.processor import BRAIN_LEVEL, VolumeProcessor
-from .heads import CONTRASTS, HEADS, make_slices, read_label_maps, split_maps
+from .heads import CONTRASTS, HEADS, make_slices
+from .label_maps import read_label_maps, split_maps
 
 
 # What `data.path` of a training begins with, before the folder of label maps.
@@ -38,7 +39,7 @@ class DrawnHeads:
     Training, validation and test draw from different label maps where there are three or more.
 
     Args:
-        folder: Of label maps, see [`~data.phantoms.heads.read_label_maps`].
+        folder: Of label maps, see [`~data.phantoms.label_maps.read_label_maps`].
         processor ([`VolumeProcessor`]): Its modalities name the contrasts, of `CONTRASTS`; each is a channel.
         split (`str`): `"train"`, `"validation"` or `"test"`.
         seed (`int`): Of the heads.

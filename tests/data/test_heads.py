@@ -14,18 +14,8 @@ import torch
 
 from anodiff.data.phantoms import sets
 from anodiff.data.phantoms.head_maps import write_head_maps
-from anodiff.data.phantoms.heads import (
-    CORTEX,
-    FLUID,
-    HEAD_SPACING,
-    LABELS,
-    LESIONS,
-    TISSUES,
-    WHITE,
-    make_slices,
-    read_label_maps,
-    write_heads,
-)
+from anodiff.data.phantoms.heads import HEAD_SPACING, LESIONS, make_slices, write_heads
+from anodiff.data.phantoms.label_maps import CORTEX, FLUID, LABELS, TISSUES, WHITE, read_label_maps
 from anodiff.data.phantoms.sets import is_phantom, prepare_heads
 from anodiff.data.prepared import load_prepared
 from anodiff.preprocess import main as preprocess

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from anodiff import BrainExtractor
-from anodiff.data.phantoms.heads import TISSUES, read_label_maps, split_maps
+from anodiff.data.phantoms.label_maps import TISSUES, read_label_maps, split_maps
 from anodiff.schedulers.draws import make_keys
 from anodiff.train import main
 from anodiff.training.head_volumes import draw_heads, find_brains
