@@ -5,6 +5,7 @@ python predict.py --model owner/anoddpm-flair scan.nii.gz -o out
 python predict.py --model outputs/train/pipeline scans/ -o out --brain brain.nii.gz
 python predict.py --model owner/two-modalities patient1/ patient2/ -o out    # flair.nii.gz, t1.nii.gz in each folder
 python predict.py --model owner/anoddpm-flair scan.nii.gz -o out --dispersion 8    # also how far eight draws lie apart
+accelerate launch predict.py --model owner/anoddpm-flair cohort/ -o out --skip_existing    # many scans on several GPUs
 
 Where the model wants a brain mask and none is given, its brain extractor, if it has one, makes it: of a scan that has its
 skull. The mask is written beside the maps.
@@ -17,7 +18,10 @@ Research use, not a medical device.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ from anodiff.running import run_script
 
 
 # What a user does after a stop.
-GO_ON = "Scans that are done keep their results; name the others again."
+GO_ON = "Scans that are done keep their results; the same command with `--skip_existing` goes on with the others."
 
 
 # How a scan's brain mask came about (`pipelines/brain.py`).
@@ -68,6 +72,8 @@ class PredictOptions:
     """cuda, cuda:1, cpu, ...; a GPU where there is one."""
     overwrite: bool = False
     """Replace results that are already there."""
+    skip_existing: bool = False
+    """Leave out scans whose results are there and whole, whatever options they were made with."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,40 +88,55 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("no scan given: files, or folders of scans.")
     if options.dispersion < 0 or options.dispersion == 1:
         raise ValueError(f"`--dispersion` must be 0, for none, or at least 2, got {options.dispersion}.")
+    if options.overwrite and options.skip_existing:
+        raise ValueError("`--overwrite` replaces results, and `--skip_existing` keeps them: give one of them.")
 
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list, gather_object
     from tqdm.auto import tqdm
 
     from anodiff.checks import check_keys
     from anodiff.pipelines.dispersion import check_dispersion
-    from anodiff.volumes.scans import find_scans
 
-    device = find_device(options.device)
+    # Processes that are done wait for the others; by default not for long.
+    state = PartialState(timeout=timedelta(hours=12))
+    device = find_device(options.device or (str(state.device) if state.num_processes > 1 else None))
     model, modality, record = (options.model, None, {}) if options.model else choose_model(options)
+    if record and state.is_main_process:
+        print("Model: {model}, as {model_chosen}.".format(**record))
     pipeline = load_pipeline(model).to(device)
     if options.dispersion:
         check_dispersion(pipeline, options.dispersion)
     check_keys("inference", options.inference, pipeline.default_settings(), type(pipeline).__name__)
-    modalities = list(pipeline.processor.config.modalities)
-    wanted = modalities if modality is None else [modality]
-    scans, failed = find_scans(options.scans, wanted, options.brain, options.output)
-    pipeline.set_progress_bar_config(leave=False)
-    done = 0
-    for scan in tqdm(scans, desc="scans", disable=len(scans) < 2):
-        try:
-            origin = predict_scan(pipeline, scan, options, record)
-            done += 1
-            tqdm.write(f"{scan.name}: {_ORIGINS[origin]}")
-        except Exception as error:  # noqa: BLE001 (whatever is wrong with one scan, the others are still wanted)
-            failed.append((str(scan.source), f"{type(error).__name__}: {error}"))
-    print(f"{done} scan(s) done, results in {options.output}")
+    wanted = list(pipeline.processor.config.modalities) if modality is None else [modality]
+    pipeline.set_progress_bar_config(leave=False, disable=not state.is_local_main_process)
+
+    # One process looks for scans: others might see what it has begun to write.
+    listed = [list_scans(options, wanted) if state.is_main_process else None]
+    scans, failed, finished = broadcast_object_list(listed)[0]
+    own, reasons = scans[state.process_index :: state.num_processes], []
+    with tqdm(total=len(own), desc="scans", disable=len(own) < 2 or not state.is_local_main_process) as bar:
+        for scan, origin, reason in predict_scans(pipeline, own, options, record):
+            reasons.append((scan.name, reason))
+            if reason is None:
+                tqdm.write(f"{scan.name}: {_ORIGINS[origin]}")
+            bar.update()
+    reasons = dict(gather_object(reasons))
+    state.destroy_process_group()
+    if not state.is_main_process:
+        return 0
+    failed += [(str(scan.source), reasons[scan.name]) for scan in scans if reasons[scan.name] is not None]
+    done = list(reasons.values()).count(None)
+    skipped = f", {finished} finished before" if options.skip_existing else ""
+    print(f"{done} scan(s) done{skipped}, results in {options.output}")
     for name, reason in failed:
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def choose_model(options: PredictOptions) -> tuple[str, str | None, dict]:
-    """Chooses the shipped checkpoint for the scans, and says so; returns its folder, the modality of the scans, if it
-    is known, and what the results record of the choice."""
+    """Chooses the shipped checkpoint for the scans; returns its folder, the modality of the scans, if it is known, and
+    what the results record of the choice."""
     from anodiff.hub import shipped
     from anodiff.volumes.scans import find_modality, name_modality
 
@@ -127,7 +148,6 @@ def choose_model(options: PredictOptions) -> tuple[str, str | None, dict]:
         reason = "no name of a scan says a modality" if modality is None else f"the name of the scan says {modality}"
     name, fits = shipped.choose_shipped(modality)
     reason = f"{reason}: {fits}"
-    print(f"Model: {name}, as {reason}.")
     return str(shipped.SHIPPED / name), modality, {"model": name, "model_chosen": reason}
 
 
@@ -158,45 +178,113 @@ def load_pipeline(model: str):
         raise ValueError(f"{model} cannot be loaded: {text}") from error
 
 
-def predict_scan(pipeline, scan, options: PredictOptions, record: dict) -> str:
-    """Writes the result of one scan, and its pictures, into a folder of its own; `record` goes into its settings. Returns
-    how its brain mask came about."""
-    from anodiff.evaluation.overview import draw_members, draw_overview
-    from anodiff.files import lock_folder
-    from anodiff.pipelines.dispersion import disperse
-    from anodiff.pipelines.output import AnomalyOutput
-    from anodiff.volumes.results import (
-        DISPERSION_ARRAYS,
-        ENSEMBLE_ARRAYS,
-        MAP_ARRAYS,
-        PICTURES,
-        check_place,
-        remove_results,
-    )
+def list_scans(options: PredictOptions, modalities: list[str]) -> tuple[list, list[tuple[str, str]], int]:
+    """Returns the scans to predict, paths that are no scans with the reason, and how many scans are left out, as their
+    results are there."""
+    from anodiff.volumes.results import is_whole
+    from anodiff.volumes.scans import find_scans
 
-    folder = Path(options.output) / scan.name
+    scans, failed = find_scans(options.scans, modalities, options.brain, options.output)
+    if not options.skip_existing:
+        return scans, failed, 0
+    missing = [scan for scan in scans if not is_whole(Path(options.output) / scan.name, _records(options))]
+    return missing, failed, len(scans) - len(missing)
+
+
+def predict_scans(pipeline, scans: list, options: PredictOptions, record: dict) -> Iterator[tuple]:
+    """
+    Predicts scans. While the network works on one of them, a thread reads the next one, and another thread writes the
+    result of the last one; memory holds no more than these three.
+
+    Args:
+        record (`dict`): What goes into the settings of the results.
+
+    Yields:
+        each scan when it is done, with how its brain mask came about, or `None` and why it failed.
+    """
+    with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
+
+        def read(scan) -> Future | None:
+            return None if scan is None else reader.submit(read_scan, pipeline, scan, options)
+
+        def ended(scan, writing: Future) -> tuple:
+            error = writing.exception()
+            return (scan, writing.result(), None) if error is None else (scan, None, _reason(error))
+
+        ahead, behind = read(next(iter(scans), None)), None
+        for scan, following in zip(scans, [*scans[1:], None], strict=True):
+            wait([ahead])
+            reading, ahead = ahead, read(following)
+            try:
+                result, spread = compute_scan(pipeline, reading.result(), options)
+                result.settings |= record
+            except Exception as error:  # noqa: BLE001 (whatever is wrong with one scan, the others are still wanted)
+                reason = _reason(error)
+            else:
+                reason = None
+            if reason is not None:
+                yield scan, None, reason
+                continue
+            if behind is not None:
+                yield ended(*behind)
+            behind = scan, writer.submit(write_scan, pipeline, scan, options, result, spread)
+        if behind is not None:
+            yield ended(*behind)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _records(options: PredictOptions) -> tuple[str, ...]:
+    return ("result", "dispersion") if options.dispersion else ("result",)
+
+
+def read_scan(pipeline, scan, options: PredictOptions):
+    """Returns the slices of a scan for the pipeline, if its result may be written; finds its brain if need be."""
+    from anodiff.volumes.results import DISPERSION_ARRAYS, ENSEMBLE_ARRAYS, MAP_ARRAYS, PICTURES, check_place
+
+    folder, records = Path(options.output) / scan.name, _records(options)
     arrays = ENSEMBLE_ARRAYS if pipeline.task == "segmentation" else MAP_ARRAYS
-    records = ("result", "dispersion") if options.dispersion else ("result",)
     stems = {*arrays, *(DISPERSION_ARRAYS if options.dispersion else ()), *(PICTURES[record] for record in records)}
     if pipeline.brain_extractor is None:
         stems.discard("brain_mask")
     check_place(folder, stems, records)
-    if (folder / "result.json").exists() and not options.overwrite:
-        raise FileExistsError(f"{folder} already holds a result; `--overwrite` replaces it.")
+    if (folder / "result.json").exists() and not (options.overwrite or options.skip_existing):
+        raise FileExistsError(
+            f"{folder} already holds a result; `--overwrite` replaces it, `--skip_existing` leaves it as it is."
+        )
+    volume = scan.volume
+    if isinstance(volume, dict):
+        # A network for any contrast has another name for it.
+        volume = dict(zip(pipeline.processor.config.modalities, volume.values(), strict=True))
+    return pipeline.prepare_volume(volume, scan.brain)
+
+
+def compute_scan(pipeline, prepared, options: PredictOptions) -> tuple:
+    """Returns the result of a scan, and with `--dispersion` that of all its draws, else `None`."""
+    from anodiff.pipelines.dispersion import disperse
+
     arguments = dict(
-        brain_mask=scan.brain,
         generator=options.seed,
         batch_size=options.batch_size,
         threshold=options.threshold,
         **options.inference,
     )
-    plane, volume = pipeline.processor.config.plane, scan.volume
-    if isinstance(volume, dict):
-        # A network for any contrast has another name for it.
-        volume = dict(zip(pipeline.processor.config.modalities, volume.values(), strict=True))
-    spread = disperse(pipeline, volume, options.dispersion, **arguments) if options.dispersion else None
-    result = pipeline(volume, **arguments) if spread is None else spread.first
-    result.settings |= record
+    if not options.dispersion:
+        return pipeline(prepared, **arguments), None
+    spread = disperse(pipeline, prepared, options.dispersion, **arguments)
+    return spread.first, spread
+
+
+def write_scan(pipeline, scan, options: PredictOptions, result, spread) -> str:
+    """Writes the result of a scan, and its pictures, into a folder of its own. Returns how its brain mask came about."""
+    from anodiff.evaluation.overview import draw_members, draw_overview
+    from anodiff.files import lock_folder
+    from anodiff.pipelines.output import AnomalyOutput
+    from anodiff.volumes.results import remove_results
+
+    folder, plane = Path(options.output) / scan.name, pipeline.processor.config.plane
     draw = draw_overview if isinstance(result, AnomalyOutput) else draw_members
     # The record of the result, which marks the scan as done, comes last.
     with lock_folder(folder):

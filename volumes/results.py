@@ -83,6 +83,20 @@ def check_place(folder: str | os.PathLike, stems: Iterable[str], records: Iterab
     )
 
 
+def is_whole(folder: str | os.PathLike, records: Iterable[str]) -> bool:
+    """Returns whether a folder holds whole results: for each of these `records` its file, and all that it names."""
+    folder = Path(folder)
+    for record in records:
+        try:
+            files = read_json(folder / f"{record}.json")["files"]
+            whole = all((folder / name).is_file() for name in files)
+        except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is not ours
+            return False
+        if not whole:
+            return False
+    return True
+
+
 def remove_results(folder: str | os.PathLike) -> None:
     """Removes earlier results from a folder: their records first, then what these name, and nothing else."""
     folder = Path(folder)

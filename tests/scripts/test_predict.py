@@ -1,5 +1,6 @@
 """`predict.py` and `convert.py`, in processes of their own or in this one."""
 
+import gzip
 import json
 import os
 import signal
@@ -74,6 +75,31 @@ def test_maps_of_several_scans_one_of_them_broken(workplace, trained):
         check=False,
     )
     assert again.returncode == 1 and "`--overwrite` replaces it" in again.stderr
+
+
+def test_two_processes_do_what_one_does(workplace, monkeypatch):
+    """Of three scans one is broken."""
+    make_pipeline("AnoDDPMPipeline", ("flair",)).save_pretrained(workplace.folder / "untrained")
+    for number, name in enumerate("abc"):
+        image = nib.Nifti1Image(make_volume((16, 16, 2), seed=number), np.eye(4))
+        (workplace.folder / "scans").mkdir(exist_ok=True)
+        nib.save(image, workplace.folder / "scans" / f"{name}.nii.gz")
+    (workplace.folder / "scans" / "b.nii.gz").write_bytes(b"no scan")
+    command = ["--model", "untrained", "scans", "--device", "cpu"]
+    done = workplace.run("predict", *command, "-o", "by-two", processes=2, check=False)
+    assert done.returncode == 1
+    assert done.stdout.count("scan(s) done") == 1 and "2 scan(s) done, results in by-two" in done.stdout
+    assert [line for line in done.stderr.splitlines() if line.startswith("FAILED")] == [
+        "FAILED scans/b.nii.gz: ValueError: scans/b.nii.gz cannot be read, it may be truncated or damaged: "
+        'Cannot work out file type of "scans/b.nii.gz".'
+    ]
+    monkeypatch.chdir(workplace.folder)
+    assert main([*command, "-o", "by-one"]) == 1
+    assert files(workplace.folder / "by-two") == files(workplace.folder / "by-one")
+    for name in files(workplace.folder / "by-one"):
+        contents = [(workplace.folder / folder / name).read_bytes() for folder in ("by-one", "by-two")]
+        first, second = map(gzip.decompress, contents) if name.endswith(".gz") else contents
+        assert first == second, name
 
 
 def test_a_folder_of_subjects(workplace, trained):
@@ -234,7 +260,64 @@ def test_a_signal_leaves_whole_results_and_one_line(place, model, monkeypatch, c
     assert run_script(lambda: main(["--model", model, "raw", "-o", "out"]), GO_ON) == 128 + number
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"stopped by {number.name}: what is finished is kept") and last.endswith(GO_ON)
-    assert files(folder / "out", ".run.json") == {f"a/{name}" for name in RESULT}
+    # What was being written at that moment is written to its end.
+    assert files(folder / "out") == {f"{scan}/{name}" for scan in "ab" for name in RESULT}
+
+
+def test_finished_scans_are_skipped_and_half_results_are_not(place, model, capsys):
+    folder = place("raw/a.nii.gz", "raw/b.nii.gz", "raw/c.nii.gz", "raw/d.nii.gz")
+    assert main(["--model", model, "raw", "-o", "out"]) == 0
+    whole = {name: (folder / "out" / name).read_bytes() for name in files(folder / "out")}
+    capsys.readouterr()
+    # b has lost its map, the record of c is torn, d was stopped while its result was replaced.
+    (folder / "out" / "b" / "anomaly_map.nii.gz").unlink()
+    (folder / "out" / "c" / "result.json").write_bytes(whole["c/result.json"][:50])
+    names = sorted(files(folder / "out" / "d"))
+    (folder / "out" / "d" / "result.json").rename(folder / "out" / "d" / ".result.unfinished.json")
+    (folder / "out" / "d" / ".result.unfinished.json").write_text(json.dumps({"files": names}))
+    kept = (folder / "out" / "a" / "result.json").stat().st_mtime_ns
+    command = ["--model", model, "raw", "-o", "out", "--skip_existing"]
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert "2 scan(s) done, 1 finished before, results in out" in said.out
+    # A record that cannot be read may be the user's file.
+    assert said.err.count("FAILED") == 1 and "c holds anomaly_map.nii.gz, overview.png, reconstruct" in said.err
+    (folder / "out" / "c" / "result.json").write_bytes(whole["c/result.json"])
+    assert main(command) == 0
+    assert "0 scan(s) done, 4 finished before" in capsys.readouterr().out
+    again = {name: (folder / "out" / name).read_bytes() for name in files(folder / "out")}
+    assert set(again) == set(whole) and (folder / "out" / "a" / "result.json").stat().st_mtime_ns == kept
+    for name in whole:
+        if name.endswith(".nii.gz"):
+            first, second = (gzip.decompress(content[name]) for content in (whole, again))
+            assert first == second
+    # A result without a dispersion is not finished where one is wanted.
+    assert main(["--model", model, "raw/a.nii.gz", "-o", "out", "--dispersion", "2", "--skip_existing"]) == 0
+    assert "1 scan(s) done, 0 finished before" in capsys.readouterr().out
+    assert main(["--model", model, "raw/a.nii.gz", "-o", "out", "--dispersion", "2", "--skip_existing"]) == 0
+    assert "0 scan(s) done, 1 finished before" in capsys.readouterr().out
+
+
+def test_what_reading_computing_and_writing_raise_is_said_of_its_scan(place, model, monkeypatch, capsys):
+    """The scan before it, behind it, and after it are done."""
+    folder = place(*(f"raw/{name}.nii.gz" for name in "abcde"))
+    original = overview.draw_overview
+
+    def draw(output, path, title, **options):
+        if title == "b":
+            raise OSError(28, "No space left on device")
+        original(output, path, title, **options)
+
+    (folder / "raw" / "d.nii.gz").write_bytes(b"no scan")
+    monkeypatch.setattr(overview, "draw_overview", draw)
+    assert main(["--model", model, "raw", "-o", "out"]) == 1
+    said = capsys.readouterr()
+    assert "3 scan(s) done" in said.out
+    failed = [line for line in said.err.splitlines() if line.startswith("FAILED")]
+    assert [line.split(": ")[0] for line in failed] == ["FAILED raw/b.nii.gz", "FAILED raw/d.nii.gz"]
+    assert failed[0].endswith("OSError: [Errno 28] No space left on device")
+    assert "raw/d.nii.gz cannot be read" in failed[1]
+    assert files(folder / "out") == {f"{scan}/{name}" for scan in "ace" for name in RESULT}
 
 
 @pytest.mark.parametrize(
@@ -259,6 +342,7 @@ def test_a_gpu_where_there_is_none(place, capsys):
         (["--model", "m", "--modality", "t1", "s.nii"], "`--modality` chooses a model where none is named"),
         (["--modality", "x-ray", "s.nii"], "`modality` must be one of t1, t1ce, t2, flair, "),
         (["--model", "m"], "no scan given"),
+        (["--model", "m", "s.nii", "--overwrite", "--skip_existing"], "`--overwrite` replaces results, and `--skip_e"),
         (["--model", "no/such/folder", "s.nii"], "no/such/folder cannot be loaded: There is no folder no/such/folder"),
         (
             ["--model", "m", "scan.nii.gz", "--dispersion", "1"],
