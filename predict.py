@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -91,39 +92,39 @@ def main(argv: list[str] | None = None) -> int:
     if options.overwrite and options.skip_existing:
         raise ValueError("`--overwrite` replaces results, and `--skip_existing` keeps them: give one of them.")
 
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list, gather_object
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
     from tqdm.auto import tqdm
 
     from anodiff.checks import check_keys
     from anodiff.pipelines.dispersion import check_dispersion
 
     # Processes that are done wait for the others; by default not for long.
-    state = PartialState(timeout=timedelta(hours=12))
-    device = find_device(options.device or (str(state.device) if state.num_processes > 1 else None))
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
+    device = find_device(options.device or (str(accelerator.device) if accelerator.num_processes > 1 else None))
     model, modality, record = (options.model, None, {}) if options.model else choose_model(options)
-    if record and state.is_main_process:
+    if record and accelerator.is_main_process:
         print("Model: {model}, as {model_chosen}.".format(**record))
     pipeline = load_pipeline(model).to(device)
     if options.dispersion:
         check_dispersion(pipeline, options.dispersion)
     check_keys("inference", options.inference, pipeline.default_settings(), type(pipeline).__name__)
     wanted = list(pipeline.processor.config.modalities) if modality is None else [modality]
-    pipeline.set_progress_bar_config(leave=False, disable=not state.is_local_main_process)
+    pipeline.set_progress_bar_config(leave=False, disable=not accelerator.is_local_main_process)
 
     # One process looks for scans: others might see what it has begun to write.
-    listed = [list_scans(options, wanted) if state.is_main_process else None]
+    listed = [list_scans(options, wanted) if accelerator.is_main_process else None]
     scans, failed, finished = broadcast_object_list(listed)[0]
-    own, reasons = scans[state.process_index :: state.num_processes], []
-    with tqdm(total=len(own), desc="scans", disable=len(own) < 2 or not state.is_local_main_process) as bar:
+    own, reasons = scans[accelerator.process_index :: accelerator.num_processes], []
+    with tqdm(total=len(own), desc="scans", disable=len(own) < 2 or not accelerator.is_local_main_process) as bar:
         for scan, origin, reason in predict_scans(pipeline, own, options, record):
             reasons.append((scan.name, reason))
             if reason is None:
                 tqdm.write(f"{scan.name}: {_ORIGINS[origin]}")
             bar.update()
     reasons = dict(gather_object(reasons))
-    state.destroy_process_group()
-    if not state.is_main_process:
+    accelerator.end_training()  # takes the process group down
+    if not accelerator.is_main_process:
         return 0
     failed += [(str(scan.source), reasons[scan.name]) for scan in scans if reasons[scan.name] is not None]
     done = list(reasons.values()).count(None)
@@ -212,7 +213,7 @@ def predict_scans(pipeline, scans: list, options: PredictOptions, record: dict) 
             return (scan, writing.result(), None) if error is None else (scan, None, _reason(error))
 
         ahead, behind = read(next(iter(scans), None)), None
-        for scan, following in zip(scans, [*scans[1:], None], strict=True):
+        for scan, following in zip_longest(scans, scans[1:]):
             wait([ahead])
             reading, ahead = ahead, read(following)
             try:

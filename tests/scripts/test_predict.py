@@ -77,7 +77,7 @@ def test_maps_of_several_scans_one_of_them_broken(workplace, trained):
     assert again.returncode == 1 and "`--overwrite` replaces it" in again.stderr
 
 
-def test_two_processes_do_what_one_does(workplace, monkeypatch):
+def test_two_processes_do_what_one_does(workplace, monkeypatch, capsys):
     """Of three scans one is broken."""
     make_pipeline("AnoDDPMPipeline", ("flair",)).save_pretrained(workplace.folder / "untrained")
     for number, name in enumerate("abc"):
@@ -85,16 +85,15 @@ def test_two_processes_do_what_one_does(workplace, monkeypatch):
         (workplace.folder / "scans").mkdir(exist_ok=True)
         nib.save(image, workplace.folder / "scans" / f"{name}.nii.gz")
     (workplace.folder / "scans" / "b.nii.gz").write_bytes(b"no scan")
-    command = ["--model", "untrained", "scans", "--device", "cpu"]
+    command = ["--model", "untrained", "scans"]
     done = workplace.run("predict", *command, "-o", "by-two", processes=2, check=False)
     assert done.returncode == 1
     assert done.stdout.count("scan(s) done") == 1 and "2 scan(s) done, results in by-two" in done.stdout
-    assert [line for line in done.stderr.splitlines() if line.startswith("FAILED")] == [
-        "FAILED scans/b.nii.gz: ValueError: scans/b.nii.gz cannot be read, it may be truncated or damaged: "
-        'Cannot work out file type of "scans/b.nii.gz".'
-    ]
+    (failed,) = [line for line in done.stderr.splitlines() if line.startswith("FAILED")]
+    assert failed.startswith("FAILED scans/b.nii.gz: ValueError: scans/b.nii.gz cannot be read")
     monkeypatch.chdir(workplace.folder)
     assert main([*command, "-o", "by-one"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == failed
     assert files(workplace.folder / "by-two") == files(workplace.folder / "by-one")
     for name in files(workplace.folder / "by-one"):
         contents = [(workplace.folder / folder / name).read_bytes() for folder in ("by-one", "by-two")]
