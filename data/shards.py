@@ -1,5 +1,5 @@
-"""Writes the rows of prepared data sets: a piece per finished subject, by several processes, then Parquet shards of
-all pieces.
+"""Writes the rows of prepared data sets: a piece per finished subject, by the workers of a Dask cluster where that is
+wanted, then Parquet shards of all pieces.
 
 A piece is an Arrow file with the rows of one subject; its row of `subjects.parquet` travels in the header. Its name is
 made of all that it depends on, so a second run finds what a first one finished, and nothing that has changed since.
@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import multiprocessing
 import multiprocessing.spawn
 import os
 import shutil
 import signal
 import sys
-import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.synchronize import Event
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -47,7 +47,8 @@ _ROW_GROUP = 128  # rows that streaming reads at a time
 _HEADER = b"anodiff"
 _MARKER = "UNFINISHED.txt"
 _MARKER_TEXT = "A data set that is being prepared. If the run was interrupted, the same command goes on from here.\n"
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+# Of a library whose processes Dask does not limit to one thread by itself, as it does for OpenMP, OpenBLAS and MKL.
+_ONE_THREAD = {"ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1"}
 
 
 def check_partial(folder: Path) -> None:
@@ -157,58 +158,112 @@ def write_shards(tables: Iterable[pa.Table], folder: Path, split: str, shard_row
         shard.rename(folder / f"{shard.name}-of-{len(shards):05d}.parquet")
 
 
-def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int) -> Iterator:
+def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int = 1, scheduler: str | None = None) -> Iterator:
     """
-    Yields `function(*task)` of every task in order: one after the other here, or by `num_proc` processes that take the
-    next task when they are free. A `ChildProcessError` says that one of them died.
+    Yields `function(*task)` of every task in order: one after the other here, or by the workers of a Dask cluster, each
+    of which takes the next task when it is free, and one at a time.
 
-    `datasets.map` is for rows of one table: it divides the subjects before it starts, however long each takes, forks a
-    process in which torch and BLAS may run threads, and gathers the rows of several subjects in the memory of every
-    worker, in its own cache, so that a run that is interrupted begins anew.
+    Args:
+        num_proc: Processes of a cluster on this computer that lives as long as this call; 1 for none.
+        scheduler: Address of a cluster that is there, `tcp://HOST:PORT`.
+
+    Raises:
+        ChildProcessError: Workers died, or could not start.
+        ConnectionError: The cluster does not answer.
+        ValueError: A worker of the cluster has several threads, or another version of this code.
     """
-    if num_proc == 1:
+    if num_proc == 1 and scheduler is None:
         for task in tasks:
             yield function(*task)
         return
-    # One thread each: matrix products give the same bits by one thread and by several (numpy's OpenBLAS).
-    outside = {name: os.environ.get(name) for name in _THREADS}
-    context = multiprocessing.get_context("spawn")
-    started = context.Event()
-    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (started,))
+    from distributed import KilledWorker
+    from distributed.client import FutureCancelledError
+
+    with _open_local(num_proc) if scheduler is None else _open_remote(scheduler) as client:
+        run = partial(_run_task, function, code_digest())
+        try:
+            for future in client.map(run, tasks, pure=False, key="prepare"):
+                yield future.result()
+        except KilledWorker as error:
+            raise ChildProcessError(
+                "A worker process was stopped from outside, perhaps for want of memory: every worker holds one subject."
+                " What is done is kept; run the same command again, with a smaller `num_proc`, or with workers that have"
+                " more memory."
+            ) from error
+        except FutureCancelledError as error:
+            raise ConnectionError(
+                f"The connection to the cluster {scheduler or ''} is lost. What is done is kept; run the same command again."
+            ) from error
+
+
+def _run_task(function: Callable, digest: str, task: tuple):
+    """Runs a task on a worker."""
+    from distributed import get_worker
+
+    threads = get_worker().state.nthreads
+    if threads != 1:
+        raise ValueError(
+            f"Workers must have one thread each, as every thread would hold a subject, got one with {threads}: start"
+            " them with `--nthreads 1`."
+        )
+    if code_digest() != digest:
+        raise ValueError(
+            "Workers must have the same version of anodiff as this process, got one with another version."
+        )
+    return function(*task)
+
+
+@contextmanager
+def _open_local(num_proc: int):
+    """Opens a client of a cluster of `num_proc` processes on this computer, which ends with it."""
+    from distributed import Client, LocalCluster
+
+    outside = dict(os.environ)  # into which Dask puts what workers are to inherit
+    masked = sys.platform != "win32"
     try:
-        os.environ.update(dict.fromkeys(_THREADS, "1"))
-        futures = _submit(pool, function, tasks)
-        for name, value in outside.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-        for future in futures:
-            yield future.result()
-    except BrokenProcessPool as error:
-        if not started.is_set():
+        # Workers inherit this, also those that take the place of one that died: Ctrl-C, which their terminal sends to
+        # them as well, is for the main process.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masked else None
+        try:
+            cluster = LocalCluster(
+                n_workers=num_proc,
+                threads_per_worker=1,
+                # What a subject takes is not ours to limit.
+                memory_limit=0,
+                dashboard_address=None,
+                silence_logs=logging.CRITICAL,
+                env=_ONE_THREAD,
+            )
+        except RuntimeError as error:
             raise ChildProcessError(
                 "The worker processes could not start. Each of them reads the script again that called this: with"
                 ' `num_proc` above 1 the call must stand below `if __name__ == "__main__":`.'
             ) from error
-        raise ChildProcessError(
-            "A worker process was stopped from outside, perhaps for want of memory: every worker holds one subject."
-            " What is done is kept; run the same command again, with a smaller `num_proc`."
-        ) from error
+        finally:
+            if masked:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with cluster, Client(cluster) as client:
+            yield client
     finally:
-        pool.shutdown(cancel_futures=True)
+        os.environ.clear()
+        os.environ.update(outside)
 
 
-def _submit(pool: ProcessPoolExecutor, function: Callable, tasks: Sequence[tuple]) -> list[Future]:
-    if sys.platform == "win32":
-        return [pool.submit(function, *task) for task in tasks]
-    # Workers start here and inherit this: Ctrl-C, which their terminal sends to them, too, would end each with a
-    # traceback before `_start_worker` can say anything.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+@contextmanager
+def _open_remote(scheduler: str):
+    """Opens a client of the cluster at this address."""
+    from distributed import Client
+
     try:
-        return [pool.submit(function, *task) for task in tasks]
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        client = Client(scheduler)
+    except (OSError, ValueError) as error:
+        raise ConnectionError(
+            f"`scheduler` must be the address of a Dask scheduler, got {scheduler}: {error}"
+        ) from error
+    with client:
+        if not client.nthreads():
+            warnings.warn(f"{scheduler} has no workers yet: subjects wait for them.", stacklevel=2)
+        yield client
 
 
 def leave_if_worker() -> None:
@@ -219,15 +274,3 @@ def leave_if_worker() -> None:
             multiprocessing.spawn.get_preparation_data("worker")  # what starting a process begins with
         except RuntimeError:
             raise SystemExit(1) from None
-
-
-def _start_worker(started: Event) -> None:
-    started.set()
-    # Ctrl-C is for the main process, which lets subjects be finished; if it is killed, nobody else tells its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
