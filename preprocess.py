@@ -5,6 +5,7 @@ python preprocess.py --heads builtin --contrast t1 --subjects 20 --out prepared/
 python preprocess.py --heads label_maps --contrast flair --subjects 200 --out prepared/heads
 python preprocess.py --recipe tcga_lgg_flair --root raw/tcga_lgg_flair --out prepared/tcga-lgg
 python preprocess.py --recipe my_recipe.yaml --root raw/mine --out prepared/mine --num_proc 8 --push_to_hub owner/mine
+python preprocess.py --recipe my_recipe.yaml --root raw/mine --out prepared/mine --scheduler tcp://node1:8786
 python preprocess.py --recipe shifts_andi --root raw/shifts --template T1.nii --reference raw/BraTS --out prepared/s
 python preprocess.py --check prepared/mine prepared/other
 
@@ -43,6 +44,8 @@ class PreprocessOptions:
     """Folder of the raw data set; with `phantom`, where its raw volumes are kept (they are thrown away by default)."""
     num_proc: int = 1
     """Processes that subjects are shared out to; each holds one subject in memory. The result is the same."""
+    scheduler: str | None = None
+    """Dask cluster that subjects are shared out to instead, tcp://HOST:PORT; its workers must see the same files."""
     template: str | None = None
     """Volume that subjects are registered to, if the recipe's `correction` does."""
     reference: str | None = None
@@ -114,9 +117,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.push_to_hub:
         # Whatever a push would fail at, before the work.
         open_repository(options.push_to_hub, private=options.hub_private, repo_type="dataset")
-    common = {"template": options.template, "reference": options.reference, "num_proc": options.num_proc}
+    sharing = {"num_proc": options.num_proc, "scheduler": options.scheduler}
+    common = {"template": options.template, "reference": options.reference, **sharing}
     if options.heads is not None:
-        own = {"recipe": recipe, "raw": options.root, "num_proc": options.num_proc}
+        own = {"recipe": recipe, "raw": options.root, **sharing}
         own |= {name: getattr(options, name) for name in ("subjects", "tested", "skull")}
         failures = prepare_heads(options.heads, options.out, contrasts=options.contrast or ["flair"], **own)
     elif options.phantom is None:

@@ -74,6 +74,7 @@ def prepare(
     root: str | Path | None = None,
     shard_rows: int = 1024,
     num_proc: int = 1,
+    scheduler: str | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
     """
@@ -99,8 +100,12 @@ def prepare(
         dtype: `"float32"` or `"float16"` of `image`.
         root: What file names are written relative to; the common folder of all files by default.
         shard_rows: Slices per file.
-        num_proc: Processes that subjects are shared out to. Changes no bit of the result. A script that gives more
-            than 1 calls this below `if __name__ == "__main__":`, as every process reads the script.
+        num_proc: Processes that subjects are shared out to, by a local cluster of Dask. Changes no bit of the result.
+            A script that gives more than 1 calls this below `if __name__ == "__main__":`, as every process reads the
+            script.
+        scheduler: Address of a Dask cluster, `"tcp://HOST:PORT"`, that subjects are shared out to instead. Its workers
+            have one thread each, this version of the package, and see all files under the same names: give absolute
+            ones. Changes no bit of the result.
 
     Returns:
         `dict[str, str]`: Subjects that could not be read and why. The others were written.
@@ -110,6 +115,7 @@ def prepare(
         BlockingIOError: Another run is making `out`.
         ValueError: Rules and subjects do not fit together, no subject can be read, or a split keeps no slice.
         ChildProcessError: A worker process was stopped, as the system does when memory is short, or could not start.
+        ConnectionError: The cluster at `scheduler` does not answer.
     """
     out, slices, split = Path(out), slices or SliceRule(), split or SplitRule()
     if num_proc != 1:
@@ -118,6 +124,8 @@ def prepare(
     check_choice("dtype", dtype, DTYPES)
     check_integer("shard_rows", shard_rows, 1)
     check_integer("num_proc", num_proc, 1)
+    if num_proc != 1 and scheduler is not None:
+        raise ValueError("`num_proc` is of this computer, and `scheduler` of a cluster: give one of them.")
     _check_subjects(subjects, raters, processor)
     split_of = split.assign(subjects)
     _check_train_rule(slices.train, [subject for subject in subjects if split_of[subject.name] == "train"])
@@ -141,7 +149,7 @@ def prepare(
         shards.open_partial(partial)
         tasks = [(*task, piece) for task, piece in zip(tasks, pieces.values(), strict=True)]
         try:
-            with closing(shards.run_tasks(rules.finish_piece, tasks, num_proc)) as results:
+            with closing(shards.run_tasks(rules.finish_piece, tasks, num_proc, scheduler)) as results:
                 bar = tqdm(ordered, desc="prepare", unit="subject", disable=not progress)
                 rows, failures = _read_rows(zip(bar, results, strict=True), pieces, split_of, Path(root))
             _check_rows(rows, slices)
@@ -275,6 +283,7 @@ def prepare_recipe(
     template: str | Path | None = None,
     reference: str | Path | None = None,
     num_proc: int = 1,
+    scheduler: str | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
     """
@@ -291,6 +300,10 @@ def prepare_recipe(
         template, reference: Files of `correction`: the template that subjects are registered to, and the scan whose
             histograms they are matched to (a file, or a folder with one per modality, called after it).
     """
+    if scheduler is not None:
+        # Workers need not have our working directory.
+        root, out = Path(root).absolute(), Path(out).absolute()
+        template, reference = (file and Path(file).absolute() for file in (template, reference))
     _check_block("recipe", recipe, RECIPE_KEYS, required=("reader", "reader_options", "processor"))
     check_choice("reader", recipe["reader"], READERS)
     check_choice("rehosting", recipe.get("rehosting", "allowed"), REHOSTING)
@@ -323,6 +336,7 @@ def prepare_recipe(
         dtype=recipe.get("dtype", "float32"),
         root=root,
         num_proc=num_proc,
+        scheduler=scheduler,
         progress=progress,
         **rules,
     )

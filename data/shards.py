@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import logging
-import multiprocessing
 import multiprocessing.spawn
 import os
 import shutil
@@ -230,8 +229,9 @@ def _open_local(num_proc: int):
                 threads_per_worker=1,
                 # What a subject takes is not ours to limit.
                 memory_limit=0,
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",
                 silence_logs=logging.CRITICAL,
+                scheduler_kwargs={"allowed_failures": 0},
                 env=_ONE_THREAD,
             )
         except RuntimeError as error:
@@ -269,8 +269,7 @@ def _open_remote(scheduler: str):
 def leave_if_worker() -> None:
     """Ends this process without a word if it is a worker that is still starting, and reads the script of its parent
     for that: what it is to do comes from [`run_tasks`], and the parent says what is wrong with the script."""
-    if multiprocessing.parent_process() is not None:
-        try:
-            multiprocessing.spawn.get_preparation_data("worker")  # what starting a process begins with
-        except RuntimeError:
-            raise SystemExit(1) from None
+    try:
+        multiprocessing.spawn.get_preparation_data("worker")  # what starting a process begins with
+    except RuntimeError:
+        raise SystemExit(1) from None

@@ -39,6 +39,7 @@ def prepare_phantom(
     template: str | Path | None = None,
     reference: str | Path | None = None,
     num_proc: int = 1,
+    scheduler: str | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
     """
@@ -69,7 +70,8 @@ def prepare_phantom(
         else:
             write_rater_phantom(folder, name, progress=progress)
 
-    return _prepare_made(make, f"{name}-{anatomy}", recipe, out, raw, **files, num_proc=num_proc, progress=progress)
+    sharing = {"num_proc": num_proc, "scheduler": scheduler}
+    return _prepare_made(make, f"{name}-{anatomy}", recipe, out, raw, **files, **sharing, progress=progress)
 
 
 def prepare_heads(
@@ -81,6 +83,7 @@ def prepare_heads(
     recipe: dict | None = None,
     raw: str | Path | None = None,
     num_proc: int = 1,
+    scheduler: str | None = None,
     progress: bool = True,
     **options,
 ) -> dict[str, str]:
@@ -109,7 +112,8 @@ def prepare_heads(
     def make(folder: Path) -> None:
         write_heads(folder, label_maps, **options, progress=progress)
 
-    return _prepare_made(make, f"heads-{key}", recipe, out, raw, num_proc=num_proc, progress=progress)
+    sharing = {"num_proc": num_proc, "scheduler": scheduler}
+    return _prepare_made(make, f"heads-{key}", recipe, out, raw, **sharing, progress=progress)
 
 
 def _prepare_made(

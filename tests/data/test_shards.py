@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 import yaml
 from filelock import FileLock
@@ -109,7 +110,7 @@ def test_a_killed_run_goes_on(raw, tmp_path, monkeypatch, request):
     while len(pieces_in(partial)) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert workers
@@ -254,7 +255,7 @@ def test_ctrl_c_ends_the_workers_as_well(tmp_path):
     while not pieces_in(tmp_path / "set.partial"):
         assert process.poll() is None
         time.sleep(0.01)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait() == 130 and workers
     while any(map(alive, workers)):  # among them Python's own helper, which follows its parent
