@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import datasets
@@ -222,6 +223,7 @@ def _open_local(num_proc: int):
     try:
         # Workers inherit this, also those that take the place of one that died: Ctrl-C, which their terminal sends to
         # them as well, is for the main process.
+        resource_tracker.ensure_running()  # which would end the mask of the thread that starts it
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masked else None
         try:
             cluster = LocalCluster(

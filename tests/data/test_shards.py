@@ -1,6 +1,7 @@
 """How prepared data sets are written: by several processes, after an interruption, after a change."""
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -11,11 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import dask
 import nibabel as nib
 import numpy as np
 import psutil
 import pytest
 import yaml
+from distributed import LocalCluster
 from filelock import FileLock
 
 from anodiff import preprocess
@@ -90,6 +93,46 @@ def test_the_number_of_processes_changes_nothing(raw, tmp_path):
     ]
     with pytest.raises(ValueError, match="`num_proc` must be an integer of at least 1, got 0"):
         prepared(raw, tmp_path / "none", num_proc=0)
+
+
+def cluster(threads):
+    """A cluster whose one worker is a thread of this process, reached as one on another computer."""
+    settings = {"processes": False, "protocol": "tcp://", "dashboard_address": "127.0.0.1:0"}
+    return LocalCluster(n_workers=1, threads_per_worker=threads, **settings)
+
+
+def test_a_cluster_changes_nothing(raw, tmp_path):
+    failures = prepared(raw, tmp_path / "by-none")
+    with cluster(threads=1) as workers:
+        assert prepared(raw, tmp_path / "by-dask", scheduler=workers.scheduler_address) == failures
+    assert contents(tmp_path / "by-none") == contents(tmp_path / "by-dask")
+    with pytest.raises(ValueError, match="`num_proc` is of this computer, and `scheduler` of a cluster"):
+        prepared(raw, tmp_path / "none", num_proc=2, scheduler="tcp://127.0.0.1:1")
+
+
+def test_workers_that_do_not_fit_are_refused(raw, tmp_path, monkeypatch):
+    with cluster(threads=2) as workers:
+        with pytest.raises(ValueError, match="must have one thread each, .* got one with 2: start them with"):
+            prepared(raw, tmp_path / "set", scheduler=workers.scheduler_address)
+    versions = itertools.count()
+    monkeypatch.setattr(shards, "code_digest", lambda: str(next(versions)))
+    with cluster(threads=1) as workers:
+        with pytest.raises(ValueError, match="Workers must have the same version of anodiff"):
+            prepared(raw, tmp_path / "set", scheduler=workers.scheduler_address)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "no://such", "nowhere"])
+def test_a_cluster_that_does_not_answer_is_one_line(raw, tmp_path, monkeypatch, capsys, address):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--recipe", "recipe.yaml", "--root", "raw", "--out", "set", "--scheduler", address]
+    with dask.config.set({"distributed.comm.timeouts.connect": "200ms"}):
+        assert preprocess.run_script(lambda: preprocess.main(arguments)) == 1
+    *bar, line = filter(None, capsys.readouterr().err.splitlines())
+    assert all(one.startswith("prepare:") for one in bar) and line.startswith(
+        f"error: `scheduler` must be the address of a Dask scheduler, got {address}: "
+    )
+    assert not Path("set").exists()
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked at in /proc")
