@@ -178,6 +178,7 @@ def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int = 1, sch
         return
     from distributed import KilledWorker
     from distributed.client import FutureCancelledError
+    from distributed.comm import CommClosedError
 
     with _open_local(num_proc) if scheduler is None else _open_remote(scheduler) as client:
         run = partial(_run_task, function, code_digest())
@@ -190,7 +191,7 @@ def run_tasks(function: Callable, tasks: Sequence[tuple], num_proc: int = 1, sch
                 " What is done is kept; run the same command again, with a smaller `num_proc`, or with workers that have"
                 " more memory."
             ) from error
-        except FutureCancelledError as error:
+        except (FutureCancelledError, CommClosedError) as error:
             raise ConnectionError(
                 f"The connection to the cluster {scheduler or ''} is lost. What is done is kept; run the same command again."
             ) from error

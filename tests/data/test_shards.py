@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -120,6 +121,27 @@ def test_workers_that_do_not_fit_are_refused(raw, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="Workers must have the same version of anodiff"):
             prepared(raw, tmp_path / "set", scheduler=workers.scheduler_address)
     assert not (tmp_path / "set").exists()
+
+
+HOLD = threading.Event()
+
+
+def wait_if(number):
+    return number and HOLD.wait(60)
+
+
+def test_a_cluster_that_goes_away_is_said():
+    HOLD.clear()
+    connecting = {"distributed.comm.timeouts.connect": "200ms"}
+    with dask.config.set(connecting), cluster(threads=1) as workers:
+        results = shards.run_tasks(wait_if, [(0,), (1,)], scheduler=workers.scheduler_address)
+        assert next(results) == 0
+        workers.sync(workers.scheduler.close)
+        with pytest.raises(
+            ConnectionError, match="The connection to the cluster tcp://.* is lost. What is done is kept"
+        ):
+            next(results)
+        HOLD.set()
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "no://such", "nowhere"])
