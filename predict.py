@@ -5,6 +5,7 @@ python predict.py --model owner/anoddpm-flair scan.nii.gz -o out
 python predict.py --model outputs/train/pipeline scans/ -o out --brain brain.nii.gz
 python predict.py --model owner/two-modalities patient1/ patient2/ -o out    # flair.nii.gz, t1.nii.gz in each folder
 python predict.py --model owner/anoddpm-flair scan.nii.gz -o out --dispersion 8    # also how far eight draws lie apart
+python predict.py --model owner/andi-flair scans/ -o out --fast    # what is fastest on the device, in coarser numbers
 
 Where the model wants a brain mask and none is given, its brain extractor, if it has one, makes it: of a scan that has its
 skull. The mask is written beside the maps.
@@ -62,8 +63,14 @@ class PredictOptions:
     dispersion: int = 0
     """Draws, 2 or more, with this seed and the following ones: their maps, mean and deviation are written too; 0 for
     none."""
-    batch_size: int = 16
-    """Slices and draws that share one evaluation of the network."""
+    batch_size: int | None = None
+    """Slices and draws that share one evaluation of the network; by default 16 on a CPU, and on a GPU as many as fill
+    it."""
+    fast: bool = False
+    """What is fastest on this device: on a GPU bf16 weights and a compiled network, which pays for many scans, on a CPU
+    another memory format."""
+    mixed_precision: str | None = None
+    """no, bf16 or fp16: type of the networks' weights, instead of what `fast` chooses; no is float32."""
     device: str | None = None
     """cuda, cuda:1, cpu, ...; a GPU where there is one."""
     overwrite: bool = False
@@ -92,6 +99,10 @@ def main(argv: list[str] | None = None) -> int:
     device = find_device(options.device)
     model, modality, record = (options.model, None, {}) if options.model else choose_model(options)
     pipeline = load_pipeline(model).to(device)
+    if options.fast:
+        pipeline.enable_fast_inference(precision=options.mixed_precision)
+    elif options.mixed_precision is not None:
+        pipeline.enable_fast_inference(precision=options.mixed_precision, channels_last=False, compile=False)
     if options.dispersion:
         check_dispersion(pipeline, options.dispersion)
     check_keys("inference", options.inference, pipeline.default_settings(), type(pipeline).__name__)

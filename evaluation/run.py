@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..data.prepared import PreparedSplit, load_prepared
 from ..files import check_name, lock_folder, read_json, write_json, write_text
 from ..pipelines.base import AnomalyPipeline, SliceResults
+from ..pipelines.batches import choose_batch_size
 from . import ensembles, maps
 from .calibration import LabelledSlices, calibrate
 from .candidates import choose_protocol, describe_model, load_pipeline, store_values
@@ -279,7 +280,8 @@ class _Evaluation:
         quiet = not self.accelerator.is_local_main_process
         for item in tqdm(self._read_own(split), desc=title, disable=quiet, unit=" subjects"):
             waiting.append(item)
-            if sum(len(one["image"]) for one in waiting) >= self.options.batch_size:
+            enough = self.options.batch_size or choose_batch_size(item["image"].shape[1:], self.accelerator.device)
+            if sum(len(one["image"]) for one in waiting) >= enough:
                 yield waiting
                 waiting = []
         if waiting:

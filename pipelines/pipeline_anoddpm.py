@@ -109,7 +109,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
@@ -169,7 +169,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         # add up to is added in the same order for every batch size.
         groups = [(steps, torch.nonzero(lengths == steps).flatten()) for steps in lengths.unique().tolist()]
         evaluations = sum(-(-len(members) * len(slices) // batch_size) * steps for steps, members in groups)
-        with self.progress_bar(total=evaluations) as progress, self.autocast():
+        with self.progress_bar(total=evaluations) as progress:
             for steps, members_of_group in groups:
                 items = torch.cartesian_prod(members_of_group, torch.arange(len(slices)))
                 for members, rows in (batch.T for batch in items.split(batch_size) if len(batch)):
