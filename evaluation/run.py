@@ -182,7 +182,8 @@ class _Evaluation:
                     times.append((seconds, start))
             seconds, slices = np.sum(gather_object(times), 0)
             settings = self.kind.describe_settings(pipeline)
-            self.rows.append({**row, "settings": settings, "seconds_per_slice": float(seconds / slices)})
+            fast = {} if pipeline.fast is None else {"fast": pipeline.fast}
+            self.rows.append({**row, "settings": settings, **fast, "seconds_per_slice": float(seconds / slices)})
 
     def compute_baselines(self) -> None:
         """Writes the cases that the baselines make of this process's subjects, and adds their rows."""

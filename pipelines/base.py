@@ -175,7 +175,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     brain_extractor: BrainExtractor | None = None
     healthy_maps: HealthyMapsModel | None = None
     # What `enable_fast_inference` chose, for the record of results.
-    _fast: dict | None = None
+    fast: dict | None = None
 
     def __init__(self):
         super().__init__()
@@ -496,7 +496,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             # A graph for each shape of slices; with `fullgraph` it is an error if there are more.
             torch._dynamo.config.recompile_limit = 64
         self.batches = Batches(self.unet if compile else None, channels_last, cuda_graphs)
-        self._fast = {"precision": precision or "no", "channels_last": channels_last, "compile": compile}
+        self.fast = {"precision": precision or "no", "channels_last": channels_last, "compile": compile}
 
     def predict_noise(
         self,
@@ -582,8 +582,8 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         seed = resolve_seed(generator)
         if not self.deterministic:
             record |= {"seed": None if noise is not None else seed, "draws": DRAWS_VERSION}
-        if self._fast is not None:
-            record["fast"] = self._fast
+        if self.fast is not None:
+            record["fast"] = self.fast
 
         # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
         prepared = self.prepare_volume(volume, brain_mask)
