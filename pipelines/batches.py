@@ -107,7 +107,7 @@ class Batches:
         if limit.growing:
             self._grow(limit, network, call, inputs)
         outputs, start = [], 0
-        while start < count:
+        while start < count or not outputs:  # of no slice the output is empty, but has its shape
             part = [value[start : start + limit.items] for value in inputs]
             try:
                 outputs.append(self._evaluate_part(key, limit, network, call, part, unit or count))
