@@ -92,17 +92,20 @@ def main(argv: list[str] | None = None) -> int:
 
     from tqdm.auto import tqdm
 
-    from anodiff.checks import check_keys
+    from anodiff.checks import check_choice, check_keys
+    from anodiff.pipelines.base import PRECISIONS
     from anodiff.pipelines.dispersion import check_dispersion
     from anodiff.volumes.scans import find_scans
 
+    if options.mixed_precision is not None:
+        check_choice("mixed_precision", options.mixed_precision, PRECISIONS)
     device = find_device(options.device)
     model, modality, record = (options.model, None, {}) if options.model else choose_model(options)
     pipeline = load_pipeline(model).to(device)
     if options.fast:
-        pipeline.enable_fast_inference(precision=options.mixed_precision)
+        pipeline.enable_fast_inference(mixed_precision=options.mixed_precision)
     elif options.mixed_precision is not None:
-        pipeline.enable_fast_inference(precision=options.mixed_precision, channels_last=False, compile=False)
+        pipeline.enable_fast_inference(mixed_precision=options.mixed_precision, channels_last=False, compile=False)
     if options.dispersion:
         check_dispersion(pipeline, options.dispersion)
     check_keys("inference", options.inference, pipeline.default_settings(), type(pipeline).__name__)

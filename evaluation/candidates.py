@@ -67,9 +67,9 @@ def load_pipeline(model: str, options: EvalOptions, device: torch.device, split:
     pipeline = type(pipeline)(**settings)
     pipeline.set_progress_bar_config(disable=True)
     if options.fast:
-        pipeline.enable_fast_inference(precision=options.mixed_precision)
+        pipeline.enable_fast_inference(mixed_precision=options.mixed_precision)
     elif options.mixed_precision is not None:
-        pipeline.enable_fast_inference(precision=options.mixed_precision, channels_last=False, compile=False)
+        pipeline.enable_fast_inference(mixed_precision=options.mixed_precision, channels_last=False, compile=False)
     return pipeline
 
 

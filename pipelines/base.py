@@ -452,7 +452,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     def enable_fast_inference(
         self,
         *,
-        precision: str | None = None,
+        mixed_precision: str | None = None,
         channels_last: bool | None = None,
         compile: bool | None = None,
         cuda_graphs: bool = False,
@@ -463,7 +463,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         if it computes with them, channels_last and compiled; on a CPU float32 and channels_last.
 
         Args:
-            precision (`"no"`, `"bf16"` or `"fp16"`, *optional*):
+            mixed_precision (`"no"`, `"bf16"` or `"fp16"`, *optional*):
                 Type of the networks' weights, `"no"` float32; sums and updates stay float32. Weights are rounded in
                 place: load the checkpoint again to have them back, or to save it.
             channels_last (`bool`, *optional*): Memory format of the UNet.
@@ -473,11 +473,11 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             cuda_graphs (`bool`, defaults to `False`):
                 Replay what is compiled as a CUDA graph: for small batches, whose time is that of launching.
         """
-        check_choice("precision", precision, (*PRECISIONS, None))
+        check_choice("mixed_precision", mixed_precision, (*PRECISIONS, None))
         device = self._execution_device
         gpu = device.type == "cuda"
-        if precision is None and gpu and torch.cuda.is_bf16_supported(including_emulation=False):
-            precision = "bf16"
+        if mixed_precision is None and gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+            mixed_precision = "bf16"
         compile = gpu if compile is None else compile
         # Not compiled it is slower on a GPU, whose group norms convert it, and faster on a CPU.
         channels_last = (compile or not gpu) if channels_last is None else channels_last
@@ -485,18 +485,18 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             raise ValueError("`cuda_graphs` replays what is compiled: leave it out, or `compile`.")
         for name, component in self.components.items():
             if (
-                precision
+                mixed_precision
                 and isinstance(component, torch.nn.Module)
                 and name not in ("brain_extractor", "healthy_maps")
             ):
                 # Not its own method, which says that a type is better chosen while loading.
-                torch.nn.Module.to(component, PRECISIONS[precision])
+                torch.nn.Module.to(component, PRECISIONS[mixed_precision])
         self.unet.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         if compile:
             # A graph for each shape of slices; with `fullgraph` it is an error if there are more.
             torch._dynamo.config.recompile_limit = 64
         self.batches = Batches(self.unet if compile else None, channels_last, cuda_graphs)
-        self.fast = {"precision": precision or "no", "channels_last": channels_last, "compile": compile}
+        self.fast = {"mixed_precision": mixed_precision or "no", "channels_last": channels_last, "compile": compile}
 
     def predict_noise(
         self,

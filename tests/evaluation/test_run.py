@@ -213,6 +213,21 @@ def test_seconds_per_slice(place, monkeypatch):
     assert report["results"][0]["seconds_per_slice"] == pytest.approx(TIMESTEPS * 2.0 + 10.0 / SLICES)
 
 
+@pytest.mark.parametrize(
+    ("fast", "mixed_precision", "expected"),
+    [
+        (False, None, None),
+        (True, None, {"mixed_precision": "no", "channels_last": True, "compile": False}),
+        (False, "bf16", {"mixed_precision": "bf16", "channels_last": False, "compile": False}),
+    ],
+)
+def test_what_is_fast_is_recorded(place, fast, mixed_precision, expected):
+    out = f"out-fast-{fast}-{mixed_precision}"
+    chosen = options(place, "volumes", out, baselines=False, fast=fast, mixed_precision=mixed_precision)
+    (row,) = evaluate(chosen)["results"]
+    assert row.get("fast") == expected and row["metrics"]["voxel_average_precision"] is not None
+
+
 def test_seconds_of_several_processes_are_added_up(place, monkeypatch):
     monkeypatch.setattr(run, "gather_object", lambda own: [(3.0, 10), (1.0, 20), (2.0, 10)])
     report = evaluate(options(place, "volumes", "out-processes", baselines=False))

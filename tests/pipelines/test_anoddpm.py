@@ -210,7 +210,7 @@ def test_speed_options_change_little():
     expected = pipe(make_volume()).anomaly_map
     pipe.enable_fast_inference(channels_last=True)
     assert_same_map(pipe(make_volume()).anomaly_map, expected)
-    pipe.enable_fast_inference(precision="bf16")
+    pipe.enable_fast_inference(mixed_precision="bf16")
     coarse = pipe(make_volume()).anomaly_map
     assert coarse.dtype == np.float32
     assert 0 < np.abs(coarse - expected).max() < 0.1 * expected.max()

@@ -126,7 +126,7 @@ def test_one_graph_serves_a_call(name, batch_size, monkeypatch):
     else:
         assert_same_map(result.anomaly_map, expected.anomaly_map, 1e-4)
     assert counter.frame_count == 1
-    assert result.settings["fast"] == {"precision": "no", "channels_last": True, "compile": True}
+    assert result.settings["fast"] == {"mixed_precision": "no", "channels_last": True, "compile": True}
 
 
 def test_fewer_slices_are_padded_and_more_make_a_larger_graph(monkeypatch):
@@ -150,18 +150,18 @@ def test_fast_is_chosen_by_the_device_and_what_is_given_wins():
     pipe = make_pipeline("ANDiPipeline")
     for given, expected in (
         ({}, ("no", True, False)),
-        ({"precision": "bf16", "channels_last": False}, ("bf16", False, False)),
+        ({"mixed_precision": "bf16", "channels_last": False}, ("bf16", False, False)),
     ):
         pipe.enable_fast_inference(**given)
-        assert pipe.fast == dict(zip(("precision", "channels_last", "compile"), expected, strict=True))
-    with pytest.raises(ValueError, match="`precision` must be one of no, bf16, fp16, None, got 'int8'"):
-        pipe.enable_fast_inference(precision="int8")
+        assert pipe.fast == dict(zip(("mixed_precision", "channels_last", "compile"), expected, strict=True))
+    with pytest.raises(ValueError, match="`mixed_precision` must be one of no, bf16, fp16, None, got 'int8'"):
+        pipe.enable_fast_inference(mixed_precision="int8")
     with pytest.raises(ValueError, match="`cuda_graphs` replays what is compiled"):
         pipe.enable_fast_inference(cuda_graphs=True)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("settings", [{}, {"precision": "no"}, {"cuda_graphs": True}])
+@pytest.mark.parametrize("settings", [{}, {"mixed_precision": "no"}, {"cuda_graphs": True}])
 def test_fast_on_a_gpu(settings):
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")

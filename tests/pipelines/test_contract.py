@@ -425,7 +425,7 @@ def test_speed_options_change_little(pipe, tmp_path):
     expected = map_of(pipe(make_volume()))
     assert_same_map(map_of(fast(make_volume())), expected, 1e-3)
     # Every network takes weights of another type.
-    fast.enable_fast_inference(precision="bf16")
+    fast.enable_fast_inference(mixed_precision="bf16")
     coarse = map_of(fast(make_volume()))
     assert (
         np.asarray(coarse).dtype == np.float32 and 0 < np.abs(coarse - expected).mean() < 0.2 * np.abs(expected).mean()
