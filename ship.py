@@ -312,9 +312,14 @@ def limits(thresholds: dict[str, dict]) -> list[str]:
 
 
 def figure(report: dict, name: str) -> dict:
-    """Returns what the record of a checkpoint keeps of a report: metrics of the checkpoint and of the plain intensity."""
+    """Returns what the record of a checkpoint keeps of a report: metrics of the checkpoint and of the plain intensity,
+    with their intervals."""
     from anodiff.hub.model_card import own_result
     from anodiff.hub.shipped import THIS
+
+    def with_ends(metrics: dict, key: str) -> list[float]:
+        found = [metrics.get(f"{key}{end}") for end in ("", "_low", "_high")]
+        return found[:1] if None in found else found
 
     rows = {THIS: own_result(report, name)["metrics"]}
     rows |= {row["name"]: row["metrics"] for row in report["results"] if row["kind"] == "baseline"}
@@ -322,7 +327,7 @@ def figure(report: dict, name: str) -> dict:
     return {
         "data": f"{data['name']}, {data['split']}, {data['subjects']} subjects, {data['slices']} slices",
         "rows": {
-            row: {title: [metrics[key]] for key, title in METRICS.items() if metrics.get(key) is not None}
+            row: {title: with_ends(metrics, key) for key, title in METRICS.items() if metrics.get(key) is not None}
             for row, metrics in rows.items()
         },
     }

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..files import read_text
-from .shipped import ANY
+from .shipped import ANY, add_interval
 
 
 # Without these, a number cannot be compared with anybody's.
@@ -152,8 +152,12 @@ def add_evaluation(
     own, results, data = own_result(evaluation, repo_id), evaluation["results"], evaluation["data"]
     # One row per metric and one column per model: there are many metrics, and a baseline does not have all of them.
     table = {
-        metric.replace("_", " "): [_number(row["metrics"].get(metric)) for row in results]
+        metric.replace("_", " "): [
+            add_interval(_number(metrics.get(metric)), *(metrics.get(f"{metric}_{end}") for end in ("low", "high")))
+            for metrics in (row["metrics"] for row in results)
+        ]
         for metric in dict.fromkeys(metric for row in results for metric in row["metrics"])
+        if not metric.endswith(("_low", "_high"))
     }
     table["seconds per slice"] = [_number(row.get("seconds_per_slice")) for row in results]
     hardware = f" on {evaluation['device']}" if evaluation.get("device") else ""

@@ -23,10 +23,13 @@ def tiny_pipeline(modalities=("flair",), brain_mask="nonzero", **inference):
 def evaluation():
     """What eval.py writes."""
     metrics = {"voxel_average_precision": 0.61, "dice_validation": None, "slice_auroc": 0.87, "threshold_oracle": 0.25}
+    metrics |= {"voxel_average_precision_low": 0.5649, "voxel_average_precision_high": 0.66}
+    metrics |= {"slice_auroc_low": None, "slice_auroc_high": None}
     return {
         "anodiff": "0.1.0",
         "data": {"name": "lab/lesions", "split": "test", "subjects": 12, "slices": 340, "anomalous_slices": 77},
         "protocol": {field: f"text of {field}" for field in PROTOCOL_FIELDS},
+        "intervals": "95 % of some sort",
         "results": [
             {
                 "name": "AnoDDPM",
@@ -135,7 +138,9 @@ def test_evaluation_stands_in_table_and_metadata():
     assert "12 subjects, 340 slices, 77 of them anomalous. Seed 0, anodiff 0.1.0, torch 2.13.0." in text
     assert "Not evaluated" not in text
     assert "| metric | AnoDDPM | intensity of flair (baseline) |" in text
-    assert "| voxel average precision | 0.610 | 0.660 |" in text
+    assert "| voxel average precision | 0.610 (0.56 to 0.66) | 0.660 |" in text
+    assert "| slice auroc | 0.870 | - |" in text and "auroc low" not in text
+    assert "Intervals in brackets: 95 % of some sort.\n\nThese numbers" in text
     assert "| dice validation | - | - |" in text
     assert "| threshold oracle | 0.250 | - |" in text
     assert "| seconds per slice | 0.250 | - |" in text

@@ -180,7 +180,7 @@ def test_the_card_says_what_it_is(checkpoints, capsys):
         *("no scan of anybody was seen", "residuals on real texture are larger", "not a medical device"),
         "Threshold that 0.01 of the voxels of healthy slices exceed, generated images, in use (lesions): 0.125.\n",
         "scans; `threshold=` of a call and `--threshold` take it (lesions): 0.75.\n\n## Inference defaults",
-        *("accelerate launch train.py", "| this checkpoint | 0.600 [0.550, 0.650] |", "### lesions, split `test`"),
+        *("accelerate launch train.py", "| this checkpoint | 0.600 (0.55 to 0.65) |", "### lesions, split `test`"),
     ):
         assert text in card, text
     assert "\n\n\n" not in card and "method: anoddpm\n" in card
@@ -196,7 +196,7 @@ def test_the_list(checkpoints, capsys):
     assert list_models([]) == 0
     said = capsys.readouterr().out
     assert f"tiny-flair: Lesions in flair\n    AnoDDPM, partial; flair; {size('tiny-flair'):.2f} MB; default\n" in said
-    assert "    patients: AP 0.600 [0.550, 0.650]; intensity: AP 0.300\n" in said
+    assert "    patients: AP 0.600 (0.55 to 0.65); intensity: AP 0.300\n" in said
     assert "lesions, test, 3 subjects, 30 slices: AP 0.500" in said
     assert (
         f"tiny-t1: Lesions in t1\n    AnoDDPM, partial; t1; {size('tiny-t1'):.2f} MB and unet of tiny-any; default\n"
