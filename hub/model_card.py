@@ -38,6 +38,8 @@ NOT_EVALUATED = "Not evaluated."
 END_OF_EVALUATIONS = "<!-- end of evaluations -->"
 # What a report lists beside its metrics: it belongs into the card, not into a leaderboard.
 NO_METRIC = re.compile(r"threshold_.*|direction|num_samples|.*_(low|high)")
+# Validation losses of the training, in the folder of a pipeline: a line `{"step": 100, "validation_loss": 0.5}` each.
+CURVE = "validation.jsonl"
 LIBRARIES = ("torch", "diffusers", "huggingface_hub", "numpy", "nibabel", "scipy")
 
 
@@ -195,6 +197,22 @@ def add_evaluation(
     if repo_id or metadata.get("model_name") is None:
         metadata.model_name = (repo_id or own["name"]).split("/")[-1]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}")
+
+
+def describe_curve(curve: Sequence[dict]) -> str:
+    """Returns the validation losses of a training, lines of [`CURVE`], as the table of a card: at most a dozen of them,
+    the first, the last and the lowest among them."""
+    lowest = min(range(len(curve)), key=lambda number: curve[number]["validation_loss"])
+    spread = {round(number * (len(curve) - 1) / 10) for number in range(11)}
+    rows = [
+        f"| {curve[number]['step']} | {_number(curve[number]['validation_loss'])} |"
+        for number in sorted(spread | {lowest})
+    ]
+    head = (
+        "Validation loss of the averaged weights, on fixed slices with fixed noise:"
+        f" lowest at step {curve[lowest]['step']}, {_number(curve[lowest]['validation_loss'])}."
+    )
+    return "\n".join([head, "", "| step | validation loss |", "| --- | --- |", *rows])
 
 
 def move_card(text: str, source: str, target: str) -> str:

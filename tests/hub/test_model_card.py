@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 import anodiff
 from anodiff import AnoDDPMPipeline
-from anodiff.hub.model_card import PROTOCOL_FIELDS, add_evaluation, make_card
+from anodiff.hub.model_card import PROTOCOL_FIELDS, add_evaluation, describe_curve, make_card
 from anodiff.hub.publishing import complete_folder
 
 from ..hub_server import check_card
@@ -159,6 +159,16 @@ def test_evaluation_stands_in_table_and_metadata():
     assert (results["slice_auroc"].dataset_type, results["slice_auroc"].dataset_split) == ("lab/lesions", "test")
     assert check_card(str(card), "model") == ([], [])
     assert ModelCard(str(card)).data.eval_results == card.data.eval_results
+
+
+def test_a_long_history_of_the_validation_is_a_short_table():
+    curve = [{"step": 10 * (1 + number), "validation_loss": 0.5 + 0.001 * abs(number - 63)} for number in range(100)]
+    text = describe_curve(curve)
+    assert "lowest at step 640, 0.500." in text
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()[4:]]
+    assert len(rows) == 12 and rows[0] == ["10", "0.563"] and rows[-1] == ["1000", "0.536"]
+    assert ["640", "0.500"] in rows and [int(step) for step, _ in rows] == sorted(int(step) for step, _ in rows)
+    assert describe_curve(curve[:1]).splitlines()[4:] == ["| 10 | 0.563 |"]
 
 
 def test_the_row_of_this_pipeline_among_several():

@@ -224,6 +224,26 @@ def test_another_way_from_an_earlier_checkpoint(train, capsys):
     assert names(run / "set-aside") == ["after-step-0000001", "after-step-0000002", "after-step-0000002-2"]
 
 
+def test_the_history_of_the_validation_goes_on_after_a_stop(train):
+    def history(folder):
+        return [json.loads(line) for line in (folder / "pipeline" / "validation.jsonl").read_text().splitlines()]
+
+    run = train(2, validate_every=1)
+    first = history(run)
+    assert [set(line) for line in first] == [{"step", "validation_loss"}] * 2
+    picture = (run / "losses.png").read_bytes()
+    train(4, validate_every=2, resume="latest")
+    longer = history(run)
+    assert longer[:2] == first and [line["step"] for line in longer] == [1, 2, 4]
+    card = (run / "pipeline" / "README.md").read_text()
+    assert all(f"\n| {line['step']} | {line['validation_loss']:.3f} |\n" in card for line in longer)
+    assert (run / "losses.png").read_bytes() != picture and "losses.png" not in names(run / "pipeline")
+    # Another way from an earlier step has none of what lay behind it, and a step is not there twice.
+    train(3, validate_every=1, resume=str(run / "checkpoints" / "step-0000001"))
+    other = history(run)
+    assert [line["step"] for line in other] == [1, 2, 3] and other[:2] == first
+
+
 @pytest.mark.parametrize(
     "torn", ['{"step": 3, "lo', '{"step"', "\0\0\0\0", "3", "[]", '{"loss": 1}', '{"step": 2, "loss": 0.5}']
 )
