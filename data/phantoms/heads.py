@@ -92,6 +92,7 @@ def make_slices(
     thickness: torch.Tensor | None = None,
     samples: int | None = None,
     lesions: Sequence[str | None] | None = None,
+    lesion_masks: LabelMaps | None = None,
     look: str = "usual",
     mask_errors: bool = False,
 ) -> Heads:
@@ -112,6 +113,9 @@ def make_slices(
         samples (`int`, *optional*):
             Odd number of samples of a slice's thickness; by default about 1.3 mm apart in the thickest of the batch.
         lesions (`Sequence[str | None]`, *optional*): What every head has of `LESIONS`; none by default.
+        lesion_masks ([`LabelMaps`], *optional*):
+            A mask of a lesion for each head instead of drawn ones, see [`read_lesion_masks`]. It is bent with the head,
+            and marks only what is tissue of the brain.
         look (`str`):
             Of the lesions: `"usual"`, bright in FLAIR and T2, dark in T1; `"hyper"` and `"hypo"`, brighter and darker
             than white matter in every contrast; `"iso"`, as bright, with another texture.
@@ -123,6 +127,11 @@ def make_slices(
         check_choice("contrast", contrast, CONTRASTS)
     for lesion in lesions or ():
         check_choice("lesions", lesion, (None, *LESIONS))
+    if lesion_masks is not None and (lesions is not None or len(lesion_masks) != len(keys)):
+        raise ValueError(
+            f"`lesion_masks` must hold a mask for each of the {len(keys)} heads, without `lesions` beside it, got"
+            f" {len(lesion_masks)}."
+        )
     device, heads = maps.tissues.device, len(keys)
     thickness = torch.ones(heads, device=device) if thickness is None else thickness.to(device)
     # The mean over the thickness, of an odd number, so that there is a middle.
@@ -152,6 +161,11 @@ def make_slices(
     lesion = None
     if lesions is not None and any(lesions):
         lesion = _draw_lesions(maps, chosen.to(device), keys, lesions, places)
+    elif lesion_masks is not None:
+        own = torch.arange(heads, device=device)
+        inside = _bend(lesion_masks.to(device), own, keys, z.flatten(1), y, x, apart).unflatten(1, z.shape[1:])
+        lesion = torch.stack([inside.float().mean(2), torch.zeros_like(brain, dtype=torch.float32)], 1)
+    if lesion is not None:
         lesion = lesion * _is_solid(tissues).float().mean(2)[:, None]
     images = []
     for channel, contrast in enumerate(contrasts):
