@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from tqdm.auto import tqdm
 
 from ..files import lock_folder
@@ -77,7 +77,8 @@ def fit(options: TrainOptions, objective_class: type[Objective]) -> Path:
 
 def _make_accelerator(loop: LoopOptions) -> Accelerator:
     # The first process may be busy for long while the others wait: a phantom is made, a card is written.
-    state, precision = PartialState(timeout=timedelta(hours=2)), loop.mixed_precision
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=2))
+    precision = loop.mixed_precision
     if precision == "bf16" and state.device.type == "cpu" and not _has_bf16():
         precision = "no"
         state.print(
