@@ -33,7 +33,8 @@ def make_optimizer(
     rounds otherwise."""
     algorithm = torch.optim.AdamW if optim.algorithm == "adamw" else torch.optim.Adam
     settings = {"betas": tuple(optim.betas), "weight_decay": optim.weight_decay, "amsgrad": optim.amsgrad}
-    return algorithm(parameters, lr=optim.learning_rate, fused=fused, **settings)
+    # `False` would also switch off what torch takes by itself.
+    return algorithm(parameters, lr=optim.learning_rate, fused=fused or None, **settings)
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, optim: OptimOptions, max_steps: int) -> LambdaLR:
