@@ -85,10 +85,11 @@ def _filter_box(
     ]
     if len(indices[1]) % 2:  # one more row, which is not used
         indices[1] = torch.cat([indices[1], indices[1][-1:]])
-    halves = indices[1].unflatten(0, (-1, 2)).T  # (2, rows)
-    padded = maps[indices[0]][:, halves][..., indices[2]].transpose(0, 1)  # (2, slices, rows, columns)
-    shape, columns = padded.shape, padded.shape[3]
-    values = [padded.flatten(1)]
+    halves = indices[1].unflatten(0, (-1, 2)).T[:, None]  # (2, 1, rows)
+    rows = indices[0][:, None] * maps.shape[1] + halves  # (2, slices, rows) of the flat maps
+    padded = maps.reshape(-1, maps.shape[2]).index_select(0, rows.flatten()).index_select(1, indices[2])
+    shape, columns = rows.shape, padded.shape[1]
+    values = [padded.view(2, -1)]
     if dimensions == 3:
         plane = shape[2] * columns
         values = _sort_windows(values, _moved(values, plane), 2 * plane, size)
@@ -108,7 +109,7 @@ def _filter_box(
     for row, own in zip(medians, rest, strict=True):
         [median] = _merge(core, own, range(middle - lowest, middle - lowest + 1))
         row[: len(median)] = median[: len(row)]
-    medians = medians.unflatten(1, (counts[0], *shape[2:])).permute(1, 2, 0, 3).flatten(1, 2)
+    medians = medians.unflatten(1, (counts[0], shape[2], columns)).permute(1, 2, 0, 3).flatten(1, 2)
     return medians[:, : counts[1], : counts[2]]
 
 
