@@ -23,7 +23,7 @@ BORDERS = ("reflect", "mirror")
 DIMENSIONS = (2, 3)
 
 # Padded voxels that are filtered together, for windows of up to 125. On a CPU the arrays should nearly fit the cache;
-# elsewhere 2^21 take about 1 GB.
+# elsewhere 2^21 take 0.8 GB.
 VOXELS_PER_CHUNK_CPU = 2**17
 VOXELS_PER_CHUNK = 2**21
 
