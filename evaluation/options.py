@@ -64,7 +64,7 @@ class EvalOptions:
     0.299, 0.001 by default), of the maps themselves for `uad_imag` (100 of their scores by default) and `anofpdm`
     (0.01, 0.69, 0.01)."""
     baselines: bool = True
-    """Rows of the plain intensity and of trivial statistics, with the same post-processing."""
+    """Rows of the plain and the inverted intensity and of trivial statistics, with the same post-processing."""
     training_population: str | None = None
     """Who the models were trained on, for the record; from the recipe in the checkpoint by default."""
     calibrate: str | None = None

@@ -670,7 +670,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             masks = None if masks is None else masks & (weights > 0)
         details = {name: [one[name] for one in details] for name in details[0]}
         return SliceResults(
-            self.filter_maps(maps.float().cpu(), brain.cpu(), None if added is None else added.float().cpu(), volumes),
+            self.filter_maps(maps.float(), brain, None if added is None else added.float(), volumes).cpu(),
             to_all(reconstruction, slices),
             None if masks is None else masks & brain,
             {
@@ -710,9 +710,9 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         for count in volumes:
             rows = slice(start, start + count)
             start += count
-            extra = None if added is None else added[rows].numpy()
-            filtered.append(self.postprocessing.filter(maps[rows].numpy(), brain[rows].numpy(), extra))
-        return torch.from_numpy(np.concatenate(filtered))
+            extra = None if added is None else added[rows]
+            filtered.append(self.postprocessing.filter(maps[rows], brain[rows], extra))
+        return torch.cat(filtered)
 
     def finish_volume(
         self, prepared: PreparedSlices, results: SliceResults, threshold: float | None, settings: dict

@@ -125,7 +125,7 @@ def draw_fields(
     """
     # On the CPU, where no device has to be waited for.
     (numbers, draws), places = torch.stack([numbers, draws]).unique(dim=1, return_inverse=True)
-    make = partial(scheduler.draw_noise, size=like.shape[1:], timesteps=timesteps[draws].to(like.device))
+    make = partial(scheduler.draw_noise, size=like.shape[1:], timesteps=timesteps[draws])
     fields = Noise(seed, noise, numbers, draws, like.device)(make, like[:1].expand(len(draws), -1, -1, -1))
     return fields[places.to(like.device)]
 

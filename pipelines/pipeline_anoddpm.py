@@ -174,11 +174,13 @@ class AnoDDPMPipeline(AnomalyPipeline):
                 items = torch.cartesian_prod(members_of_group, torch.arange(len(slices)))
                 for members, rows in (batch.T for batch in items.split(batch_size) if len(batch)):
                     drawing = Noise(seed, noise, numbers[rows], draws[members], device)
-                    rows, timesteps = rows.to(device), (levels[members] - 1).to(device)
+                    # Noise takes the timesteps from the CPU, where no device has to be waited for.
+                    known = levels[members] - 1
+                    rows, timesteps = rows.to(device), known.to(device)
 
                     # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n, (B, C, H, W); `noised` is t.
                     original, noised = slices[rows], timesteps + offset
-                    drawn = drawing(partial(draw_noise, timesteps=noised), original)
+                    drawn = drawing(partial(draw_noise, timesteps=known + offset), original)
                     sample = self.scheduler.add_noise(original, drawn, noised)
                     for step in range(1, steps + 1):
                         model_output = self.predict_noise(sample, timesteps)
@@ -188,7 +190,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
                             # The last step adds no noise: sigma_0 is 0, and the shifted chain ends without any.
                             drawn = torch.zeros_like(sample)
                             if step < steps:
-                                drawn = drawing(partial(draw_noise, timesteps=timesteps), sample, step)
+                                drawn = drawing(partial(draw_noise, timesteps=known + 1 - step), sample, step)
                             sample = self.scheduler.step(model_output, timesteps, sample, drawn).prev_sample
                         timesteps = timesteps - 1
                         progress.update()

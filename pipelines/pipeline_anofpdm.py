@@ -330,10 +330,10 @@ class AnoFPDMPipeline(AnomalyPipeline):
         if quantile_region == "image":
             inside = torch.ones_like(inside)
         thresholds = map_quantiles(modality_maps, levels, inside).mean(1)
-        maps = modality_maps.mean(1).cpu().numpy()
+        maps = modality_maps.mean(1)
         if self.config.median_size > 1:
             maps = median_filter(maps, self.config.median_size, 2, border="mirror")
-        masks = maps >= thresholds[:, None, None].cpu().numpy()
+        masks = (maps >= thresholds[:, None, None]).cpu().numpy()
         masks = remove_small_components(masks, self.config.min_component_size, 2)
         return torch.from_numpy(masks).to(slices.device), levels, thresholds
 

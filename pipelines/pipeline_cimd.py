@@ -158,8 +158,7 @@ class CIMDPipeline(AnomalyPipeline):
         # Masks are trained as 0 and 1; what the scheduler's range leaves beyond them cannot change a mask.
         members = members.clamp(0.0, 1.0)
         if median_size > 1:
-            filtered = median_filter(members.flatten(0, 1).cpu().numpy(), median_size, 2)
-            members = torch.from_numpy(filtered).to(device).view_as(members)
+            members = median_filter(members.flatten(0, 1), median_size, 2).view_as(members)
         return SliceResults(members)
 
     def check_inputs(self, **settings) -> None:

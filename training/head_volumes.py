@@ -99,10 +99,17 @@ def _change_outside(images, tissues, brain, keys) -> tuple[torch.Tensor, torch.T
     outer = ~brain & (tissues > 0) & (tissues != OUTER_FLUID)
     weight = F.avg_pool3d(outer.float()[:, None], 3, 1, 1)[:, 0]
     images = images * (1 + weight * (factor - 1))
-    # A fifth of the heads come stripped, half of these with a rim.
-    rim = F.max_pool3d(brain.float()[:, None], 3, 1, 1)[:, 0]
-    stripped = images * torch.where(u[:, 3] < 0.5, rim, brain.float())
-    return torch.where(u[:, 2] < 0.2, stripped, images), u[:, 2, 0, 0, 0] < 0.2
+    # A third of the heads come stripped: a third of these clean, a third with a rim, a third with remnants, such as
+    # eyes and scalp.
+    inside = brain.float()
+    rim = F.max_pool3d(inside[:, None], 3, 1, 1)[:, 0]
+    around = F.max_pool3d(F.max_pool3d(inside[:, None], 5, 1, 2), 5, 1, 2)[:, 0]
+    field = normal(fold_in(fold_in(keys, _OUTSIDE), 1), (1, 7, 7, 7))
+    field = F.interpolate(field, images.shape[1:], mode="trilinear", align_corners=True)[:, 0]
+    remnants = torch.maximum(inside, around * (field > 1.2 * u[:, 4] - 0.4))
+    left = torch.where(u[:, 3] < 1 / 3, inside, torch.where(u[:, 3] < 2 / 3, rim, remnants))
+    bare = u[:, 2] < 1 / 3
+    return torch.where(bare, images * left, images), bare[:, 0, 0, 0]
 
 
 def _move(images, brain, keys, stripped) -> tuple[torch.Tensor, torch.Tensor]:

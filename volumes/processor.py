@@ -33,7 +33,9 @@ INTENSITY_RULES = (
 BRAIN_RULES = ("nonzero", "given", "none")
 RESIZE_RULES = ("fit", "stretch", "torchio")
 
-BRAIN_LEVEL = 0.4  # where `intensity="brain_median"` puts the median of the brain in [0, 1]
+# Where `intensity="brain_median"` puts the median of the brain in [0, 1]. What is twice as bright and more is clipped:
+# remnants of eyes and scalp in a mask are brighter than lesions, and are not to outweigh them.
+BRAIN_LEVEL = 0.5
 _FLOW_STEP = 0.125  # of CurvatureFlow
 _NO_BRAIN_LEFT = (
     "{name}: no voxel of the brain is left in the slices. Check the brain mask, and `crop`, `spacing` and `size` of"
@@ -90,7 +92,7 @@ class VolumeProcessor(PlainConfigMixin):
             (AnoFPDM's loader).
             `"brain_percentiles"`: [1 - `quantile`, `quantile`] of the voxels of the brain mask that `crop` leaves, to
             [0, 1], and clip to that before anything is interpolated (cDDPM and SADM: percentiles 1 and 99).
-            `"brain_median"`: divide by 2.5 times the median of the voxels > 0 of the brain mask, which becomes 0.4. A
+            `"brain_median"`: divide by twice the median of the voxels > 0 of the brain mask, which becomes 0.5. A
             large lesion moves it far less than an upper quantile.
             `"mean_std"`: clip to [m - s, m + 2s] of the volume, then to [0, 1]. `"mean_std_no_offset"`: AnoDDPM's own
             rule: the same clip, divided by 3s, nothing subtracted; above 1 where m > s.
