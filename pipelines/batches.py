@@ -21,7 +21,7 @@ TENSOR_BYTES = 2**27
 # A batch of twice the size must give this many times the items per second.
 GAIN = 1.05
 # Sizes of compiled batches are multiples of it, so that volumes of about as many slices share a graph.
-GRAPH_STEP = 32
+GRAPH_STEP = 16
 
 
 def choose_batch_size(shape: tuple[int, ...], device: torch.device) -> int:
@@ -108,15 +108,19 @@ class Batches:
             self._grow(limit, network, call, inputs)
         outputs, start = [], 0
         while start < count or not outputs:  # of no slice the output is empty, but has its shape
-            part = [value[start : start + limit.items] for value in inputs]
+            size = self._graph_size(key, limit, unit or count) if network is self.network else limit.items
+            part = [value[start : start + size] for value in inputs]
             try:
-                outputs.append(self._evaluate_part(key, limit, network, call, part, unit or count))
-                start += len(part[0])
+                if network is self.network:
+                    outputs.append(self._replay(call, part, size))
+                else:
+                    outputs.append(call(network, *part))
+                start += size
                 continue
             except torch.OutOfMemoryError:
                 self._check_memory(len(part[0]))
             # Not in the handler, whose error would hold what the network had computed.
-            limit.items, limit.growing = max(1, min(limit.items, len(part[0])) // 2), False
+            limit.items, limit.growing = max(1, min(size, len(part[0])) // 2), False
             self.graphs.pop(key, None)
             if sample.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -154,33 +158,28 @@ class Batches:
         if not limit.growing:
             torch.cuda.empty_cache()
 
-    def _evaluate_part(
-        self,
-        key: tuple,
-        limit: _Limit,
-        network: torch.nn.Module,
-        call: Callable,
-        part: list[torch.Tensor],
-        unit: int,
-    ) -> torch.Tensor:
-        """Evaluates the items of a part, or, of a compiled network, as many as its graph takes at a time."""
-        if network is not self.network:
-            return call(network, *part)
+    def _graph_size(self, key: tuple, limit: _Limit, unit: int) -> int:
+        """Returns the size of compiled batches. A larger graph is made only where the items of a unit would need several
+        evaluations, and could do with fewer."""
         size = self.graphs.get(key, 0)
         if size < min(unit, limit.items):
             size = ceil(unit / ceil(unit / limit.items))
-            if part[0].device.type == "cuda" and self.automatic:
+            if self.automatic and key[-1].type == "cuda":
                 size = min(limit.items, GRAPH_STEP * ceil(size / GRAPH_STEP))
             self.graphs[key] = size
-        outputs = []
-        for values in zip(*(value.split(size) for value in part), strict=True):
-            count = len(values[0])
-            # New memory of one layout: views, strides and smaller batches would each make another graph.
-            values = [F.pad(value, [0, 0] * (value.ndim - 1) + [0, size - count]) for value in values]
-            values[0] = torch.empty_like(values[0], memory_format=self.memory_format).copy_(values[0])
-            if self.cuda_graphs:
-                torch.compiler.cudagraph_mark_step_begin()
-            output = call(self.compiled, *values)[:count]
-            # A CUDA graph writes its next output into the same memory.
-            outputs.append(output.clone() if self.cuda_graphs else output)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return size
+
+    def _replay(self, call: Callable, part: list[torch.Tensor], size: int) -> torch.Tensor:
+        """Evaluates what is compiled for `size` items on at most as many."""
+        count, sample = len(part[0]), part[0]
+        # New memory of one layout: views, other strides and smaller batches would each make another graph.
+        padded = torch.empty(
+            (size, *sample.shape[1:]), dtype=sample.dtype, device=sample.device, memory_format=self.memory_format
+        )
+        padded[:count], padded[count:] = sample, 0.0
+        others = [F.pad(value, [0, 0] * (value.ndim - 1) + [0, size - count]) for value in part[1:]]
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        output = call(self.compiled, padded, *others)[:count]
+        # A CUDA graph writes its next output into the same memory.
+        return output.clone() if self.cuda_graphs else output

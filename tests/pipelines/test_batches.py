@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+import anodiff.pipelines.batches
 from anodiff.pipelines.batches import Batches, _Limit, choose_batch_size
 
 from ..tiny import assert_same_map, make_pipeline, make_slices, make_volume
@@ -144,6 +145,26 @@ def test_fewer_slices_are_padded_and_more_make_a_larger_graph(monkeypatch):
         assert output.shape == (count, 1, 6, 6)
         torch.testing.assert_close(output, network(sample) + timesteps[:, None, None, None], rtol=0, atol=1e-6)
         assert counter.frame_count == graphs
+
+
+def test_a_compiled_batch_wastes_little(monkeypatch):
+    """Of 5 items and room for 4, two evaluations of 3."""
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    monkeypatch.setattr(anodiff.pipelines.batches, "MOST_ITEMS", 4)
+    network, asked = torch.nn.Conv2d(1, 1, 3), []
+    batches = Batches(network)
+    batches.automatic = True
+
+    def call(network, sample):
+        asked.append(len(sample))
+        return network(sample)
+
+    sample = torch.rand(5, 1, 8, 8)
+    torch.testing.assert_close(batches.evaluate(network, call, sample), network(sample))
+    assert asked == [3, 3]
+    # Units of 3 that come twice at once keep their graph.
+    batches.evaluate(network, call, torch.rand(6, 1, 8, 8), unit=3)
+    assert asked == [3, 3, 3, 3]
 
 
 def test_fast_is_chosen_by_the_device_and_what_is_given_wins():
