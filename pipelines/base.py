@@ -459,7 +459,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     ) -> None:
         """
         Makes calls as fast as the device that the pipeline is on allows; the method stays as it is, but numbers change
-        slightly ([docs/training_and_evaluation.md] says how much). What is not given is chosen: on a GPU bf16 weights,
+        slightly (`docs/training_and_evaluation.md` says how much). What is not given is chosen: on a GPU bf16 weights,
         if it computes with them, channels_last and compiled; on a CPU float32 and channels_last.
 
         Args:
