@@ -69,6 +69,7 @@ benchmark: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
 	$(BIN)/python benchmarks/draws.py
 	$(BIN)/python benchmarks/noise.py
+	$(BIN)/python benchmarks/median.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/prepared.py
 	$(BIN)/python benchmarks/andi.py

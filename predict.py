@@ -6,6 +6,7 @@ python predict.py --model outputs/train/pipeline scans/ -o out --brain brain.nii
 python predict.py --model owner/two-modalities patient1/ patient2/ -o out    # flair.nii.gz, t1.nii.gz in each folder
 python predict.py --model owner/anoddpm-flair scan.nii.gz -o out --dispersion 8    # also how far eight draws lie apart
 accelerate launch predict.py --model owner/anoddpm-flair cohort/ -o out --skip_existing    # many scans on several GPUs
+python predict.py --model owner/andi-flair scans/ -o out --fast    # what is fastest on the device, in coarser numbers
 
 Where the model wants a brain mask and none is given, its brain extractor, if it has one, makes it: of a scan that has its
 skull. The mask is written beside the maps.
@@ -67,8 +68,14 @@ class PredictOptions:
     dispersion: int = 0
     """Draws, 2 or more, with this seed and the following ones: their maps, mean and deviation are written too; 0 for
     none."""
-    batch_size: int = 16
-    """Slices and draws that share one evaluation of the network."""
+    batch_size: int | None = None
+    """Slices and draws that share one evaluation of the network; by default 16 on a CPU, and on a GPU as many as fill
+    it."""
+    fast: bool = False
+    """What is fastest on this device: on a GPU bf16 weights and a compiled network, which pays for many scans, on a CPU
+    another memory format."""
+    mixed_precision: str | None = None
+    """no, bf16 or fp16: type of the networks' weights, instead of what `fast` chooses; no is float32."""
     device: str | None = None
     """cuda, cuda:1, cpu, ...; a GPU where there is one."""
     overwrite: bool = False
@@ -96,19 +103,18 @@ def main(argv: list[str] | None = None) -> int:
     from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
     from tqdm.auto import tqdm
 
-    from anodiff.checks import check_keys
-    from anodiff.pipelines.dispersion import check_dispersion
+    from anodiff.checks import check_choice
+    from anodiff.pipelines.base import PRECISIONS
 
+    if options.mixed_precision is not None:
+        check_choice("mixed_precision", options.mixed_precision, PRECISIONS)
     # Processes that are done wait for the others; by default not for long.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
     device = find_device(options.device or (str(accelerator.device) if accelerator.num_processes > 1 else None))
     model, modality, record = (options.model, None, {}) if options.model else choose_model(options)
     if record and accelerator.is_main_process:
         print("Model: {model}, as {model_chosen}.".format(**record))
-    pipeline = load_pipeline(model).to(device)
-    if options.dispersion:
-        check_dispersion(pipeline, options.dispersion)
-    check_keys("inference", options.inference, pipeline.default_settings(), type(pipeline).__name__)
+    pipeline = load_pipeline(model, device, options)
     wanted = list(pipeline.processor.config.modalities) if modality is None else [modality]
     pipeline.set_progress_bar_config(leave=False, disable=not accelerator.is_local_main_process)
 
@@ -168,15 +174,27 @@ def find_device(name: str | None):
     return device
 
 
-def load_pipeline(model: str):
-    """Loads the pipeline of a checkpoint; whatever its files or the Hub raise becomes one `ValueError`."""
+def load_pipeline(model: str, device, options: PredictOptions):
+    """Loads the pipeline of a checkpoint, and checks that it knows the options; whatever its files or the Hub raise
+    becomes one `ValueError`."""
     from anodiff import AnomalyPipeline
+    from anodiff.checks import check_keys
+    from anodiff.pipelines.dispersion import check_dispersion
 
     try:
-        return AnomalyPipeline.from_pretrained(model)
+        pipeline = AnomalyPipeline.from_pretrained(model)
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{model} cannot be loaded: {text}") from error
+    pipeline.to(device)
+    if options.fast:
+        pipeline.enable_fast_inference(mixed_precision=options.mixed_precision)
+    elif options.mixed_precision is not None:
+        pipeline.enable_fast_inference(mixed_precision=options.mixed_precision, channels_last=False, compile=False)
+    if options.dispersion:
+        check_dispersion(pipeline, options.dispersion)
+    check_keys("inference", options.inference, pipeline.default_settings(), type(pipeline).__name__)
+    return pipeline
 
 
 def list_scans(options: PredictOptions, modalities: list[str]) -> tuple[list, list[tuple[str, str]], int]:
@@ -242,7 +260,8 @@ def _records(options: PredictOptions) -> tuple[str, ...]:
 
 
 def read_scan(pipeline, scan, options: PredictOptions):
-    """Returns the slices of a scan for the pipeline, if its result may be written; finds its brain if need be."""
+    """Returns a scan for the pipeline, if its result may be written: its slices, or its volume if the pipeline has to
+    find the brain."""
     from anodiff.volumes.results import DISPERSION_ARRAYS, ENSEMBLE_ARRAYS, MAP_ARRAYS, PICTURES, check_place
 
     folder, records = Path(options.output) / scan.name, _records(options)
@@ -259,11 +278,15 @@ def read_scan(pipeline, scan, options: PredictOptions):
     if isinstance(volume, dict):
         # A network for any contrast has another name for it.
         volume = dict(zip(pipeline.processor.config.modalities, volume.values(), strict=True))
+    if pipeline.brain_extractor is not None and scan.brain is None:
+        # Two networks at once might not fit into the memory of a GPU: this one waits for its turn.
+        return pipeline.processor.read(volume)
     return pipeline.prepare_volume(volume, scan.brain)
 
 
-def compute_scan(pipeline, prepared, options: PredictOptions) -> tuple:
-    """Returns the result of a scan, and with `--dispersion` that of all its draws, else `None`."""
+def compute_scan(pipeline, volume, options: PredictOptions) -> tuple:
+    """Returns the result of a scan as [`read_scan`] gives it, and with `--dispersion` that of all its draws, else
+    `None`."""
     from anodiff.pipelines.dispersion import disperse
 
     arguments = dict(
@@ -273,8 +296,8 @@ def compute_scan(pipeline, prepared, options: PredictOptions) -> tuple:
         **options.inference,
     )
     if not options.dispersion:
-        return pipeline(prepared, **arguments), None
-    spread = disperse(pipeline, prepared, options.dispersion, **arguments)
+        return pipeline(volume, **arguments), None
+    spread = disperse(pipeline, volume, options.dispersion, **arguments)
     return spread.first, spread
 
 

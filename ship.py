@@ -11,6 +11,7 @@ checkpoint by its name, then ship again with the reports: the folder is made ane
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -162,7 +163,7 @@ def ship_pipeline(options: ShipOptions, reports: dict[str, dict], figures: list,
         config=records.get("config.yaml"),
         recipe={**records.get("recipe.yaml", {}), "license": "apache-2.0"},
         population=POPULATION,
-        training=commands(options),
+        training=describe_training(options),
         limits=limits(thresholds),
         licence="apache-2.0",
     )
@@ -208,7 +209,7 @@ def ship_component(options: ShipOptions, figures: list, folder: Path) -> None:
         f"---\nlicense: apache-2.0\ntags:\n- anodiff\n- medical-imaging\nlibrary_name: diffusers\n---\n\n# {options.name}\n\n"
         f"{options.purpose.rstrip('.')}. A `{kind}` of anodiff; pipelines take it as a component.\n\n"
         "**Research use only. This is not a medical device.**\n\n## Training data\n\n"
-        f"{POPULATION}.\n\n{commands(options)}\n\n## Evaluation\n\n{tables(figures)}\n\n"
+        f"{POPULATION}.\n\n{describe_training(options)}\n\n## Evaluation\n\n{tables(figures)}\n\n"
         f"## Licence\n\nWeights: apache-2.0. Label maps: {SOURCES}.\n"
     )
     record = {
@@ -287,10 +288,19 @@ def check_finite(components: dict, source: str) -> None:
                     raise ValueError(f"{key} of the `{name}` of {source} is not finite in float16.")
 
 
-def commands(options: ShipOptions) -> str:
-    """Returns the part of the card that says how to train the checkpoint anew."""
-    lines = "\n".join(options.reproduce)
-    return f"To train it anew, with the label maps of SynthSeg:\n\n```bash\n{lines}\n```" if lines else ""
+def describe_training(options: ShipOptions) -> str:
+    """Returns the part of the card that says how to train the checkpoint anew, and how the validation went."""
+    from anodiff.files import read_text
+    from anodiff.hub.model_card import CURVE, describe_curve
+
+    parts = []
+    if options.reproduce:
+        lines = "\n".join(options.reproduce)
+        parts.append(f"To train it anew, with the label maps of SynthSeg:\n\n```bash\n{lines}\n```")
+    curve = Path(options.model, CURVE)
+    if curve.is_file():
+        parts.append(describe_curve([json.loads(line) for line in read_text(curve).splitlines()]))
+    return "\n\n".join(parts)
 
 
 def limits(thresholds: dict[str, dict]) -> list[str]:
@@ -312,9 +322,14 @@ def limits(thresholds: dict[str, dict]) -> list[str]:
 
 
 def figure(report: dict, name: str) -> dict:
-    """Returns what the record of a checkpoint keeps of a report: metrics of the checkpoint and of the plain intensity."""
+    """Returns what the record of a checkpoint keeps of a report: metrics of the checkpoint and of the plain intensity,
+    with their intervals."""
     from anodiff.hub.model_card import own_result
     from anodiff.hub.shipped import THIS
+
+    def with_ends(metrics: dict, key: str) -> list[float]:
+        found = [metrics.get(f"{key}{end}") for end in ("", "_low", "_high")]
+        return found[:1] if None in found else found
 
     rows = {THIS: own_result(report, name)["metrics"]}
     rows |= {row["name"]: row["metrics"] for row in report["results"] if row["kind"] == "baseline"}
@@ -322,7 +337,7 @@ def figure(report: dict, name: str) -> dict:
     return {
         "data": f"{data['name']}, {data['split']}, {data['subjects']} subjects, {data['slices']} slices",
         "rows": {
-            row: {title: [metrics[key]] for key, title in METRICS.items() if metrics.get(key) is not None}
+            row: {title: with_ends(metrics, key) for key, title in METRICS.items() if metrics.get(key) is not None}
             for row, metrics in rows.items()
         },
     }

@@ -1,4 +1,5 @@
-"""What a method has to beat: the plain intensity of a modality as a map, and trivial statistics as slice scores.
+"""What a method has to beat: the plain and the inverted intensity of a modality as a map, and trivial statistics as
+slice scores.
 
 Where one of them wins, the table shows it.
 """
@@ -20,6 +21,15 @@ def intensity_map(
     if over_median and brain.any():
         maps /= max(float(np.median(maps[brain])), 1e-6)
     return maps
+
+
+def inverted_map(image: np.ndarray, brain: np.ndarray, channel: int, value_range: tuple[float, float]) -> np.ndarray:
+    """Returns the inverted intensity of one modality as an anomaly map, arguments as in [`intensity_map`]: dark is
+    anomalous, as lesions are in T1. The two ends of `value_range` become 1 and 0; values above are 0, and so is all that
+    lies outside the brain, which would be darker than any lesion."""
+    low, high = value_range
+    maps = np.clip((high - image[:, channel]) / (high - low), 0.0, None).astype(np.float32)
+    return np.where(brain, maps, np.float32(0))
 
 
 def equalised_map(image: np.ndarray, brain: np.ndarray, channel: int, value_range: tuple[float, float]) -> np.ndarray:

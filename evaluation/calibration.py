@@ -49,7 +49,7 @@ def calibrate(
     guidance_scales: Sequence[float] = (),
     healthy_fpr: float = 0.05,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     noise: torch.Tensor | Callable | None = None,
 ) -> dict:
     """Chooses the values that turn a pipeline's maps into masks, from slices with labels and without any mask, and

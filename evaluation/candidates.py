@@ -66,7 +66,10 @@ def load_pipeline(model: str, options: EvalOptions, device: torch.device, split:
     settings = config | pipeline.components | postprocessing_changes(options) | options.inference
     pipeline = type(pipeline)(**settings)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.enable_fast_inference(autocast=options.mixed_precision)
+    if options.fast:
+        pipeline.enable_fast_inference(mixed_precision=options.mixed_precision)
+    elif options.mixed_precision is not None:
+        pipeline.enable_fast_inference(mixed_precision=options.mixed_precision, channels_last=False, compile=False)
     return pipeline
 
 

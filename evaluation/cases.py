@@ -63,6 +63,8 @@ class Case(_Stored):
     """`(N,)`: 1 anomalous slice, 0 healthy, -1 unknown."""
     slice_scores: np.ndarray
     volume_score: float
+    group: str | None = None
+    """Subjects of one group, a patient, are drawn together for an interval; `None` for one of its own."""
     own_mask: np.ndarray | None = None
     """`(N, H, W)`, of a method that chooses its thresholds itself."""
     own_labels: np.ndarray | None = None
@@ -78,6 +80,11 @@ class Case(_Stored):
         if (self.labels == 1).any():
             return 1
         return 0 if (self.labels == 0).all() else -1
+
+    @property
+    def drawn_with(self) -> str:
+        """What is drawn as a whole for an interval: the group, or else the subject."""
+        return self.subject if self.group is None else self.group
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ def make_case(item: dict, maps: np.ndarray, postprocessing: PostProcessing, **op
         labels=item["label"],
         slice_scores=postprocessing.score_slices(maps, item["brain"]),
         volume_score=postprocessing.score(maps, item["brain"]),
+        group=item["group"],
         **optional,
     )
 

@@ -24,7 +24,7 @@ def measure_healthy_maps(
     smoothing: float = 2.0,
     floor: float = 0.25,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     noise: torch.Tensor | Callable | None = None,
 ) -> HealthyMapsModel:
     """

@@ -15,7 +15,7 @@ from ..checks import check_choice
 from ..data.prepared import PreparedSplit
 from ..pipelines.base import AnomalyPipeline, SliceResults
 from ..pipelines.postprocessing import PostProcessing
-from .baselines import intensity_map, slice_statistics
+from .baselines import intensity_map, inverted_map, slice_statistics
 from .calibration import CALIBRATION_POLICIES
 from .candidates import postprocessing_changes
 from .cases import Case, make_case
@@ -87,21 +87,22 @@ def make_case_of(
 def make_baselines(
     splits: dict[str, PreparedSplit], rows: list[dict], protocol: ModuleType, options: EvalOptions
 ) -> Iterator[tuple[dict, Callable[[dict], Case]]]:
-    """Yields the rows of the plain intensity of each modality and of the protocol's own baselines, each with the
-    function that makes the case of a subject. The post-processing is that of the first model, but for what maps
-    are multiplied and divided by."""
+    """Yields the rows of the plain and the inverted intensity of each modality and of the protocol's own baselines,
+    each with the function that makes the case of a subject. The post-processing is that of the first model, but for
+    what maps are multiplied and divided by."""
     settings = rows[0]["settings"] if rows else asdict(PostProcessing(**postprocessing_changes(options)))
     values = {field.name: settings[field.name] for field in fields(PostProcessing)}
     postprocessing = PostProcessing(**values | {"sign": "both", "weighting": "none", "normalization": "none"})
     processor = splits["test"].processor_settings
     value_range = processor["value_range"]
-    makers = {
-        f"intensity of {modality}{' over its median' * over_median}": partial(
-            intensity_map, channel=channel, value_range=value_range, over_median=over_median
-        )
-        for channel, modality in enumerate(processor["modalities"])
-        for over_median in (False, True)
-    }
+    makers: dict[str, Callable] = {}
+    for channel, modality in enumerate(processor["modalities"]):
+        plain = partial(intensity_map, channel=channel, value_range=value_range)
+        makers |= {
+            f"intensity of {modality}": plain,
+            f"intensity of {modality} over its median": partial(plain, over_median=True),
+            f"inverted intensity of {modality}": partial(inverted_map, channel=channel, value_range=value_range),
+        }
     makers |= protocol.NEEDS.baselines(processor)
 
     def make_baseline(make: Callable, item: dict) -> Case:
@@ -120,7 +121,8 @@ def make_statistics(splits: dict[str, PreparedSplit]) -> list[dict]:
         for subject in split.subjects:
             item = split.read_subject(subject)
             for name, statistic in slice_statistics(item["image"], item["brain"]).items():
-                values.setdefault(name, {}).setdefault(split_name, []).append((statistic, item["label"]))
+                groups = np.full(len(statistic), split.subject_info[subject]["group"])
+                values.setdefault(name, {}).setdefault(split_name, []).append((statistic, item["label"], groups))
     rows = []
     for name, by_split in values.items():
         parts = {

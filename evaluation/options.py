@@ -22,10 +22,13 @@ class EvalOptions:
     """Folder of the report; must not hold one already."""
     seed: int = 0
     """Seed of the pipelines' draws."""
-    batch_size: int = 16
-    """Slices and draws that share one evaluation of the network."""
+    batch_size: int | None = None
+    """Slices and draws that share one evaluation of the network; by default 16 on a CPU, and on a GPU as many as fill
+    it."""
+    fast: bool = False
+    """What is fastest on this device: on a GPU bf16 weights and a compiled network, on a CPU another memory format."""
     mixed_precision: str | None = None
-    """bf16 or fp16 for the networks."""
+    """no, bf16 or fp16: type of the networks' weights, instead of what `fast` chooses; no is float32."""
     inference: dict[str, Any] = field(default_factory=dict)
     """Inference values instead of the checkpoints', by their names in the pipeline: noise_level, mode, num_draws,
     ..."""
@@ -61,7 +64,7 @@ class EvalOptions:
     0.299, 0.001 by default), of the maps themselves for `uad_imag` (100 of their scores by default) and `anofpdm`
     (0.01, 0.69, 0.01)."""
     baselines: bool = True
-    """Rows of the plain intensity and of trivial statistics, with the same post-processing."""
+    """Rows of the plain and the inverted intensity and of trivial statistics, with the same post-processing."""
     training_population: str | None = None
     """Who the models were trained on, for the record; from the recipe in the checkpoint by default."""
     calibrate: str | None = None

@@ -12,8 +12,10 @@ from accelerate import Accelerator
 import anodiff
 
 from ..data.prepared import PreparedSplit
+from ..hub.shipped import add_interval
 from ..pipelines.base import device_name
 from ..schedulers.draws import DRAWS_VERSION
+from .metrics import NUM_RESAMPLES
 from .options import EvalOptions
 
 
@@ -34,6 +36,7 @@ def make_report(
         field: "".join(protocol.TEXT.get(field, "") for protocol in protocols).format(healthy_fpr=options.healthy_fpr)
         for field in ("unit_of_averaging", "threshold_policy")
     }
+    groups = len({split.subject_info[subject]["group"] for subject in subjects})
     populations = [f"{row['name']}: {row['training_population']}" for row in rows if row["kind"] == "pipeline"]
     return {
         "anodiff": anodiff.__version__,
@@ -62,6 +65,7 @@ def make_report(
             "label_definition": label_definition,
             "samples": samples,
         },
+        "intervals": describe_intervals(len(subjects), groups),
         "results": rows,
         "seed": options.seed,
         "draws": DRAWS_VERSION,
@@ -69,6 +73,16 @@ def make_report(
         "processes": accelerator.num_processes,
         "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate", "numpy")},
     }
+
+
+def describe_intervals(subjects: int, groups: int) -> str:
+    """Returns what the intervals of a report are, in words, for subjects of some groups."""
+    whole = f"{subjects} subjects" if subjects == groups else f"{groups} groups (patients) of {subjects} subjects"
+    if groups < 2:
+        return f"none: one {'subject' if subjects == 1 else 'patient'} alone does not say how far others would differ"
+    return (
+        f"95 %, percentiles of {NUM_RESAMPLES} bootstrap samples of the {whole}; thresholds stay as they were chosen"
+    )
 
 
 def markdown(report: dict, columns: dict[str, str]) -> str:
@@ -87,11 +101,14 @@ def markdown(report: dict, columns: dict[str, str]) -> str:
         "|---" * (len(columns) + 2) + "|",
     ]
     for row in report["results"]:
-        values = [row["metrics"].get(name) for name in columns]
-        seconds = row.get("seconds_per_slice")
-        cells = ["" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}" for value in values]
+        metrics, seconds = row["metrics"], row.get("seconds_per_slice")
+        cells = []
+        for name in columns:
+            value = metrics.get(name)
+            text = "" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+            cells.append(add_interval(text, metrics.get(f"{name}_low"), metrics.get(f"{name}_high")))
         lines.append(f"| {row['name']} | " + " | ".join([*cells, "" if seconds is None else f"{seconds:.3g}"]) + " |")
-    lines += ["", "## Protocol", ""]
+    lines += ["", f"Intervals in brackets: {report['intervals']}.", "", "## Protocol", ""]
     lines += [f"- **{name.replace('_', ' ')}**: {text}" for name, text in report["protocol"].items()]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines += [

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..data.prepared import PreparedSplit, load_prepared
 from ..files import check_name, lock_folder, read_json, write_json, write_text
 from ..pipelines.base import AnomalyPipeline, SliceResults
+from ..pipelines.batches import choose_batch_size
 from . import ensembles, maps
 from .calibration import LabelledSlices, calibrate
 from .candidates import choose_protocol, describe_model, load_pipeline, store_values
@@ -181,7 +182,8 @@ class _Evaluation:
                     times.append((seconds, start))
             seconds, slices = np.sum(gather_object(times), 0)
             settings = self.kind.describe_settings(pipeline)
-            self.rows.append({**row, "settings": settings, "seconds_per_slice": float(seconds / slices)})
+            fast = {} if pipeline.fast is None else {"fast": pipeline.fast}
+            self.rows.append({**row, "settings": settings, **fast, "seconds_per_slice": float(seconds / slices)})
 
     def compute_baselines(self) -> None:
         """Writes the cases that the baselines make of this process's subjects, and adds their rows."""
@@ -279,7 +281,8 @@ class _Evaluation:
         quiet = not self.accelerator.is_local_main_process
         for item in tqdm(self._read_own(split), desc=title, disable=quiet, unit=" subjects"):
             waiting.append(item)
-            if sum(len(one["image"]) for one in waiting) >= self.options.batch_size:
+            enough = self.options.batch_size or choose_batch_size(item["image"].shape[1:], self.accelerator.device)
+            if sum(len(one["image"]) for one in waiting) >= enough:
                 yield waiting
                 waiting = []
         if waiting:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from .cases import Case
+from .metrics import PooledScores, bootstrap_interval
 from .thresholds import threshold_for_fpr
 
 
@@ -51,12 +52,42 @@ def best_of_curve(curve: np.ndarray, thresholds: np.ndarray) -> tuple[float | No
     return float(curve[best]), float(thresholds[best])
 
 
+def dice_at(curves: list[np.ndarray], thresholds: np.ndarray, threshold: float | None) -> list[float]:
+    """Returns the values of the curves of volumes at one of the thresholds; there are none where that is `None`."""
+    return [float(curve[thresholds == threshold][0]) for curve in curves]
+
+
 def describe_sweep(thresholds: np.ndarray, curve: np.ndarray) -> dict[str, list]:
     """Returns `thresholds` and `dice` of a sweep as a report holds them."""
     return {
         "thresholds": [float(value) for value in thresholds],
         "dice": [None if np.isnan(value) else float(value) for value in curve],
     }
+
+
+def name_interval(name: str, interval: tuple[float | None, float | None]) -> dict[str, float | None]:
+    """Returns the ends of the interval of the metric `name` as metrics."""
+    return dict(zip((f"{name}_low", f"{name}_high"), interval, strict=True))
+
+
+def group_interval(
+    values: Sequence[float], groups: Sequence[str], sizes: Sequence[float] | None = None
+) -> tuple[float | None, float | None]:
+    """Returns [`bootstrap_interval`] of the mean of values of the named groups, which are drawn in the order of their
+    first value."""
+    first: dict[str, int] = {}
+    numbers = [first.setdefault(group, len(first)) for group in groups]
+    return bootstrap_interval(values, np.array(numbers, np.int64), sizes)
+
+
+def score_intervals(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, tuple]:
+    """Returns [`PooledScores.intervals`] of the scores of slices or subjects, all `(N,)`; those of unknown label (-1)
+    do not count."""
+    pooled = PooledScores()
+    for group in dict.fromkeys(groups.tolist()):
+        own = (groups == group) & (labels >= 0)
+        pooled.update(scores[own], labels[own] == 1, group)
+    return pooled.intervals()
 
 
 def masked_cases(files: list[Path]) -> Iterator[Case]:

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..files import read_text
-from .shipped import ANY
+from .shipped import ANY, add_interval
 
 
 # Without these, a number cannot be compared with anybody's.
@@ -38,6 +38,8 @@ NOT_EVALUATED = "Not evaluated."
 END_OF_EVALUATIONS = "<!-- end of evaluations -->"
 # What a report lists beside its metrics: it belongs into the card, not into a leaderboard.
 NO_METRIC = re.compile(r"threshold_.*|direction|num_samples|.*_(low|high)")
+# Validation losses of the training, in the folder of a pipeline: a line `{"step": 100, "validation_loss": 0.5}` each.
+CURVE = "validation.jsonl"
 LIBRARIES = ("torch", "diffusers", "huggingface_hub", "numpy", "nibabel", "scipy")
 
 
@@ -152,8 +154,12 @@ def add_evaluation(
     own, results, data = own_result(evaluation, repo_id), evaluation["results"], evaluation["data"]
     # One row per metric and one column per model: there are many metrics, and a baseline does not have all of them.
     table = {
-        metric.replace("_", " "): [_number(row["metrics"].get(metric)) for row in results]
+        metric.replace("_", " "): [
+            add_interval(_number(metrics.get(metric)), *(metrics.get(f"{metric}_{end}") for end in ("low", "high")))
+            for metrics in (row["metrics"] for row in results)
+        ]
         for metric in dict.fromkeys(metric for row in results for metric in row["metrics"])
+        if not metric.endswith(("_low", "_high"))
     }
     table["seconds per slice"] = [_number(row.get("seconds_per_slice")) for row in results]
     hardware = f" on {evaluation['device']}" if evaluation.get("device") else ""
@@ -191,6 +197,22 @@ def add_evaluation(
     if repo_id or metadata.get("model_name") is None:
         metadata.model_name = (repo_id or own["name"]).split("/")[-1]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}")
+
+
+def describe_curve(curve: Sequence[dict]) -> str:
+    """Returns the validation losses of a training, lines of [`CURVE`], as the table of a card: at most a dozen of them,
+    the first, the last and the lowest among them."""
+    lowest = min(range(len(curve)), key=lambda number: curve[number]["validation_loss"])
+    spread = {round(number * (len(curve) - 1) / 10) for number in range(11)}
+    rows = [
+        f"| {curve[number]['step']} | {_number(curve[number]['validation_loss'])} |"
+        for number in sorted(spread | {lowest})
+    ]
+    head = (
+        "Validation loss of the averaged weights, on fixed slices with fixed noise:"
+        f" lowest at step {curve[lowest]['step']}, {_number(curve[lowest]['validation_loss'])}."
+    )
+    return "\n".join([head, "", "| step | validation loss |", "| --- | --- |", *rows])
 
 
 def move_card(text: str, source: str, target: str) -> str:

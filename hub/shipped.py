@@ -133,8 +133,14 @@ def choose_shipped(modality: str | None) -> tuple[str, str]:
 
 
 def describe_metrics(metrics: dict[str, list[float]]) -> dict[str, str]:
-    """Returns the metrics of a row of figures as text: `0.655`, with its interval `0.655 [0.601, 0.702]`."""
-    texts = {}
-    for name, (value, *interval) in metrics.items():
-        texts[name] = f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
-    return texts
+    """Returns the metrics of a row of figures as text, as of [`add_interval`]."""
+    return {name: add_interval(f"{value:.3f}", *interval) for name, (value, *interval) in metrics.items()}
+
+
+def add_interval(text: str, low: float | None = None, high: float | None = None) -> str:
+    """Returns the text of a value with its interval, `0.655 (0.60 to 0.70)`, a narrow one with a third decimal; without
+    one the text."""
+    if low is None or high is None:
+        return text
+    digits = 2 if high - low >= 0.05 else 3
+    return f"{text} ({low:.{digits}f} to {high:.{digits}f})"

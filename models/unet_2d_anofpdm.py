@@ -194,7 +194,9 @@ class ClassTokenAttention(nn.Module):
         # The original splits heads before query, key and value.
         query, key, value = self.to_qkv(tokens).unflatten(2, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
         # W (c c^T) + b = (W c) c^T + b: one product of W and a vector instead of E of them.
-        class_kv = F.linear(vector, self.to_class_kv.weight)[:, None] * vector[:, :, None] + self.to_class_kv.bias
+        # In one pass, which the concatenation below costs again: a table of the classes would save nothing.
+        product = F.linear(vector, self.to_class_kv.weight)[:, None]
+        class_kv = torch.addcmul(self.to_class_kv.bias, product, vector[:, :, None])
         class_key, class_value = class_kv.unflatten(2, (self.num_heads, 2, -1)).permute(3, 0, 2, 1, 4)
         key, value = torch.cat([class_key, key], dim=2), torch.cat([class_value, value], dim=2)
         attended = F.scaled_dot_product_attention(query, key, value)  # (N, heads, L, D)

@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +29,7 @@ from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..schedulers.draws import DRAWS_VERSION, fold_in, make_keys
 from ..volumes.processor import ProcessedVolume
+from .batches import Batches, choose_batch_size
 from .brain import find_brain
 from .output import AnomalyOutput
 from .postprocessing import PostProcessing, brightness_weights
@@ -42,7 +42,7 @@ NOT_FINITE = (
 )
 # What every call takes; anything else is an argument of the method.
 CALL_ARGUMENTS = ("volume", "threshold", "brain_mask", "generator", "batch_size", "noise", "return_dict")
-AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Class labels of conditional networks, and of the classifier that guides one: no lesion, and no label; 1 is unhealthy.
 HEALTHY, NULL = 0, 2
 
@@ -158,7 +158,9 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             Of `pred_mask`, instead of the checkpoint's; it also replaces masks that the method makes itself.
         brain_mask (*optional*): Mask of the volume, same kinds as the volume.
         generator (`int` or `torch.Generator`, *optional*): Seed, that of a generator its initial one; `None` is 0.
-        batch_size (`int`, defaults to 16): Items that share one evaluation of the network. Does not change the result.
+        batch_size (`int`, *optional*):
+            Items that share one evaluation of the network; does not change the result. By default 16 on a CPU, and on
+            a GPU as many as fill it, which is measured once for a shape; where its memory does not suffice, fewer.
         noise (`torch.Tensor` or callable, *optional*):
             Replaces every draw: `(K, N, C, H, W)`, or `noise(draws, indices, shape)`; see [`Noise`].
         return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
@@ -172,7 +174,12 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     # Of pipelines that take no such components.
     brain_extractor: BrainExtractor | None = None
     healthy_maps: HealthyMapsModel | None = None
-    _autocast_dtype: torch.dtype | None = None
+    # What `enable_fast_inference` chose, for the record of results.
+    fast: dict | None = None
+
+    def __init__(self):
+        super().__init__()
+        self.batches = Batches()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -443,38 +450,70 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         return PostProcessing(**{name: self.config[name] for name in names if name in self.config})
 
     def enable_fast_inference(
-        self, *, channels_last: bool = False, autocast: str | None = None, compile: bool = False
+        self,
+        *,
+        mixed_precision: str | None = None,
+        channels_last: bool | None = None,
+        compile: bool | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         """
-        Switches on what makes calls faster; the method stays as it is, but numbers change slightly.
+        Makes calls as fast as the device that the pipeline is on allows; the method stays as it is, but numbers change
+        slightly (`docs/training_and_evaluation.md` says how much). What is not given is chosen: on a GPU bf16 weights,
+        if it computes with them, channels_last and compiled; on a CPU float32 and channels_last.
 
         Args:
-            channels_last (`bool`): Memory format of the network; about 1e-6 of the map's maximum.
-            autocast (`"bf16"` or `"fp16"`, *optional*): Precision of the network; sums and updates stay float32.
-            compile (`bool`): `torch.compile` the network; the first call takes a minute or more.
+            mixed_precision (`"no"`, `"bf16"` or `"fp16"`, *optional*):
+                Type of the networks' weights, `"no"` float32; sums and updates stay float32. Weights are rounded in
+                place: load the checkpoint again to have them back, or to save it.
+            channels_last (`bool`, *optional*): Memory format of the UNet.
+            compile (`bool`, *optional*):
+                Compile the UNet, for one size of batches that smaller ones are padded to; the first call takes a
+                minute or more.
+            cuda_graphs (`bool`, defaults to `False`):
+                Replay what is compiled as a CUDA graph: for small batches, whose time is that of launching.
         """
-        check_choice("autocast", autocast, (*AUTOCAST_TYPES, None))
-        self._autocast_dtype = None if autocast is None else AUTOCAST_TYPES[autocast]
-        if channels_last:
-            self.unet.to(memory_format=torch.channels_last)
+        check_choice("mixed_precision", mixed_precision, (*PRECISIONS, None))
+        device = self._execution_device
+        gpu = device.type == "cuda"
+        if mixed_precision is None and gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+            mixed_precision = "bf16"
+        compile = gpu if compile is None else compile
+        # Not compiled it is slower on a GPU, whose group norms convert it, and faster on a CPU.
+        channels_last = (compile or not gpu) if channels_last is None else channels_last
+        if cuda_graphs and not compile:
+            raise ValueError("`cuda_graphs` replays what is compiled: leave it out, or `compile`.")
+        for name, component in self.components.items():
+            if (
+                mixed_precision
+                and isinstance(component, torch.nn.Module)
+                and name not in ("brain_extractor", "healthy_maps")
+            ):
+                # Not its own method, which says that a type is better chosen while loading.
+                torch.nn.Module.to(component, PRECISIONS[mixed_precision])
+        self.unet.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         if compile:
-            self.unet.compile()
-
-    def autocast(self):
-        """Returns the context of all evaluations of a call. Opened once: autocast then converts the weights once, and
-        everything between two evaluations is elementwise and stays float32."""
-        device = self._execution_device.type
-        return torch.autocast(device, self._autocast_dtype) if self._autocast_dtype else nullcontext()
+            # A graph for each shape of slices; with `fullgraph` it is an error if there are more.
+            torch._dynamo.config.recompile_limit = 64
+        self.batches = Batches(self.unet if compile else None, channels_last, cuda_graphs)
+        self.fast = {"mixed_precision": mixed_precision or "no", "channels_last": channels_last, "compile": compile}
 
     def predict_noise(
-        self, sample: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None
+        self,
+        sample: torch.Tensor,
+        timesteps: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        *,
+        unit: int | None = None,
     ) -> torch.Tensor:
-        """Evaluates the network once: `(B, C, H, W)` and `(B,)`, with a conditional network also labels `(B,)`, to
-        float32 `(B, C, H, W)`."""
-        labels = () if class_labels is None else (class_labels,)
+        """Evaluates the network once: `(B, C, H, W)` and, unless it takes no timesteps, `(B,)`, with a conditional
+        network also labels `(B,)`, to float32 `(B, C, H, W)`. `unit`: see [`~pipelines.batches.Batches`]."""
+        more = [values for values in (timesteps, class_labels) if values is not None]
         # Not `unet.dtype`, which walks all modules at every evaluation.
         dtype = next(self.unet.parameters()).dtype
-        return self.unet(sample.to(dtype), timesteps, *labels).sample.to(sample.dtype)
+        output = self.batches.evaluate(self.unet, read_sample, sample.to(dtype), *more, unit=unit)
+        # What follows reads it together with contiguous tensors.
+        return output.to(sample.dtype, memory_format=torch.contiguous_format)
 
     def prepare_volume(self, volume, brain_mask=None) -> PreparedSlices:
         """Brings whatever a volume may be to slices on the device. A tensor `(N, C, H, W)` counts as processed: all of
@@ -536,12 +575,15 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         # 1. Check.
         self.check_inputs(**settings)
         self.check_threshold(threshold)
-        check_integer("batch_size", batch_size, 1)
+        if batch_size is not None:
+            check_integer("batch_size", batch_size, 1)
         if noise is not None and generator is not None:
             raise ValueError("Give either `noise` or `generator`, not both.")
         seed = resolve_seed(generator)
         if not self.deterministic:
             record |= {"seed": None if noise is not None else seed, "draws": DRAWS_VERSION}
+        if self.fast is not None:
+            record["fast"] = self.fast
 
         # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
         prepared = self.prepare_volume(volume, brain_mask)
@@ -566,7 +608,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         indices: Sequence[int],
         *,
         volumes: Sequence[int] | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         seed: int = 0,
         noise: torch.Tensor | Callable | None = None,
         **settings,
@@ -597,6 +639,8 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             ValueError: The network gave NaN or infinite values.
         """
         volumes = [len(slices)] if volumes is None else list(volumes)
+        self.batches.automatic = batch_size is None
+        batch_size = batch_size or choose_batch_size(slices.shape[1:], slices.device)
         settings = {**self.default_settings(), **settings}
         if not self.deterministic:
             settings |= {"seed": seed, "noise": noise}
@@ -626,7 +670,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             masks = None if masks is None else masks & (weights > 0)
         details = {name: [one[name] for one in details] for name in details[0]}
         return SliceResults(
-            self.filter_maps(maps.float().cpu(), brain.cpu(), None if added is None else added.float().cpu(), volumes),
+            self.filter_maps(maps.float(), brain, None if added is None else added.float(), volumes).cpu(),
             to_all(reconstruction, slices),
             None if masks is None else masks & brain,
             {
@@ -666,9 +710,9 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         for count in volumes:
             rows = slice(start, start + count)
             start += count
-            extra = None if added is None else added[rows].numpy()
-            filtered.append(self.postprocessing.filter(maps[rows].numpy(), brain[rows].numpy(), extra))
-        return torch.from_numpy(np.concatenate(filtered))
+            extra = None if added is None else added[rows]
+            filtered.append(self.postprocessing.filter(maps[rows], brain[rows], extra))
+        return torch.cat(filtered)
 
     def finish_volume(
         self, prepared: PreparedSlices, results: SliceResults, threshold: float | None, settings: dict
@@ -714,6 +758,16 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             source=source,
             brain_mask=None if prepared.made_mask is None else prepared.made_mask.astype(np.uint8),
         )
+
+
+def read_sample(network: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+    """Evaluates a network whose output has a `sample`."""
+    return network(*inputs).sample
+
+
+def read_logits(network: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+    """Evaluates a network whose output has `logits`."""
+    return network(*inputs).logits
 
 
 def device_name(device: torch.device) -> str:

@@ -18,6 +18,9 @@ BRAIN_ORIGINS = ("given", "extracted", "stripped", "nonzero", "none")
 # skull, as it looks for the skull around it; there is then no more than a brain, in ml.
 _BRAIN = 0.75
 _PART, _LARGEST = 0.5, 1800.0
+# A scan that is thinner than `_THIN` mm may hold a whole brain whose file does not say how far apart its slices are. It
+# is looked at as if it were `_THICK` mm thick, too, to see whether its skull is off.
+_THIN, _THICK = 60.0, 100.0
 
 
 def find_brain(extractor: BrainExtractor, volume: InputVolume) -> tuple[np.ndarray, str]:
@@ -36,13 +39,19 @@ def find_brain(extractor: BrainExtractor, volume: InputVolume) -> tuple[np.ndarr
             f"{volume.name} is a single slice, and the brain is found in whole volumes: give its mask, `brain_mask=...`."
         )
     brain = extractor.find_brain(images, volume.affine)
-    if not brain.any():
-        raise ValueError(f"{volume.name}: no brain was found. Give its mask, `brain_mask=...`.")
     signal = np.any([image != _find_background(image) for image in images], axis=0)
-    share = (signal & brain).sum() / signal.sum()
+    found = brain
+    extents = np.linalg.norm(volume.affine[:3, :3], axis=0) * volume.shape
+    if extents.min() < _THIN:
+        thicker = volume.affine.copy()
+        thicker[:3, extents.argmin()] *= _THICK / extents.min()
+        found = brain | extractor.find_brain(images, thicker)
+    share = (signal & found).sum() / max(signal.sum(), 1)
     millilitres = signal.sum() * abs(np.linalg.det(volume.affine[:3, :3])) / 1000
     if share >= _BRAIN or (share >= _PART and millilitres <= _LARGEST):
         return scipy.ndimage.binary_fill_holes(signal), "stripped"
+    if not brain.any():
+        raise ValueError(f"{volume.name}: no brain was found. Give its mask, `brain_mask=...`.")
     return brain, "extracted"
 
 

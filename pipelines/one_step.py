@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..checks import check_choice
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
-from .base import AnomalyPipeline, Noise
+from .base import AnomalyPipeline, Noise, read_logits
 from .mahalanobis import MAHALANOBIS, mahalanobis_distance
 from .ssim import ssim_map
 
@@ -77,7 +77,7 @@ def iterate_reconstructions(
     numbers, grid = torch.tensor([0] * len(indices) if shared_noise else indices), torch.tensor(timesteps)
     items = torch.cartesian_prod(torch.arange(len(timesteps)), torch.arange(len(slices)))
     batches = [batch.T for batch in items.split(batch_size) if len(batch)]
-    with pipeline.progress_bar(total=len(batches)) as progress, pipeline.autocast():
+    with pipeline.progress_bar(total=len(batches)) as progress:
         codes = encode_slices(pipeline, slices, batch_size)
         for draws, rows in batches:
             fields = draw_fields(pipeline.scheduler, seed, noise, numbers[rows], draws, grid, slices)
@@ -98,7 +98,7 @@ def encode_slices(pipeline: AnomalyPipeline, slices: torch.Tensor, batch_size: i
     if encoder is None:
         return None
     parts = slices.to(encoder.dtype).split(batch_size)
-    return torch.cat([encoder(part).logits for part in parts]).to(pipeline.unet.dtype)
+    return torch.cat([pipeline.batches.evaluate(encoder, read_logits, part) for part in parts]).to(pipeline.unet.dtype)
 
 
 def draw_fields(
@@ -125,7 +125,7 @@ def draw_fields(
     """
     # On the CPU, where no device has to be waited for.
     (numbers, draws), places = torch.stack([numbers, draws]).unique(dim=1, return_inverse=True)
-    make = partial(scheduler.draw_noise, size=like.shape[1:], timesteps=timesteps[draws].to(like.device))
+    make = partial(scheduler.draw_noise, size=like.shape[1:], timesteps=timesteps[draws])
     fields = Noise(seed, noise, numbers, draws, like.device)(make, like[:1].expand(len(draws), -1, -1, -1))
     return fields[places.to(like.device)]
 

@@ -125,7 +125,7 @@ class ANDiPipeline(AnomalyPipeline):
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
@@ -189,7 +189,7 @@ class ANDiPipeline(AnomalyPipeline):
         # Items are ordered by draw, then by slice: a slice's sums are added in the same order for every batch size.
         groups = [(steps, torch.nonzero(lengths == steps).flatten()) for steps in lengths.unique().tolist()]
         evaluations = sum(-(-len(draws) * len(slices) // batch_size) * steps for steps, draws in groups)
-        with self.progress_bar(total=evaluations) as progress, self.autocast():
+        with self.progress_bar(total=evaluations) as progress:
             for steps, draws_of_group in groups:
                 items = torch.cartesian_prod(draws_of_group, torch.arange(len(slices)))
                 for draws, rows in (batch.T for batch in items.split(batch_size) if len(batch)):

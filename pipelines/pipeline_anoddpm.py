@@ -109,7 +109,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
@@ -169,16 +169,18 @@ class AnoDDPMPipeline(AnomalyPipeline):
         # add up to is added in the same order for every batch size.
         groups = [(steps, torch.nonzero(lengths == steps).flatten()) for steps in lengths.unique().tolist()]
         evaluations = sum(-(-len(members) * len(slices) // batch_size) * steps for steps, members in groups)
-        with self.progress_bar(total=evaluations) as progress, self.autocast():
+        with self.progress_bar(total=evaluations) as progress:
             for steps, members_of_group in groups:
                 items = torch.cartesian_prod(members_of_group, torch.arange(len(slices)))
                 for members, rows in (batch.T for batch in items.split(batch_size) if len(batch)):
                     drawing = Noise(seed, noise, numbers[rows], draws[members], device)
-                    rows, timesteps = rows.to(device), (levels[members] - 1).to(device)
+                    # Noise takes the timesteps from the CPU, where no device has to be waited for.
+                    known = levels[members] - 1
+                    rows, timesteps = rows.to(device), known.to(device)
 
                     # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n, (B, C, H, W); `noised` is t.
                     original, noised = slices[rows], timesteps + offset
-                    drawn = drawing(partial(draw_noise, timesteps=noised), original)
+                    drawn = drawing(partial(draw_noise, timesteps=known + offset), original)
                     sample = self.scheduler.add_noise(original, drawn, noised)
                     for step in range(1, steps + 1):
                         model_output = self.predict_noise(sample, timesteps)
@@ -188,7 +190,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
                             # The last step adds no noise: sigma_0 is 0, and the shifted chain ends without any.
                             drawn = torch.zeros_like(sample)
                             if step < steps:
-                                drawn = drawing(partial(draw_noise, timesteps=timesteps), sample, step)
+                                drawn = drawing(partial(draw_noise, timesteps=known + 1 - step), sample, step)
                             sample = self.scheduler.step(model_output, timesteps, sample, drawn).prev_sample
                         timesteps = timesteps - 1
                         progress.update()

@@ -160,7 +160,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
@@ -219,7 +219,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
         channels = self.modality_channels(modalities)
         running = RunningMaps(slices[:, channels], num_steps)
         batches = range(0, len(slices), batch_size)
-        with self.progress_bar(total=len(batches) * num_steps) as progress, self.autocast():
+        with self.progress_bar(total=len(batches) * num_steps) as progress:
             for start in batches:
                 rows = slice(start, start + batch_size)
                 predictions = self.walk(
@@ -243,16 +243,16 @@ class AnoFPDMPipeline(AnomalyPipeline):
 
         details = {"similarity": running.similarity(), "t_e": running.best_step * stride, "gap": running.best_gap}
         details["first_step_used"] = (running.best_step == 0).long()
-        masks = None
+        maps, masks = running.maps, None
         if similarity_threshold is not None:
             details["label"] = (details["similarity"] <= similarity_threshold).long()
         if gap_scale is not None and (similarity_threshold is not None or not gate_by_label):
             masks, details["quantile"], details["mask_threshold"] = self.segment(
-                running.maps, running.best_gap, slices, gap_scale, quantile_range, quantile_region
+                maps, running.best_gap, slices, gap_scale, quantile_range, quantile_region
             )
             if gate_by_label:
                 masks &= details["label"].bool()[:, None, None]
-        return SliceResults(running.maps.mean(1), masks=masks, details=details)
+        return SliceResults(maps.mean(1), masks=masks, details=details)
 
     def walk(
         self,
@@ -272,8 +272,9 @@ class AnoFPDMPipeline(AnomalyPipeline):
         and the predictions G_t and U_t of the compared channels, `(B, M, H, W)` each."""
         grid = self.scheduler.timesteps.flip(0)
         draw_noise = partial(self.scheduler.draw_noise, size=slices.shape[1:])
-        # On the device once: no step of an encoding waits for the host.
-        compared = torch.tensor(channels, device=slices.device)
+        # On the device once: no step of an encoding waits for the host. All channels need no copy.
+        everything = channels == list(range(slices.shape[1]))
+        compared = slice(None) if everything else torch.tensor(channels, device=slices.device)
         random = forward_process == "random"
         # Steps of the random process do not wait for each other: several share a batch if the slices leave room.
         together = max(1, batch_size // len(slices)) if random else 1
@@ -298,9 +299,9 @@ class AnoFPDMPipeline(AnomalyPipeline):
 
             # Both labels in one batch, (2B, C, H, W).
             labels = torch.cat([torch.full_like(timesteps, HEALTHY), null])
-            outputs = self.predict_noise(sample.repeat(2, 1, 1, 1), timesteps.repeat(2), labels)
+            outputs = self.predict_noise(sample.repeat(2, 1, 1, 1), timesteps.repeat(2), labels, unit=len(timesteps))
             healthy_output, null_output = outputs.chunk(2)
-            guided = (1.0 + guidance_scale) * healthy_output - guidance_scale * null_output
+            guided = torch.sub((1.0 + guidance_scale) * healthy_output, null_output, alpha=guidance_scale)
             unguided = healthy_output if unguided_branch == "healthy" else null_output
             guided, unguided = (
                 self.scheduler.predict_original_sample(output[:, compared], timesteps, sample[:, compared])
@@ -329,10 +330,10 @@ class AnoFPDMPipeline(AnomalyPipeline):
         if quantile_region == "image":
             inside = torch.ones_like(inside)
         thresholds = map_quantiles(modality_maps, levels, inside).mean(1)
-        maps = modality_maps.mean(1).cpu().numpy()
+        maps = modality_maps.mean(1)
         if self.config.median_size > 1:
             maps = median_filter(maps, self.config.median_size, 2, border="mirror")
-        masks = maps >= thresholds[:, None, None].cpu().numpy()
+        masks = (maps >= thresholds[:, None, None]).cpu().numpy()
         masks = remove_small_components(masks, self.config.min_component_size, 2)
         return torch.from_numpy(masks).to(slices.device), levels, thresholds
 
@@ -342,7 +343,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
         *,
         guidance_scales: Sequence[float] = (),
         seed: int = 0,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
     ) -> dict:
         """

@@ -15,6 +15,7 @@ from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, Noise, SliceResults
+from .batches import CPU_ITEMS
 from .output import AnomalyOutput
 
 
@@ -112,7 +113,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
@@ -175,11 +176,12 @@ class AutoDDPMPipeline(AnomalyPipeline):
 
         # 1. Mask: what partial diffusion changes.
         batches = [slice(start, start + batch_size) for start in range(0, len(slices), batch_size)]
-        with self.progress_bar(total=len(batches) * (noise_level - 1)) as progress, self.autocast():
+        with self.progress_bar(total=len(batches) * (noise_level - 1)) as progress:
             for rows in batches:
                 drawing = Noise(seed, noise, numbers[rows], 0, device)
                 pseudo_healthy[rows] = self.reconstruct(slices[rows], noise_level, drawing, progress)
-        for rows in batches:
+        # LPIPS looks at a slice once: small batches, which any memory holds, cost little.
+        for rows in (slice(start, start + CPU_ITEMS) for start in range(0, len(slices), CPU_ITEMS)):
             mask_maps[rows], masks[rows] = self.make_mask(
                 slices[rows], pseudo_healthy[rows], masking_threshold, quantile, perceptual_distance
             )
@@ -188,7 +190,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
         masked = torch.nonzero(masks.flatten(1).any(1).cpu()).flatten()
         batches = [masked[start : start + batch_size] for start in range(0, len(masked), batch_size)]
         total = len(batches) * (inpainting_level - 2) * resample
-        with self.progress_bar(total=total) as progress, self.autocast():
+        with self.progress_bar(total=total) as progress:
             for rows in batches:
                 drawing = Noise(seed, noise, numbers[rows], noise_level - 1, device)
                 rows = rows.to(device)

@@ -115,7 +115,7 @@ class CDDPMPipeline(AnomalyPipeline):
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:

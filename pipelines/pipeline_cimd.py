@@ -85,7 +85,7 @@ class CIMDPipeline(AnomalyPipeline):
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         return_dict: bool = True,
     ) -> CIMDOutput | tuple | list:
@@ -139,7 +139,7 @@ class CIMDPipeline(AnomalyPipeline):
         # Items are ordered by slice, then by member.
         items = torch.cartesian_prod(torch.arange(len(slices)), torch.arange(num_ensemble))
         batches = [batch.T for batch in items.split(batch_size) if len(batch)]
-        with self.progress_bar(total=len(batches) * len(timesteps)) as progress, self.autocast():
+        with self.progress_bar(total=len(batches) * len(timesteps)) as progress:
             for rows, ensemble in batches:
                 drawing = Noise(seed, noise, numbers[rows], ensemble * (1 + len(timesteps)), device)
                 rows, ensemble = rows.to(device), ensemble.to(device)
@@ -158,8 +158,7 @@ class CIMDPipeline(AnomalyPipeline):
         # Masks are trained as 0 and 1; what the scheduler's range leaves beyond them cannot change a mask.
         members = members.clamp(0.0, 1.0)
         if median_size > 1:
-            filtered = median_filter(members.flatten(0, 1).cpu().numpy(), median_size, 2)
-            members = torch.from_numpy(filtered).to(device).view_as(members)
+            members = median_filter(members.flatten(0, 1), median_size, 2).view_as(members)
         return SliceResults(members)
 
     def check_inputs(self, **settings) -> None:

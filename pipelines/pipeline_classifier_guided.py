@@ -105,7 +105,7 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
@@ -155,7 +155,7 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         draw_noise = partial(self.scheduler.draw_noise, size=slices.shape[1:])
         reconstruction = torch.empty_like(slices)
         batches = range(0, len(slices), batch_size)
-        with self.progress_bar(total=len(down) * len(batches)) as progress, self.autocast():
+        with self.progress_bar(total=len(down) * len(batches)) as progress:
             for start in batches:
                 rows = slice(start, start + batch_size)
                 drawn = Noise(seed, noise, numbers[rows], 0, device)(draw_noise, slices[rows])
@@ -186,13 +186,17 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
 
     def classifier_gradient(self, sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Computes the gradient of log p(healthy | x_t) by x_t, `(B, C, H, W)`."""
-        with torch.enable_grad():
-            variable = sample.detach().requires_grad_()
-            # Not `classifier.dtype`, which walks all modules at every evaluation.
-            dtype = next(self.classifier.parameters()).dtype
-            logits = self.classifier(variable.to(dtype), timesteps).logits
-            score = logits.float().log_softmax(1)[:, HEALTHY].sum()
-            return torch.autograd.grad(score, variable)[0]
+        # Not `classifier.dtype`, which walks all modules at every evaluation.
+        dtype = next(self.classifier.parameters()).dtype
+
+        def differentiate(classifier: torch.nn.Module, sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                variable = sample.detach().requires_grad_()
+                logits = classifier(variable.to(dtype), timesteps).logits
+                score = logits.float().log_softmax(1)[:, HEALTHY].sum()
+                return torch.autograd.grad(score, variable)[0]
+
+        return self.batches.evaluate(self.classifier, differentiate, sample, timesteps)
 
     def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""

@@ -88,7 +88,7 @@ class DAEPipeline(AnomalyPipeline):
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
         """
@@ -124,10 +124,10 @@ class DAEPipeline(AnomalyPipeline):
         slices = self.processor.to_unit(slices)
         reconstruction = torch.empty_like(slices)
         batches = range(0, len(slices), batch_size)
-        with self.progress_bar(total=len(batches)) as progress, self.autocast():
+        with self.progress_bar(total=len(batches)) as progress:
             for start in batches:
                 rows = slice(start, start + batch_size)
-                reconstruction[rows] = self.unet(slices[rows].to(self.unet.dtype)).sample.to(slices.dtype)
+                reconstruction[rows] = self.predict_noise(slices[rows])
                 progress.update()
 
         # Beyond the slice there is no foreground: zeros are counted.

@@ -92,7 +92,7 @@ class DDIBPipeline(AnomalyPipeline):
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
         """
@@ -133,7 +133,7 @@ class DDIBPipeline(AnomalyPipeline):
         down = self.scheduler.timesteps.tolist()
         translated = torch.empty_like(slices)
         batches = range(0, len(slices), batch_size)
-        with self.progress_bar(total=2 * len(down) * len(batches)) as progress, self.autocast():
+        with self.progress_bar(total=2 * len(down) * len(batches)) as progress:
             for start in batches:
                 sample = slices[start : start + batch_size]
                 healthy, null = (torch.full((len(sample),), label, device=slices.device) for label in (HEALTHY, NULL))
@@ -148,7 +148,8 @@ class DDIBPipeline(AnomalyPipeline):
                 labels = torch.cat([healthy, null])
                 for t in down:
                     timesteps = torch.full_like(labels, t)
-                    of_healthy, of_null = self.predict_noise(sample.repeat(2, 1, 1, 1), timesteps, labels).chunk(2)
+                    outputs = self.predict_noise(sample.repeat(2, 1, 1, 1), timesteps, labels, unit=len(sample))
+                    of_healthy, of_null = outputs.chunk(2)
                     model_output = (1 + guidance_scale) * of_healthy - guidance_scale * of_null
                     sample = self.scheduler.step(model_output, timesteps[: len(sample)], sample, return_dict=False)[0]
                     progress.update()

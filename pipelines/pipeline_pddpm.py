@@ -109,7 +109,7 @@ class PDDPMPipeline(AnomalyPipeline):
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
@@ -155,7 +155,7 @@ class PDDPMPipeline(AnomalyPipeline):
         items = torch.cartesian_prod(*(torch.arange(len(values)) for values in (timesteps, slices, boxes)))
         batches = [batch.T for batch in items.split(batch_size) if len(batch)]
         total = torch.zeros_like(slices)
-        with self.progress_bar(total=len(batches)) as progress, self.autocast():
+        with self.progress_bar(total=len(batches)) as progress:
             for draws, rows, patches in batches:
                 fields = draw_fields(self.scheduler, seed, noise, numbers[rows], draws, grid, slices)
                 rows, patches, steps = (values.to(device) for values in (rows, patches, grid[draws]))

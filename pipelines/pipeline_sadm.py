@@ -14,7 +14,7 @@ from ..models.siamese_unet import SiameseUNet2DModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import AnomalyPipeline, SliceResults
+from .base import AnomalyPipeline, SliceResults, read_logits
 from .mahalanobis import MAHALANOBIS
 from .one_step import check_encoder, check_map_type, check_timesteps, difference_maps, iterate_reconstructions
 from .output import AnomalyOutput
@@ -112,7 +112,7 @@ class SADMPipeline(AnomalyPipeline):
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple | list:
@@ -180,8 +180,9 @@ class SADMPipeline(AnomalyPipeline):
         """Computes the probability `(B, H, W)`, float32, that a pixel is anomalous, from slices and reconstructions
         `(B, C, H, W)` in [0, 1]."""
         dtype = next(self.segmentation_network.parameters()).dtype
-        with self.autocast():
-            logits = self.segmentation_network(slices.to(dtype), reconstructions.to(dtype)).logits
+        logits = self.batches.evaluate(
+            self.segmentation_network, read_logits, slices.to(dtype), reconstructions.to(dtype)
+        )
         return logits[:, 0].float().sigmoid()
 
     def check_inputs(self, **settings) -> None:

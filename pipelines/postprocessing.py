@@ -1,18 +1,19 @@
-"""Post-processing of the anomaly maps of one volume, on the CPU: weights by brightness, erosion of the brain, median
-filter, removal of small components. Maps are never min-max scaled."""
+"""Post-processing of the anomaly maps of one volume: erosion of the brain and median filter, on the device of the maps,
+weights by brightness and removal of small components, on the CPU. Maps are never min-max scaled."""
 
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 from scipy import ndimage
 
 from ..checks import check_choice, check_choices, check_integer
+from . import median
+from .median import DIMENSIONS
 
 
 SLICE_SCORES = ("mean", "max", "p99")
 FILTER_ORDERS = ("erosion_first", "median_first")
-BORDERS = ("reflect", "mirror")
-DIMENSIONS = (2, 3)
 SIGNS = ("both", "brighter", "darker")
 WEIGHTINGS = ("none", "intensity")
 NORMALIZATIONS = ("none", "healthy_maps")
@@ -71,9 +72,14 @@ class PostProcessing:
         for name in ("median_size", "erosion", "min_component_size"):
             check_integer(name, values[name], 0)
 
-    def filter(self, maps: np.ndarray, brain: np.ndarray, added: np.ndarray | None = None) -> np.ndarray:
-        """Returns filtered maps, `(N, H, W)` float32, 0 outside the brain. What a method adds to them is not filtered,
-        and added in the brain."""
+    def filter(
+        self,
+        maps: np.ndarray | torch.Tensor,
+        brain: np.ndarray | torch.Tensor,
+        added: np.ndarray | torch.Tensor | None = None,
+    ) -> np.ndarray | torch.Tensor:
+        """Returns filtered maps, `(N, H, W)` float32, 0 outside the brain, on their device. What a method adds to them
+        is not filtered, and added in the brain."""
         filtered = postprocess_maps(
             maps,
             brain,
@@ -82,7 +88,9 @@ class PostProcessing:
             erosion=self.erosion,
             filter_order=self.filter_order,
         )
-        return filtered if added is None else filtered + np.where(brain, added, np.float32(0))
+        if added is None:
+            return filtered
+        return filtered + (torch if isinstance(maps, torch.Tensor) else np).where(brain, added, 0)
 
     def mask(self, maps: np.ndarray, threshold: float, voxels_per_network_voxel: float = 1.0) -> np.ndarray:
         """Returns `maps > threshold` without components that are too small, bool. For maps on another grid than the
@@ -139,12 +147,15 @@ def brightness_weights(slices: np.ndarray, brain: np.ndarray, sign: str, weighti
     return weights
 
 
-def median_filter(maps: np.ndarray, size: int, dimensions: int, *, border: str = "reflect") -> np.ndarray:
+def median_filter(
+    maps: np.ndarray | torch.Tensor, size: int, dimensions: int, *, border: str = "reflect"
+) -> np.ndarray | torch.Tensor:
     """
     Filters the maps of one volume by the median of a window.
 
     Args:
-        maps (`np.ndarray` of shape `(N, H, W)`): Anomaly maps, used as float32.
+        maps (`np.ndarray` or `torch.Tensor` of shape `(N, H, W)`):
+            Anomaly maps, used as float32. Infinite values are values; a window with a NaN gives NaN.
         size (`int`):
             Side of the window in pixels, for example 5. An even window begins `size / 2` pixels before its pixel and
             takes the upper one of the two middle values, as scipy does; UAD-IMAG uses 4.
@@ -154,37 +165,36 @@ def median_filter(maps: np.ndarray, size: int, dimensions: int, *, border: str =
             not (d c b | a b c d; AnoFPDM).
 
     Returns:
-        `np.ndarray` of shape `(N, H, W)`, float32.
+        of the kind of the maps and on their device: the values of `scipy.ndimage.median_filter`, `(N, H, W)`, float32.
     """
-    maps = _check_maps(maps)
-    check_integer("size", size, 1)
-    check_choice("border", border, BORDERS)
-    check_choice("dimensions", dimensions, DIMENSIONS)
-    window = (size if dimensions == 3 else 1, size, size)
-    return ndimage.median_filter(maps, size=window, mode=border)
+    filtered = median.median_filter(_check_maps(maps), size, dimensions, border=border)
+    return filtered if isinstance(maps, torch.Tensor) else filtered.numpy()
 
 
-def erode_brain(brain: np.ndarray, iterations: int) -> np.ndarray:
+def erode_brain(brain: np.ndarray | torch.Tensor, iterations: int) -> np.ndarray | torch.Tensor:
     """
     Returns the brain mask without its rim, eroded in each slice with the 4 neighbours (3 x 3 cross). Zeroing maps
     outside removes the bright rim that reconstructions leave at the edge of the brain. cDDPM uses `H // 25`
     iterations.
 
     Args:
-        brain (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1):
+        brain (`np.ndarray` or `torch.Tensor` of shape `(N, H, W)`, boolean or 0/1):
             Brain mask. What lies outside the image counts as background.
         iterations (`int`): Pixels to remove, 0 for none.
 
     Returns:
-        `np.ndarray` of shape `(N, H, W)`, boolean.
+        of the kind of the mask and on its device: `(N, H, W)`, boolean.
     """
-    brain = np.asarray(brain, dtype=bool)
+    brain = brain.bool() if isinstance(brain, torch.Tensor) else np.asarray(brain, dtype=bool)
     if brain.ndim != 3:
-        raise ValueError(f"`brain` must have shape (N, H, W), got {brain.shape}.")
+        raise ValueError(f"`brain` must have shape (N, H, W), got {tuple(brain.shape)}.")
     check_integer("iterations", iterations, 0)
-    if iterations == 0:  # scipy would repeat until nothing changes
-        return brain
-    return ndimage.binary_erosion(brain, structure=_in_slice(connectivity=1), iterations=iterations)
+    for _ in range(iterations):
+        eroded = brain & False
+        across = brain[:, :-2, 1:-1] & brain[:, 2:, 1:-1]
+        eroded[:, 1:-1, 1:-1] = brain[:, 1:-1, 1:-1] & across & brain[:, 1:-1, :-2] & brain[:, 1:-1, 2:]
+        brain = eroded
+    return brain
 
 
 def remove_small_components(mask: np.ndarray, min_size: int, dimensions: int) -> np.ndarray:
@@ -208,7 +218,9 @@ def remove_small_components(mask: np.ndarray, min_size: int, dimensions: int) ->
     check_choice("dimensions", dimensions, DIMENSIONS)
     if min_size <= 1:
         return mask
-    structure = np.ones((3, 3, 3)) if dimensions == 3 else _in_slice(connectivity=2)
+    structure = np.ones((3, 3, 3))
+    if dimensions == 2:
+        structure[[0, 2]] = 0
     labels, _ = ndimage.label(mask, structure=structure)
     keep = np.bincount(labels.ravel()) >= min_size
     keep[0] = False
@@ -216,14 +228,14 @@ def remove_small_components(mask: np.ndarray, min_size: int, dimensions: int) ->
 
 
 def postprocess_maps(
-    maps: np.ndarray,
-    brain: np.ndarray,
+    maps: np.ndarray | torch.Tensor,
+    brain: np.ndarray | torch.Tensor,
     *,
     median_size: int = 0,
     median_dimensions: int = 2,
     erosion: int = 0,
     filter_order: str = "erosion_first",
-) -> np.ndarray:
+) -> np.ndarray | torch.Tensor:
     """
     Restricts anomaly maps to the brain, optionally without its rim, and filters them by a median.
 
@@ -234,8 +246,8 @@ def postprocess_maps(
     the brain is eroded.
 
     Args:
-        maps (`np.ndarray` of shape `(N, H, W)`): Anomaly maps of one volume, used as float32.
-        brain (`np.ndarray` of shape `(N, H, W)`, boolean or 0/1): Brain mask.
+        maps (`np.ndarray` or `torch.Tensor` of shape `(N, H, W)`): Anomaly maps of one volume, used as float32.
+        brain (`np.ndarray` or `torch.Tensor` of shape `(N, H, W)`, boolean or 0/1): Brain mask, on the same device.
         median_size (`int`, *optional*, defaults to 0): Side of the median window in pixels, 0 for no filter.
         median_dimensions (`int`, *optional*, defaults to 2): 2 or 3, see [`median_filter`].
         erosion (`int`, *optional*, defaults to 0): Pixels to remove from the rim of the brain in each slice.
@@ -243,26 +255,31 @@ def postprocess_maps(
             `"erosion_first"` or `"median_first"`; without erosion they are the same.
 
     Returns:
-        `np.ndarray` of shape `(N, H, W)`, float32, 0 outside the (eroded) brain. Values are not scaled.
+        of the kind of the maps and on their device: `(N, H, W)`, float32, 0 outside the (eroded) brain. Values are not
+        scaled.
     """
-    maps = _check_maps(maps)
-    if np.shape(brain) != maps.shape:
-        raise ValueError(f"`brain` must have the shape of `maps`, got {np.shape(brain)} and {maps.shape}.")
+    filtered = _check_maps(maps)
+    brain = brain.bool() if isinstance(brain, torch.Tensor) else _to_tensor(brain, bool)
+    if brain.shape != filtered.shape:
+        raise ValueError(
+            f"`brain` must have the shape of `maps`, got {tuple(brain.shape)} and {tuple(filtered.shape)}."
+        )
     check_integer("median_size", median_size, 0)
     eroded = erode_brain(brain, erosion)
-    maps = np.where(eroded if filter_order == "erosion_first" else brain, maps, np.float32(0))
+    filtered = torch.where(eroded if filter_order == "erosion_first" else brain, filtered, 0)
     if median_size > 1:
-        maps = median_filter(maps, median_size, median_dimensions)
-    return np.where(eroded, maps, np.float32(0))
+        filtered = median.median_filter(filtered, median_size, median_dimensions, inside=eroded)
+    filtered = torch.where(eroded, filtered, 0)
+    return filtered if isinstance(maps, torch.Tensor) else filtered.numpy()
 
 
-def _in_slice(connectivity: int) -> np.ndarray:
-    """Returns the neighbourhood in the plane of the slices: 4 neighbours (1) or 8 (2)."""
-    return np.pad(ndimage.generate_binary_structure(2, connectivity)[None], ((1, 1), (0, 0), (0, 0)))
-
-
-def _check_maps(maps: np.ndarray) -> np.ndarray:
-    maps = np.asarray(maps, dtype=np.float32)
+def _check_maps(maps: np.ndarray | torch.Tensor) -> torch.Tensor:
+    maps = maps.float() if isinstance(maps, torch.Tensor) else _to_tensor(maps, np.float32)
     if maps.ndim != 3:
-        raise ValueError(f"`maps` must have shape (N, H, W), got {maps.shape}.")
+        raise ValueError(f"`maps` must have shape (N, H, W), got {tuple(maps.shape)}.")
     return maps
+
+
+def _to_tensor(array: np.ndarray, dtype: type) -> torch.Tensor:
+    # A copy: torch takes no negative strides, and warns of arrays that are read-only.
+    return torch.from_numpy(np.array(array, dtype, order="C"))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn.functional import mse_loss
 
 
 # N slices, B of them in a batch, M compared modalities, S steps, H x W pixels.
@@ -24,9 +25,8 @@ class RunningMaps:
 
     Attributes:
         total (`torch.Tensor` of shape `(N, M, H, W)`): Sum of the squared errors of the guided predictions.
-        maps (`torch.Tensor` of shape `(N, M, H, W)`):
-            Mean squared error of the guided predictions over the steps below the one with the largest gap; of the
-            first step if that is the one.
+        total_below (`torch.Tensor` of shape `(N, M, H, W)`):
+            That sum before the step with the largest gap; after the first step if that is the one.
         best_step (`torch.Tensor` of shape `(N, M)`): Number of the step with the largest gap, the first of equals.
         best_gap (`torch.Tensor` of shape `(N, M)`): The largest gap.
         guided_error, unguided_error, gap (`torch.Tensor` of shape `(N, S, M)`):
@@ -35,7 +35,7 @@ class RunningMaps:
 
     def __init__(self, original: torch.Tensor, num_steps: int):
         self.original = original
-        self.total, self.maps = torch.zeros_like(original), torch.zeros_like(original)
+        self.total, self.total_below = torch.zeros_like(original), torch.zeros_like(original)
         self.best_gap = original.new_full(original.shape[:2], -torch.inf)
         self.best_step = torch.zeros_like(self.best_gap, dtype=torch.int64)
         shape = len(original), num_steps, original.shape[1]
@@ -44,19 +44,26 @@ class RunningMaps:
     def update(self, rows: slice, step: int, guided: torch.Tensor, unguided: torch.Tensor) -> None:
         """Takes in the predictions G_t and U_t of a batch of slices at step number `step`, `(B, M, H, W)` each; steps
         come in turn."""
-        original, total = self.original[rows], self.total[rows]
-        error = (guided - original).square()
-        gap = (guided - unguided).square().mean((2, 3))
+        original, total, below = self.original[rows], self.total[rows], self.total_below[rows]
+        best_gap, best_step = self.best_gap[rows], self.best_step[rows]
+        # Squares of differences in one kernel, and in place what can be: a step has hardly any other work.
+        error = mse_loss(guided, original, reduction="none")
+        gap = mse_loss(guided, unguided, reduction="none").mean((2, 3))
         self.guided_error[rows, step] = error.mean((2, 3))
-        self.unguided_error[rows, step] = (unguided - original).square().mean((2, 3))
+        self.unguided_error[rows, step] = mse_loss(unguided, original, reduction="none").mean((2, 3))
         self.gap[rows, step] = gap
-        better = gap > self.best_gap[rows]
+        better = gap > best_gap
         # The step itself does not count (t < t_e). The first one has none below it: the original divides 0 by 0 there.
-        mean_below = error if step == 0 else total / step
-        self.maps[rows] = torch.where(better[..., None, None], mean_below, self.maps[rows])
-        self.best_gap[rows] = torch.where(better, gap, self.best_gap[rows])
-        self.best_step[rows] = torch.where(better, step, self.best_step[rows])
+        torch.where(better[..., None, None], error if step == 0 else total, below, out=below)
+        torch.where(better, gap, best_gap, out=best_gap)
+        best_step.masked_fill_(better, step)
         total += error
+
+    @property
+    def maps(self) -> torch.Tensor:
+        """Mean squared error of the guided predictions over the steps below the one with the largest gap, `(N, M, H,
+        W)`; of the first step if that is the one."""
+        return self.total_below / self.best_step.clamp(min=1)[..., None, None]
 
     def similarity(self) -> torch.Tensor:
         """Computes the cosine similarity of the curves of the two errors, `(N,)`: high where guidance changes little,

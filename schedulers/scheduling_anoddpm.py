@@ -175,7 +175,7 @@ class AnoDDPMScheduler(DiffusionProcess, SchedulerMixin, PlainConfigMixin):
             return super().draw_noise(keys, size, timesteps, dtype)
         channels, height, width = size
         if isinstance(self.config.z, str):
-            timesteps = torch.as_tensor(timesteps, device=keys.device).reshape(-1, 1).expand(len(keys), channels)
+            timesteps = torch.as_tensor(timesteps).reshape(-1, 1).expand(len(keys), channels)
         return self.simplex_noise(draw_seeds(keys, channels), timesteps, height, width, dtype)
 
 

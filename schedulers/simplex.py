@@ -40,7 +40,8 @@ NORMALIZATIONS = ("none", "per_image", "analytic")
 # On a CPU the arrays of a chunk should fit the cache; elsewhere few large operations are better.
 POINTS_PER_CHUNK_CPU = 2**15
 POINTS_PER_CHUNK = 2**21
-SEEDS_PER_CHUNK = 32
+SEEDS_PER_CHUNK_CPU = 32
+SEEDS_PER_CHUNK = 256
 CACHED_PLANS = 4
 
 
@@ -64,17 +65,26 @@ def permutation_tables(seeds: torch.Tensor) -> torch.Tensor:
     # original.
     multiplier, increment = _lcg_jumps(3 + 256, seeds.device)
     states = (seeds * multiplier + increment)[3:].flip(0)  # (256, B), row i belongs to position i
-    positions = torch.arange(256, device=seeds.device)[:, None]
-    count = positions + 1
+    positions = torch.arange(256, device=seeds.device)
+    count = (positions + 1)[:, None]
     # state + 31 must not wrap, so both are reduced first.
-    chosen = (states.remainder(count) + 31 % count) % count
+    chosen = ((states.remainder(count) + 31 % count) % count).T.contiguous()  # (B, 256)
 
-    # Fisher-Yates in place: position i is never chosen again after its turn, so it can hold the result.
-    pairs = torch.stack([chosen, positions.expand_as(chosen)], -1)
-    table = positions.T.repeat(len(seeds), 1)
-    for source, target in zip(reversed(pairs.unbind()), reversed(pairs.flip(-1).unbind()), strict=True):
-        table.scatter_(1, target, table.gather(1, source))
-    return table
+    # The original shuffles turn by turn, i = 255, 254, ..., 0: result i is what lies at chosen[i], and what lies at i
+    # is moved there. So it is what was moved there last, at turn j, the least j > i with the same choice. That lay at
+    # j: moved there at the least turn k > j that chose j, and so on, back to what was never moved, a position's own
+    # number. All chains are followed at once: 40 operations in place of 512.
+    by_choice = (chosen * 256 + positions).sort(1).values
+    turn = by_choice & 255
+    same_choice = (by_choice[:, 1:] >> 8) == (by_choice[:, :-1] >> 8)
+    nothing = torch.full_like(chosen, 256)
+    moved = nothing.scatter(1, turn[:, :-1], torch.where(same_choice, turn[:, 1:], 256))  # j for every i, or 256
+    others = torch.where(chosen == positions, 256, positions)  # who chooses itself moves nothing
+    link = nothing.scatter_reduce(1, chosen, others, "amin")  # k for every j, or 256
+    link = torch.where(link == 256, positions, link)
+    for _ in range(8):  # steps of 1, 2, 4, ... links; a chain has at most 255
+        link = link.gather(1, link)
+    return torch.where(moved == 256, chosen, link.gather(1, moved.clamp(max=255)))
 
 
 @cache
@@ -212,10 +222,11 @@ def _vertices3(points: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tenso
 
 
 def _evaluate(
-    vertices: Callable, by_hash: torch.Tensor, tables: torch.Tensor, points: torch.Tensor, owner: torch.Tensor
+    vertices: Callable, by_hash: torch.Tensor, tables: torch.Tensor, points: torch.Tensor, owner: torch.Tensor | None
 ) -> torch.Tensor:
     """Returns values (B, P) of the noise whose geometry `vertices` gives, for permutations (B, 256). `points` is
-    (D, U, P): seed b is evaluated at the set `points[:, owner[b]]`; the geometry of a set is computed once."""
+    (D, U, P): seed b is evaluated at the set `points[:, owner[b]]`, without `owner` at the set b; the geometry of a
+    set is computed once."""
     gradients = by_hash[:, tables]  # (D, B, 256): what the last look-up of a hash chain leads to
     seeds, sets = len(tables), points.shape[1]
     size = (POINTS_PER_CHUNK_CPU if points.device.type == "cpu" else POINTS_PER_CHUNK) // (sets + seeds // 16)
@@ -227,7 +238,7 @@ def _evaluate(
             lattice, weight = lattice.view(chunk.shape), weight.view(chunk.shape)
             if sets == 1:  # a view instead of B copies
                 lattice, weight = lattice.expand(-1, seeds, -1), weight.expand(-1, seeds, -1)
-            else:
+            elif owner is not None:
                 lattice, weight = lattice.index_select(1, owner), weight.index_select(1, owner)
             index = lattice[0]
             for coordinate in lattice[1:]:
@@ -241,8 +252,7 @@ def _evaluate(
 def _at_points(vertices: Callable, by_hash: torch.Tensor, seeds: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     if points.ndim != 2 or points.shape[1] != len(by_hash):
         raise ValueError(f"`points` must have shape (P, {len(by_hash)}), got {tuple(points.shape)}.")
-    owner = torch.zeros_like(seeds)
-    return _evaluate(vertices, by_hash, permutation_tables(seeds), points.double().T[:, None], owner)
+    return _evaluate(vertices, by_hash, permutation_tables(seeds), points.double().T[:, None], None)
 
 
 @torch.no_grad()
@@ -346,7 +356,9 @@ class OctaveSimplexNoise:
     ) -> torch.Tensor:
         """Makes one field per seed, zero mean over seeds: `(...)` int64 seeds, for example `(N, C)`, to `(..., H, W)`,
         on their device. Only rules of `z` that name the timestep use `timesteps`, whole numbers that broadcast to the
-        seeds. Coordinates are always float64; sums are float64 for that `dtype`, else float32 with a fixed `z`."""
+        seeds: on the CPU, fields of the same timestep share their geometry; on another device, which none of this
+        waits for, each has its own. Coordinates are always float64; sums are float64 for that `dtype`, else float32
+        with a fixed `z`."""
         if seeds.dtype != torch.int64:
             raise TypeError(f"`seeds` must be an int64 tensor, got {seeds.dtype}.")
         flat = seeds.reshape(-1)
@@ -356,7 +368,7 @@ class OctaveSimplexNoise:
             if timesteps.is_floating_point():
                 raise TypeError(f"`timesteps` must be a tensor of whole numbers, got {timesteps.dtype}.")
             try:
-                timesteps = timesteps.to(seeds.device).broadcast_to(seeds.shape).reshape(-1)
+                timesteps = timesteps.broadcast_to(seeds.shape).reshape(-1)
             except RuntimeError as error:
                 raise ValueError(
                     f"`timesteps` must broadcast to the shape of `seeds`, {tuple(seeds.shape)}, "
@@ -367,8 +379,9 @@ class OctaveSimplexNoise:
         margin = int(self.wavelength) - 1 if self.random_offset else 0
         rows, columns = height + margin, width + margin
         fields = torch.empty(len(flat), height * width, dtype=value_dtype, device=seeds.device)
-        for start in range(0, len(flat), SEEDS_PER_CHUNK):
-            part = slice(start, start + SEEDS_PER_CHUNK)
+        step = SEEDS_PER_CHUNK_CPU if seeds.device.type == "cpu" else SEEDS_PER_CHUNK
+        for start in range(0, len(flat), step):
+            part = slice(start, start + step)
             if isinstance(self.z, str):
                 values = self._from_timesteps(flat[part], timesteps[part], rows, columns)
             else:
@@ -407,8 +420,10 @@ class OctaveSimplexNoise:
         return torch.stack([x.flatten() + first_x * self.wavelength, y.flatten() + first_y * self.wavelength])
 
     def _from_timesteps(self, seeds: torch.Tensor, timesteps: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Fields (B, H*W) float64; fields of the same timestep share their geometry."""
-        times, owner = timesteps.unique(return_inverse=True)
+        """Fields (B, H*W) float64."""
+        times, owner = timesteps.to(seeds.device), None
+        if timesteps.device.type == "cpu":
+            times, owner = (found.to(seeds.device) for found in timesteps.unique(return_inverse=True))
         pixels = self._pixels(height, width, seeds.device)[:, None].expand(-1, len(times), -1)
         times = times.double()[None, :, None].expand(-1, -1, height * width)
         tables, by_hash = permutation_tables(seeds), _tables3(seeds.device)[2]

@@ -52,10 +52,24 @@ def test_every_public_name_is_there():
         assert getattr(anodiff, name).__name__ == name
 
 
-def test_importing_the_package_imports_nothing_heavy():
-    code = "import sys, anodiff; print([name for name in ('torch', 'diffusers', 'numpy') if name in sys.modules])"
+def test_what_is_heavy_is_imported_late():
+    """The package alone imports nothing, a prediction and the first step of a training only what they need."""
+    code = """
+import sys
+
+def report(*names):
+    print([name for name in names if name in sys.modules])
+
+import anodiff
+report("torch", "diffusers", "numpy")
+import anodiff.predict, anodiff.pipelines.dispersion, anodiff.pipelines.pipeline_anoddpm
+import anodiff.evaluation.overview, anodiff.volumes.results, anodiff.volumes.scans
+report("datasets", "matplotlib", "tensorboard", "pandas", "pyarrow", "sklearn", "SimpleITK", "dask")
+import anodiff.training.loop, anodiff.training.objective_noise
+report("matplotlib", "tensorboard", "sklearn", "dask")
+"""
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.split("\n") == ["[]", "[]", "[]", ""]
 
 
 def test_tables_of_diffusers_know_our_components():

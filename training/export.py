@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -19,10 +20,11 @@ from ..data.card import describe_population
 from ..data.phantoms.drawn_heads import DRAWN
 from ..data.phantoms.sets import is_phantom
 from ..files import read_json, read_text, sha256, sync_folder, write_json, write_text
-from ..hub.model_card import make_card
+from ..hub.model_card import CURVE, describe_curve, make_card
 from ..hub.publishing import PublishingError, complete_folder, copy_picture, open_repository
 from ..pipelines.base import device_name
 from .checkpoints import make_place, unfinished_name
+from .curve import draw_curve, read_losses
 from .options import LoopOptions, TrainOptions
 from .state import Run, plain
 
@@ -120,6 +122,12 @@ def choose_card(folder: Path) -> Callable[[str | None], str]:
 def _write(run: Run, model: torch.nn.Module, folder: Path) -> None:
     options, objective = run.options, run.objective
     pipeline = objective.export(model, folder)
+    curve = read_losses(run.folder / "log.jsonl", "validation_loss")
+    training = _training_record(run)
+    if curve:
+        write_text(folder / CURVE, "".join(json.dumps(line) + "\n" for line in curve))
+        draw_curve(run.folder / "log.jsonl", run.folder / "losses.png")
+        training += "\n\n" + describe_curve(curve)
     config = _without_folders(_published(options))
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     recipe = _without_folders(dict(run.train_split.recipe))
@@ -130,8 +138,7 @@ def _write(run: Run, model: torch.nn.Module, folder: Path) -> None:
         parts = ", ".join(sorted(path.parent.name for path in folder.glob("*/*.json"))) or "A model"
         card = (
             f"---\nlicense: {options.train.hub_licence}\ntags:\n- anodiff\n---\n\n# Part of a pipeline:"
-            f" {options.method}\n\n{parts}, made by anodiff. {_training_record(run)} Research use only, not a"
-            " medical device.\n"
+            f" {options.method}\n\n{parts}, made by anodiff. Research use only, not a medical device.\n\n{training}\n"
         )
         write_text(folder / "README.md", seal(card))
         return
@@ -147,7 +154,7 @@ def _write(run: Run, model: torch.nn.Module, folder: Path) -> None:
             for name, split in splits.items()
             if split is not None
         },
-        training=_training_record(run),
+        training=training,
         picture=_example(run, folder),
         licence=options.train.hub_licence,
     )

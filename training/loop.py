@@ -19,21 +19,20 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from tqdm.auto import tqdm
 
 from ..files import lock_folder
 from ..hub.publishing import BackgroundPush, push_folder
-from ..schedulers.draws import make_keys
 from .augmentation import augment, augment_intensity
 from .checkpoints import find_checkpoint
 from .export import check_hub, check_picture, choose_card, export, restore_pipeline
-from .keys import TRAINING
 from .objective import Objective
 from .optimization import check_optim
 from .options import LoopOptions, TrainOptions, check_options
-from .samples import make_loader, read_batches
+from .samples import make_loader, move_batches, read_batches
 from .start import take_start
 from .state import Run, make_run
 from .validation import validate
@@ -51,15 +50,7 @@ def fit(options: TrainOptions, objective_class: type[Objective]) -> Path:
         options, start = take_start(options, objective_class)
         objective_class.check_options(options)
     check_picture(loop)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=loop.gradient_accumulation_steps,
-        mixed_precision=loop.mixed_precision,
-        log_with=None if loop.report_to == "none" else loop.report_to,
-        project_dir=loop.output_dir,
-        step_scheduler_with_optimizer=False,
-        # The first process may be busy for long while the others wait: a phantom is made, a card is written.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-    )
+    accelerator = _make_accelerator(loop)
     with _held_folder(accelerator, loop) as checkpoint:
         if accelerator.is_main_process:
             restore_pipeline(Path(loop.output_dir))
@@ -82,6 +73,30 @@ def fit(options: TrainOptions, objective_class: type[Objective]) -> Path:
                 url = push_folder(folder, loop.push_to_hub, commit_message=message, **arguments)
                 print(f"Pushed to {url}")
     return folder
+
+
+def _make_accelerator(loop: LoopOptions) -> Accelerator:
+    # The first process may be busy for long while the others wait: a phantom is made, a card is written.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=2))
+    precision = loop.mixed_precision
+    if precision == "bf16" and state.device.type == "cpu" and not _has_bf16():
+        precision = "no"
+        state.print(
+            "This CPU has no instructions for `train.mixed_precision` bf16, which would be slower: float32 it is."
+        )
+    return Accelerator(
+        gradient_accumulation_steps=loop.gradient_accumulation_steps,
+        mixed_precision=precision,
+        log_with=None if loop.report_to == "none" else loop.report_to,
+        project_dir=loop.output_dir,
+        step_scheduler_with_optimizer=False,
+        dynamo_backend="no",  # `make_run` does that
+    )
+
+
+def _has_bf16() -> bool:
+    """Whether oneDNN multiplies bf16 on this CPU; without it, training takes ten times as long as in float32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @contextmanager
@@ -114,11 +129,14 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=loop.max_steps, initial=progress.step, desc="training", disable=hidden)
     run.model.train()
+    # As a list: walking through a network takes longer than launching a pass over its weights.
+    weights = list(objective.model.parameters())
     step_loss = 0.0
-    for batch in read_batches(make_loader(run.train_split, objective, run.options, accelerator, progress.step)):
+    loader = make_loader(run.train_split, objective, run.options, accelerator, progress.step)
+    # In this loop nothing waits for the GPU but for a line of the log or a checkpoint: the next step is prepared while
+    # it works.
+    for batch, keys in move_batches(read_batches(loader), loop.seed, device):
         with accelerator.accumulate(run.model):
-            keys = make_keys(loop.seed, batch.pop("position"), TRAINING, device)
-            batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
             if not objective.draws_volumes:
                 batch = augment(batch, keys, augmentation, value_range[0])
                 batch["image"] = augment_intensity(batch["image"], keys, augmentation, value_range)
@@ -127,7 +145,7 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
             accelerator.backward(loss)
             step_loss += loss.detach() / loop.gradient_accumulation_steps
             if accelerator.sync_gradients and run.options.optim.max_grad_norm:
-                accelerator.clip_grad_norm_(run.model.parameters(), run.options.optim.max_grad_norm)
+                accelerator.clip_grad_norm_(weights, run.options.optim.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -136,7 +154,7 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
         if not accelerator.optimizer_step_was_skipped:
             run.lr_scheduler.step()
             if run.ema is not None:
-                run.ema.step(accelerator.unwrap_model(run.model).parameters())
+                run.ema.step(weights)
         progress.step += 1
         bar.update()
 

@@ -90,6 +90,11 @@ class Objective:
                 f"`train.init_from` must not be given for the method {options.method}: it begins with the weights of a"
                 " pipeline whose `unet` is all that is trained. Leave it out."
             )
+        if options.train.gradient_checkpointing and not (network and network._supports_gradient_checkpointing):
+            raise ValueError(
+                f"`train.gradient_checkpointing` must be false for the method {options.method} with this network, which"
+                " keeps its activations."
+            )
         if cls.part is not None and cls.part[0] not in options.objective:
             raise ValueError(f"`objective.{cls.part[0]}` must be the folder or Hub id of {cls.part[1]}.")
 
@@ -110,7 +115,10 @@ class Objective:
         size = processor.config.size
         if size is not None and "sample_size" in argument_names(network):
             unet.setdefault("sample_size", size[0] if size[0] == size[1] else tuple(size))
-        return network(**unet)
+        model = network(**unet)
+        if options.train.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model
 
     @classmethod
     def _choose_network(cls, options: TrainOptions) -> tuple[type | None, dict]:

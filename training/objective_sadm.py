@@ -3,11 +3,14 @@ masks."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 
 from ..checks import check_choice
 from ..models.siamese_unet import SiameseUNet2DModel, SiameseUNet2DOutput
+from ..pipelines.base import PRECISIONS
 from ..pipelines.one_step import encode_slices
 from ..pipelines.pipeline_cddpm import CDDPMPipeline
 from ..pipelines.pipeline_sadm import SADMPipeline
@@ -39,6 +42,8 @@ class SADMObjective(Objective):
         loss (`str`, defaults to `"bce"`): As of [`segmentation_loss`].
         shared_noise (`bool`, defaults to `False`): One field for the slices of a forward pass, that of the first one,
             as the authors.
+        precision (`str`, *optional*): `"bf16"` or `"fp16"` evaluates the cDDPM so, by autocast: it is exported as it
+            is.
     """
 
     trains_unet_alone = False
@@ -55,6 +60,7 @@ class SADMObjective(Objective):
         *,
         loss: str = "bce",
         shared_noise: bool = False,
+        precision: str | None = None,
     ):
         check_choice("loss", loss, ("bce", "dice", "bce_dice"))
         self.reconstruction = reconstruction
@@ -66,6 +72,7 @@ class SADMObjective(Objective):
         super().__init__(segmentation_network, reconstruction.scheduler, reconstruction.processor, inference)
         self.loss_type = loss
         self.shared_noise = shared_noise
+        self.precision = precision
 
     @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> SADMObjective:
@@ -79,9 +86,7 @@ class SADMObjective(Objective):
         for component in filter(None, (reconstruction.unet, reconstruction.encoder)):
             check_part(component, "objective.reconstruction_path", path)
         processor.check_equal(reconstruction.processor.settings(), f"the cDDPM {path} was trained with")
-        precision = options.train.mixed_precision
-        reconstruction.enable_fast_inference(autocast=precision if precision in ("bf16", "fp16") else None)
-        return cls(network, reconstruction, options.inference, **settings)
+        return cls(network, reconstruction, options.inference, precision=options.train.mixed_precision, **settings)
 
     @classmethod
     def network_arguments(cls, network: type, channels: int) -> dict[str, tuple[int, str]]:
@@ -101,7 +106,8 @@ class SADMObjective(Objective):
         pipeline = self.reconstruction
         if pipeline.device != images.device:
             pipeline.to(images.device)
-        with pipeline.autocast():
+        coarse = self.precision in ("bf16", "fp16")
+        with torch.autocast(images.device.type, PRECISIONS[self.precision]) if coarse else nullcontext():
             features = encode_slices(pipeline, images, len(images))
             sample = pipeline.scheduler.add_noise(2.0 * images - 1.0, noise.expand_as(images), timesteps)
             prediction = pipeline.predict_noise(sample, timesteps, features)

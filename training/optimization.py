@@ -26,11 +26,15 @@ def check_optim(optim: OptimOptions) -> None:
         )
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], optim: OptimOptions) -> torch.optim.Optimizer:
-    """Makes AdamW, or Adam, whose weight decay is part of the gradient."""
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter], optim: OptimOptions, fused: bool = False
+) -> torch.optim.Optimizer:
+    """Makes AdamW, or Adam, whose weight decay is part of the gradient; `fused` is one launch for all parameters, which
+    rounds otherwise."""
     algorithm = torch.optim.AdamW if optim.algorithm == "adamw" else torch.optim.Adam
     settings = {"betas": tuple(optim.betas), "weight_decay": optim.weight_decay, "amsgrad": optim.amsgrad}
-    return algorithm(parameters, lr=optim.learning_rate, **settings)
+    # `False` would also switch off what torch takes by itself.
+    return algorithm(parameters, lr=optim.learning_rate, fused=fused or None, **settings)
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, optim: OptimOptions, max_steps: int) -> LambdaLR:
@@ -45,11 +49,12 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, optim: OptimOptions, max
     return LambdaLR(optimizer, lambda step: lowest + (1 - lowest) * share_of_peak(step))
 
 
-def make_ema(parameters: Iterable[torch.nn.Parameter], ema: EMAOptions) -> EMAModel:
+def make_ema(parameters: Iterable[torch.nn.Parameter], ema: EMAOptions, fused: bool = False) -> EMAModel:
     """Makes diffusers' average of the weights: a plain copy of them in the first `start_step` steps, then with
-    `decay`."""
+    `decay`; `fused` is one launch for all parameters, which rounds otherwise."""
     # The average has its own warm-up, (1 + step) / (10 + step), whose first step copies; a fixed decay needs
     # `min_decay`, and averages from step `update_after_step + 2` on.
+    settings = {"decay": ema.decay, "foreach": fused}
     if ema.warmup:
-        return EMAModel(parameters, decay=ema.decay, update_after_step=max(ema.start_step - 1, 0))
-    return EMAModel(parameters, decay=ema.decay, min_decay=ema.decay, update_after_step=ema.start_step - 1)
+        return EMAModel(parameters, update_after_step=max(ema.start_step - 1, 0), **settings)
+    return EMAModel(parameters, min_decay=ema.decay, update_after_step=ema.start_step - 1, **settings)

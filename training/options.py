@@ -19,7 +19,7 @@ MAY_CHANGE = (
     "train.max_steps",  # the length of the schedule is compared, `optim.lr_total_steps`
     "train.batch_size",  # the slices of a step are compared (`training/state.py`)
     "train.gradient_accumulation_steps",
-    "train.mixed_precision",
+    *("train.mixed_precision", "train.compile", "train.gradient_checkpointing"),
     *("train.output_dir", "train.resume", "train.report_to"),
     *("train.log_every", "train.validate_every", "train.validation_slices"),
     *("train.checkpoint_every", "train.checkpoint_limit"),
@@ -130,7 +130,11 @@ class LoopOptions:
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step."""
     mixed_precision: str | None = None
-    """no, fp16 or bf16; what `accelerate launch` was told by default."""
+    """no, fp16 or bf16, on a CPU only where it has instructions for it; what `accelerate launch` was told by default."""
+    compile: bool = False
+    """Compile the network with torch's inductor; what `accelerate launch --dynamo_backend` was told by default."""
+    gradient_checkpointing: bool = False
+    """Compute activations again on the way back instead of keeping them: less memory, a third more time."""
     seed: int = 0
     """Seed of weights, order, augmentation, timesteps and noise."""
     ema: EMAOptions = field(default_factory=EMAOptions)

@@ -16,7 +16,9 @@ from ..data.phantoms.drawn_heads import DRAWN, DrawnHeads
 from ..data.phantoms.label_maps import find_label_maps, split_maps
 from ..data.phantoms.sets import PHANTOMS, locate_label_maps
 from ..data.prepared import PreparedSplit, StreamedSplit, load_prepared
+from ..schedulers.draws import make_keys
 from ..volumes.processor import VolumeProcessor
+from .keys import TRAINING
 from .objective import Objective
 from .options import TrainOptions
 
@@ -287,6 +289,31 @@ def read_batches(loader: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str
         if name != ConnectionError.__name__:
             raise
         raise ConnectionError(text) from None
+
+
+def move_batches(
+    batches: Iterable[dict[str, torch.Tensor]], seed: int, device: torch.device
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Gives batches on the device, and the keys `(N, 2)` of their samples, `position`. To a GPU they are copied beside
+    the work that it has not done yet, and nothing waits for either."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for batch in batches:
+        values = {**batch, "keys": make_keys(seed, batch["position"], TRAINING)}
+        del values["position"]
+        if stream is None:
+            moved = {name: each.to(device) for name, each in values.items()}
+        else:
+            with torch.cuda.stream(stream):
+                moved = {
+                    name: each if each.is_cuda else each.pin_memory().to(device, non_blocking=True)
+                    for name, each in values.items()
+                }
+            current = torch.cuda.current_stream(device)
+            current.wait_stream(stream)
+            for each in moved.values():
+                each.record_stream(current)
+        keys = moved.pop("keys")
+        yield moved, keys
 
 
 def as_tensors(batch: dict[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:

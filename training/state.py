@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, set_seed
 from diffusers.training_utils import EMAModel
 
 from ..data.prepared import PreparedSplit, StreamedSplit
@@ -77,7 +77,7 @@ class Run:
     options: TrainOptions
     accelerator: Accelerator
     objective: Objective
-    model: torch.nn.Module  # as accelerate wraps it
+    model: torch.nn.Module  # as accelerate wraps it, perhaps compiled
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None
@@ -95,8 +95,9 @@ class Run:
 
     @contextmanager
     def averaged_model(self) -> Iterator[torch.nn.Module]:
-        """Gives the bare network in evaluation mode with the averaged weights, if there are any, for a while."""
-        model = self.accelerator.unwrap_model(self.model)
+        """Gives the bare network in evaluation mode with the averaged weights, if there are any, for a while. It is not
+        compiled: these batches have other sizes."""
+        model = self.objective.model
         if self.ema is not None:
             self.ema.store(model.parameters())
             self.ema.copy_to(model.parameters())
@@ -200,10 +201,9 @@ class Run:
 
     def _find_not_finite(self) -> str | None:
         """What of the state holds NaN or infinite values on any process."""
-        model = self.accelerator.unwrap_model(self.model)
         optimizer = [value for state in self.optimizer.state.values() for value in state.values()]
         parts = {
-            "the weights": model.state_dict().values(),
+            "the weights": self.objective.model.state_dict().values(),
             "their moving average": [] if self.ema is None else self.ema.shadow_params,
             "the optimizer's state": [value for value in optimizer if torch.is_tensor(value)],
         }
@@ -257,17 +257,27 @@ def make_run(
             f"`objective.updates_per_batch` is {objective.updates_per_batch}, but `data.streaming` reads every slice"
             " once: set one to 1, or the other to false."
         )
-    optimizer = make_optimizer(objective.model.parameters(), options.optim)
+    # On a GPU every parameter's own launch takes longer than its work. Not with fp16: accelerate would not see that an
+    # optimizer that skips a step by itself has skipped it.
+    on_gpu = accelerator.device.type == "cuda"
+    fused = on_gpu and accelerator.scaler is None
+    optimizer = make_optimizer(objective.model.parameters(), options.optim, fused)
     # Stepped by hand once per optimizer step and not prepared: accelerate would count processes as steps.
     lr_scheduler = make_lr_scheduler(optimizer, options.optim, loop.max_steps)
     model, optimizer = accelerator.prepare(objective.model, optimizer)
+    dynamo = TorchDynamoPlugin(backend="inductor") if loop.compile else TorchDynamoPlugin()
+    if dynamo.use_regional_compilation:
+        raise ValueError("`accelerate launch` was told to compile regions: here the whole network is compiled.")
+    if dynamo.backend != DynamoBackend.NO:
+        # Not by accelerate, whose checkpoints would then hold other names of the weights.
+        model = torch.compile(model, **dynamo.to_kwargs())
     set_seed(loop.seed, device_specific=True)  # dropout differs between processes
     samples_per_step = loop.batch_size * accelerator.num_processes * loop.gradient_accumulation_steps
     progress = Progress(samples_per_step, objective.updates_per_batch)
     accelerator.register_for_checkpointing(lr_scheduler, progress)
     ema = None
     if loop.ema.enabled:
-        ema = make_ema(accelerator.unwrap_model(model).parameters(), loop.ema)
+        ema = make_ema(objective.model.parameters(), loop.ema, fused=on_gpu)
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
     splits = train_split, validation_split

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from ..files import replacing
 from ..schedulers.draws import make_keys
@@ -46,6 +45,8 @@ def _spread(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def _draw_preview(run: Run, rows: dict[str, torch.Tensor]) -> None:
+    from matplotlib.figure import Figure  # late: the first step comes without it
+
     low, high = run.objective.processor.config.value_range
     columns = len(next(iter(rows.values())))
     figure = Figure(figsize=(1.6 * columns, 1.75 * len(rows)), layout="constrained")

@@ -92,6 +92,7 @@ def make_slices(
     thickness: torch.Tensor | None = None,
     samples: int | None = None,
     lesions: Sequence[str | None] | None = None,
+    lesion_masks: LabelMaps | None = None,
     look: str = "usual",
     mask_errors: bool = False,
 ) -> Heads:
@@ -112,6 +113,9 @@ def make_slices(
         samples (`int`, *optional*):
             Odd number of samples of a slice's thickness; by default about 1.3 mm apart in the thickest of the batch.
         lesions (`Sequence[str | None]`, *optional*): What every head has of `LESIONS`; none by default.
+        lesion_masks ([`LabelMaps`], *optional*):
+            A mask of a lesion for each head instead of drawn ones, see [`read_lesion_masks`]. It is bent with the head,
+            and marks only what is tissue of the brain.
         look (`str`):
             Of the lesions: `"usual"`, bright in FLAIR and T2, dark in T1; `"hyper"` and `"hypo"`, brighter and darker
             than white matter in every contrast; `"iso"`, as bright, with another texture.
@@ -123,10 +127,15 @@ def make_slices(
         check_choice("contrast", contrast, CONTRASTS)
     for lesion in lesions or ():
         check_choice("lesions", lesion, (None, *LESIONS))
+    if lesion_masks is not None and (lesions is not None or len(lesion_masks) != len(keys)):
+        raise ValueError(
+            f"`lesion_masks` must hold a mask for each of the {len(keys)} heads, without `lesions` beside it, got"
+            f" {len(lesion_masks)}."
+        )
     device, heads = maps.tissues.device, len(keys)
-    thickness = torch.ones(heads, device=device) if thickness is None else thickness.to(device)
     # The mean over the thickness, of an odd number, so that there is a middle.
-    samples = samples or math.ceil(float(thickness.max()) / 1.3) | 1
+    samples = samples or (1 if thickness is None else math.ceil(float(thickness.max()) / 1.3) | 1)
+    thickness = torch.ones(heads, device=device) if thickness is None else thickness.to(device)
     offsets = (torch.arange(samples, device=device) + 0.5) / samples - 0.5
     z = positions.to(device)[:, :, None] + thickness[:, None, None] * offsets  # (B, Z, S)
     spacing = torch.as_tensor(spacing, dtype=torch.float32, device=device).expand(heads)
@@ -152,6 +161,11 @@ def make_slices(
     lesion = None
     if lesions is not None and any(lesions):
         lesion = _draw_lesions(maps, chosen.to(device), keys, lesions, places)
+    elif lesion_masks is not None:
+        own = torch.arange(heads, device=device)
+        inside = _bend(lesion_masks.to(device), own, keys, z.flatten(1), y, x, apart).unflatten(1, z.shape[1:])
+        lesion = torch.stack([inside.float().mean(2), torch.zeros_like(brain, dtype=torch.float32)], 1)
+    if lesion is not None:
         lesion = lesion * _is_solid(tissues).float().mean(2)[:, None]
     images = []
     for channel, contrast in enumerate(contrasts):
@@ -175,7 +189,8 @@ def _bend(maps: LabelMaps, chosen, keys, z, y, x, apart: torch.Tensor | None = N
         turn[:, first, second], turn[:, second, first] = -sin[:, axis], sin[:, axis]
         matrix = matrix @ turn
     shear = torch.eye(3, device=device).repeat(heads, 1, 1)
-    shear[:, [0, 0, 1], [1, 2, 2]] = 0.02 * angles[:, 3:]
+    for number, (row, column) in enumerate(((0, 1), (0, 2), (1, 2))):
+        shear[:, row, column] = 0.02 * angles[:, 3 + number]
     scale = 1 / (0.87 + 0.26 * u[:, :3])
     scale[:, 0] *= torch.where(u[:, 3] < 0.5, -1.0, 1.0)  # left and right
     matrix = matrix @ shear * scale[:, None]
@@ -225,17 +240,32 @@ def _brain_mask(tissues: torch.Tensor, keys: torch.Tensor, spacing: torch.Tensor
     tissue, outer = is_brain.float().mean(2), (tissues == OUTER_FLUID).float().mean(2) > 0.5
     boxes = 1 + 2 * ((4.5 + 6 * uniform(fold_in(keys, _MASK))) / spacing).round().long().clamp(min=1)  # 9 to 21 mm
     reaches = (30 / spacing).round().long()
-    closed = torch.empty_like(tissue)
-    for box in boxes.unique().tolist():
-        own, half = boxes == box, box // 2
-        wide = _max_pool(F.pad((tissue[own] > 0.5).float(), (half,) * 4), box)
-        closed[own] = -_max_pool(F.pad(-wide, (half,) * 4, value=-1.0)[..., half:-half, half:-half], box, half)
-    share = torch.empty_like(tissue)
-    for reach in reaches.unique().tolist():
-        own, around = reaches == reach, 2 * reach + 1
-        rows = F.avg_pool2d(tissue[own], (around, 1), 1, (reach, 0))
-        share[own] = F.avg_pool2d(rows, (1, around), 1, (0, reach))
+    closed = _by_size(_close, (tissue > 0.5).float(), boxes)
+    share = _by_size(_mean_around, tissue, reaches)
     return (closed > 0.5) | (outer & (share > 0.5))
+
+
+def _by_size(function, images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Applies `function(images, size)` to the images `(B, ...)` of every size `(B,)` at once."""
+    sizes, order = sizes.sort()
+    # A GPU is waited for here, but once and not for every size.
+    values, counts = np.unique(sizes.cpu(), return_counts=True)
+    parts = images[order].split(counts.tolist())
+    changed = torch.empty_like(images)
+    changed[order] = torch.cat([function(part, int(size)) for part, size in zip(parts, values, strict=True)])
+    return changed
+
+
+def _close(masks: torch.Tensor, box: int) -> torch.Tensor:
+    half = box // 2
+    wide = _max_pool(F.pad(masks, (half,) * 4), box)
+    return -_max_pool(F.pad(-wide, (half,) * 4, value=-1.0)[..., half:-half, half:-half], box, half)
+
+
+def _mean_around(images: torch.Tensor, reach: int) -> torch.Tensor:
+    around = 2 * reach + 1
+    rows = F.avg_pool2d(images, (around, 1), 1, (reach, 0))
+    return F.avg_pool2d(rows, (1, around), 1, (0, reach))
 
 
 def _with_errors(brain: torch.Tensor, tissues: torch.Tensor, keys: torch.Tensor, places) -> torch.Tensor:
@@ -373,14 +403,15 @@ def _tissue_values(contrast: str, keys: torch.Tensor) -> tuple[torch.Tensor, tor
     """Mean and standard deviation `(B, T)` of every tissue's brightness."""
     u = uniform(fold_in(keys, _TISSUE), (2, len(TISSUES)))
     deviations = 0.005 + 0.055 * u[:, 1] ** 1.5
-    outside = [TISSUES.index(tissue) for tissue in ("soft", "mucosa", "skin", "marrow")]
-    deviations[:, outside] += 0.12  # fat, muscle and vessels in one
+    for tissue in ("soft", "mucosa", "skin", "marrow"):
+        deviations[:, TISSUES.index(tissue)] += 0.12  # fat, muscle and vessels in one
     u = u[:, 0]
     if contrast != "any":
         return _means(contrast, u), deviations
     # Of the known contrasts more than of those that no sequence has.
     kinds = ("flair", "t1", "t2", "random")
-    drawn = torch.bucketize(uniform(fold_in(keys, _LOOK)), torch.tensor([0.25, 0.45, 0.65], device=keys.device))
+    look = uniform(fold_in(keys, _LOOK))
+    drawn = sum((look > share).long() for share in (0.25, 0.45, 0.65))
     means = torch.stack([_means(kind, u) for kind in kinds])
     return means[drawn, torch.arange(len(keys), device=keys.device)], deviations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,10 @@ class LabelMaps:
         return LabelMaps(*moved, self.names)
 
 
+# Centre of the brain of MNI152 in its own millimetres, the middle of its mask's box.
+MNI_CENTRE = (0.0, -17.0, 5.0)
+
+
 def find_label_maps(folder: str | Path) -> list[Path]:
     """Returns the files of the label maps in a folder, in their order; a `FileNotFoundError` if there are none."""
     files = sorted(
@@ -125,12 +130,50 @@ def read_label_maps(folder: str | Path) -> LabelMaps:
         ends = [np.flatnonzero(is_brain.any(axes))[[0, -1]] for axes in ((1, 2), (0, 2), (0, 1))]
         brain = np.array(list(itertools.product(*ends))) @ affine[:3, :3].T + affine[:3, 3]
         centre = (brain.min(0) + brain.max(0)) / 2
-        inverse = np.linalg.inv(affine)
-        to_voxel.append(np.column_stack([inverse[:3, :3], inverse[:3, :3] @ centre + inverse[:3, 3]]))
+        to_voxel.append(_to_voxel(affine, centre))
         low.append(brain[:, 2].min() - centre[2])
         high.append(brain[:, 2].max() - centre[2])
     tensors = (torch.tensor(np.array(values), dtype=torch.float32) for values in (to_voxel, low, high))
     return LabelMaps(volumes, *tensors, tuple(path.name for path in files))
+
+
+def read_lesion_masks(files: Sequence[str | Path], centre: tuple[float, float, float] = MNI_CENTRE) -> LabelMaps:
+    """
+    Reads masks of lesions, to be put into heads of any map ([`~data.phantoms.heads.make_slices`]): shape, size and place
+    are those of the masks, as far as the heads have the size of the brain that they were drawn in.
+
+    Args:
+        files: Volumes in any orientation and resolution, lesion where a voxel is not 0.
+        centre (`tuple[float, float, float]`): Centre of the brain that they lie in, in RAS millimetres of the files.
+
+    Returns:
+        [`LabelMaps`]: Maps that are 1 in the lesion and 0 elsewhere; `low` and `high` are those of the lesion.
+
+    Raises:
+        ValueError: A file is no volume, or holds no lesion.
+    """
+    volumes, to_voxel, ends = [], [], []
+    for path in files:
+        image = nib.as_closest_canonical(nib.load(path))
+        mask = np.asarray(image.dataobj)
+        if mask.ndim != 3 or not mask.any():
+            raise ValueError(f"{path} must be a volume with lesion, voxels that are not 0, got shape {mask.shape}.")
+        volumes.append(torch.from_numpy((mask != 0).astype(np.uint8)))
+        to_voxel.append(_to_voxel(image.affine, np.array(centre)))
+        heights = nib.affines.apply_affine(image.affine, np.argwhere(mask))[:, 2] - centre[2]
+        ends.append((heights.min(), heights.max()))
+    shape = np.max([volume.shape for volume in volumes], 0).tolist()
+    masks = torch.zeros(len(volumes), *shape, dtype=torch.uint8)
+    for mask, volume in zip(masks, volumes, strict=True):
+        mask[tuple(slice(size) for size in volume.shape)] = volume
+    tensors = (torch.tensor(np.array(values), dtype=torch.float32) for values in (to_voxel, *zip(*ends, strict=True)))
+    return LabelMaps(masks, *tensors, tuple(Path(path).name for path in files))
+
+
+def _to_voxel(affine: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """The matrix `(3, 4)` from millimetres from a centre to indices of voxels."""
+    inverse = np.linalg.inv(affine)
+    return np.column_stack([inverse[:3, :3], inverse[:3, :3] @ centre + inverse[:3, 3]])
 
 
 def _read_map(path: Path, tissue_of: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,16 @@ from ..baselines import equalised_map
 from ..cases import Case, Needs, Scores
 from ..metrics import PooledScores, dice
 from ..options import EvalOptions
-from ..scoring import best_of_curve, describe_sweep, dice_curve, mean_curve, sweep_thresholds
+from ..scoring import (
+    best_of_curve,
+    describe_sweep,
+    dice_at,
+    dice_curve,
+    group_interval,
+    mean_curve,
+    name_interval,
+    sweep_thresholds,
+)
 from ..thresholds import yen_threshold
 
 
@@ -73,17 +82,18 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None
         extremes = [(case.maps.min(), case.maps.max()) for case in map(Case.load, files["test"])]
         low, high = min(pair[0] for pair in extremes), max(pair[1] for pair in extremes)
     pooled = PooledScores()
-    curves, records = [], []
+    curves, records, groups = [], [], []
     for case in map(Case.load, files["test"]):
         records.append({})
         if case.mask is None:
             continue
         maps = scale_to_range(case.maps, low, high)
-        pooled.update(maps, case.mask)
+        pooled.update(maps, case.mask, case.drawn_with)
         threshold = yen_threshold(maps)
         records[-1]["andi_threshold_yen"] = threshold
         if case.mask.any():
             curves.append(dice_curve(maps, case.mask, thresholds))
+            groups.append(case.drawn_with)
             # 6 neighbours, once.
             records[-1]["andi_dice_yen"] = dice(ndimage.binary_dilation(maps > threshold), case.mask)
     curve = mean_curve(curves, len(thresholds))
@@ -94,5 +104,8 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None
         "andi_dice_oracle": best,
         "andi_threshold_oracle": threshold,
         "andi_dice_yen": float(np.mean(yen)) if yen else None,
+        **name_interval("andi_average_precision", pooled.intervals()["average_precision"]),
+        **name_interval("andi_dice_oracle", group_interval(dice_at(curves, thresholds, threshold), groups)),
+        **name_interval("andi_dice_yen", group_interval(yen, groups)),
     }
     return Scores(metrics, records, {"sweep": describe_sweep(thresholds, curve)})

@@ -15,7 +15,14 @@ from ...pipelines.postprocessing import remove_small_components
 from ..cases import Case, Needs, Scores
 from ..metrics import PooledScores, dice, iou
 from ..options import EvalOptions
-from ..scoring import healthy_scores, healthy_threshold, masked_cases, sweep_thresholds
+from ..scoring import (
+    group_interval,
+    healthy_scores,
+    healthy_threshold,
+    masked_cases,
+    name_interval,
+    sweep_thresholds,
+)
 
 
 FOREGROUND = -0.95  # of the mean over modalities, on [-1, 1]
@@ -69,15 +76,17 @@ class SliceScores:
 
     def __init__(self, min_component_size: int = MIN_COMPONENT_SIZE):
         self.min_component_size = min_component_size
-        self._dice, self._iou = [], []
+        self._dice, self._iou, self._groups = [], [], []
         self._counts = np.zeros(3, np.int64)  # overlap, predicted, reference
 
-    def update(self, predicted: np.ndarray, reference: np.ndarray) -> None:
-        """Adds masks `(N, H, W)`, the predicted ones not yet filtered."""
+    def update(self, predicted: np.ndarray, reference: np.ndarray, group: str = "") -> None:
+        """Adds masks `(N, H, W)`, the predicted ones not yet filtered, of a group that is drawn as a whole for an
+        interval."""
         predicted = remove_small_components(predicted, self.min_component_size, 2)
         for pair in zip(predicted, reference, strict=True):
             self._dice.append(dice(*pair))
             self._iou.append(iou(*pair))
+            self._groups.append(group)
         self._counts += [(predicted & reference).sum(), predicted.sum(), reference.sum()]
 
     def metrics(self) -> dict[str, float | None]:
@@ -89,6 +98,10 @@ class SliceScores:
             "precision": overlap / predicted if predicted else None,
             "recall": overlap / reference if reference else None,
         }
+
+    def dice_interval(self, name: str) -> dict[str, float | None]:
+        """Returns the interval of `dice` under the name of its metric."""
+        return name_interval(name, group_interval(self._dice, self._groups))
 
 
 def image_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
@@ -137,7 +150,7 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None
         if case.mask is not None:
             for setting, chosen_rows in rows.items():
                 visible = case.foreground & chosen_rows[:, None, None]
-                pooled[setting].update(case.maps[visible], case.mask[visible])
+                pooled[setting].update(case.maps[visible], case.mask[visible], case.drawn_with)
         for policy in policies:
             mask, labels = _own_or_above(case, policy, chosen)
             if mask is None:
@@ -147,18 +160,23 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None
                 continue
             # A slice that was called healthy has no mask; where the label is given, it is not asked.
             gated = mask & (labels == 1)[:, None, None]
-            scores["mixed", policy].update(gated, case.mask)
-            scores["unhealthy", policy].update(mask[rows["unhealthy"]], case.mask[rows["unhealthy"]])
+            ill = rows["unhealthy"]
+            scores["mixed", policy].update(gated, case.mask, case.drawn_with)
+            scores["unhealthy", policy].update(mask[ill], case.mask[ill], case.drawn_with)
 
     metrics = {}
     for setting in SETTINGS:
         both = pooled[setting].num_positives and pooled[setting].num_negatives
         metrics[f"anofpdm_auprc_{setting}"] = pooled[setting].average_precision() if both else None
         metrics[f"anofpdm_auroc_{setting}"] = pooled[setting].auroc() if both else None
+        intervals = pooled[setting].intervals()
+        metrics |= name_interval(f"anofpdm_auprc_{setting}", intervals["average_precision"])
+        metrics |= name_interval(f"anofpdm_auroc_{setting}", intervals["auroc"])
     for policy in policies:
         for setting in SETTINGS:
             for name, value in scores[setting, policy].metrics().items():
                 metrics[f"anofpdm_{name}_{setting}_{policy}"] = value
+            metrics |= scores[setting, policy].dice_interval(f"anofpdm_dice_{setting}_{policy}")
         predicted, labels = np.concatenate([np.empty((2, 0)), *image_labels[policy]], axis=1)
         for name, value in image_metrics(predicted, labels).items():
             metrics[f"anofpdm_image_{name}_{policy}"] = value

@@ -45,7 +45,7 @@ SWEEP = None
 NEEDS = Needs()
 
 # Those that a table of a paper shows get an interval.
-INTERVALS = ("ged", "hm_iou", "collective_insight")
+INTERVALS = ("ged", "hm_iou", "collective_insight", "maximum_dice", "dice_majority")
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:

@@ -22,7 +22,7 @@ from ...pipelines.postprocessing import remove_small_components
 from ..cases import Case, Needs, Scores
 from ..metrics import auroc, average_precision, confusion, dice, false_positive_rate, precision, recall
 from ..options import EvalOptions
-from ..scoring import healthy_scores, healthy_threshold, masked_cases
+from ..scoring import group_interval, healthy_scores, healthy_threshold, masked_cases, name_interval
 from ..thresholds import threshold_for_dice
 
 
@@ -161,13 +161,20 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
     3-D, voxels) is 8 for cDDPM, 0 for SADM. Test volumes without a mask count for the rate of healthy slices only."""
     found = choose_thresholds(files.get("validation", []))
     chosen = {policy: value for policy, value in found.items() if value is not None}
-    cases = [
-        _score_case(case, chosen, row["settings"]["min_component_size"]) for case in map(Case.load, files["test"])
-    ]
-    rows, records = [values for values, _ in cases if values], [record for _, record in cases]
+    rows, records, groups = [], [], []
+    for case in map(Case.load, files["test"]):
+        values, record = _score_case(case, chosen, row["settings"]["min_component_size"])
+        records.append(record)
+        if values:
+            rows.append(values)
+            groups.append(case.drawn_with)
     names = dict.fromkeys(name for values in rows for name in values)
     defined = {name: np.array([one[name] for one in rows if np.isfinite(one.get(name, np.nan))]) for name in names}
     metrics = {f"sadm_{name}": float(some.mean()) if some.size else None for name, some in defined.items()}
+    for name, some in defined.items():
+        if name in ("auprc", "auroc") or "dice" in name:
+            owners = [group for group, one in zip(groups, rows, strict=True) if np.isfinite(one.get(name, np.nan))]
+            metrics |= name_interval(f"sadm_{name}", group_interval(some, owners))
     healthy = healthy_scores(files["test"])
     for policy, threshold in found.items():
         metrics[f"sadm_threshold_{policy}"] = threshold

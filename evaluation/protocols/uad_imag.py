@@ -13,7 +13,17 @@ from ...checks import check_number
 from ..cases import Case, Needs, Scores
 from ..metrics import PooledScores
 from ..options import EvalOptions
-from ..scoring import best_of_curve, describe_sweep, dice_curve, healthy_scores, masked_cases, mean_curve
+from ..scoring import (
+    best_of_curve,
+    describe_sweep,
+    dice_at,
+    dice_curve,
+    group_interval,
+    healthy_scores,
+    masked_cases,
+    mean_curve,
+    name_interval,
+)
 
 
 TASK = "anomaly-detection"
@@ -61,22 +71,30 @@ def threshold_below_fpr(healthy: np.ndarray, fpr: float, *, thinned: bool = Fals
     return float(values[np.flatnonzero(candidates)[-1]] if candidates.any() else values[0])
 
 
+def volume_curves(files: list[Path], thresholds: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
+    """Returns the Dice of each volume with a lesion at each threshold, `(T,)`, and what the volumes are drawn with."""
+    masked = ((case, case.drawn_with) for case in masked_cases(files) if case.mask.any())
+    found = [(dice_curve(case.maps, case.mask, thresholds), group) for case, group in masked]
+    return [curve for curve, _ in found], [group for _, group in found]
+
+
 def mean_dice(files: list[Path], thresholds: np.ndarray) -> np.ndarray:
     """Returns the mean Dice over the volumes with a lesion at each threshold, `(T,)`, `nan` without any."""
-    masked = (case for case in masked_cases(files) if case.mask.any())
-    return mean_curve([dice_curve(case.maps, case.mask, thresholds) for case in masked], len(thresholds))
+    return mean_curve(volume_curves(files, thresholds)[0], len(thresholds))
 
 
-def evaluate_threshold(test: list[Path], threshold: float) -> tuple[float | None, float | None]:
-    """Returns the mean Dice over the volumes with a lesion, and the share of all brain voxels without lesion that lie
-    above the threshold, in volumes with a mask; `None` where undefined."""
+def evaluate_threshold(test: list[Path], threshold: float) -> tuple[float | None, float | None, tuple]:
+    """Returns the mean Dice over the volumes with a lesion, the share of all brain voxels without lesion that lie above
+    the threshold, in volumes with a mask, and the interval of the first; `None` where undefined."""
     num_healthy, false_positives = 0, 0
     for case in masked_cases(test):
         healthy = case.maps[case.brain & ~case.mask]
         num_healthy += healthy.size
         false_positives += np.count_nonzero(healthy > np.float32(threshold))
-    mean, _ = best_of_curve(mean_dice(test, np.array([threshold])), np.array([threshold]))
-    return mean, false_positives / num_healthy if num_healthy else None
+    curves, groups = volume_curves(test, np.array([threshold]))
+    mean, _ = best_of_curve(mean_curve(curves, 1), np.array([threshold]))
+    rate = false_positives / num_healthy if num_healthy else None
+    return mean, rate, group_interval([float(curve[0]) for curve in curves], groups)
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None, options: EvalOptions) -> Scores:
@@ -90,13 +108,16 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None
         thresholds = np.unique(np.quantile(brain, 1 - np.geomspace(0.5, 1e-4, 100)).astype(np.float32))
     pooled = PooledScores()
     for case in masked_cases(test):
-        pooled.update(case.maps, case.mask)
-    curve = mean_dice(test, thresholds)
+        pooled.update(case.maps, case.mask, case.drawn_with)
+    curves, groups = volume_curves(test, thresholds)
+    curve = mean_curve(curves, len(thresholds))
     best, threshold = best_of_curve(curve, thresholds)
     metrics = {
         "uad_imag_average_precision": pooled.average_precision() if pooled.num_positives else None,
         "uad_imag_dice_oracle": best,
         "uad_imag_threshold_oracle": threshold,
+        **name_interval("uad_imag_average_precision", pooled.intervals()["average_precision"]),
+        **name_interval("uad_imag_dice_oracle", group_interval(dice_at(curves, thresholds, threshold), groups)),
     }
     healthy = healthy_scores(validation)
     fixed = {
@@ -104,7 +125,9 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: np.ndarray | None
         "healthy": threshold_below_fpr(healthy, options.healthy_fpr) if healthy.size else None,
     }
     for policy, value in fixed.items():
-        values = (None, None) if value is None else evaluate_threshold(test, value)
+        nothing = None, None, (None, None)
+        *values, interval = nothing if value is None else evaluate_threshold(test, value)
         for name, number in zip(("threshold", "dice", "fpr"), (value, *values), strict=True):
             metrics[f"uad_imag_{name}_{policy}"] = number
+        metrics |= name_interval(f"uad_imag_dice_{policy}", interval)
     return Scores(metrics, [], {"sweep": describe_sweep(thresholds, curve)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import datasets
 import nibabel as nib
@@ -15,7 +16,7 @@ import torch
 from anodiff.data.phantoms import sets
 from anodiff.data.phantoms.head_maps import write_head_maps
 from anodiff.data.phantoms.heads import HEAD_SPACING, LESIONS, make_slices, write_heads
-from anodiff.data.phantoms.label_maps import CORTEX, FLUID, LABELS, TISSUES, WHITE, read_label_maps
+from anodiff.data.phantoms.label_maps import CORTEX, FLUID, LABELS, TISSUES, WHITE, read_label_maps, read_lesion_masks
 from anodiff.data.phantoms.sets import is_phantom, prepare_heads
 from anodiff.data.prepared import load_prepared
 from anodiff.preprocess import main as preprocess
@@ -127,6 +128,54 @@ def test_lesions_lie_in_the_brain_and_look_as_they_should(maps, kind):
         assert sign * float((made.images - healthy.images[:, 1:2])[:, 0][solid].mean()) > 0.1
     same = slices(maps, count, positions=positions, contrasts=("t1",), lesions=[kind] * count, look="iso")
     assert abs(float((same.images - healthy.images[:, 1:2])[:, 0][solid].mean())) < 0.08
+
+
+def test_a_given_lesion_lies_where_its_tissue_does(folder, maps, tmp_path):
+    # Of each map the left half of the white matter, which bends with the head and may change sides with it.
+    for number in range(3):
+        image = nib.load(folder / f"head_{number}.nii.gz")
+        left = nib.Nifti1Image((np.asarray(image.dataobj) == 2).astype(np.uint8), image.affine)
+        nib.save(left.as_reoriented(nib.orientations.axcodes2ornt("PIL")), tmp_path / f"{number}.nii.gz")
+    masks = read_lesion_masks([tmp_path / f"{number}.nii.gz" for number in range(3)], (5, -8, 11))
+    options = {"positions": (-20.0, 0.0, 24.0), "contrasts": ("flair", "t1"), "thickness": None, "samples": 1}
+    made, healthy = slices(maps, lesion_masks=masks, **options), slices(maps, **options)
+    white = made.tissues == WHITE
+    assert not (made.lesion & ~white).any() and 0.4 < made.lesion.sum() / white.sum() < 0.6
+    columns = torch.arange(80).expand_as(made.lesion)
+    sides = [columns[head][made.lesion[head]].float().mean() > 40 for head in range(3)]
+    for head, on_the_right in enumerate(sides):  # all of the half, but for the seam
+        half = white[head] & ((columns[head] > 44) if on_the_right else (columns[head] < 35))
+        assert made.lesion[head][half].float().mean() > 0.9
+    difference = (made.images - healthy.images).transpose(0, 1)[:, made.lesion].mean(1)
+    assert difference[0] > 0.1 and difference[1] < -0.1
+    assert torch.equal(made.brain, healthy.brain)
+    with pytest.raises(ValueError, match="`lesion_masks` must hold a mask for each of the 2 heads, .* got 3"):
+        slices(maps, 2, lesion_masks=masks)
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "none.nii.gz")
+    with pytest.raises(ValueError, match=r"none.nii.gz must be a volume with lesion, .* got shape \(4, 4, 4\)"):
+        read_lesion_masks([tmp_path / "none.nii.gz"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("ms", ["ms_patient04", "ms_patient06"]), ("stroke", ["soop_0016", "soop_0039"])]
+)
+def test_shapes_of_real_lesions_are_put_into_heads(maps, kind, names):
+    folder = Path(os.environ.get("ANODIFF_TEST_DATA", "")) / "mri" / "lesion_shapes" / kind
+    if "ANODIFF_TEST_DATA" not in os.environ or not folder.is_dir():
+        pytest.skip("ANODIFF_TEST_DATA names no folder with mri/lesion_shapes")
+    files = [folder / f"{name}.nii.gz" for name in names]
+    masks, count = read_lesion_masks(files), len(files)
+    positions = tuple(float(height) for height in range(-60, 75, 5))
+    options = {"positions": positions, "contrasts": ("flair", "t1"), "thickness": None, "samples": 1}
+    made, healthy = slices(maps, count, lesion_masks=masks, **options), slices(maps, count, **options)
+    for head, path in enumerate(files):
+        volume = float(made.lesion[head].sum()) * 2.5 * 2.5 * 5 / 1000
+        image = nib.load(path)
+        expected = np.count_nonzero(image.dataobj) * abs(np.linalg.det(image.affine)) / 1000
+        assert 0.25 * expected < volume < 1.8 * expected, (path.name, volume, expected)
+    assert not (made.lesion & ~made.brain).any()
+    difference = (made.images - healthy.images).transpose(0, 1)[:, made.lesion & (made.tissues == WHITE)].mean(1)
+    assert difference[0] > 0.1 and difference[1] < -0.1
 
 
 def test_maps_are_read_in_any_orientation(folder, maps, tmp_path):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as oracle
 
+from anodiff.evaluation import metrics
 from anodiff.evaluation.metrics import (
     PooledScores,
     auroc,
@@ -231,3 +232,77 @@ def test_bootstrap_interval_draws_whole_subjects():
     narrow_low, narrow_high = bootstrap_interval(values)
     assert low < narrow_low < 0.5 < narrow_high < high
     assert bootstrap_interval(values) == bootstrap_interval(values)
+
+
+def grouped(*groups):
+    """Pooled scores of groups of scores and labels, named by their numbers."""
+    pooled = PooledScores()
+    for number, (scores, labels) in enumerate(groups):
+        pooled.update(np.asarray(scores, np.float32), labels, str(number))
+    return pooled
+
+
+def test_intervals_of_two_subjects():
+    # Of the resamples a quarter is the first subject alone, a quarter the second one alone: these are the ends.
+    right, wrong = ([2.0, 1.0], [1, 0]), ([1.0, 2.0], [1, 0])
+    assert grouped(right, wrong).intervals() == {"average_precision": (0.5, 1.0), "auroc": (0.0, 1.0)}
+    assert bootstrap_interval([1.0, 0.0]) == (0.0, 1.0)
+    # A pooled Dice of overlaps and areas: 2 of 2 and 0 of 6.
+    assert bootstrap_interval([2.0, 0.0], sizes=[2.0, 6.0]) == (0.0, 1.0)
+    assert bootstrap_interval([2.0, 0.0], [7, 7], [2.0, 6.0]) == (None, None)
+
+
+def test_one_subject_has_no_interval():
+    nothing = {"average_precision": (None, None), "auroc": (None, None)}
+    assert grouped(([2.0, 1.0], [1, 0])).intervals() == nothing and PooledScores().intervals() == nothing
+    several = PooledScores()
+    for scores in ([2.0, 1.0], [4.0, 3.0]):  # two visits of one
+        several.update(np.array(scores, np.float32), [1, 0], "one")
+    assert several.intervals() == nothing
+    assert grouped(([2.0, 1.0], [0, 0]), ([2.0, 1.0], [0, 0])).intervals() == nothing  # no lesion anywhere
+    assert bootstrap_interval([0.4]) == bootstrap_interval([]) == (None, None)
+    assert bootstrap_interval([0.4, 0.6], ["one", "one"]) == (None, None)
+
+
+def sampled_anew(groups, draws):
+    """Average precision and AUROC of every resample, each computed from its own scores."""
+    values = []
+    for drawn in draws:
+        scores, labels = (np.concatenate([groups[number][part] for number in drawn]) for part in (0, 1))
+        values.append((average_precision(scores, labels), auroc(scores, labels)))
+    return np.array(values)
+
+
+@pytest.mark.parametrize("max_exact", [50_000_000, 0])
+def test_intervals_are_those_of_resamples_that_are_scored_anew(max_exact):
+    rng = np.random.default_rng(3)
+    groups = []
+    for size in (30, 4, 50, 12, 20):
+        labels = rng.random(size) < 0.3
+        groups.append((np.round(rng.normal(0.6 * labels), 1).astype(np.float32), labels))
+    groups[1][1][:] = False  # a healthy subject
+    pooled = PooledScores(max_exact)
+    for number, (scores, labels) in enumerate(groups):
+        for part in (slice(None, 3), slice(3, None)):  # several updates of one subject are drawn together
+            pooled.update(scores[part], labels[part], str(number))
+    values = sampled_anew(groups, np.random.default_rng(0).integers(0, 5, size=(2000, 5)))
+    values = values[np.isfinite(values).all(1)]
+    found = pooled.intervals()
+    for name, column in zip(("average_precision", "auroc"), values.T, strict=True):
+        np.testing.assert_allclose(found[name], np.quantile(column, [0.025, 0.975]), rtol=0, atol=1e-12)
+    assert found["average_precision"][0] < pooled.average_precision() < found["average_precision"][1]
+
+
+def test_intervals_of_many_voxels_are_close_to_the_exact_ones(monkeypatch):
+    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 100)
+    rng = np.random.default_rng(1)
+    groups = []
+    for strength in (1.0, 3.0, 2.0, 0.5):
+        labels = rng.random(20_000) < 0.03
+        groups.append(((rng.gamma(1.5, 1e-3, 20_000) * np.where(labels, 1 + strength, 1)).astype(np.float32), labels))
+    pooled = grouped(*groups)
+    found, fewest = pooled.intervals(), pooled._count_groups().shape[2]
+    assert 1000 <= fewest <= 2001  # bins, of 80,000 scores
+    values = sampled_anew(groups, np.random.default_rng(0).integers(0, 4, size=(100, 4)))
+    for name, column in zip(("average_precision", "auroc"), values.T, strict=True):
+        np.testing.assert_allclose(found[name], np.quantile(column, [0.025, 0.975]), rtol=0, atol=1e-3)

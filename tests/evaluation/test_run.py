@@ -21,11 +21,13 @@ from anodiff.data.prepared import PreparedSplit, load_prepared
 from anodiff.data.readers.subjects import Subject
 from anodiff.data.rules import SliceRule
 from anodiff.evaluation import run
+from anodiff.evaluation.baselines import inverted_map
 from anodiff.evaluation.calibration import LabelledSlices
 from anodiff.evaluation.candidates import store_values
 from anodiff.evaluation.cases import Case, slice_numbers
 from anodiff.evaluation.options import EvalOptions
 from anodiff.evaluation.protocols import PROTOCOLS, pooled
+from anodiff.evaluation.report import describe_intervals
 from anodiff.evaluation.run import evaluate
 from anodiff.files import lock_folder
 from anodiff.hub import shipped
@@ -144,7 +146,8 @@ def test_a_checkpoint_of_the_package_is_evaluated_by_its_name_and_shipped_with_t
     reports = f"[{place / 'out-tiny' / 'report.json'}]"
     ship([*given, "--output", str(place / "checkpoints"), "--synthetic", threshold, "--reports", reports])
     record = shipped.list_shipped()["tiny"]
-    assert record["figures"][0]["rows"][shipped.THIS]["AP"] == [row["metrics"]["voxel_average_precision"]]
+    ends = [row["metrics"][f"voxel_average_precision{end}"] for end in ("", "_low", "_high")]
+    assert record["figures"][0]["rows"][shipped.THIS]["AP"] == ends and None not in ends
     assert record["thresholds"]["synthetic"]["policy"] == "0.05 of the voxels of healthy validation slices"
     with pytest.raises(ValueError, match="`set_threshold` needs checkpoint folders, got tiny"):
         evaluate(EvalOptions(model=["tiny"], data=str(place / "volumes"), set_threshold="healthy"))
@@ -186,6 +189,18 @@ def test_report(place, volumes_report):
     row = volumes_report["results"][0]
     for name in ("dice", "volume_dice", "lesion_f1"):
         assert all(0 <= row["metrics"][f"{name}_{policy}"] <= 1 for policy in ("oracle", "validation", "yen"))
+    assert volumes_report["intervals"].startswith("95 %, percentiles of 2000 bootstrap samples of the 2 subjects;")
+    for name in ("voxel_average_precision", "voxel_auroc", "dice_healthy", "volume_dice_yen", "slice_auroc"):
+        ends = [row["metrics"][f"{name}{end}"] for end in ("_low", "", "_high")]
+        assert ends == sorted(ends) and ends[0] < ends[2], name
+    rows = {row["name"]: row["metrics"] for row in volumes_report["results"]}
+    assert rows["intensity of image"]["voxel_auroc"] > 0.8 and rows["inverted intensity of image"]["voxel_auroc"] < 0.2
+    assert rows["mean intensity"]["slice_auroc_low"] <= rows["mean intensity"]["slice_auroc"]
+    text = (place / "out-volumes" / "report.md").read_text()
+    plain = rows["intensity of image"]
+    ends = "({voxel_average_precision_low:.2f} to {voxel_average_precision_high:.2f})".format(**plain)
+    assert f"| intensity of image | {plain['voxel_average_precision']:.3f} {ends} |" in text
+    assert f"Intervals in brackets: {volumes_report['intervals']}.\n" in text
     assert f"draws {DRAWS_VERSION}" in (place / "out-volumes" / "report.md").read_text()
 
 
@@ -211,6 +226,21 @@ def test_seconds_per_slice(place, monkeypatch):
     # Each subject is a batch of its own: SLICES slices of TIMESTEPS evaluations, and one filter.
     assert clock[0] > 1000
     assert report["results"][0]["seconds_per_slice"] == pytest.approx(TIMESTEPS * 2.0 + 10.0 / SLICES)
+
+
+@pytest.mark.parametrize(
+    ("fast", "mixed_precision", "expected"),
+    [
+        (False, None, None),
+        (True, None, {"mixed_precision": "no", "channels_last": True, "compile": False}),
+        (False, "bf16", {"mixed_precision": "bf16", "channels_last": False, "compile": False}),
+    ],
+)
+def test_what_is_fast_is_recorded(place, fast, mixed_precision, expected):
+    out = f"out-fast-{fast}-{mixed_precision}"
+    chosen = options(place, "volumes", out, baselines=False, fast=fast, mixed_precision=mixed_precision)
+    (row,) = evaluate(chosen)["results"]
+    assert row.get("fast") == expected and row["metrics"]["voxel_average_precision"] is not None
 
 
 def test_seconds_of_several_processes_are_added_up(place, monkeypatch):
@@ -256,8 +286,38 @@ def test_unknown_labels_are_not_healthy(tmp_path):
     assert metrics["threshold_healthy"] < 1
     assert metrics["subject_auroc"] == 1.0  # the healthy one against the ill one
     assert 0 <= metrics["slice_auroc"] <= 1
-    statistic = pooled.score_statistic((np.array([1.0, 2.0, 9.0]), np.array([0, 1, -1])), None)
-    assert statistic["slice_auroc"] == 1.0
+    values = np.array([1.0, 2.0, 9.0, 1.5]), np.array([0, 1, -1, 1]), np.array(["a", "a", "a", "b"])
+    statistic = pooled.score_statistic(values, None)
+    assert statistic["slice_auroc"] == statistic["slice_auroc_low"] == statistic["slice_auroc_high"] == 1.0
+
+
+@pytest.mark.parametrize(("groups", "expected"), [("ab", True), ("aa", False), ("a", False)])
+def test_visits_of_one_patient_and_one_subject_alone_have_no_interval(tmp_path, groups, expected):
+    files = []
+    for number, group in enumerate(groups):
+        maps = np.random.default_rng(number).uniform(0, 1, (2, 8, 8)).astype(np.float32)
+        mask = np.zeros(maps.shape, bool)
+        mask[0, 2:5, 2 : 5 + number] = True
+        maps[mask] += 0.3
+        scores = maps.mean((1, 2)), float(maps.mean())
+        Case(f"visit{number}", maps, maps > 0.1, mask, np.array([1, 0]), *scores, group).save(tmp_path)
+        files.append(tmp_path / f"visit{number}.npz")
+    row = {"name": "any", "settings": {"min_component_size": 0}}
+    found = {"test": files, "validation": files}
+    for name in ("pooled", "andi", "uad_imag"):
+        metrics = PROTOCOLS[name].score(row, found, None, EvalOptions()).metrics
+        ends = {key: value for key, value in metrics.items() if key.endswith(("_low", "_high"))}
+        dices = [value for key, value in ends.items() if "dice" in key]
+        assert len(dices) >= 4 and all((value is not None) == expected for value in dices), name
+        assert {key.rpartition("_")[0] for key in ends} <= set(metrics)
+    assert describe_intervals(len(groups), len(set(groups))).startswith("95 %" if expected else "none: one ")
+
+
+def test_inverted_intensity_is_high_where_the_brain_is_dark():
+    image = np.array([[[[-1.0, 0.0, 1.0, 1.5], [-1.0, -0.5, 0.5, -1.2]]]], np.float32)
+    brain = np.array([[[False, True, True, True], [True, True, True, True]]])
+    expected = [[[0.0, 0.5, 0.0, 0.0], [1.0, 0.75, 0.25, 1.1]]]
+    np.testing.assert_allclose(inverted_map(image, brain, 0, (-1.0, 1.0)), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

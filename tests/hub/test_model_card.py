@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 import anodiff
 from anodiff import AnoDDPMPipeline
-from anodiff.hub.model_card import PROTOCOL_FIELDS, add_evaluation, make_card
+from anodiff.hub.model_card import PROTOCOL_FIELDS, add_evaluation, describe_curve, make_card
 from anodiff.hub.publishing import complete_folder
 
 from ..hub_server import check_card
@@ -23,10 +23,13 @@ def tiny_pipeline(modalities=("flair",), brain_mask="nonzero", **inference):
 def evaluation():
     """What eval.py writes."""
     metrics = {"voxel_average_precision": 0.61, "dice_validation": None, "slice_auroc": 0.87, "threshold_oracle": 0.25}
+    metrics |= {"voxel_average_precision_low": 0.5649, "voxel_average_precision_high": 0.66}
+    metrics |= {"slice_auroc_low": None, "slice_auroc_high": None}
     return {
         "anodiff": "0.1.0",
         "data": {"name": "lab/lesions", "split": "test", "subjects": 12, "slices": 340, "anomalous_slices": 77},
         "protocol": {field: f"text of {field}" for field in PROTOCOL_FIELDS},
+        "intervals": "95 % of some sort",
         "results": [
             {
                 "name": "AnoDDPM",
@@ -135,7 +138,9 @@ def test_evaluation_stands_in_table_and_metadata():
     assert "12 subjects, 340 slices, 77 of them anomalous. Seed 0, anodiff 0.1.0, torch 2.13.0." in text
     assert "Not evaluated" not in text
     assert "| metric | AnoDDPM | intensity of flair (baseline) |" in text
-    assert "| voxel average precision | 0.610 | 0.660 |" in text
+    assert "| voxel average precision | 0.610 (0.56 to 0.66) | 0.660 |" in text
+    assert "| slice auroc | 0.870 | - |" in text and "auroc low" not in text
+    assert "Intervals in brackets: 95 % of some sort.\n\nThese numbers" in text
     assert "| dice validation | - | - |" in text
     assert "| threshold oracle | 0.250 | - |" in text
     assert "| seconds per slice | 0.250 | - |" in text
@@ -154,6 +159,16 @@ def test_evaluation_stands_in_table_and_metadata():
     assert (results["slice_auroc"].dataset_type, results["slice_auroc"].dataset_split) == ("lab/lesions", "test")
     assert check_card(str(card), "model") == ([], [])
     assert ModelCard(str(card)).data.eval_results == card.data.eval_results
+
+
+def test_a_long_history_of_the_validation_is_a_short_table():
+    curve = [{"step": 10 * (1 + number), "validation_loss": 0.5 + 0.001 * abs(number - 63)} for number in range(100)]
+    text = describe_curve(curve)
+    assert "lowest at step 640, 0.500." in text
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()[4:]]
+    assert len(rows) == 12 and rows[0] == ["10", "0.563"] and rows[-1] == ["1000", "0.536"]
+    assert ["640", "0.500"] in rows and [int(step) for step, _ in rows] == sorted(int(step) for step, _ in rows)
+    assert describe_curve(curve[:1]).splitlines()[4:] == ["| 10 | 0.563 |"]
 
 
 def test_the_row_of_this_pipeline_among_several():

@@ -47,6 +47,7 @@ def made(tmp_path_factory) -> Path:
     for modality in ("flair", "image", "t1"):
         make_pipeline("AnoDDPMPipeline", (modality,), noise_level=2).save_pretrained(folder / modality)
     (folder / "flair" / "config.yaml").write_text("method: anoddpm\n")
+    (folder / "flair" / "validation.jsonl").write_text('{"step": 250, "validation_loss": 0.0625}\n')
     write_json(folder / "synthetic.json", make_report(threshold_healthy=0.125))
     write_json(folder / "real.json", make_report(threshold_healthy=0.75))
     write_json(folder / "lesions.json", make_report(**dict.fromkeys(METRICS, 0.5)))
@@ -180,9 +181,16 @@ def test_the_card_says_what_it_is(checkpoints, capsys):
         *("no scan of anybody was seen", "residuals on real texture are larger", "not a medical device"),
         "Threshold that 0.01 of the voxels of healthy slices exceed, generated images, in use (lesions): 0.125.\n",
         "scans; `threshold=` of a call and `--threshold` take it (lesions): 0.75.\n\n## Inference defaults",
-        *("accelerate launch train.py", "| this checkpoint | 0.600 [0.550, 0.650] |", "### lesions, split `test`"),
+        "```\n\nValidation loss of the averaged weights, on fixed slices with fixed noise: lowest at step 250, 0.062.",
+        *(
+            "| 250 | 0.062 |",
+            "accelerate launch train.py",
+            "| this checkpoint | 0.600 (0.55 to 0.65) |",
+            "### lesions, split `test`",
+        ),
     ):
         assert text in card, text
+    assert not (checkpoints / "tiny-flair" / "validation.jsonl").exists()
     assert "\n\n\n" not in card and "method: anoddpm\n" in card
     assert (checkpoints / "tiny-flair" / "config.yaml").is_file()
     notice = (checkpoints / "tiny-flair" / "NOTICE").read_text(encoding="utf-8")
@@ -196,7 +204,7 @@ def test_the_list(checkpoints, capsys):
     assert list_models([]) == 0
     said = capsys.readouterr().out
     assert f"tiny-flair: Lesions in flair\n    AnoDDPM, partial; flair; {size('tiny-flair'):.2f} MB; default\n" in said
-    assert "    patients: AP 0.600 [0.550, 0.650]; intensity: AP 0.300\n" in said
+    assert "    patients: AP 0.600 (0.55 to 0.65); intensity: AP 0.300\n" in said
     assert "lesions, test, 3 subjects, 30 slices: AP 0.500" in said
     assert (
         f"tiny-t1: Lesions in t1\n    AnoDDPM, partial; t1; {size('tiny-t1'):.2f} MB and unet of tiny-any; default\n"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 from anodiff import AnoDDPMPipeline, AnomalyPipeline, BrainExtractor
+from anodiff.pipelines.brain import find_brain
+from anodiff.volumes.volume import read_volume
 
 from ..tiny import SETTINGS, make_extractor, make_pipeline, make_raw_scan
 
@@ -81,6 +84,19 @@ def test_what_is_no_larger_than_a_brain_may_be_found_in_part(scale, origin):
     image[tuple(dim.T)] *= 0.1
     result = make(make_extractor(4.0 * scale))(nib.Nifti1Image(image, np.diag([scale, scale, scale, 1.0]) @ affine))
     assert result.settings["brain"] == origin
+
+
+@pytest.mark.parametrize(("distance", "origin"), [(1.0, "stripped"), (6.0, "extracted")])
+def test_a_file_that_does_not_say_how_far_apart_its_slices_are(distance, origin):
+    """Nothing but a brain that is 100 mm thick is known as one; 36 slices 1 mm apart are looked at as such, too."""
+    image, brain, affine = make_raw_scan(skull=False)
+
+    def find(images, affine):
+        thick = affine[2, 2] * image.shape[2]
+        return brain if 99 < thick < 101 else brain & (np.arange(image.shape[2]) < 16)
+
+    volume = read_volume(nib.Nifti1Image(image, affine @ np.diag([1.0, 1.0, distance / 6, 1.0])))
+    assert find_brain(SimpleNamespace(find_brain=find), volume)[1] == origin
 
 
 @pytest.mark.parametrize(("rule", "origin"), [("nonzero", "nonzero"), ("none", "none")])

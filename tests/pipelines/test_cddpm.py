@@ -9,6 +9,7 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from anodiff import AnoDDPMScheduler, CDDPMPipeline, ConditionedUNet2DModel
+from anodiff.pipelines import ssim
 from anodiff.pipelines.mahalanobis import mahalanobis_distance
 from anodiff.pipelines.one_step import draw_fields
 from anodiff.pipelines.ssim import ssim_map
@@ -157,6 +158,28 @@ def test_similarity_by_hand():
     torch.testing.assert_close(alone[0], ssim_map(first[:1].repeat(20, 1, 1), second[:1].repeat(20, 1, 1))[10])
     with pytest.raises(ValueError, match=r"same shape \(N, H, W\), got \(3, 7, 12\) and \(3, 7\)"):
         ssim_map(first, second[..., 0])
+
+
+def test_constant_volumes_are_similar_where_they_are_equal():
+    for value in (0.0, 0.3, 1.7):
+        assert (ssim_map(torch.full((3, 7, 9), value), torch.full((3, 7, 9), value)) == 1).all()
+        assert (ssim_map(torch.full((3, 7, 9), value), torch.full((3, 7, 9), 2.9)) == 0).all()
+
+
+def test_windows_by_axes_are_those_in_three_dimensions():
+    moments = torch.rand(2, 9, 13, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ssim._smooth_by_axis(moments), ssim._smooth(moments), rtol=1e-12, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_similarity_on_a_gpu_is_not_rounded():
+    generator = torch.Generator().manual_seed(0)
+    first = 0.9 + 0.1 * torch.rand(11, 40, 36, generator=generator)
+    second = (first + 0.05 * torch.randn(first.shape, generator=generator)).clamp(0, 1)
+    similarity = ssim_map(first.cuda(), second.cuda())
+    assert similarity.is_cuda and similarity.dtype == torch.float32
+    torch.testing.assert_close(similarity.cpu(), ssim_map(first, second), rtol=0, atol=2e-3)
 
 
 def test_the_condition_changes_the_prediction_and_begins_with_nothing():

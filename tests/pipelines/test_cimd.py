@@ -259,7 +259,7 @@ def test_speed_options_change_little():
     expected = pipe(make_volume())
     pipe.enable_fast_inference(channels_last=True)
     assert_same(pipe(make_volume()), expected)
-    pipe.enable_fast_inference(autocast="bf16")
+    pipe.enable_fast_inference(mixed_precision="bf16")
     coarse = pipe(make_volume()).mean_map
     assert coarse.dtype == np.float32 and 0 < np.abs(coarse - expected.mean_map).mean() < 0.05
 

@@ -421,10 +421,15 @@ def test_speed_options_change_little(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     fast = type(pipe).from_pretrained(tmp_path)
     fast.set_progress_bar_config(disable=True)
-    fast.enable_fast_inference(channels_last=True)
-    assert_same_map(map_of(fast(make_volume())), map_of(pipe(make_volume())), 1e-3)
-    with pytest.raises(ValueError, match="`autocast` must be one of bf16, fp16, None, got 'int8'"):
-        fast.enable_fast_inference(autocast="int8")
+    fast.enable_fast_inference()
+    expected = map_of(pipe(make_volume()))
+    assert_same_map(map_of(fast(make_volume())), expected, 1e-3)
+    # Every network takes weights of another type.
+    fast.enable_fast_inference(mixed_precision="bf16")
+    coarse = map_of(fast(make_volume()))
+    assert (
+        np.asarray(coarse).dtype == np.float32 and 0 < np.abs(coarse - expected).mean() < 0.2 * np.abs(expected).mean()
+    )
 
 
 def test_the_base_names_what_it_cannot_load(tmp_path):

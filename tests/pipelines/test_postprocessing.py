@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
+import torch
+from scipy import ndimage
 
+from anodiff.pipelines import median
 from anodiff.pipelines.postprocessing import (
     PostProcessing,
     brightness_weights,
@@ -32,6 +35,62 @@ def test_median_filter_equals_the_median_of_windows(size, dimensions, border, pa
     np.testing.assert_array_equal(filtered, expected)
 
 
+def scipy_median(maps, size, dimensions, border="reflect"):
+    return ndimage.median_filter(maps, size=(size if dimensions == 3 else 1, size, size), mode=border)
+
+
+@pytest.mark.parametrize("border", ["reflect", "mirror"])
+@pytest.mark.parametrize("size, dimensions", [(1, 3), (2, 2), (2, 3), (3, 3), (4, 2), (4, 3), (5, 2), (5, 3), (7, 2)])
+def test_median_filter_equals_scipy_to_the_bit(size, dimensions, border, monkeypatch):
+    rng = np.random.default_rng(size)
+    monkeypatch.setattr(median, "VOXELS_PER_CHUNK_CPU", 4 * 20 * 20)  # several chunks
+    for shape in ((1, 1, 1), (2, 13, 1), (3, 4, 5), (9, 7, 12)):  # most windows are larger than the volume
+        distinct, ties = rng.normal(size=shape).astype(np.float32), rng.integers(0, 4, shape).astype(np.float32)
+        infinite = np.where(ties == 0, -np.inf, np.where(ties == 3, np.inf, distinct)).astype(np.float32)
+        for maps in (distinct, ties, infinite):
+            expected = scipy_median(maps, size, dimensions, border)
+            filtered = median_filter(maps, size, dimensions, border=border)
+            np.testing.assert_array_equal(filtered, expected)
+            for inside in (rng.random(shape) < 0.1, np.zeros(shape, bool)):
+                some = median.median_filter(
+                    torch.from_numpy(maps), size, dimensions, border=border, inside=torch.from_numpy(inside)
+                )
+                np.testing.assert_array_equal(some, np.where(inside, expected, 0))
+
+
+def test_maps_may_be_tensors_of_any_type():
+    maps, brain = random_maps(), ball()
+    for made in (maps, maps.astype(np.float16), maps[:, ::-1], maps.astype(np.float64)):
+        expected = scipy_median(made.astype(np.float32), 5, 2)
+        np.testing.assert_array_equal(median_filter(made, 5, 2), expected)
+        filtered = median_filter(torch.tensor(made.copy()), 5, 2)
+        assert filtered.dtype == torch.float32
+        np.testing.assert_array_equal(filtered, expected)
+    options = PostProcessing(median_size=3, median_dimensions=3, erosion=2)
+    filtered = options.filter(torch.from_numpy(maps), torch.from_numpy(brain), torch.from_numpy(maps))
+    assert filtered.dtype == torch.float32
+    np.testing.assert_array_equal(filtered, options.filter(maps, brain, maps))
+
+
+def test_a_nan_makes_the_windows_that_hold_it_nan_and_no_others():
+    maps = random_maps()
+    maps[3, 10, 9] = np.nan
+    expected = np.zeros(maps.shape, bool)
+    expected[2:5, 9:12, 8:11] = True
+    np.testing.assert_array_equal(np.isnan(median_filter(maps, 3, 3)), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("size, dimensions", [(3, 2), (5, 2), (4, 3), (5, 3)])
+def test_a_gpu_filters_to_the_same_bits(size, dimensions):
+    maps, brain = random_maps((21, 61, 58)), ball((21, 61, 58))
+    options = PostProcessing(median_size=size, median_dimensions=dimensions, erosion=2)
+    filtered = options.filter(*(torch.from_numpy(array).cuda() for array in (maps, brain, maps)))
+    assert filtered.is_cuda
+    np.testing.assert_array_equal(filtered.cpu(), options.filter(maps, brain, maps))
+
+
 def test_erode_brain_takes_the_four_neighbours_of_each_slice():
     brain = np.zeros((2, 9, 9), dtype=np.uint8)
     brain[0, 1:8, 1:8] = 1
@@ -45,6 +104,9 @@ def test_erode_brain_takes_the_four_neighbours_of_each_slice():
     # Slice 0 does not erode slice 1; what lies outside of the image does.
     assert once[1].sum() == 7 * 7 and once[1, 1:-1, 1:-1].all()
     np.testing.assert_array_equal(erode_brain(brain, 3), erode_brain(erode_brain(once, 1), 1))
+    np.testing.assert_array_equal(erode_brain(torch.from_numpy(brain), 3), erode_brain(brain, 3))
+    for narrow in (brain[:, :, :2], brain[:, :1]):
+        assert not erode_brain(narrow, 1).any()
     np.testing.assert_array_equal(erode_brain(brain, 0), brain == 1)
 
 

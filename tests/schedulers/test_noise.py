@@ -5,6 +5,7 @@ import torch
 from scipy import stats
 from torch.testing import assert_close
 
+from anodiff.schedulers import simplex
 from anodiff.schedulers.draws import make_keys
 from anodiff.schedulers.noise import draw_pyramid, draw_seeds, pyramid_noise, pyramid_sizes
 from anodiff.schedulers.simplex import (
@@ -119,6 +120,34 @@ def test_permutation_table_follows_the_written_rule():
             r = (state + 31) % (i + 1)
             expected[i], source[r] = source[r], source[i]
         assert permutation_tables(torch.tensor([seed]))[0].tolist() == expected
+
+
+def test_permutation_tables_follow_any_chain_of_moves(monkeypatch):
+    # As many links as there can be, none at all, and one position that everybody chooses: states that no seed gives.
+    positions = torch.arange(256)
+    for chosen in ((positions - 1).clamp(min=0), positions, torch.zeros_like(positions)):
+        source, expected = list(range(256)), [0] * 256
+        for i in reversed(range(256)):
+            expected[i], source[chosen[i]] = source[chosen[i]], source[i]
+        # state + 31 modulo (i + 1) is the choice; three states come before.
+        states = torch.cat([torch.zeros(3, dtype=torch.int64), (chosen - 31).remainder(positions + 1).flip(0)])
+        jumps = torch.zeros(259, 1, dtype=torch.int64), states[:, None]
+        monkeypatch.setattr(simplex, "_lcg_jumps", lambda steps, device, jumps=jumps: jumps)
+        assert permutation_tables(torch.zeros(2, dtype=torch.int64)).tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize("z", ["timestep", "timestep_unscaled"])
+def test_shared_geometry_and_a_field_s_own_give_the_same_bits(z):
+    noise, seeds, timesteps = OctaveSimplexNoise(3, z=z), torch.arange(7), torch.tensor([5, 0, 5, 9, 9, 5, 1])
+    together = noise(seeds, timesteps, 12, 17)
+    tables, by_hash = permutation_tables(seeds), simplex._tables3(seeds.device)[2]
+    points = torch.rand(3, 7, 50, dtype=torch.float64)
+    points[:, [2, 5]], points[:, 4] = points[:, :1], points[:, 3]
+    owner = torch.tensor([0, 1, 0, 3, 3, 0, 6])
+    own = simplex._evaluate(simplex._vertices3, by_hash, tables, points, None)
+    assert torch.equal(bits(simplex._evaluate(simplex._vertices3, by_hash, tables, points, owner)), bits(own))
+    for seed, timestep, field in zip(seeds, timesteps, together, strict=True):
+        assert torch.equal(bits(noise(seed[None], timestep, 12, 17)[0]), bits(field))
 
 
 def test_seeds_keep_their_shape_and_give_independent_fields():
@@ -250,6 +279,14 @@ def test_an_accelerator_gives_the_same_fields(variant):
     assert_close(together.cpu(), expected, rtol=0, atol=1e-11)
     alone = noise(device_seeds[7:8], timesteps[7:8].to("cuda"), 24, 40, dtype=torch.float64)
     assert torch.equal(bits(alone), bits(together[7:8]))
+    # Timesteps on the CPU share their geometry; nothing waits for those on the device.
+    assert torch.equal(bits(noise(device_seeds, timesteps, 24, 40, dtype=torch.float64)), bits(together))
+    on_device = timesteps.to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        noise(device_seeds, on_device, 24, 40, dtype=torch.float64)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("size", [(24, 24), (33, 33), (40, 12), (7, 5), (1, 9)])

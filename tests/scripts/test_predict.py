@@ -209,6 +209,25 @@ def test_a_call_without_dispersion_removes_an_earlier_one(place, model):
     assert record["files"] == sorted(RESULT - {"result.json"})
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], None),
+        (["--fast"], {"mixed_precision": "no", "channels_last": True, "compile": False}),
+        (["--mixed_precision", "bf16"], {"mixed_precision": "bf16", "channels_last": False, "compile": False}),
+        (
+            ["--fast", "--mixed_precision", "bf16"],
+            {"mixed_precision": "bf16", "channels_last": True, "compile": False},
+        ),
+    ],
+)
+def test_what_is_fast_is_recorded(place, model, options, expected):
+    folder = place("p1.nii.gz")
+    assert main(["--model", model, "p1.nii.gz", "-o", "out", "--device", "cpu", *options]) == 0
+    settings = json.loads((folder / "out" / "p1" / "result.json").read_text())["settings"]
+    assert settings.get("fast") == expected
+
+
 def test_what_is_not_predicted_is_listed_and_the_status_says_so(place, model, capsys):
     folder = place("raw/a_FLAIR.nii.gz", "raw/b_flair.nii.gz", "raw/a_T1w.nii.gz", "raw/a_seg.nii.gz", "raw/p1/t1.nii")
     os.symlink(".git/annex/objects/x", folder / "raw" / "c_flair.nii.gz")
@@ -342,6 +361,10 @@ def test_a_gpu_where_there_is_none(place, capsys):
         (["--modality", "x-ray", "s.nii"], "`modality` must be one of t1, t1ce, t2, flair, "),
         (["--model", "m"], "no scan given"),
         (["--model", "m", "s.nii", "--overwrite", "--skip_existing"], "`--overwrite` replaces results, and `--skip_e"),
+        (
+            ["--model", "m", "s.nii", "--mixed_precision", "int8"],
+            "`mixed_precision` must be one of no, bf16, fp16, got",
+        ),
         (["--model", "no/such/folder", "s.nii"], "no/such/folder cannot be loaded: There is no folder no/such/folder"),
         (
             ["--model", "m", "scan.nii.gz", "--dispersion", "1"],

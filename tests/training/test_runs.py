@@ -24,6 +24,7 @@ from anodiff.files import lock_folder
 from anodiff.running import Stopped
 from anodiff.training import checkpoints as checkpoint_files
 from anodiff.training import export as export_files
+from anodiff.training import loop as loop_files
 from anodiff.training.checkpoints import RECORD, list_checkpoints, set_aside
 from anodiff.training.loop import fit
 from anodiff.training.objective_cddpm import load_encoder
@@ -222,6 +223,26 @@ def test_another_way_from_an_earlier_checkpoint(train, capsys):
     train(3, resume="latest")
     train(2, resume=str(run / "checkpoints" / "step-0000002"))
     assert names(run / "set-aside") == ["after-step-0000001", "after-step-0000002", "after-step-0000002-2"]
+
+
+def test_the_history_of_the_validation_goes_on_after_a_stop(train):
+    def history(folder):
+        return [json.loads(line) for line in (folder / "pipeline" / "validation.jsonl").read_text().splitlines()]
+
+    run = train(2, validate_every=1)
+    first = history(run)
+    assert [set(line) for line in first] == [{"step", "validation_loss"}] * 2
+    picture = (run / "losses.png").read_bytes()
+    train(4, validate_every=2, resume="latest")
+    longer = history(run)
+    assert longer[:2] == first and [line["step"] for line in longer] == [1, 2, 4]
+    card = (run / "pipeline" / "README.md").read_text()
+    assert all(f"\n| {line['step']} | {line['validation_loss']:.3f} |\n" in card for line in longer)
+    assert (run / "losses.png").read_bytes() != picture and "losses.png" not in names(run / "pipeline")
+    # Another way from an earlier step has none of what lay behind it, and a step is not there twice.
+    train(3, validate_every=1, resume=str(run / "checkpoints" / "step-0000001"))
+    other = history(run)
+    assert [line["step"] for line in other] == [1, 2, 3] and other[:2] == first
 
 
 @pytest.mark.parametrize(
@@ -530,6 +551,70 @@ def test_a_mistake_leaves_no_folder(train, tmp_path):
     with pytest.raises(FileNotFoundError, match="`train.resume` is latest, but .* holds no checkpoint"):
         train(1, resume="latest")
     assert not (tmp_path / "run").exists()
+
+
+# How the network is run
+
+
+def test_a_compiled_network_trains_goes_on_and_is_exported(train, tmp_path, monkeypatch):
+    told, compile_as_is = [], torch.compile
+
+    def compile_quickly(model, backend, **settings):
+        told.append(backend)
+        return compile_as_is(model, backend="eager", **settings)
+
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    optim = {"learning_rate": 0.1}
+    train(1, compile=True, optim=optim)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    run = train(2, resume="latest", validate_every=2, optim=optim)
+    assert told == ["inductor"] * 2 and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    # It is the same network, with and without: whoever begins compiled may go on otherwise.
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    train(3, resume="latest", optim=optim)
+    assert len(told) == 2
+    expected = weights(train(3, optim=optim, output_dir=str(tmp_path / "plain")))
+    torch.testing.assert_close(weights(run), expected, rtol=1e-4, atol=1e-5)
+    assert isinstance(AnomalyPipeline.from_pretrained(run / "pipeline"), AnoDDPMPipeline)
+
+
+def test_regions_are_not_compiled(train, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    with pytest.raises(ValueError, match="was told to compile regions: here the whole network is compiled"):
+        train(1)
+
+
+def test_gradient_checkpointing_changes_memory_alone(train, tmp_path, monkeypatch):
+    expected = weights(train(2, output_dir=str(tmp_path / "plain")))
+    again, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *given, **named: again.append(1) or checkpoint(*given, **named)
+    )
+    train(1)
+    assert not again
+    run = train(2, resume="latest", gradient_checkpointing=True)
+    assert again
+    torch.testing.assert_close(weights(run), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_without_gradient_checkpointing(train, tmp_path):
+    with pytest.raises(ValueError, match="`train.gradient_checkpointing` must be false for the method anoddpm"):
+        train(1, unet={"_class_name": "ANDiUNet2DModel"}, gradient_checkpointing=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_bf16_is_for_processors_that_have_it(monkeypatch, capsys, supported):
+    """One clear line, and float32; `accelerate launch` takes whoever wants bf16 all the same at its word."""
+    made = []
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: supported)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(loop_files, "Accelerator", lambda **settings: made.append(settings["mixed_precision"]))
+    for precision in ("bf16", "fp16", "no", None):
+        loop_files._make_accelerator(LoopOptions(mixed_precision=precision))
+    assert made == ["bf16" if supported else "no", "fp16", "no", None]
+    told = "This CPU has no instructions for `train.mixed_precision` bf16" in capsys.readouterr().out
+    assert told is not supported
 
 
 # Values that are not finite
