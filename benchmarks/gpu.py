@@ -1,0 +1,277 @@
+"""Everything that is promised of a GPU, in at most four minutes: one command, one line of JSON for each row.
+
+    python benchmarks/gpu.py                 # all parts on the GPU; then a Markdown table
+    python benchmarks/gpu.py --parts networks volume
+    python benchmarks/gpu.py --quick         # tiny sizes, on a CPU too: shows that every part runs
+
+Each part is a process of its own with a time limit, so that one that fails or hangs leaves the others' rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+# Seconds that a part may take.
+LIMIT = 75
+Row = dict[str, object]
+
+
+def networks(quick: bool, device: str) -> Iterator[Row]:
+    """TFLOP/s of networks of the papers' sizes, as `enable_fast_inference()` makes them."""
+    import torch
+    import yaml
+    from diffusers import UNet2DModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from anodiff import UNet2DHeadsModel
+    from anodiff.configs import packaged_config
+
+    cases = (
+        ("ANDi", "andi_brats21.yaml", UNet2DModel, 4, 4, 256, 150),
+        ("AnoFPDM", "anofpdm_brats21.yaml", UNet2DModel, 1, 1, 64, 350),
+        ("CIMD", "cimd_lidc.yaml", UNet2DHeadsModel, 2, 2, 64, 350),
+    )
+    for name, config, network_class, inputs, outputs, items, goal in cases:
+        settings = yaml.safe_load(packaged_config(config).read_text(encoding="utf-8"))["unet"]
+        settings.pop("_class_name", None)
+        if quick:
+            settings["block_out_channels"], items = [64] * len(settings["block_out_channels"]), 2
+        size = 32 if quick else 128
+        unet = network_class(**settings, sample_size=size, in_channels=inputs, out_channels=outputs).eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            unet(torch.zeros(1, inputs, size, size), torch.zeros(1))
+        gflop = counter.get_total_flops() / 1e9
+        if device == "cuda":
+            unet = unet.to(device, torch.bfloat16, memory_format=torch.channels_last)
+            unet = torch.compile(unet, fullgraph=True, dynamic=False)
+        sample = torch.randn(items, inputs, size, size, device=device, dtype=next(unet.parameters()).dtype)
+        sample = sample.to(memory_format=torch.channels_last)
+        timesteps = torch.full((items,), 100, device=device)
+        with torch.no_grad():
+            seconds = best(lambda unet=unet, sample=sample, t=timesteps: unet(sample, t), device)
+        rate = round(items * gflop / 1e3 / seconds, 1)
+        yield {"what": f"{name}, {gflop:.0f} GFLOP, {items} items, TFLOP/s", "goal": f">= {goal}", "measured": rate}
+
+
+def volume(quick: bool, device: str) -> Iterator[Row]:
+    """ANDi with its authors' settings, slices to filtered map."""
+    import andi
+
+    from anodiff import ANDiPipeline
+    from anodiff.pipelines.median import median_filter
+
+    size, count, timesteps = (32, 4, 4) if quick else (128, 155, 125)
+    bare, _ = andi.make_pipeline(4, size, device)
+    pipe = quiet(ANDiPipeline(**bare.components, median_size=5, median_dimensions=3))
+    slices = make_brains(count, 4, size, device)
+
+    def call():
+        pipe(slices, start=75, stop=75 + timesteps)
+
+    before = best(call, device, 1)
+    yield {"what": f"ANDi, {count} slices, {timesteps} timesteps, default call, s", "measured": round(before, 2)}
+    pipe.enable_fast_inference()
+    fast = best(call, device, 2)
+    name = f"ANDi, {count} slices, {timesteps} timesteps, fast, s"
+    yield {"what": name, "goal": "<= 1.5", "measured": round(fast, 3)}
+    maps, brain = slices[:, 0], slices[:, 0] > -1
+    share = best(lambda: median_filter(maps, 5, 3, inside=brain), device) / fast
+    yield {"what": "of it the 5 x 5 x 5 median", "goal": "<= 0.05", "measured": round(share, 4)}
+
+
+def overhead(quick: bool, device: str) -> Iterator[Row]:
+    """Time of calls over time of their evaluations alone, filter included, of the fast network."""
+    import andi
+    import anofpdm
+    import overhead as anoddpm
+    import torch
+
+    size, count, steps = (32, 4, 2) if quick else (128, 128, 50)
+    cases: tuple[tuple[str, Callable, dict], ...] = (
+        ("ANDi", lambda: andi.make_pipeline(1, size, device)[0], {"start": 75, "stop": 75 + steps}),
+        ("AnoDDPM, chain", lambda: anoddpm.make_pipeline(size, device)[0], {"noise_level": steps, "mode": "partial"}),
+        ("AnoFPDM", lambda: anofpdm.make_pipeline(size, device)[0], {"forward_steps": steps}),
+    )
+    slices = make_brains(count, 1, size, device)
+    for name, make, settings in cases:
+        bare_pipe = make()
+        pipe = quiet(type(bare_pipe)(**bare_pipe.components, median_size=5))
+        pipe.enable_fast_inference(**({"compile": False} if quick else {}))
+        calls: list[tuple] = []
+        evaluate = pipe.batches.evaluate
+
+        def record(network, call, *inputs, evaluate=evaluate, calls=calls, **options):
+            calls.append((network, call, inputs, options))
+            return evaluate(network, call, *inputs, **options)
+
+        pipe.batches.evaluate = record
+
+        def whole(pipe=pipe, settings=settings):
+            pipe(slices, **settings)
+
+        whole()
+        pipe.batches.evaluate = evaluate
+
+        @torch.no_grad()
+        def bare(evaluate=evaluate, calls=calls):
+            for network, call, inputs, options in calls:
+                evaluate(network, call, *inputs, **options)
+
+        bare()
+        pairs = [(best(whole, device, 1), best(bare, device, 1)) for _ in range(2)]
+        ratio = min(first for first, _ in pairs) / min(second for _, second in pairs)
+        yield {
+            "what": f"call over its {len(calls)} evaluations, {name}",
+            "goal": "<= 1.05",
+            "measured": round(ratio, 3),
+        }
+
+
+def draws(quick: bool, device: str) -> Iterator[Row]:
+    """Noise of a whole batch, and drawn heads."""
+    import torch
+
+    from anodiff.data.phantoms.drawn_heads import DrawnHeads
+    from anodiff.data.phantoms.sets import locate_label_maps
+    from anodiff.schedulers.draws import make_keys, normal
+    from anodiff.volumes.processor import VolumeProcessor
+
+    items, heads = (4, 2) if quick else (256, 512)
+    keys = make_keys(0, list(range(items)), 0, torch.device(device))
+    shape = (4, 32, 32) if quick else (4, 128, 128)
+    seconds = best(lambda: normal(keys, shape), device)
+    yield {
+        "what": f"normal draws, {items} items of {' x '.join(map(str, shape))}, ms",
+        "measured": round(1e3 * seconds, 2),
+    }
+    processor = VolumeProcessor(
+        modalities=["flair"], crop="brain", size=(96, 80), intensity="brain_median", brain_mask="given", strip=True
+    )
+    drawn = DrawnHeads(locate_label_maps("builtin"), processor, "train", device=device)
+    seconds = best(lambda: drawn.draw(range(heads)), device, 1)
+    yield {"what": f"{heads} slices of drawn heads, s", "measured": round(seconds, 3)}
+
+
+def training(quick: bool, device: str) -> Iterator[Row]:
+    """A step of `train.py` over a step of a bare loop on tensors in the device's memory."""
+    size = ["--train.batch_size", "4"] if quick else ["--train.batch_size", "128", "--train.mixed_precision", "bf16"]
+    steps = "6" if quick else "150"
+    command = [sys.executable, str(ROOT / "benchmarks/training.py"), "--train.max_steps", steps, *size]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    ratio = float(lines[-1].strip("| ").split("|")[-1])
+    yield {"what": "training step over a bare loop", "goal": "<= 1.05", "measured": ratio, "note": lines[-1]}
+
+
+def start(quick: bool, device: str) -> Iterator[Row]:
+    """Start of a command: import of torch and diffusers, and what `predict.py` imports."""
+    times = {}
+    for name in ("torch, diffusers", "anodiff.predict, anodiff.pipelines.pipeline_andi"):
+        rounds = 1 if quick else 3
+        command = [sys.executable, "-c", f"import {name}"]
+        times[name] = min(timed(lambda command=command: subprocess.run(command, check=True)) for _ in range(rounds))
+    first, second = times.values()
+    note = f"{second:.2f} s beside {first:.2f} s"
+    yield {
+        "what": "start over `import torch, diffusers`",
+        "goal": "<= 1.5",
+        "measured": round(second / first, 2),
+        "note": note,
+    }
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_brains(count: int, channels: int, size: int, device: str):
+    """Slices `(N, C, H, W)` in [-1, 1] with a third of the pixels above the background, as a brain has."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(count, channels, size, size, generator=generator)
+    axis = torch.linspace(-1, 1, size)
+    inside = axis[:, None].square() + axis.square() < 4 / (3 * torch.pi)
+    return torch.where(inside, images, -1.0).to(device)
+
+
+def timed(function: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
+
+
+def best(function: Callable[[], object], device: str, rounds: int = 5) -> float:
+    """Seconds of the fastest of some rounds after one that warms up."""
+    import torch
+
+    def synchronized() -> None:
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    synchronized()
+    return min(timed(synchronized) for _ in range(rounds))
+
+
+PARTS = {part.__name__: part for part in (networks, volume, overhead, draws, training, start)}
+
+
+def run_part(name: str, options: argparse.Namespace) -> list[Row]:
+    """Runs a part in a process of its own; a failure is a row, too."""
+    command = [sys.executable, __file__, "--part", name, "--device", options.device]
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            process = subprocess.run(
+                command + ["--quick"] * options.quick,
+                stdout=output,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=options.limit,
+            )
+            failure = process.stderr.strip().splitlines()[-1:] if process.returncode else []
+        except subprocess.TimeoutExpired:
+            failure = [f"stopped after {options.limit} s"]
+        output.seek(0)
+        rows = [json.loads(line) for line in output if line.startswith("{")]
+    return rows + [{"part": name, "what": name, "failed": reason} for reason in failure]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--device", help="cuda if there is one, else cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of a part")
+    options = parser.parse_args()
+    if options.device is None:
+        import torch
+
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.part:
+        for row in PARTS[options.part](options.quick, options.device):
+            print(json.dumps({"part": options.part, **row}), flush=True)
+        return 0
+    rows = []
+    for name in options.parts:
+        for row in run_part(name, options):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    print("\n| what | goal | measured |\n|---|---|---|")
+    for row in rows:
+        print(f"| {row['what']} | {row.get('goal', '')} | {row.get('measured', row.get('failed'))} |")
+    return int(any("failed" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
