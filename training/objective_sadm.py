@@ -39,11 +39,11 @@ class SADMObjective(Objective):
         segmentation_network ([`SiameseUNet2DModel`]): Makes logits of slice and reconstruction.
         reconstruction ([`CDDPMPipeline`]): Trained before, with or without an encoder; exported with the network.
         inference (`dict`): As of [`Objective`]; `timesteps` and `shared_noise` are those of the cDDPM by default.
+        precision (`str`, *optional*): `"bf16"` or `"fp16"` evaluates the cDDPM so, by autocast: it is exported as it
+            is.
         loss (`str`, defaults to `"bce"`): As of [`segmentation_loss`].
         shared_noise (`bool`, defaults to `False`): One field for the slices of a forward pass, that of the first one,
             as the authors.
-        precision (`str`, *optional*): `"bf16"` or `"fp16"` evaluates the cDDPM so, by autocast: it is exported as it
-            is.
     """
 
     trains_unet_alone = False
@@ -57,10 +57,10 @@ class SADMObjective(Objective):
         segmentation_network: SiameseUNet2DModel,
         reconstruction: CDDPMPipeline,
         inference: dict | None = None,
+        precision: str | None = None,
         *,
         loss: str = "bce",
         shared_noise: bool = False,
-        precision: str | None = None,
     ):
         check_choice("loss", loss, ("bce", "dice", "bce_dice"))
         self.reconstruction = reconstruction
@@ -86,7 +86,7 @@ class SADMObjective(Objective):
         for component in filter(None, (reconstruction.unet, reconstruction.encoder)):
             check_part(component, "objective.reconstruction_path", path)
         processor.check_equal(reconstruction.processor.settings(), f"the cDDPM {path} was trained with")
-        return cls(network, reconstruction, options.inference, precision=options.train.mixed_precision, **settings)
+        return cls(network, reconstruction, options.inference, options.train.mixed_precision, **settings)
 
     @classmethod
     def network_arguments(cls, network: type, channels: int) -> dict[str, tuple[int, str]]:

@@ -85,7 +85,7 @@ def test_a_classifier_is_trained_and_guides(workplace, labelled):
     }
     folder = train(workplace, labelled, "classifier", method="classifier", unet=unet, inference={})
     assert {path.name for path in folder.iterdir()} == {
-        "README.md", "classifier", "config.yaml", "processor", "recipe.yaml", "scheduler",
+        "README.md", "classifier", "config.yaml", "processor", "recipe.yaml", "scheduler", "validation.jsonl",
     }  # fmt: skip
     assert "Part of a pipeline: classifier" in (folder / "README.md").read_text()
 
