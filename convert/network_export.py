@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ..files import read_json, replacing, write_json
 from ..hub.configuration import plain
 from ..pipelines.base import AnomalyPipeline, Noise
 from ..pipelines.pipeline_anoddpm import AnoDDPMPipeline
+from ..schedulers.process import DiffusionProcess
 
 
 FORMATS = {"onnx": "onnx", "torch_export": "pt2"}
@@ -94,7 +95,7 @@ def export_networks(
     if noise is not None:
         with replacing(folder / NOISE) as unfinished, open(unfinished, "wb") as file:
             np.save(file, noise)
-    scheduler = dict(pipeline.scheduler.config) if hasattr(pipeline, "scheduler") else {}
+    scheduler = pipeline.scheduler
     record = {
         "anodiff": anodiff.__version__,
         "model": model,
@@ -103,15 +104,19 @@ def export_networks(
         "precision": precision,
         "networks": networks,
         "noise": None if noise is None else {"file": NOISE, "shape": list(noise.shape), "seed": 0},
-        "scheduler": {key: value for key, value in scheduler.items() if not key.startswith("_")},
-        "alphas_cumprod": pipeline.scheduler.alphas_cumprod.tolist() if scheduler else [],
-        "processor": {key: value for key, value in pipeline.processor.config.items() if not key.startswith("_")},
+        "scheduler": _own_values(scheduler.config),
+        "alphas_cumprod": scheduler.alphas_cumprod if isinstance(scheduler, DiffusionProcess) else None,
+        "processor": _own_values(pipeline.processor.config),
         "settings": pipeline.default_settings(),
         "postprocessing": vars(pipeline.postprocessing),
-        "threshold": pipeline.config.threshold if "threshold" in pipeline.config else None,
+        "threshold": pipeline.config.get("threshold"),
     }
     write_json(folder / RECORD, plain(record))
     return read_json(folder / RECORD)
+
+
+def _own_values(config: Mapping) -> dict:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def list_networks(pipeline: AnomalyPipeline) -> dict[str, torch.nn.Module]:

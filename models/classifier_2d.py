@@ -119,7 +119,7 @@ class NoisyClassifierModel(ModelMixin, PlainConfigMixin):
             raise ValueError(
                 f"`sample` must have the size {size} that the classifier was made for, got {tuple(sample.shape)}."
             )
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         embedding = self.time_embedding(self.time_features(timestep).to(sample.dtype))
         hidden = self.conv_in(sample)
         for block in self.blocks:

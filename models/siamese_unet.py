@@ -86,7 +86,7 @@ class SiameseUNet2DModel(ModelMixin, PlainConfigMixin):
         features = []
         for level, block in enumerate(self.down_path):
             sample = block(nn.functional.avg_pool2d(sample, 2) if level else sample)
-            features.append(torch.cat(sample.chunk(2), dim=1))
+            features.append(torch.cat(sample.unflatten(0, (2, -1)).unbind(), dim=1))
         sample = features.pop()
         decoded = []
         for block in self.up_path:

@@ -78,7 +78,7 @@ class ANDiUNet2DModel(ModelMixin, PlainConfigMixin):
         """Predicts the noise of noised slices `(N, C, H, W)` at timesteps that count from 0; 2^(levels - 1) divides H
         and W."""
         check_sides("sample", sample, 2 ** len(self.down_blocks))
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         features = F.silu(self.time_features(timestep).to(sample.dtype))  # (N, T)
 
         hidden = self.conv_in(sample)

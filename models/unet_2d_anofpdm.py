@@ -111,7 +111,7 @@ class AnoFPDMUNet2DModel(ModelMixin, PlainConfigMixin):
         """Predicts the noise of noised slices `(N, C, H, W)` at timesteps that count from 0; 2^(levels - 1) divides H
         and W. `class_labels` `(N,)` are long: 0 healthy, 1 unhealthy, `num_classes` (2) for no class."""
         check_sides("sample", sample, 2 ** (len(self.config.block_out_channels) - 1))
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         null = self.config.num_classes
         vector = self.class_projection(self.class_embedding(class_labels.clamp(max=null - 1)))
         vector = vector * (class_labels != null).to(vector.dtype)[:, None]  # (N, E)
