@@ -297,8 +297,7 @@ def _encode(view: ScanView, budget: int) -> _Encoded:
             place = tuple(start[axis] if one == axis else slice(None) for one in range(3))
             inside[place] = overlay[place]
         start = [int(one) for one in np.unravel_index(np.argmax(inside), overlay.shape)]
-    layers, note, size = {}, "", 0
-    for step, (*_, note) in enumerate(STEPS):
+    for step in range(len(STEPS)):
         layers = encode_layers(arrays, view.threshold, step)
         size = sum(len(layer.file) for layer in layers.values())
         if size <= budget:
@@ -322,7 +321,9 @@ def _encode(view: ScanView, budget: int) -> _Encoded:
         ],
     }
     picture, thumbnail = (draw_slice(scan, overlay, affine, view.plane, start, width) for width in (420, 88))
-    return _Encoded(view, layers, facts, picture, thumbnail, note, size + len(picture) + len(thumbnail) + 4000)
+    return _Encoded(
+        view, layers, facts, picture, thumbnail, STEPS[step][-1], size + len(picture) + len(thumbnail) + 4000
+    )
 
 
 @cache
