@@ -343,9 +343,15 @@ def _render(template: str, shared: dict, **values) -> str:
     )
     environment.filters |= {"number": _number, "curve": _curve, "svg": _svg, "best": _best, "data": _data}
     environment.tests |= {"table": lambda one: isinstance(one, Table), "figure": lambda one: isinstance(one, Figure)}
+    # What has no rows has nothing to say.
+    full = [
+        (section, [block for block in section.blocks if not isinstance(block, Table) or block.rows])
+        for section in values.pop("sections")
+    ]
     return environment.get_template(template).render(
         **shared,
         **values,
+        sections=[(section, blocks) for section, blocks in full if blocks],
         mark=MARK,
         css=_asset("page.css"),
         script=_asset("page.js"),
