@@ -196,8 +196,9 @@ def write_report(
     folder = path.with_name(f"{path.stem}_scans")
     check_replaceable(path)
     shared = {"title": title, "summary": summary, "index": path.name, "folder": folder.name}
-    base = len(_render("page.html", shared, scans=[], sections=list(sections), with_viewer=True).encode())
-    budget = LIMIT - len(_render("page.html", shared, scans=[], sections=[], with_viewer=True).encode()) - 20_000
+    viewer = len(_niivue())
+    base = viewer + len(_render(shared, scans=[], sections=sections, with_viewer=False).encode())
+    budget = LIMIT - viewer - len(_render(shared, scans=[], sections=[], with_viewer=False).encode()) - 40_000
     # All on one page, as long as they fit.
     kept, rest = [], (_encode(view, budget) for view in scans)
     for scan in rest:
@@ -206,7 +207,7 @@ def write_report(
             break
     else:
         kept.sort(key=lambda scan: _order(scan.view.score))
-        write_text(path, _render("page.html", shared, scans=kept, sections=sections, with_viewer=bool(kept)))
+        write_text(path, _render(shared, scans=kept, sections=sections, with_viewer=bool(kept)))
         _remove_pages(folder, set())
         return [path]
     pages, listed, before = [], [], None
@@ -218,10 +219,9 @@ def write_report(
         scan.facts["previous"] = before.page if before is not None else ""
         listed.append(scan)
         before = scan
-        kept.clear()
     pages.append(_write_page(folder, shared, before, next=""))
     listed.sort(key=lambda scan: _order(scan.view.score))
-    write_text(path, _render("page.html", shared, scans=listed, sections=sections, with_viewer=False))
+    write_text(path, _render(shared, scans=listed, sections=sections, with_viewer=False))
     _remove_pages(folder, {page.name for page in pages})
     return [path, *pages]
 
@@ -259,7 +259,7 @@ def _write_page(folder: Path, shared: dict, scan: _Encoded, next: str) -> Path:
     path = folder / scan.page
     check_replaceable(path)
     own = {**shared, "title": scan.view.name, "index": f"../{shared['index']}", "of": shared["title"], "summary": ""}
-    write_text(path, _render("page.html", own, scans=[scan], sections=[], with_viewer=True))
+    write_text(path, _render(own, scans=[scan], sections=[], with_viewer=True))
     scan.layers, scan.picture = {}, ""  # the index does not need them
     return path
 
@@ -337,25 +337,31 @@ def _niivue() -> str:
     return base64.b64encode(gzip.compress((_ASSETS / "niivue.umd.js").read_bytes(), 9, mtime=0)).decode("ascii")
 
 
-def _render(template: str, shared: dict, **values) -> str:
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": _number, "curve": _curve, "svg": _svg, "best": _best, "data": _data}
     environment.tests |= {"table": lambda one: isinstance(one, Table), "figure": lambda one: isinstance(one, Figure)}
-    # What has no rows has nothing to say.
+    return environment.get_template("page.html")
+
+
+def _render(shared: dict, *, scans: Sequence[_Encoded], sections: Sequence[Section], with_viewer: bool) -> str:
+    # A table without rows has nothing to say.
     full = [
         (section, [block for block in section.blocks if not isinstance(block, Table) or block.rows])
-        for section in values.pop("sections")
+        for section in sections
     ]
-    return environment.get_template(template).render(
+    return _template().render(
         **shared,
-        **values,
+        scans=scans,
         sections=[(section, blocks) for section, blocks in full if blocks],
+        with_viewer=with_viewer,
         mark=MARK,
         css=_asset("page.css"),
         script=_asset("page.js"),
-        niivue=_niivue() if values["with_viewer"] else "",
+        niivue=_niivue() if with_viewer else "",
     )
 
 
