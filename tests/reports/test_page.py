@@ -122,7 +122,10 @@ def test_many_scans_get_a_page_each(tmp_path, monkeypatch):
     links = re.findall(r'href="(report_scans/[^"]+)">([^<]+)<', index)
     assert sorted(name for _, name in links) == sorted(names)
     assert all((tmp_path / link).is_file() for link, _ in links)
-    scores = re.findall(r'class="number" data-value="([\d.]+)"', index)
+    values = re.findall(r'class="number" data-value="([\d.]+)"', index)
+    volumes, scores = values[::2], values[1::2]
+    marked = view(seed=names.index(links[0][1])).layers[1].image.get_fdata() > 0.3
+    assert float(volumes[0]) == pytest.approx(marked.sum() * 0.012)
     assert [float(score) for score in scores] == sorted(map(float, scores), reverse=True)
     (first,), (last,) = data_of(written[1]), data_of(written[-1])
     assert (first["previous"], first["next"]) == ("", written[2].name)
