@@ -239,9 +239,10 @@
     layers.sort((one, other) => RANK.indexOf(one.kind) - RANK.indexOf(other.kind));
     const seen = new Set();
     layers.forEach((layer) => {
-      // Of several maps the first one shows, and of several scans.
-      layer.group = layer.kind === "scan" && seen.has("scan") || layer.kind === "map" && seen.has("map") ? "other" : layer.kind;
-      seen.add(layer.kind);
+      // Of several scans, masks, or maps and probabilities, the first one shows.
+      const kind = isMap(layer) ? "map" : layer.kind;
+      layer.group = ["scan", "map", "mask"].includes(kind) && seen.has(kind) ? "other" : layer.kind;
+      seen.add(kind);
       layer.visible = !view.hidden.has(layer.group);
     });
     state = { number, scan, layers, cut, mask: mask && mask.isCut ? mask : null, mm: null };
