@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from anodiff.files import read_text
+from anodiff.files import read_text, sha256
 from anodiff.reports import Column, Figure, Layer, ScanView, Section, Table, layers, page, write_report
 from anodiff.reports.layers import encode_layers
 
@@ -173,6 +173,11 @@ def test_a_scan_that_alone_does_not_fit_is_stored_coarser_and_says_so(tmp_path, 
     np.testing.assert_allclose(
         nib.affines.apply_affine(stored.affine, corner), nib.affines.apply_affine(AFFINE, corner), atol=1e-4
     )
+
+
+def test_the_viewer_is_the_released_one():
+    licence = read_text(page._ASSETS / "niivue.LICENSE")
+    assert sha256(page._ASSETS / "niivue.umd.js") in licence and "BSD 2-Clause License" in licence
 
 
 def test_foreign_files_are_not_replaced(tmp_path):
