@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -262,7 +262,8 @@ def _write_page(folder: Path, shared: dict, scan: _Encoded, next: str) -> Path:
     check_replaceable(path)
     own = {**shared, "title": scan.view.name, "index": f"../{shared['index']}", "of": shared["title"], "summary": ""}
     write_text(path, _render(own, scans=[scan], sections=[], with_viewer=True))
-    scan.layers, scan.picture = {}, ""  # the index does not need them
+    # The index needs no images.
+    scan.layers, scan.picture, scan.view = {}, "", replace(scan.view, layers=())
     return path
 
 
