@@ -30,6 +30,7 @@ from .options import EvalOptions
 from .publishing import FORMER_CARD, check_hub, push_report
 from .report import make_report, markdown
 from .scoring import sweep_thresholds
+from .strata import check_strata, divide, score_strata
 
 
 # What is computed, stored and drawn, by the task of the pipelines.
@@ -134,6 +135,7 @@ class _Evaluation:
         with accelerator.main_process_first():
             names = self.kind.name_splits(options)
             self.splits = {part: load_prepared(options.data, name) for part, name in names.items()}
+        check_strata(options.strata, self.splits["test"])
         self.folder = Path(options.output_dir) / CASES
         self.rows: list[dict] = []
         self.folders: list[Path] = []
@@ -232,6 +234,7 @@ class _Evaluation:
         options, kind, output_dir = self.options, self.kind, Path(self.options.output_dir)
         protocols = list(dict.fromkeys([kind.OWN_PROTOCOL, self.protocol]))
         thresholds = None if options.sweep is None else sweep_thresholds(options.sweep)
+        divided = divide(self.splits["test"], options.strata)
         tallies: list[Tally] = []
         for row, folder in zip(tqdm(self.rows, desc="scoring"), self.folders, strict=True):
             files = {
@@ -245,6 +248,7 @@ class _Evaluation:
                 row |= more
                 if tally is not None:
                     tallies.append(tally)
+                    row |= {"strata": score_strata(tally, divided)} if divided else {}
                 row["subjects"] = [old | new for old, new in zip_longest(row["subjects"], records, fillvalue={})]
         statistics = kind.make_statistics(self.splits) if options.baselines else []
         report = make_report(options, kind, protocols, self.splits["test"], self.rows + statistics, self.accelerator)
