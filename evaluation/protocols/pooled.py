@@ -29,7 +29,8 @@ from ..thresholds import threshold_for_dice, yen_threshold
 TASK = "anomaly-detection"
 TEXT = {
     "unit_of_averaging": (
-        "pooled brain voxels; volume_dice and lesion_f1: mean over subjects with lesion; slices and subjects for AUROC"
+        "pooled brain voxels; volume_dice, lesion_f1 and surfaces: mean over subjects with lesion; lesion recall: all"
+        " lesions; false positives: components per volume; slices and subjects for AUROC"
     ),
     "threshold_policy": (
         "oracle: best pooled Dice on the test split; validation: best pooled Dice on the validation split; healthy:"
