@@ -205,7 +205,7 @@ class _Masks:
         """Returns counts, lesions and groups as of [`free_response`]."""
         numbers = {group: number for number, group in enumerate(dict.fromkeys(self.groups))}
         groups = np.array([numbers[group] for group in self.groups], np.int64)
-        return np.reshape(self._detections, (-1, thresholds, 2)), np.array(self._lesions, np.int64), groups
+        return np.reshape(self._detections, (len(groups), thresholds, 2)), np.array(self._lesions, np.int64), groups
 
     def tally(self, pooled: PooledScores, resamples: dict[str, np.ndarray]) -> Tally:
         """Returns what is kept of them."""
