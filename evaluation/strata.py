@@ -40,7 +40,7 @@ def divide(split: PreparedSplit, names: list[str]) -> dict[str, dict[str, list[s
     brain. Both leave out subjects without lesion, and so does a contrast without surroundings. Numbers in columns are
     divided into thirds of the subjects."""
     values: dict[str, dict] = {name: {} for name in names}
-    in_ml = True
+    volumes: dict[str, float] = {}  # of a voxel, in ml
     for subject in split.subjects if set(names) & set(OF_LESIONS) else ():
         item = split.read_subject(subject)
         lesion = (
@@ -49,22 +49,25 @@ def divide(split: PreparedSplit, names: list[str]) -> dict[str, dict[str, list[s
         if not lesion.any():
             continue
         spacing = slice_spacing(split, subject, item["slice"])
-        in_ml &= spacing is not None
         if "size" in names:
-            values["size"][subject] = np.count_nonzero(lesion) * (1 if spacing is None else spacing.prod() / 1000)
+            values["size"][subject] = np.count_nonzero(lesion)
+            volumes[subject] = 0.0 if spacing is None else spacing.prod() / 1000
         contrast = _contrast(item["image"][:, 0], lesion, item["brain"]) if "contrast" in names else None
         if contrast is not None:
             values["contrast"][subject] = contrast
     divided = {}
     for name in names:
-        if name == "size" and in_ml:
+        if name == "size" and all(volumes.values()):
+            sizes = {subject: count * volumes[subject] for subject, count in values[name].items()}
             low, high = (f"{bound:g}" for bound in SIZES)
-            divided[name] = _divide_at(values[name], SIZES, (f"< {low} ml", f"{low} to {high} ml", f"> {high} ml"))
+            divided[name] = _divide_at(sizes, SIZES, (f"< {low} ml", f"{low} to {high} ml", f"> {high} ml"))
         elif name == "contrast":
             bounds = (-LEAST_CONTRAST, LEAST_CONTRAST)
             divided[name] = _divide_at(values[name], bounds, ("darker", "alike", "brighter"))
         else:
-            own = values[name] or {subject: split.subject_info[subject][name] for subject in split.subjects}
+            own = values[name]
+            if name != "size":
+                own = {subject: split.subject_info[subject][name] for subject in split.subjects}
             divided[name] = _divide_column(own, " pixels" if name == "size" else "")
     return divided
 
@@ -126,15 +129,15 @@ def _divide_column(values: dict, unit: str) -> dict[str, list[str]]:
     """Numbers in thirds, but for three different ones or fewer; texts each by itself; what is not known comes last."""
     known = {subject: value for subject, value in values.items() if value is not None}
     different = sorted(set(known.values()))
-    strata: dict[str, list[str]]
+    strata: dict[str, list[str]] = {}
     if len(different) > 3 and not isinstance(different[0], str):
         edges = np.quantile(list(known.values()), [1 / 3, 2 / 3])
         thirds: list[dict] = [{}, {}, {}]
         for subject, value in known.items():
             thirds[int((value > edges).sum())][subject] = value
-        strata = {
-            f"{min(third.values()):g} to {max(third.values()):g}{unit}": list(third) for third in thirds if third
-        }
+        for third in filter(None, thirds):
+            ends = dict.fromkeys((f"{min(third.values()):g}", f"{max(third.values()):g}"))
+            strata[" to ".join(ends) + unit] = list(third)
     else:
         titles = {value: value if isinstance(value, str) else f"{value:g}{unit}" for value in different}
         strata = {titles[value]: [one for one in known if known[one] == value] for value in different}

@@ -10,7 +10,7 @@ import numpy as np
 TOLERANCE = 2.0  # of the surface Dice, in the unit of the spacing
 
 
-def surface_distances(pred: np.ndarray, gt: np.ndarray, spacing: tuple[float, ...] | None) -> tuple[float, float]:
+def surface_distances(pred: np.ndarray, gt: np.ndarray, spacing: list[float]) -> tuple[float, float]:
     """
     Returns the surface Dice and the 95 % Hausdorff distance of one mask, as MONAI's `compute_surface_dice` and
     `compute_hausdorff_distance` of percentile 95: from one computation of the distances, which both share.
@@ -21,7 +21,7 @@ def surface_distances(pred: np.ndarray, gt: np.ndarray, spacing: tuple[float, ..
 
     Args:
         pred, gt (`np.ndarray` of shape `(N, H, W)` or `(H, W)`, bool): Predicted and reference mask.
-        spacing (`tuple`, *optional*): Size of a voxel along each axis; 1 by default.
+        spacing (`list[float]`): Size of a voxel along each axis.
 
     Returns:
         `tuple[float, float]`: Surface Dice, 0 where one mask is empty, `nan` where both are; and the distance in the

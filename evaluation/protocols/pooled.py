@@ -162,10 +162,11 @@ class _Masks:
             if has_lesion:
                 record[f"dice_{policy}"] = dice(predicted, reference)
                 record[f"lesion_f1_{policy}"] = self.lesions[policy][-1].f1()
-                # A picture has no surface across slices.
-                flat = (slice(None),) if len(case.brain) > 1 else (0,)
-                spacing = case.spacing.tolist() if self.in_mm else None
-                surface, distance = surface_distances(predicted[flat], reference[flat], spacing)
+                spacing = case.spacing.tolist() if self.in_mm else [1.0, 1.0, 1.0]
+                if len(case.brain) == 1:  # a picture has no surface across slices
+                    surface, distance = surface_distances(predicted[0], reference[0], spacing[1:])
+                else:
+                    surface, distance = surface_distances(predicted, reference, spacing)
                 record[f"surface_dice_{policy}"] = surface
                 record[f"hausdorff_95_{policy}"] = None if np.isnan(distance) else distance
         self._detections.append(count_detections(maps, reference, brain, curve, self.smallest, volumes))
