@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import PIL.Image
 import torch
 import yaml
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from ..checks import check_choice, check_integer
 from ..configs import packaged_config, read_yaml
@@ -21,6 +18,7 @@ from ..pipelines.base import AnomalyPipeline
 from ..schedulers.draws import make_keys
 from ..schedulers.scheduling_andi import ANDiScheduler
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
+from .charts import Axis, draw_lines
 
 
 # H x W pixels.
@@ -37,9 +35,6 @@ PRESETS = {
     "AutoDDPM": ("autoddpm_brats21.yaml", 199),
     "cDDPM": ("cddpm.yaml", 499),
 }
-# Colour in figures that stands for that of the page's text, in light and dark.
-_TEXT = "#010203"
-_COLOURS = {"slice": "#2a9d8f", "noise": "#e07a3f", "noised slice": "#7b6fd6"}
 
 
 @dataclass(frozen=True)
@@ -206,66 +201,36 @@ def radial_spectrum(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_spectrum(images: dict[str, np.ndarray]) -> str:
     """Draws the radial power spectra of images `(H, W)` over the wavelength, as SVG text."""
-    figure, axes = _make_axes("wavelength (pixels)", "power")
+    spectra = {name: radial_spectrum(image) for name, image in images.items()}
     longest = max(max(image.shape) for image in images.values())
-    for name, image in images.items():
-        frequencies, power = radial_spectrum(image)
-        # An octave of noise that is not there has no power at all.
-        axes.plot(1 / frequencies, np.maximum(power, 1e-12), color=_COLOURS[name], label=name, linewidth=1.5)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    top = max(radial_spectrum(image)[1].max() for image in images.values())
-    axes.set_ylim(top * 1e-7, top * 3)
-    axes.set_xlim(longest, 2)
-    ticks = [2**power for power in range(1, 10) if 2**power <= longest]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    return _write_svg(figure, axes)
+    top = max(float(power.max()) for _, power in spectra.values())
+    highest = int(np.ceil(np.log10(max(top, 1e-6))))
+    x_ticks = [(2**power, str(2**power)) for power in range(1, 10) if 2**power <= longest]
+    y_ticks = [(10.0**power, f"1e{power}") for power in range(highest - 6, highest + 1, 2)]
+    x = Axis("wavelength (pixels)", (longest, 2), x_ticks, logarithmic=True)
+    y = Axis("power", (10.0 ** (highest - 6), 10.0**highest), y_ticks, logarithmic=True)
+    return draw_lines({name: (1 / frequencies, power) for name, (frequencies, power) in spectra.items()}, x, y)
 
 
 def draw_histogram(images: dict[str, np.ndarray]) -> str:
     """Draws the histograms of images `(H, W)`, as SVG text."""
-    figure, axes = _make_axes("value", "share of the pixels")
-    reach = max(1.0, *(float(np.abs(image).max()) for image in images.values()))
+    reach = int(np.ceil(max(1.0, *(float(np.abs(image).max()) for image in images.values()))))
     edges = np.linspace(-reach, reach, 81)
-    for name, image in images.items():
-        shares = np.histogram(image, edges)[0] / image.size
-        axes.stairs(shares, edges, color=_COLOURS[name], label=name, linewidth=1.5)
-    axes.set_yscale("log")
-    return _write_svg(figure, axes)
+    shares = {name: np.histogram(image, edges)[0] / image.size for name, image in images.items()}
+    x = Axis("value", (-reach, reach), [(value, str(value)) for value in range(-reach, reach + 1)])
+    y_ticks = [(10.0**power, f"{100 * 10.0**power:g} %") for power in range(-4, 1)]
+    y = Axis("pixels", (1e-4, 1.0), y_ticks, logarithmic=True)
+    return draw_lines({name: ((edges[1:] + edges[:-1]) / 2, share) for name, share in shares.items()}, x, y)
 
 
 def draw_schedule(scheduler: AnoDDPMScheduler | ANDiScheduler, timestep: int) -> str:
     """Draws sqrt(abar_t) and sqrt(1 - abar_t) of a scheduler over t, and marks t, as SVG text."""
-    figure, axes = _make_axes("timestep t", "weight")
-    level = scheduler.alphas_cumprod.numpy()
-    axes.plot(np.sqrt(level), color=_COLOURS["slice"], label="of the slice", linewidth=1.5)
-    axes.plot(np.sqrt(1 - level), color=_COLOURS["noise"], label="of the noise", linewidth=1.5)
-    axes.axvline(timestep, color=_TEXT, linewidth=1, linestyle="--")
-    axes.set_xlim(0, len(level) - 1)
-    axes.set_ylim(0, 1.05)
-    return _write_svg(figure, axes)
-
-
-def _make_axes(x: str, y: str):
-    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(x, color=_TEXT)
-    axes.set_ylabel(y, color=_TEXT)
-    axes.tick_params(colors=_TEXT, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_color(_TEXT)
-    return figure, axes
-
-
-def _write_svg(figure: Figure, axes) -> str:
-    axes.legend(frameon=False, labelcolor=_TEXT, fontsize="small")
-    buffer = io.StringIO()
-    # Letters stay letters, of the page's own font.
-    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": axes.get_xlabel()}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(_TEXT, "currentColor")
+    level, last = scheduler.alphas_cumprod.numpy(), len(scheduler) - 1
+    steps = np.unique(np.linspace(0, last, 200).round().astype(int))
+    x = Axis("timestep t", (0, last), [(step, str(step)) for step in np.linspace(0, last, 6).round().astype(int)])
+    y = Axis("weight", (0, 1), [(share, f"{share:g}") for share in (0, 0.25, 0.5, 0.75, 1)])
+    lines = {"of the slice": (steps, np.sqrt(level[steps])), "of the noise": (steps, np.sqrt(1 - level[steps]))}
+    return draw_lines(lines, x, y, mark=timestep)
 
 
 def draw_image(image: np.ndarray, low: float = -1.0, high: float = 1.0) -> str:

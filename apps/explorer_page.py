@@ -87,9 +87,7 @@ def make_page() -> gr.Blocks:
 def _make_controls(first: NoiseSettings) -> dict:
     """Makes the controls, in the order that they stand in, by the names of the settings."""
     made = {}
-    made["preset"] = gr.Dropdown(
-        list(PRESETS), value=_SHOWN_FIRST, label="Noise and schedule of", elem_id="preset"
-    )
+    made["preset"] = gr.Dropdown(list(PRESETS), value=_SHOWN_FIRST, label="Noise and schedule of", elem_id="preset")
     made["noise_type"] = gr.Radio(
         list(explorer.NOISE_TYPES), value=first.noise_type, label="Noise", elem_id="noise_type"
     )
@@ -117,9 +115,7 @@ def _make_controls(first: NoiseSettings) -> dict:
         made["beta_start"] = gr.Number(first.beta_start, label="First beta, of a linear schedule")
         made["beta_end"] = gr.Number(first.beta_end, label="Last beta, of a linear schedule")
     with gr.Accordion("More of the noise", open=False):
-        made["normalize"] = gr.Dropdown(
-            NORMALIZATIONS[first.noise_type], value=first.normalize, label="Normalisation"
-        )
+        made["normalize"] = gr.Dropdown(NORMALIZATIONS[first.noise_type], value=first.normalize, label="Normalisation")
         made["z"] = gr.Dropdown(
             ["27", "10", "none", "timestep", "timestep_unscaled"],
             value=_say_depth(first.z),
