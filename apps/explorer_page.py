@@ -38,10 +38,13 @@ _SHOWN_FIRST = "AnoDDPM"
 def list_reconstructing() -> list[str]:
     """Returns the names of the shipped checkpoints that reconstruct a slice at once, and whose network is their
     own."""
+    records = shipped.list_shipped()
+    methods = ("AnoDDPM", "ANDi")
     return [
         name
-        for name, record in shipped.list_shipped().items()
-        if record["method"].startswith(("AnoDDPM", "ANDi")) and "unet" not in record["shares"]
+        for method in methods
+        for name, record in records.items()
+        if record["method"].startswith(method) and "unet" not in record["shares"]
     ]
 
 
@@ -229,7 +232,7 @@ def _show(values: dict) -> tuple:
     )
     pictures = [
         (explorer.draw_image(image), "slice, grey from -1 to 1"),
-        (explorer.draw_image(noised.noise, -2.5, 2.5), "noise, grey from -2.5 to 2.5"),
+        (explorer.draw_image(noised.noise, -2.0, 2.0), "noise, grey from -2 to 2"),
         (explorer.draw_image(noised.noised), f"noised slice, t = {settings.timestep}"),
     ]
     images = {"slice": image, "noise": noised.noise, "noised slice": noised.noised}

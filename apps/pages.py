@@ -6,12 +6,14 @@ import os
 import tempfile
 import threading
 from html import escape
+from pathlib import Path
 
 
 # gradio reads these when it is imported. What sessions upload and get lies in this folder, which goes away with the
 # process.
-_FOLDER = tempfile.TemporaryDirectory(prefix="anodiff-pages-")
-os.environ["GRADIO_TEMP_DIR"] = _FOLDER.name
+_TEMPORARY = tempfile.TemporaryDirectory(prefix="anodiff-pages-")
+FOLDER = Path(_TEMPORARY.name)
+os.environ["GRADIO_TEMP_DIR"] = _TEMPORARY.name
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -26,7 +28,7 @@ _CLEANING = (600, 6 * 3600)
 
 _CSS = """
 .anodiff-grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 14px; }
-.anodiff-charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 14px; }
+.anodiff-charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 14px; }
 .anodiff-grid figure, .anodiff-charts figure { margin: 0; }
 .anodiff-grid img { width: 100%; image-rendering: pixelated; border-radius: 4px; background: #000; display: block; }
 .anodiff-grid figcaption, .anodiff-charts figcaption { font-size: 13px; margin-top: 4px; opacity: 0.85; }
@@ -85,6 +87,20 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
 def write_note(text: str, error: bool = False) -> str:
     """Writes a line of text as HTML, marked if it is an error."""
     return f'<div class="anodiff-note{" anodiff-error" if error else ""}">{escape(text)}</div>'
+
+
+def write_facts(facts: dict[str, str]) -> str:
+    """Writes names and values as a list in HTML."""
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    return f'<dl class="anodiff-facts">{rows}</dl>'
+
+
+def write_frame(page: str, title: str) -> str:
+    """Writes a whole page, as text, as a frame within another page."""
+    return (
+        f'<iframe class="anodiff-viewer" title="{escape(title)}" sandbox="allow-scripts allow-downloads"'
+        f' srcdoc="{escape(page)}"></iframe>'
+    )
 
 
 def write_pictures(pictures: list[tuple[str, str]]) -> str:
