@@ -196,8 +196,9 @@ def write_report(
     folder = path.with_name(f"{path.stem}_scans")
     check_replaceable(path)
     shared = {"title": title, "summary": summary, "index": path.name, "folder": folder.name}
-    base = len(_render("page.html", shared, scans=[], sections=list(sections), with_viewer=True).encode())
-    budget = LIMIT - len(_render("page.html", shared, scans=[], sections=[], with_viewer=True).encode()) - 20_000
+    viewer = len(_niivue())
+    base = viewer + len(_render(shared, scans=[], sections=sections, with_viewer=False).encode())
+    budget = LIMIT - viewer - len(_render(shared, scans=[], sections=[], with_viewer=False).encode()) - 40_000
     # All on one page, as long as they fit.
     kept, rest = [], (_encode(view, budget) for view in scans)
     for scan in rest:
@@ -206,7 +207,7 @@ def write_report(
             break
     else:
         kept.sort(key=lambda scan: _order(scan.view.score))
-        write_text(path, _render("page.html", shared, scans=kept, sections=sections, with_viewer=bool(kept)))
+        write_text(path, _render(shared, scans=kept, sections=sections, with_viewer=bool(kept)))
         _remove_pages(folder, set())
         return [path]
     pages, listed, before = [], [], None
@@ -218,10 +219,9 @@ def write_report(
         scan.facts["previous"] = before.page if before is not None else ""
         listed.append(scan)
         before = scan
-        kept.clear()
     pages.append(_write_page(folder, shared, before, next=""))
     listed.sort(key=lambda scan: _order(scan.view.score))
-    write_text(path, _render("page.html", shared, scans=listed, sections=sections, with_viewer=False))
+    write_text(path, _render(shared, scans=listed, sections=sections, with_viewer=False))
     _remove_pages(folder, {page.name for page in pages})
     return [path, *pages]
 
@@ -259,7 +259,7 @@ def _write_page(folder: Path, shared: dict, scan: _Encoded, next: str) -> Path:
     path = folder / scan.page
     check_replaceable(path)
     own = {**shared, "title": scan.view.name, "index": f"../{shared['index']}", "of": shared["title"], "summary": ""}
-    write_text(path, _render("page.html", own, scans=[scan], sections=[], with_viewer=True))
+    write_text(path, _render(own, scans=[scan], sections=[], with_viewer=True))
     scan.layers, scan.picture = {}, ""  # the index does not need them
     return path
 
@@ -297,8 +297,7 @@ def _encode(view: ScanView, budget: int) -> _Encoded:
             place = tuple(start[axis] if one == axis else slice(None) for one in range(3))
             inside[place] = overlay[place]
         start = [int(one) for one in np.unravel_index(np.argmax(inside), overlay.shape)]
-    layers, note, size = {}, "", 0
-    for step, (*_, note) in enumerate(STEPS):
+    for step in range(len(STEPS)):
         layers = encode_layers(arrays, view.threshold, step)
         size = sum(len(layer.file) for layer in layers.values())
         if size <= budget:
@@ -322,7 +321,9 @@ def _encode(view: ScanView, budget: int) -> _Encoded:
         ],
     }
     picture, thumbnail = (draw_slice(scan, overlay, affine, view.plane, start, width) for width in (420, 88))
-    return _Encoded(view, layers, facts, picture, thumbnail, note, size + len(picture) + len(thumbnail) + 4000)
+    return _Encoded(
+        view, layers, facts, picture, thumbnail, STEPS[step][-1], size + len(picture) + len(thumbnail) + 4000
+    )
 
 
 @cache
@@ -336,19 +337,31 @@ def _niivue() -> str:
     return base64.b64encode(gzip.compress((_ASSETS / "niivue.umd.js").read_bytes(), 9, mtime=0)).decode("ascii")
 
 
-def _render(template: str, shared: dict, **values) -> str:
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": _number, "curve": _curve, "svg": _svg, "best": _best, "data": _data}
     environment.tests |= {"table": lambda one: isinstance(one, Table), "figure": lambda one: isinstance(one, Figure)}
-    return environment.get_template(template).render(
+    return environment.get_template("page.html")
+
+
+def _render(shared: dict, *, scans: Sequence[_Encoded], sections: Sequence[Section], with_viewer: bool) -> str:
+    # A table without rows has nothing to say.
+    full = [
+        (section, [block for block in section.blocks if not isinstance(block, Table) or block.rows])
+        for section in sections
+    ]
+    return _template().render(
         **shared,
-        **values,
+        scans=scans,
+        sections=[(section, blocks) for section, blocks in full if blocks],
+        with_viewer=with_viewer,
         mark=MARK,
         css=_asset("page.css"),
         script=_asset("page.js"),
-        niivue=_niivue() if values["with_viewer"] else "",
+        niivue=_niivue() if with_viewer else "",
     )
 
 
