@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 
 from .. import AnomalyPipeline
-from ..evaluation.overview import draw_overview
-from ..files import check_name
+from ..evaluation.overview import draw_members, draw_overview
+from ..files import check_name, read_text
 from ..hub import shipped
-from ..pipelines.output import AnomalyOutput
-from ..reports import Layer, ScanView, write_report
+from ..pipelines.output import AnomalyOutput, CIMDOutput
+from ..reports.predictions import write_predictions
 from ..volumes.scans import Scan, find_modality, find_scans
 
 
@@ -87,8 +86,6 @@ def find_anomalies(files: list[str], model: str, folder: Path, *, brain: str | N
         modality = find_modality(paths)
         model, _ = shipped.choose_shipped(modality)
     pipeline = load_pipeline(model)
-    if pipeline.task == "segmentation":
-        raise ValueError(f"{model} draws segmentations, and this page shows maps of anomalies: use predict.py.")
     own = list(pipeline.processor.config.modalities)
     scan = _find_scan(paths, given, own if modality is None else [modality])
     volume = scan.volume
@@ -99,16 +96,14 @@ def find_anomalies(files: list[str], model: str, folder: Path, *, brain: str | N
     result = pipeline(volume, brain_mask=None if brain is None else Path(brain), generator=seed)
     seconds = time.perf_counter() - start
 
-    results = folder / scan.name
     plane = pipeline.processor.config.plane
-    result.save(results, lambda path: draw_overview(result, path, scan.name, plane=plane))
-    facts = _describe(result, model, seconds)
-    view = _show(result, scan.name, facts, plane)
-    summary = "Research use, not a medical device."
-    page = write_report(results / "report.html", f"{scan.name}, {model}", scans=[view], summary=summary)[0]
-    archive = shutil.make_archive(str(folder / f"{scan.name}_results"), "zip", folder, scan.name)
+    draw = draw_overview if isinstance(result, AnomalyOutput) else draw_members
+    results = folder / "results"
+    result.save(results / scan.name, lambda path: draw(result, path, scan.name, plane=plane))
+    write_predictions(results / "report.html", [scan], [], plane=plane, model=model)
+    archive = shutil.make_archive(str(folder / f"{scan.name}_results"), "zip", results)
     shutil.rmtree(given)
-    return Findings(facts, page.read_text(encoding="utf-8"), Path(archive))
+    return Findings(_describe(result, model, seconds), read_text(results / "report.html"), Path(archive))
 
 
 def _find_scan(paths: list[str], folder: Path, modalities: list[str]) -> Scan:
@@ -125,42 +120,19 @@ def _find_scan(paths: list[str], folder: Path, modalities: list[str]) -> Scan:
     return scans[0]
 
 
-def _describe(result: AnomalyOutput, model: str, seconds: float) -> dict[str, str]:
+def _describe(result: AnomalyOutput | CIMDOutput, model: str, seconds: float) -> dict[str, str]:
     """What the page says of a result."""
-    threshold, source = result.settings["threshold"], result.source
-    highest = int(np.argmax(result.pred_score))
-    facts = {
-        "Checkpoint": model,
-        "Score of the scan": f"{result.volume_score:.4g}",
-        "Highest score of a slice": f"{float(result.pred_score[highest]):.4g}, slice {highest}",
-        "Threshold": "none is stored in the checkpoint" if threshold is None else f"{threshold:.4g}",
-    }
-    if result.pred_mask is not None:
-        count = int(np.count_nonzero(result.pred_mask))
+    source, facts = result.source, {"Checkpoint": model}
+    if isinstance(result, AnomalyOutput):
+        threshold, highest = result.settings["threshold"], int(np.argmax(result.pred_score))
+        facts["Score of the scan"] = f"{result.volume_score:.4g}"
+        facts["Highest score of a slice"] = f"{float(result.pred_score[highest]):.4g}, slice {highest}"
+        facts["Threshold"] = "none in the checkpoint" if threshold is None else f"{threshold:.4g}"
+        mask, what = result.pred_mask, "Above the threshold"
+    else:
+        mask, what = result.majority_mask, f"In most of {len(result.member_masks)} members"
+    if mask is not None:
+        count = int(np.count_nonzero(mask))
         millilitres = count * abs(np.linalg.det(source.affine[:3, :3])) / 1000
-        facts["Above the threshold"] = f"{count} pixels" if source.is_picture else f"{millilitres:.2f} ml"
+        facts[what] = f"{count} pixels" if source.is_picture else f"{millilitres:.2f} ml"
     return facts | {"Brain mask": _BRAIN[result.settings["brain"]], "Time": f"{seconds:.1f} s"}
-
-
-def _show(result: AnomalyOutput, name: str, facts: dict[str, str], plane: str) -> ScanView:
-    """The viewer's view of a result."""
-    source = result.source
-
-    def image(array: np.ndarray) -> nib.Nifti1Image:
-        return nib.Nifti1Image(array.reshape(source.shape) if not source.is_picture else array.T[..., None], affine)
-
-    affine = source.affine
-    layers = [Layer(key or "scan", "scan", nib.Nifti1Image(array, affine)) for key, array in source.arrays.items()]
-    layers.append(Layer("anomaly map", "map", image(result.anomaly_map)))
-    if result.reconstruction is not None and len(source.arrays) == 1:
-        layers.append(Layer("reconstruction", "reconstruction", image(result.reconstruction)))
-    return ScanView(
-        name,
-        layers,
-        score=float(result.volume_score),
-        threshold=result.settings["threshold"],
-        slice_scores=[float(score) for score in result.pred_score],
-        facts=facts,
-        plane=plane,
-        is_picture=source.is_picture,
-    )
