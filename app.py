@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 from anodiff.configs import parse_options
 from anodiff.running import run_script
@@ -37,12 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(AppOptions, argv, prog="app.py", description=__doc__)
 
     from anodiff.apps.maps import load_pipeline
-    from anodiff.apps.maps_page import make_page
-    from anodiff.apps.pages import serve
+    from anodiff.apps.maps_page import fill_maps
+    from anodiff.apps.pages import make_page, serve
 
     if options.model:
         load_pipeline(options.model)  # before anybody waits for it
-    serve(make_page([options.model] if options.model else []), options.host, options.port)
+    fill = partial(fill_maps, models=[options.model] if options.model else [])
+    serve(make_page("anodiff: anomaly maps", {"Anomaly maps": fill}), options.host, options.port)
     return 0
 
 

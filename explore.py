@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     """Serves the noise explorer until it is stopped."""
     options = parse_options(ExploreOptions, argv, prog="explore.py", description=__doc__)
 
-    from anodiff.apps.explorer_page import make_page
-    from anodiff.apps.pages import serve
+    from anodiff.apps.explorer_page import fill_explorer
+    from anodiff.apps.pages import make_page, serve
 
-    serve(make_page(), options.host, options.port)
+    serve(make_page("anodiff: noise explorer", {"Noise explorer": fill_explorer}), options.host, options.port)
     return 0
 
 

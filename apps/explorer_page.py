@@ -17,7 +17,7 @@ from ..volumes.processor import VolumeProcessor
 from . import explorer
 from .explorer import PRESETS, NoiseSettings
 from .heads import generate_head
-from .pages import gr, make_blocks, write_charts, write_note, write_pictures
+from .pages import Sessions, gr, write_charts, write_note, write_pictures
 
 
 GENERATED, OWN = "a generated head", "my own picture or scan"
@@ -48,43 +48,44 @@ def list_reconstructing() -> list[str]:
     ]
 
 
-def make_page() -> gr.Blocks:
-    """Makes the page of the noise explorer."""
+def fill_explorer(page: gr.Blocks) -> None:
+    """Fills a page, or a part of it, with the noise explorer."""
     first = explorer.read_preset(_SHOWN_FIRST)
-    with make_blocks("anodiff: noise explorer") as page:
-        gr.Markdown(
-            "# Noise explorer\nWhat diffusion models for anomaly detection do to a slice: their noise, at any step of"
-            " their schedule, and what a network makes of it. The same seed gives the same picture."
-        )
-        with gr.Row():
-            with gr.Column(scale=1, min_width=320):
-                controls = _make_controls(first)
-            with gr.Column(scale=3, min_width=480):
-                note = gr.HTML()
-                pictures = gr.HTML(elem_id="pictures")
-                gr.Markdown("### One-shot reconstruction")
-                reconstructed = gr.HTML(elem_id="reconstruction")
-                gr.Markdown("### Spectrum, histogram and schedule")
-                charts = gr.HTML(elem_id="charts")
-                text = gr.Code(
-                    label="Configuration of what is seen (copy it with the button at its corner)",
-                    language="yaml",
-                    interactive=False,
-                    elem_id="yaml",
-                    buttons=["copy", "download"],
-                )
-        outputs = [note, pictures, reconstructed, charts, text]
-        names, components = list(controls), list(controls.values())
+    gr.Markdown(
+        "# Noise explorer\nWhat diffusion models for anomaly detection do to a slice: their noise, at any step of their"
+        " schedule, and what a network makes of it. The same seed gives the same picture."
+    )
+    with gr.Row():
+        with gr.Column(scale=1, min_width=320):
+            controls = _make_controls(first)
+        with gr.Column(scale=3, min_width=480):
+            note = gr.HTML(elem_id="explained")
+            pictures = gr.HTML(elem_id="pictures")
+            gr.Markdown("### One-shot reconstruction")
+            reconstructed = gr.HTML(elem_id="reconstruction")
+            gr.Markdown("### Spectrum, histogram and schedule")
+            charts = gr.HTML(elem_id="charts")
+            text = gr.Code(
+                label="Configuration of what is seen",
+                language="yaml",
+                interactive=False,
+                elem_id="yaml",
+                buttons=["copy", "download"],
+            )
+    outputs = [note, pictures, reconstructed, charts, text]
+    names, components = list(controls), list(controls.values())
 
-        def show(*values) -> tuple:
-            return _show(dict(zip(names, values, strict=True)))
+    def show(*values) -> tuple:
+        return _show(dict(zip(names, values, strict=True)))
 
-        changes = [component.change for name, component in controls.items() if name != "preset"]
-        page.load(show, components, outputs, show_progress="hidden")
-        gr.on(changes, show, components, outputs, show_progress="hidden", trigger_mode="always_last")
-        _connect(controls)
-        page.unload(_forget)
-    return page
+    page.load(show, components, outputs, show_progress="hidden")
+    changes = [component.change for name, component in controls.items() if name != "preset"]
+    gr.on(changes, show, components, outputs, show_progress="hidden", trigger_mode="always_last")
+    _connect(controls)
+    sessions = Sessions()
+    controls["file"].upload(sessions.keep, controls["file"], show_progress="hidden")
+    page.unload(sessions.forget)
+    page.unload(_forget)
 
 
 def _make_controls(first: NoiseSettings) -> dict:
@@ -128,9 +129,7 @@ def _make_controls(first: NoiseSettings) -> dict:
         made["random_offset"] = gr.Checkbox(first.random_offset, label="Random offset, another one for every field")
     with gr.Accordion("Slice", open=True):
         made["source"] = gr.Radio([GENERATED, OWN], value=GENERATED, show_label=False, elem_id="source")
-        made["file"] = gr.File(
-            label="Picture (PNG, JPEG, ...) or NIfTI; it stays on this computer's server", visible=False
-        )
+        made["file"] = gr.File(label="Picture (PNG, JPEG, ...) or NIfTI", visible=False)
         made["contrast"] = gr.Dropdown(list(CONTRASTS), value=CONTRASTS[0], label="Contrast", elem_id="contrast")
         made["lesion"] = gr.Dropdown([NO_LESION, *LESIONS], value=LESIONS[0], label="Lesion")
         made["head"] = gr.Number(0, label="Which head", precision=0, minimum=0)
@@ -215,7 +214,9 @@ def _show(values: dict) -> tuple:
     """What the page shows for the values of its controls: a note, pictures, reconstruction, charts and YAML."""
     try:
         settings = NoiseSettings(
-            **{name: values[name] for name in _SETTINGS if name != "z"}, z=explorer.read_depth(values["z"])
+            **{name: values[name] for name in _SETTINGS if name not in ("z", "wavelength")},
+            z=explorer.read_depth(values["z"]),
+            wavelength=float(values["wavelength"]),
         )
         image = take_slice(_prepare_plain(_source(values), int(values["size"])), values["place"])
         noised = explorer.noise_slice(image, settings, int(values["seed"] or 0))

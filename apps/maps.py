@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..volumes.scans import Scan, find_modality, find_scans
 
 
 # The choice of the checkpoint that fits the name of the scan.
-BY_NAME = "the one that fits the name of the file"
+BY_NAME = "by the name of the file"
 # How the brain mask of a result came about (`pipelines/brain.py`), in words.
 _BRAIN = {
     "given": "as given",
@@ -55,7 +56,15 @@ def load_pipeline(model: str) -> AnomalyPipeline:
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def find_anomalies(files: list[str], model: str, folder: Path, *, brain: str | None = None, seed: int = 0) -> Findings:
+def find_anomalies(
+    files: list[str],
+    model: str,
+    folder: Path,
+    *,
+    brain: str | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Findings:
     """
     Predicts one scan, and writes the results, a page and an archive of both into a folder.
 
@@ -65,6 +74,7 @@ def find_anomalies(files: list[str], model: str, folder: Path, *, brain: str | N
         folder: Where to; must not exist.
         brain: File with the brain mask, where the checkpoint needs one and does not find it itself.
         seed: Of the draws.
+        say: Is told what is done next.
 
     Raises:
         ValueError: There is no scan in the files, or more than one, or the checkpoint does not fit.
@@ -85,6 +95,7 @@ def find_anomalies(files: list[str], model: str, folder: Path, *, brain: str | N
     if model == BY_NAME:
         modality = find_modality(paths)
         model, _ = shipped.choose_shipped(modality)
+    say(f"Loading {model}")
     pipeline = load_pipeline(model)
     own = list(pipeline.processor.config.modalities)
     scan = _find_scan(paths, given, own if modality is None else [modality])
@@ -92,10 +103,12 @@ def find_anomalies(files: list[str], model: str, folder: Path, *, brain: str | N
     if isinstance(volume, dict):
         # A network for any contrast has another name for it.
         volume = dict(zip(own, volume.values(), strict=True))
+    say("Looking at the scan")
     start = time.perf_counter()
     result = pipeline(volume, brain_mask=None if brain is None else Path(brain), generator=seed)
     seconds = time.perf_counter() - start
 
+    say("Writing the results")
     plane = pipeline.processor.config.plane
     draw = draw_overview if isinstance(result, AnomalyOutput) else draw_members
     results = folder / "results"

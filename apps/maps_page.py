@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
-from collections import defaultdict
-from pathlib import Path
+from collections.abc import Sequence
 
 import nibabel as nib
 
 from .heads import generate_head
 from .maps import find_anomalies, list_models
-from .pages import FOLDER, gr, make_blocks, write_facts, write_frame, write_note
+from .pages import Sessions, gr, write_facts, write_frame, write_note
 
 
 _WELCOME = """# Anomaly maps
@@ -19,74 +17,63 @@ Choose a scan of the head, or the generated one, and a checkpoint. The scan stay
 and is deleted there when you close it. **Research use, not a medical device.**"""
 
 
-def make_page(models: list[str]) -> gr.Blocks:
+def fill_maps(page: gr.Blocks, models: Sequence[str] = ()) -> None:
     """
-    Makes the page.
+    Fills a page, or a part of it, with what finds anomalies.
 
     Args:
-        models (`list[str]`): Pipelines that can be chosen beside the shipped ones: folders, or ids of the Hub.
+        page (`gr.Blocks`): The page.
+        models (sequence of `str`): Pipelines that can be chosen beside the shipped ones: folders, or ids of the Hub.
     """
-    choices = list_models(models)
+    choices = list_models(list(models))
     if not choices:
         raise FileNotFoundError("This installation has no checkpoints: name one by `--model`.")
-    with make_blocks("anodiff: anomaly maps") as page:
-        # What a session has brought and got, to be deleted with it.
-        sessions: dict[str, set[Path]] = defaultdict(set)
-        gr.Markdown(_WELCOME)
-        with gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                files = gr.File(
-                    label="Scan: NIfTI or picture, one file for each modality",
-                    file_count="multiple",
-                    elem_id="scan",
-                )
-                example = gr.Button("Take a generated head with a tumour", elem_id="example")
-                model = gr.Dropdown(choices, value=choices[0], label="Checkpoint", elem_id="model")
-                with gr.Accordion("More", open=False):
-                    brain = gr.File(label="Brain mask, where the checkpoint does not find it itself", elem_id="brain")
-                    seed = gr.Number(0, label="Seed of the draws", precision=0, minimum=0)
-                start = gr.Button("Find anomalies", variant="primary", elem_id="start")
-                note = gr.HTML(elem_id="note")
-                archive = gr.DownloadButton("Download the results (ZIP)", visible=False, elem_id="archive")
-            with gr.Column(scale=3, min_width=480):
-                viewer = gr.HTML(elem_id="viewer")
+    sessions = Sessions()
+    gr.Markdown(_WELCOME)
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            files = gr.File(
+                label="Scan: NIfTI or picture, one file for each modality",
+                file_count="multiple",
+                elem_id="scan",
+            )
+            example = gr.Button("Take a generated head with a tumour", elem_id="example")
+            model = gr.Dropdown(choices, value=choices[0], label="Checkpoint", elem_id="model")
+            with gr.Accordion("More", open=False):
+                brain = gr.File(label="Brain mask, where the checkpoint does not find it itself", elem_id="brain")
+                seed = gr.Number(0, label="Seed of the draws", precision=0, minimum=0)
+            start = gr.Button("Find anomalies", variant="primary", elem_id="start")
+            note = gr.HTML(elem_id="note")
+            archive = gr.DownloadButton("Download the results (ZIP)", visible=False, elem_id="archive")
+        with gr.Column(scale=3, min_width=480):
+            viewer = gr.HTML(elem_id="viewer")
 
-        def keep(uploaded: list[str] | str | None, request: gr.Request) -> None:
-            listed = [uploaded] if isinstance(uploaded, str) else uploaded or []
-            sessions[request.session_hash].update(Path(path).parent for path in listed)
+    def take_head(request: gr.Request) -> list[str]:
+        folder = sessions.new_folder(request)
+        folder.mkdir(parents=True)
+        nib.save(generate_head("flair", "tumour", skull=True).image, folder / "generated_flair.nii.gz")
+        return [str(folder / "generated_flair.nii.gz")]
 
-        def take_head(request: gr.Request) -> list[str]:
-            folder = _own_folder(request, sessions)
-            folder.mkdir(parents=True)
-            nib.save(generate_head("flair", "tumour", skull=True).image, folder / "generated_flair.nii.gz")
-            return [str(folder / "generated_flair.nii.gz")]
+    def find(uploaded, chosen, mask, number, request: gr.Request, progress=gr.Progress(track_tqdm=True)):  # noqa: B008 (gradio finds it so)
+        folder = sessions.new_folder(request)
+        try:
+            found = find_anomalies(
+                uploaded or [],
+                chosen,
+                folder,
+                brain=mask,
+                seed=int(number or 0),
+                say=lambda text: progress(None, desc=text),
+            )
+        except Exception as error:  # noqa: BLE001 (whatever is wrong with a file, the page says it and stays)
+            shutil.rmtree(folder, ignore_errors=True)
+            text = " ".join(str(error).split()).replace(f"{folder / 'given'}/", "")
+            return write_note(text or type(error).__name__, error=True), gr.update(visible=False), ""
+        shown = gr.update(value=str(found.archive), visible=True)
+        return write_facts(found.facts), shown, write_frame(found.page, "Viewer")
 
-        def find(uploaded, chosen, mask, number, request: gr.Request, progress=gr.Progress(track_tqdm=True)):  # noqa: B008 (gradio finds it so)
-            folder = _own_folder(request, sessions)
-            try:
-                found = find_anomalies(uploaded or [], chosen, folder, brain=mask, seed=int(number or 0))
-            except Exception as error:  # noqa: BLE001 (whatever is wrong with a file, the page says it and stays)
-                shutil.rmtree(folder, ignore_errors=True)
-                text = " ".join(str(error).split()).replace(f"{folder / 'given'}/", "")
-                return write_note(text or type(error).__name__, error=True), gr.update(visible=False), ""
-            shown = gr.update(value=str(found.archive), visible=True)
-            return write_facts(found.facts), shown, write_frame(found.page, "Viewer")
-
-        def forget(request: gr.Request) -> None:
-            for folder in sessions.pop(request.session_hash, ()):
-                if not any(folder in others for others in sessions.values()):
-                    shutil.rmtree(folder, ignore_errors=True)
-
-        files.upload(keep, files, show_progress="hidden")
-        brain.upload(keep, brain, show_progress="hidden")
-        example.click(take_head, None, files)
-        start.click(find, [files, model, brain, seed], [note, archive, viewer], show_progress_on=note)
-        page.unload(forget)
-    return page
-
-
-def _own_folder(request: gr.Request, sessions: dict[str, set[Path]]) -> Path:
-    """A new folder of a session, which is not made yet."""
-    folder = FOLDER / secrets.token_hex(16)
-    sessions[request.session_hash].add(folder)
-    return folder
+    files.upload(sessions.keep, files, show_progress="hidden")
+    brain.upload(sessions.keep, brain, show_progress="hidden")
+    example.click(take_head, None, files)
+    start.click(find, [files, model, brain, seed], [note, archive, viewer], show_progress_on=note)
+    page.unload(sessions.forget)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import tempfile
 import threading
+from collections import defaultdict
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -42,9 +46,44 @@ _CSS = """
 """
 
 
-def make_blocks(title: str) -> gr.Blocks:
-    """Makes an empty page that sends no statistics and deletes files that sessions have left."""
-    return gr.Blocks(title=title, analytics_enabled=False, delete_cache=_CLEANING)
+class Sessions:
+    """Keeps account of the folders that visitors' files lie in, so that each goes away with its visitor."""
+
+    def __init__(self):
+        self._folders: dict[str, set[Path]] = defaultdict(set)
+
+    def keep(self, uploaded: list[str] | str | None, request: gr.Request) -> None:
+        """Notes the files that a visitor has uploaded, for `upload` of a `gr.File`."""
+        listed = [uploaded] if isinstance(uploaded, str) else uploaded or []
+        self._folders[request.session_hash].update(Path(path).parent for path in listed)
+
+    def new_folder(self, request: gr.Request) -> Path:
+        """Returns a folder for results of a visitor, which is not made yet, and whose name nobody can guess."""
+        folder = FOLDER / secrets.token_hex(16)
+        self._folders[request.session_hash].add(folder)
+        return folder
+
+    def forget(self, request: gr.Request) -> None:
+        """Deletes what a visitor has brought and got, for `unload` of a page."""
+        for folder in self._folders.pop(request.session_hash, ()):
+            # Two visitors with the same file share its folder.
+            if not any(folder in others for others in self._folders.values()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_page(title: str, parts: dict[str, Callable[[gr.Blocks], None]]) -> gr.Blocks:
+    """
+    Makes a page that sends no statistics and deletes files that sessions have left.
+
+    Args:
+        title (`str`): Of the page.
+        parts (`dict`): Name of a part to what fills it; several parts are tabs.
+    """
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=_CLEANING) as page:
+        for name, fill in parts.items():
+            with gr.Tab(name) if len(parts) > 1 else gr.Column():
+                fill(page)
+    return page
 
 
 def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
@@ -52,7 +91,7 @@ def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) ->
     Starts to serve a page, with fonts of the reader's own system, and returns its address. `page.close()` ends it.
 
     Args:
-        page (`gr.Blocks`): Of [`make_blocks`].
+        page (`gr.Blocks`): Of [`make_page`].
         host (`str`, *optional*): Address to listen at; 127.0.0.1, or what a Space of the Hub sets.
         port (`int`, *optional*): Port; the first free one from 7860 on.
 
@@ -77,7 +116,7 @@ def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) ->
 def serve(page: gr.Blocks, host: str, port: int) -> None:
     """Serves a page until the process is stopped; raises an `OSError` if the port is taken."""
     address = launch(page, host, port)
-    print(f"{page.title}: {address} (Ctrl+C ends it; nothing leaves this computer)", flush=True)
+    print(f"{page.title}: {address} (Ctrl+C ends it)", flush=True)
     try:
         threading.Event().wait()
     finally:
