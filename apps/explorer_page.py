@@ -78,10 +78,13 @@ def fill_explorer(page: gr.Blocks) -> None:
     def show(*values) -> tuple:
         return _show(dict(zip(names, values, strict=True)))
 
-    page.load(show, components, outputs, show_progress="hidden")
-    changes = [component.change for name, component in controls.items() if name != "preset"]
+    following = _connect(controls)
+    alone = [component for name, component in controls.items() if name not in (*following, "file")]
+    # What a hand changes, and not what follows it: each change is shown once, with all that belongs to it.
+    changes = [page.load, controls["file"].change, *(component.input for component in alone)]
     gr.on(changes, show, components, outputs, show_progress="hidden", trigger_mode="always_last")
-    _connect(controls)
+    for followed in following.values():
+        followed.then(show, components, outputs, show_progress="hidden")
     sessions = Sessions()
     controls["file"].upload(sessions.keep, controls["file"], show_progress="hidden")
     page.unload(sessions.forget)
@@ -111,7 +114,12 @@ def _make_controls(first: NoiseSettings) -> dict:
     made["seed"] = gr.Number(0, label="Seed of the noise", precision=0, minimum=0)
     with gr.Accordion("Schedule", open=False):
         made["beta_schedule"] = gr.Dropdown(
-            SCHEDULES[first.noise_type], value=first.beta_schedule, label="Schedule", elem_id="schedule"
+            SCHEDULES[first.noise_type],
+            value=first.beta_schedule,
+            label="Schedule",
+            elem_id="schedule",
+            # gradio would compare it with the first list of choices; the scheduler says what is wrong.
+            allow_custom_value=True,
         )
         made["num_train_timesteps"] = gr.Slider(
             50, 2000, first.num_train_timesteps, step=1, label="Timesteps T (counted from 0 to T - 1)"
@@ -119,7 +127,9 @@ def _make_controls(first: NoiseSettings) -> dict:
         made["beta_start"] = gr.Number(first.beta_start, label="First beta, of a linear schedule")
         made["beta_end"] = gr.Number(first.beta_end, label="Last beta, of a linear schedule")
     with gr.Accordion("More of the noise", open=False):
-        made["normalize"] = gr.Dropdown(NORMALIZATIONS[first.noise_type], value=first.normalize, label="Normalisation")
+        made["normalize"] = gr.Dropdown(
+            NORMALIZATIONS[first.noise_type], value=first.normalize, label="Normalisation", allow_custom_value=True
+        )
         made["z"] = gr.Dropdown(
             ["27", "10", "none", "timestep", "timestep_unscaled"],
             value=_say_depth(first.z),
@@ -144,8 +154,9 @@ def _make_controls(first: NoiseSettings) -> dict:
     return made
 
 
-def _connect(controls: dict) -> None:
-    """Lets controls follow others: a preset sets all of them, a noise type those that it has."""
+def _connect(controls: dict) -> dict:
+    """Lets controls follow others: a preset sets all of them, a noise type those that it has. Returns the names of
+    those that others follow, with what happens then."""
     followers = [controls[name] for name in _SETTINGS]
 
     def follow_preset(name: str) -> list:
@@ -166,22 +177,26 @@ def _connect(controls: dict) -> None:
         generated = source == GENERATED
         return [gr.update(visible=not generated), *(gr.update(visible=generated) for _ in range(3))]
 
-    controls["preset"].input(follow_preset, controls["preset"], followers, show_progress="hidden")
-    controls["noise_type"].input(
-        follow_noise,
-        [controls[name] for name in ("noise_type", "beta_schedule", "normalize")],
-        [controls[name] for name in ("beta_schedule", "normalize", "discount", *_OF_SIMPLEX)],
-        show_progress="hidden",
-    )
-    controls["num_train_timesteps"].release(
-        lambda steps, t: gr.update(maximum=steps - 1, value=min(t, steps - 1)),
-        [controls["num_train_timesteps"], controls["timestep"]],
-        controls["timestep"],
-        show_progress="hidden",
-    )
     of_head = [controls[name] for name in ("contrast", "lesion", "head")]
-    controls["source"].input(follow_source, controls["source"], [controls["file"], *of_head], show_progress="hidden")
-    gr.on([c.input for c in of_head[1:]], _lesion_place, of_head, controls["place"], show_progress="hidden")
+    rules = [controls[name] for name in ("beta_schedule", "normalize")]
+    steps, timestep = controls["num_train_timesteps"], controls["timestep"]
+    actions = {
+        "preset": (follow_preset, controls["preset"], followers),
+        "noise_type": (
+            follow_noise,
+            [controls["noise_type"], *rules],
+            [*rules, *(controls[name] for name in ("discount", *_OF_SIMPLEX))],
+        ),
+        "num_train_timesteps": (
+            lambda count, t: gr.update(maximum=count - 1, value=min(t, count - 1)),
+            [steps, timestep],
+            timestep,
+        ),
+        "source": (follow_source, controls["source"], [controls["file"], *of_head]),
+        "lesion": (_lesion_place, of_head, controls["place"]),
+        "head": (_lesion_place, of_head, controls["place"]),
+    }
+    return {name: controls[name].input(*action, show_progress="hidden") for name, action in actions.items()}
 
 
 def _set(field: str, settings: NoiseSettings):
