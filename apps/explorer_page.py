@@ -139,7 +139,7 @@ def _make_controls(first: NoiseSettings) -> dict:
         made["random_offset"] = gr.Checkbox(first.random_offset, label="Random offset, another one for every field")
     with gr.Accordion("Slice", open=True):
         made["source"] = gr.Radio([GENERATED, OWN], value=GENERATED, show_label=False, elem_id="source")
-        made["file"] = gr.File(label="Picture (PNG, JPEG, ...) or NIfTI", visible=False)
+        made["file"] = gr.File(label="Picture (PNG, JPEG, ...) or NIfTI", visible=False, elem_id="own_file")
         made["contrast"] = gr.Dropdown(list(CONTRASTS), value=CONTRASTS[0], label="Contrast", elem_id="contrast")
         made["lesion"] = gr.Dropdown([NO_LESION, *LESIONS], value=LESIONS[0], label="Lesion")
         made["head"] = gr.Number(0, label="Which head", precision=0, minimum=0)

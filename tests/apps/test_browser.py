@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import PIL.Image
 import pytest
 import yaml
 
@@ -64,7 +65,7 @@ def tab(browser, address):
     assert complaints == []
 
 
-def test_the_explorer_shows_what_is_chosen(tab):
+def test_the_explorer_shows_what_is_chosen(tab, tmp_path):
     tab.get_by_role("tab", name="Noise explorer").click()
     noise, noised = (tab.locator("#pictures img").nth(number) for number in (1, 2))
     noise.wait_for()
@@ -101,6 +102,20 @@ def test_the_explorer_shows_what_is_chosen(tab):
     tab.wait_for_function("document.querySelector('#wavelength input[type=number]').value === '32'")
     tab.wait_for_function("document.querySelector('#yaml .cm-content').innerText.includes('per_image')")
     assert seen()["scheduler"]["beta_schedule"] == "cosine_clipped"
+
+    # A picture of one's own, and what is none.
+    picture, colours = tmp_path / "grey.png", tmp_path / "colours.png"
+    grey = np.zeros((40, 30), np.uint8)
+    grey[5:35, 5:25] = np.arange(20) * 10 + 20
+    PIL.Image.fromarray(grey).save(picture)
+    PIL.Image.fromarray(np.stack([grey, 255 - grey, grey], -1)).save(colours)
+    tab.locator("#source").get_by_text("my own picture or scan").click()
+    tab.get_by_text("No file is there yet").first.wait_for()
+    change(tab.locator("#pictures img").first, lambda: tab.set_input_files("#own_file input[type=file]", picture))
+    tab.get_by_role("button", name="Clear").click()
+    tab.get_by_text("No file is there yet").first.wait_for()
+    tab.set_input_files("#own_file input[type=file]", colours)
+    tab.locator("#explained").get_by_text("colour picture").wait_for()
 
 
 def test_a_scan_is_shown_and_taken_home_and_forgotten(tab, tmp_path):
