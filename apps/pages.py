@@ -99,17 +99,11 @@ def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) ->
         OSError: The port is taken.
     """
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    _, address, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        theme=theme,
-        css=_CSS,
-        footer_links=[],
-        ssr_mode=False,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-    )
+    options = {"footer_links": [], "ssr_mode": False, "share": False, "quiet": True, "prevent_thread_lock": True}
+    try:
+        _, address, _ = page.launch(server_name=host, server_port=port, theme=theme, css=_CSS, **options)
+    except OSError as error:
+        raise OSError(f"Port {port} cannot be had, choose another one by `--port`: {error}") from error
     return address
 
 

@@ -144,6 +144,14 @@ def test_a_scan_is_shown_and_taken_home_and_forgotten(tab, tmp_path):
     assert not left
 
 
+def test_a_port_that_is_taken_is_named(address):
+    from anodiff.apps.pages import launch, make_page
+
+    port = int(address.rstrip("/").rpartition(":")[2])
+    with pytest.raises(OSError, match=f"Port {port} cannot be had, choose another one by `--port`"):
+        launch(make_page("second", {}), "127.0.0.1", port)
+
+
 def test_a_file_that_is_no_scan_is_named(tab, tmp_path):
     wrong = tmp_path / "letter.nii.gz"
     wrong.write_text("Dear reader")
