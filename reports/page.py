@@ -23,6 +23,7 @@ from ..files import read_text, write_text
 from .layers import (
     KINDS,
     MAP,
+    MASK,
     PROBABILITY,
     SCAN,
     STEPS,
@@ -158,6 +159,7 @@ class _Encoded:
     picture: str
     thumbnail: str
     note: str
+    marked: float | None  # ml, or pixels
     size: int
     page: str = ""
 
@@ -288,15 +290,7 @@ def _encode(view: ScanView, budget: int) -> _Encoded:
             f"{view.name}: `slice_scores` must hold a number for each of the {scan.shape[axis]} {view.plane} slices,"
             f" got {len(view.slice_scores)}."
         )
-    start = [size // 2 for size in scan.shape[:3]]
-    if overlay is not None and overlay.any():
-        inside = overlay
-        if view.slice_scores is not None:
-            start[axis] = int(np.argmax(np.asarray(view.slice_scores, dtype=np.float64)))
-            inside = np.zeros_like(overlay)
-            place = tuple(start[axis] if one == axis else slice(None) for one in range(3))
-            inside[place] = overlay[place]
-        start = [int(one) for one in np.unravel_index(np.argmax(inside), overlay.shape)]
+    start = _find_start(view, scan, overlay, axis)
     for step in range(len(STEPS)):
         layers = encode_layers(arrays, view.threshold, step)
         size = sum(len(layer.file) for layer in layers.values())
@@ -306,24 +300,51 @@ def _encode(view: ScanView, budget: int) -> _Encoded:
         raise ValueError(f"{view.name}: too large for a page of {LIMIT / 1e6:.0f} MB.")
     facts = {
         "name": view.name,
-        "score": view.score,
-        "threshold": view.threshold,
+        "score": None if view.score is None else float(view.score),
+        "threshold": None if view.threshold is None else float(view.threshold),
         "plane": view.plane,
         "axes": axes,
         "start": start,
         "is_picture": view.is_picture,
         "affine": affine.tolist(),
         "shape": list(scan.shape),
-        "slice_scores": None if view.slice_scores is None else [float(one) for one in view.slice_scores],
+        "slice_scores": None
+        if view.slice_scores is None
+        else [float(one) if math.isfinite(one) else None for one in view.slice_scores],
         "layers": [
             {"name": layer.name, "kind": layer.kind, **layers[number].facts}
             for number, layer in enumerate(view.layers)
         ],
     }
+    mask, grid = next(((array, grid) for kind, array, grid in arrays.values() if kind == MASK), (None, affine))
+    if mask is None and overlay is not None and view.threshold is not None:
+        mask = overlay > view.threshold
+    unit = 1.0 if view.is_picture else abs(float(np.linalg.det(grid[:3, :3]))) / 1000
+    volume = None if mask is None else np.count_nonzero(mask) * unit
     picture, thumbnail = (draw_slice(scan, overlay, affine, view.plane, start, width) for width in (420, 88))
     return _Encoded(
-        view, layers, facts, picture, thumbnail, STEPS[step][-1], size + len(picture) + len(thumbnail) + 4000
+        view,
+        layers,
+        facts,
+        picture,
+        thumbnail,
+        STEPS[step][-1],
+        volume,
+        size + len(picture) + len(thumbnail) + 4000,
     )
+
+
+def _find_start(view: ScanView, scan: np.ndarray, overlay: np.ndarray | None, axis: int) -> list[int]:
+    """The voxel where the cursor begins: the highest one of the map, in the slice with the highest score."""
+    if overlay is None or not overlay.any():
+        return [size // 2 for size in scan.shape[:3]]
+    place = [slice(None)] * 3
+    if view.slice_scores is not None:
+        scores = np.nan_to_num(np.asarray(view.slice_scores, dtype=np.float64), nan=-np.inf)
+        place[axis] = slice(int(np.argmax(scores)), int(np.argmax(scores)) + 1)
+    part = overlay[tuple(place)]
+    start = np.unravel_index(np.argmax(part), part.shape)
+    return [int(one) + (which.start or 0) for one, which in zip(start, place, strict=True)]
 
 
 @cache

@@ -65,7 +65,12 @@
 
   const list = $("scan-list");
   if (list) document.body.classList.add("has-list");
-  if (list && !$("viewer")) document.body.classList.remove("has-list");
+  if (list && !$("viewer")) {
+    document.body.classList.remove("has-list");
+    list.tBodies[0].addEventListener("click", (event) => {
+      if (!event.target.closest("a")) event.target.closest("tr").querySelector("a").click();
+    });
+  }
   if ($("filter")) {
     $("filter").addEventListener("input", () => {
       const wanted = $("filter").value.trim().toLowerCase();
@@ -182,7 +187,7 @@
 
   async function viewerOn(canvas) {
     const viewer = new niivue.Niivue({
-      backColor: [0, 0, 0, 1], crosshairColor: [0.95, 0.65, 0.25, 0.75], crosshairWidth: 0.5, crosshairGap: 4,
+      backColor: [0, 0, 0, 1], crosshairColor: [0.95, 0.65, 0.25, 0.75], crosshairWidth: 0.35, crosshairGap: 4,
       crosshairWidthUnit: "percent",
       dragAndDropEnabled: false, isRadiologicalConvention: true, multiplanarShowRender: 0, multiplanarLayout: 0,
       multiplanarPadPixels: 4, loadingText: "", logLevel: "error", viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "",
@@ -234,9 +239,10 @@
     layers.sort((one, other) => RANK.indexOf(one.kind) - RANK.indexOf(other.kind));
     const seen = new Set();
     layers.forEach((layer) => {
-      // Of several maps the first one shows, and of several scans.
-      layer.group = layer.kind === "scan" && seen.has("scan") || layer.kind === "map" && seen.has("map") ? "other" : layer.kind;
-      seen.add(layer.kind);
+      // Of several scans, masks, or maps and probabilities, the first one shows.
+      const kind = isMap(layer) ? "map" : layer.kind;
+      layer.group = ["scan", "map", "mask"].includes(kind) && seen.has(kind) ? "other" : layer.kind;
+      seen.add(kind);
       layer.visible = !view.hidden.has(layer.group);
     });
     state = { number, scan, layers, cut, mask: mask && mask.isCut ? mask : null, mm: null };

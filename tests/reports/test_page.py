@@ -92,6 +92,17 @@ def test_a_threshold_counts_what_the_values_count(tmp_path):
         assert facts["voxel_ml"] == pytest.approx(0.012)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1e-9, 1.0, 50.0])
+def test_thresholds_at_the_ends_of_a_map_leave_its_values(threshold):
+    array = np.linspace(0, 1, 210, dtype=np.float32).reshape(7, 6, 5)
+    encoded = encode_layers({0: ("map", array, AFFINE)}, threshold, 0)[0]
+    stored = nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(encoded.file)))
+    np.testing.assert_allclose(stored.get_fdata(), array, rtol=0, atol=1e-5)
+    mark = encoded.facts["mark"]
+    assert (mark is None) == (threshold < 1)
+    assert mark is None or not (stored.dataobj.get_unscaled() > mark).any()
+
+
 def test_headers_say_nothing_but_the_grid(tmp_path):
     given = image(np.arange(120).reshape(6, 5, 4))
     given.header["descrip"], given.header["aux_file"], given.header["intent_name"] = b"Jane Doe", b"Jane", b"Doe"
@@ -122,7 +133,10 @@ def test_many_scans_get_a_page_each(tmp_path, monkeypatch):
     links = re.findall(r'href="(report_scans/[^"]+)">([^<]+)<', index)
     assert sorted(name for _, name in links) == sorted(names)
     assert all((tmp_path / link).is_file() for link, _ in links)
-    scores = re.findall(r'class="number" data-value="([\d.]+)"', index)
+    values = re.findall(r'class="number" data-value="([\d.]+)"', index)
+    volumes, scores = values[::2], values[1::2]
+    marked = view(seed=names.index(links[0][1])).layers[1].image.get_fdata() > 0.3
+    assert float(volumes[0]) == pytest.approx(marked.sum() * 0.012)
     assert [float(score) for score in scores] == sorted(map(float, scores), reverse=True)
     (first,), (last,) = data_of(written[1]), data_of(written[-1])
     assert (first["previous"], first["next"]) == ("", written[2].name)
