@@ -10,9 +10,9 @@ from html import escape
 import numpy as np
 
 
-_WIDTH, _HEIGHT = 460, 300
+_WIDTH, _HEIGHT = 340, 240
 # Ends of the plane that lines are drawn in.
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 450, 28, 252
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 332, 28, 196
 COLOURS = ("#2a9d8f", "#e07a3f", "#7b6fd6")
 
 
@@ -53,16 +53,16 @@ def draw_lines(lines: dict[str, tuple[np.ndarray, np.ndarray]], x: Axis, y: Axis
         at = float(y.place(value, _BOTTOM, _TOP))
         parts.append(_grid(f"M{_LEFT} {at:.1f}H{_RIGHT}"))
         parts.append(_text(text, _LEFT - 6, at + 4, "end"))
-    parts.append(_text(x.title, (_LEFT + _RIGHT) / 2, _HEIGHT - 10, "middle"))
+    parts.append(_text(x.title, (_LEFT + _RIGHT) / 2, _HEIGHT - 6, "middle"))
     middle = (_TOP + _BOTTOM) / 2
     parts.append(_text(y.title, 12, middle, "middle", f' transform="rotate(-90 12 {middle:.0f})"'))
     for number, (name, (along, up)) in enumerate(lines.items()):
         points = zip(x.place(along, _LEFT, _RIGHT), y.place(up, _BOTTOM, _TOP), strict=True)
-        path, at = " ".join(f"{left:.1f},{top:.1f}" for left, top in points), _LEFT + 130 * number
+        path, at = " ".join(f"{left:.1f},{top:.1f}" for left, top in points), _LEFT + 88 * number
         colour = f'stroke="{COLOURS[number]}" stroke-width="2"'
         parts.append(f'<polyline points="{path}" fill="none" {colour} stroke-linejoin="round"/>')
-        parts.append(f'<path d="M{at} 12h18" {colour}/>')
-        parts.append(_text(name, at + 24, 16, "start"))
+        parts.append(f'<path d="M{at} 12h14" {colour}/>')
+        parts.append(_text(name, at + 18, 16, "start"))
     if mark is not None:
         at = float(x.place(mark, _LEFT, _RIGHT))
         parts.append(f'<path d="M{at:.1f} {_TOP}V{_BOTTOM}" stroke="currentColor" stroke-dasharray="5 4"/>')

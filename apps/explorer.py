@@ -227,7 +227,7 @@ def draw_schedule(scheduler: AnoDDPMScheduler | ANDiScheduler, timestep: int) ->
     """Draws sqrt(abar_t) and sqrt(1 - abar_t) of a scheduler over t, and marks t, as SVG text."""
     level, last = scheduler.alphas_cumprod.numpy(), len(scheduler) - 1
     steps = np.unique(np.linspace(0, last, 200).round().astype(int))
-    x = Axis("timestep t", (0, last), [(step, str(step)) for step in np.linspace(0, last, 6).round().astype(int)])
+    x = Axis("timestep t", (0, last), [(step, str(step)) for step in range(0, last, -(-last // 5))])
     y = Axis("weight", (0, 1), [(share, f"{share:g}") for share in (0, 0.25, 0.5, 0.75, 1)])
     lines = {"of the slice": (steps, np.sqrt(level[steps])), "of the noise": (steps, np.sqrt(1 - level[steps]))}
     return draw_lines(lines, x, y, mark=timestep)

@@ -43,7 +43,7 @@ def fill_maps(page: gr.Blocks, models: Sequence[str] = ()) -> None:
                 brain = gr.File(label="Brain mask, where the checkpoint does not find it itself", elem_id="brain")
                 seed = gr.Number(0, label="Seed of the draws", precision=0, minimum=0)
             start = gr.Button("Find anomalies", variant="primary", elem_id="start")
-            note = gr.HTML(elem_id="note")
+            note = gr.HTML(elem_id="note", min_height=120)
             archive = gr.DownloadButton("Download the results (ZIP)", visible=False, elem_id="archive")
         with gr.Column(scale=3, min_width=480):
             viewer = gr.HTML(elem_id="viewer")

@@ -42,7 +42,7 @@ _CSS = """
 .anodiff-facts { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; margin: 0; }
 .anodiff-facts dt { opacity: 0.75; }
 .anodiff-facts dd { margin: 0; font-weight: 600; }
-.anodiff-viewer { width: 100%; height: 860px; border: 0; border-radius: 6px; background: #111; }
+.anodiff-viewer { width: 100%; height: 900px; border: 0; border-radius: 6px; background: #111; }
 """
 
 

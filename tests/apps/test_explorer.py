@@ -114,7 +114,7 @@ def test_lines_lie_where_their_values_say():
     x = Axis("a < b", (1, 100), [(10, "10")], logarithmic=True)
     svg = ElementTree.fromstring(draw_lines({"one": ([1, 10, 1000], [0, 0.5, 2])}, x, Axis("y", (0, 1), []), mark=1))
     (line,) = svg.iter("polyline")
-    assert line.get("points") == "58.0,252.0 254.0,140.0 450.0,28.0"
+    assert line.get("points") == "56.0,196.0 194.0,112.0 332.0,28.0"
     assert "a < b" in [text.text for text in svg.iter("text")]
     for draw in (explorer.draw_spectrum, explorer.draw_histogram):
         chart = ElementTree.fromstring(draw({"slice": IMAGE, "noise": np.zeros_like(IMAGE)}))
