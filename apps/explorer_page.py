@@ -122,7 +122,7 @@ def _make_controls(first: NoiseSettings) -> dict:
             allow_custom_value=True,
         )
         made["num_train_timesteps"] = gr.Slider(
-            50, 2000, first.num_train_timesteps, step=1, label="Timesteps T (counted from 0 to T - 1)"
+            50, 2000, first.num_train_timesteps, step=1, label="Timesteps T (0 to T - 1)", elem_id="steps"
         )
         made["beta_start"] = gr.Number(first.beta_start, label="First beta, of a linear schedule")
         made["beta_end"] = gr.Number(first.beta_end, label="Last beta, of a linear schedule")
@@ -253,7 +253,7 @@ def _show(values: dict) -> tuple:
     ]
     images = {"slice": image, "noise": noised.noise, "noised slice": noised.noised}
     charts = [
-        (explorer.draw_spectrum(images), "Radial power spectrum: the share of each wavelength"),
+        (explorer.draw_spectrum(images), "Radial power spectrum: power at each wavelength"),
         (explorer.draw_histogram(images), "Histogram of the pixels"),
         (explorer.draw_schedule(noised.scheduler, settings.timestep), "Schedule: weights at t"),
     ]
@@ -277,12 +277,10 @@ def _show_reconstruction(values: dict, timestep: int) -> str:
     except (ValueError, TypeError, OSError) as error:
         return write_note(f"{name}: {error}", error=True)
     config, difference = pipeline.scheduler.config, made.slice - made.estimate
-    kind = {
-        "simplex": f"simplex noise, {config.get('octaves')} octaves from {config.get('wavelength'):g} pixels"
-        if "wavelength" in config
-        else "",
-        "pyramid": f"pyramid noise, discount {config.get('discount')}",
-    }.get(config.noise_type, f"{config.noise_type} noise")
+    if config.noise_type == "simplex":
+        kind = f"simplex noise, {config.octaves} octaves from {config.wavelength:g} pixels"
+    else:
+        kind = f"pyramid noise, discount {config.discount}"
     note = (
         f"{name} was trained with {kind}, and t from {trained[0]} to {trained[1]}: it is given its own noise here, on"
         " slices of its own size, and not the noise above."

@@ -91,6 +91,15 @@ def test_the_explorer_shows_what_is_chosen(tab, tmp_path):
     timestep = tab.locator("#timestep input[type=number]")
     assert change(noised, lambda: (timestep.fill("600"), timestep.press("Enter")))["inference"]["noise_level"] == 601
     assert "t = 600 is outside" in tab.inner_text("#reconstruction")
+    tab.get_by_role("button", name="Schedule").click()
+    steps = tab.locator("#steps input[type=number]")
+    longer = change(noised, lambda: (steps.fill("1500"), steps.press("Enter")))
+    assert longer["scheduler"]["num_train_timesteps"] == 1500
+    late = change(noised, lambda: (timestep.fill("1400"), timestep.press("Enter")))
+    assert late["inference"]["noise_level"] == 1401
+    tab.locator("#reconstruction").get_by_text("`timestep` must be").wait_for()
+    shorter = change(noised, lambda: (steps.fill("400"), steps.press("Enter")))
+    assert shorter["scheduler"]["num_train_timesteps"] == 400 and shorter["inference"]["noise_level"] == 400
     pyramid = change(noise, lambda: tab.locator("#noise_type").get_by_text("pyramid").click())
     assert pyramid["method"] == "andi" and pyramid["scheduler"]["noise_type"] == "pyramid"
 
