@@ -26,6 +26,7 @@ from anodiff.evaluation.conformal import (
 from anodiff.evaluation.options import EvalOptions
 from anodiff.evaluation.run import evaluate
 from anodiff.pipelines.guarantee import counted_slices, lesion_probability, p_values
+from anodiff.predict import main as predict
 
 from ..tiny import SIZE, make_pipeline, make_volume
 
@@ -352,3 +353,17 @@ def test_a_damaged_record_is_named(calibrated, tmp_path):
     (tmp_path / "model" / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ValueError, match="`calibration` must be the record"):
         AnomalyPipeline.from_pretrained(tmp_path / "model")
+
+
+def test_predictions_say_what_is_promised(calibrated, tmp_path, capsys):
+    folder, _ = calibrated
+    scan, model = str(folder / "test0.nii.gz"), str(folder / "model")
+    for name, options, told in (
+        ("same", [], "test0: brain taken as what is above the background; score above "),
+        ("other", ["--seed", "1"], "no guarantee: calibrated with other values of seed"),
+    ):
+        assert predict([scan, "--model", model, "-o", str(tmp_path / name), *options]) == 0
+        assert told in capsys.readouterr().out
+        record = json.loads((tmp_path / name / "test0" / "result.json").read_text(encoding="utf-8"))
+        assert record["guarantee"]["holds"] == (name == "same")
+        assert ("probability_map.nii.gz" in record["files"]) == (name == "same")
