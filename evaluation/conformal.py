@@ -258,9 +258,9 @@ def describe_promises(rows: Sequence[dict]) -> str:
         for unit in UNITS:
             if unit in told:
                 one = told[unit]
-                measured = "-" if one["rate"] is None else f"{one['rate']:.3f}"
+                measured = "-" if one["rate"] is None else f"{one['rate']:.2g}"
                 if one["low"] is not None and one["rate"] is not None:
-                    measured += f" ({one['low']:.3f} to {one['high']:.3f})"
+                    measured += f" ({one['low']:.2g} to {one['high']:.2g})"
                 lines.append(
                     f"| {row['name']} | {unit}s | {one['population']} | {one['n']} | {one['promised']:g} | {measured} |"
                     f" {one['tested']} |"
