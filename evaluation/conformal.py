@@ -22,13 +22,6 @@ from .reliability import Reliability
 
 NUM_KNOTS = 200  # of a stored table
 HEALTHY, PATIENTS = "healthy subjects", "healthy slices of patients"
-COLUMNS = {
-    "conformal_scan_rate": "healthy scans above the threshold",
-    "conformal_slice_rate": "healthy slices above the threshold",
-    "conformal_voxel_rate": "healthy voxels above the threshold",
-    "probability_expected_calibration_error": "ECE of the probability",
-    "probability_brier_score": "Brier score of the probability",
-}
 
 # Different scores, rising, and how often each occurs.
 Counted = tuple[np.ndarray, np.ndarray]
@@ -234,46 +227,6 @@ def measure_promises(record: Mapping, cases: Iterable[Case]) -> tuple[dict, dict
             "reliability": curve,
         }
     return metrics, told
-
-
-def describe_promises(rows: Sequence[dict]) -> str:
-    """Returns the section of `report.md` on the rows that are calibrated, empty if none is."""
-    calibrated = [row for row in rows if "guarantee" in row]
-    if not calibrated:
-        return ""
-    lines = [
-        "## Guarantees",
-        "",
-        "Of a new healthy scan like those of the calibration at most the promised share is above the threshold, in"
-        " expectation over calibrations; measured on this split.",
-        "",
-        "| | what | population | n | promised | measured | of |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    notes = []
-    for row in calibrated:
-        told = row["guarantee"]
-        if not told["holds"]:
-            notes.append(f"{row['name']}: no guarantee, {told['reason']}.")
-        for unit in UNITS:
-            if unit in told:
-                one = told[unit]
-                measured = "-" if one["rate"] is None else f"{one['rate']:.2g}"
-                if one["low"] is not None and one["rate"] is not None:
-                    measured += f" ({one['low']:.2g} to {one['high']:.2g})"
-                lines.append(
-                    f"| {row['name']} | {unit}s | {one['population']} | {one['n']} | {one['promised']:g} | {measured} |"
-                    f" {one['tested']} |"
-                )
-            elif unit in told.get("left_out", {}):
-                notes.append(f"{row['name']}: nothing is promised of {unit}s: {told['left_out'][unit]}")
-        if "probability" in told:
-            one = told["probability"]
-            notes.append(
-                f"{row['name']}: the probability of a lesion holds for the prevalence of its {one['subjects']}"
-                f" calibration subjects, {one['prevalence']:.3g} of the brain voxels."
-            )
-    return "\n".join([*lines, "", *(line for note in notes for line in (note, ""))])
 
 
 class _Groups:

@@ -20,11 +20,11 @@ from anodiff.evaluation.conformal import (
     PATIENTS,
     calibrate_conformal,
     conformal_threshold,
-    describe_promises,
     measure_promises,
 )
 from anodiff.evaluation.options import EvalOptions
 from anodiff.evaluation.run import evaluate
+from anodiff.evaluation.sections import guarantee_section
 from anodiff.pipelines.guarantee import counted_slices, lesion_probability, p_values
 from anodiff.predict import main as predict
 
@@ -201,9 +201,11 @@ def test_realised_rates():
     assert metrics["conformal_slice_rate_low"] == 0.0 < metrics["conformal_slice_rate_high"]
     metrics, told = measure_promises(record, [patient])
     assert metrics["conformal_scan_rate"] is None and told["scan"]["tested"] == 0
-    row = {"name": "method", "guarantee": {"holds": True, **told}}
-    assert "| method | scans | healthy subjects | 9 | 0.1 | - | 0 |" in describe_promises([row])
-    assert describe_promises([{"name": "intensity"}]) == ""
+    row = {"name": "method", "metrics": metrics, "guarantee": {"holds": True, **told}}
+    assert "| method | scans | healthy subjects | 9 | 0.1 | no such subject | 0 |" in guarantee_section(
+        {"results": [row]}
+    )
+    assert guarantee_section({"results": [{"name": "intensity", "metrics": {}}]}) == []
 
 
 def test_slices_of_a_whole_scan_are_those_of_the_calibration():
