@@ -345,6 +345,11 @@ def test_other_evaluations_of_a_calibrated_checkpoint(calibrated, tmp_path):
     with pytest.raises(ValueError, match="`alpha` must be at least .*subjects with healthy slices"):
         evaluate(EvalOptions(**shared, output_dir=str(tmp_path / "no"), calibrate="conformal", alpha=0.01))
     assert not (tmp_path / "no" / "report.json").exists()
+    # Masks of this protocol are not those of the checkpoint's settings.
+    make_pipeline("AnoFPDMPipeline").save_pretrained(tmp_path / "guided")
+    shared |= {"model": [str(tmp_path / "guided")], "protocol": "anofpdm", "calibrate": "conformal", "alpha": 0.2}
+    with pytest.raises(ValueError, match="`calibrate conformal` needs a protocol that takes the settings of"):
+        evaluate(EvalOptions(**shared, output_dir=str(tmp_path / "guided-report")))
 
 
 def test_a_damaged_record_is_named(calibrated, tmp_path):
