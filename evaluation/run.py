@@ -264,7 +264,7 @@ class _Evaluation:
                 row |= more
                 if tally is not None:
                     tallies.append(tally)
-                    row |= {"strata": score_strata(tally, divided)} if divided else {}
+                    row |= {"strata": score_strata(tally, files["test"], divided)} if divided else {}
                 row["subjects"] = [old | new for old, new in zip_longest(row["subjects"], records, fillvalue={})]
         for number in range(len(options.model)):
             self._score_promises(number)

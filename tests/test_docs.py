@@ -44,7 +44,12 @@ FOREIGN = {
 
 
 # What stands for several words in the names of metrics.
-PLACES = {"POLICY": "(oracle|validation|healthy|yen|own)", "RATE": r"[\d.]+", "SETTING": "(mixed|unhealthy)"}
+PLACES = {
+    "POLICY": "(oracle|validation|healthy|yen|own)",
+    "RATE": r"[\d.]+",
+    "SETTING": "(mixed|unhealthy)",
+    "RULE": "(search|exact|fpr1|fpr5|fpr10)",
+}
 
 
 def find_undefined(metrics, *pages: str) -> list[str]:

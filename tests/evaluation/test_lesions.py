@@ -156,7 +156,7 @@ def test_a_method_on_two_subjects(tmp_path, spacing, unit, distance):
     assert metrics["hausdorff_95_oracle"] == pytest.approx(0.95 * 6 * (distance / 2))
     assert metrics["hausdorff_95_undefined_oracle"] == 0
     assert metrics["lesion_recall_validation"] is None and metrics["false_positives_validation"] is None
-    assert tally.subjects == ["ill", "well"] and tally.updates == [0, None]
+    assert tally.subjects == ["ill", "well"] and tally.masked == [True, False]
 
 
 def test_an_empty_mask_has_no_distance_and_is_counted(tmp_path):
