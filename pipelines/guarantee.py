@@ -194,6 +194,7 @@ def describe_claims(claims: Mapping) -> str:
         return f"guarantee for {' and '.join(f'{unit}s' for unit in UNITS if unit in claims)} at alpha {claims['alpha']:g}"
     scan = claims["scan"]
     return (
-        f"score above {scan['healthy_rank']:.0%} of healthy scans (n = {scan['n']}), p = {scan['p_value']:.2g},"
+        f"score above {scan['healthy_rank']:.0%} of the {scan['n']} healthy subjects of the calibration,"
+        f" p = {scan['p_value']:.2g},"
         f" {'above' if scan['above'] else 'not above'} the threshold of alpha {claims['alpha']:g}"
     )
