@@ -131,10 +131,10 @@ def main(argv: list[str] | None = None) -> int:
     scans, failed, finished = broadcast_object_list(listed)[0]
     own, reasons = scans[accelerator.process_index :: accelerator.num_processes], []
     with tqdm(total=len(own), desc="scans", disable=len(own) < 2 or not accelerator.is_local_main_process) as bar:
-        for scan, origin, reason in predict_scans(pipeline, own, options, record):
+        for scan, told, reason in predict_scans(pipeline, own, options, record):
             reasons.append((scan.name, reason))
             if reason is None:
-                tqdm.write(f"{scan.name}: {_ORIGINS[origin]}")
+                tqdm.write(f"{scan.name}: {told}")
             bar.update()
     reasons = dict(gather_object(reasons))
     accelerator.end_training()  # takes the process group down
@@ -231,7 +231,7 @@ def predict_scans(pipeline, scans: list, options: PredictOptions, record: dict) 
         record (`dict`): What goes into the settings of the results.
 
     Yields:
-        each scan when it is done, with how its brain mask came about, or `None` and why it failed.
+        each scan when it is done, with what [`write_scan`] says of it, or `None` and why it failed.
     """
     with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
 
@@ -287,13 +287,22 @@ def _records(options: PredictOptions) -> tuple[str, ...]:
 def read_scan(pipeline, scan, options: PredictOptions):
     """Returns a scan for the pipeline, if its result may be written: its slices, or its volume if the pipeline has to
     find the brain."""
-    from anodiff.volumes.results import DISPERSION_ARRAYS, ENSEMBLE_ARRAYS, MAP_ARRAYS, PICTURES, check_place
+    from anodiff.volumes.results import (
+        CALIBRATED_ARRAYS,
+        DISPERSION_ARRAYS,
+        ENSEMBLE_ARRAYS,
+        MAP_ARRAYS,
+        PICTURES,
+        check_place,
+    )
 
     folder, records = Path(options.output) / scan.name, _records(options)
     arrays = ENSEMBLE_ARRAYS if pipeline.task == "segmentation" else MAP_ARRAYS
     stems = {*arrays, *(DISPERSION_ARRAYS if options.dispersion else ()), *(PICTURES[record] for record in records)}
     if pipeline.brain_extractor is None:
         stems.discard("brain_mask")
+    if pipeline.task != "segmentation" and pipeline.config.calibration is None:
+        stems -= {*CALIBRATED_ARRAYS}
     check_place(folder, stems, records)
     if (folder / "result.json").exists() and not (options.overwrite or options.skip_existing):
         raise FileExistsError(
@@ -327,9 +336,11 @@ def compute_scan(pipeline, volume, options: PredictOptions) -> tuple:
 
 
 def write_scan(pipeline, scan, options: PredictOptions, result, spread) -> str:
-    """Writes the result of a scan, and its pictures, into a folder of its own. Returns how its brain mask came about."""
+    """Writes the result of a scan, and its pictures, into a folder of its own. Returns how its brain mask came about, and
+    what a calibrated checkpoint says of it, in words."""
     from anodiff.evaluation.overview import draw_members, draw_overview
     from anodiff.files import lock_folder
+    from anodiff.pipelines.guarantee import describe_claims
     from anodiff.pipelines.output import AnomalyOutput
     from anodiff.volumes.results import remove_results
 
@@ -342,7 +353,10 @@ def write_scan(pipeline, scan, options: PredictOptions, result, spread) -> str:
         if spread is not None:
             spread.save(folder, lambda path: draw_members(spread, path, scan.name, plane=plane))
         result.save(folder, lambda path: draw(result, path, scan.name, plane=plane))
-    return result.settings["brain"]
+    told = _ORIGINS[result.settings["brain"]]
+    if isinstance(result, AnomalyOutput) and result.guarantee is not None:
+        told = f"{told}; {describe_claims(result.guarantee)}"
+    return told
 
 
 if __name__ == "__main__":

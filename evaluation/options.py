@@ -73,7 +73,9 @@ class EvalOptions:
     calibrate: str | None = None
     """First choose the models' values on the labels of the validation split, without its masks, and store them in the
     checkpoint folders: `labels` (AnoFPDM's own, by image-level accuracy), `healthy`, `yen` or `otsu` (a threshold, for
-    any method)."""
+    any method). `conformal`: what may be promised of healthy scans, and with its masks the probability of a lesion."""
+    alpha: float = 0.05
+    """Share of healthy scans, slices and voxels above the thresholds of `calibrate conformal`, at most."""
     calibration_slices: int | None = None
     """Validation slices that `calibrate labels` takes, evenly spread; all by default."""
     guidance_scales: list[float] = field(default_factory=list)

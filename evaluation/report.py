@@ -18,6 +18,7 @@ from .metrics import NUM_RESAMPLES
 from .options import EvalOptions
 from .sections import (
     comparison_section,
+    guarantee_section,
     join_settings,
     lesion_section,
     metric_cell,
@@ -96,7 +97,7 @@ def describe_intervals(subjects: int, groups: int) -> str:
 
 def markdown(report: dict, columns: dict[str, str]) -> str:
     """Returns the report as Markdown: a table of every row under those of the `columns`, metric to title, that a row
-    has, comparisons, lesions and strata where there are any, the nine protocol fields, and the reliability of an
+    has, comparisons, lesions, strata and guarantees where there are any, the nine protocol fields, and the reliability of an
     ensemble."""
     data = report["data"]
     measured = {name for row in report["results"] for name in row["metrics"]}
@@ -118,6 +119,7 @@ def markdown(report: dict, columns: dict[str, str]) -> str:
         *comparison_section(report),
         *lesion_section(report),
         *strata_section(report),
+        *guarantee_section(report),
         *protocol_section(report),
     ]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())

@@ -21,10 +21,11 @@ from ..data.prepared import PreparedSplit, load_prepared
 from ..files import check_name, lock_folder, read_json, write_json, write_text
 from ..pipelines.base import AnomalyPipeline, SliceResults
 from ..pipelines.batches import choose_batch_size
-from . import ensembles, maps
+from ..pipelines.guarantee import COUNTED, describe_scoring, find_changes
+from . import conformal, ensembles, maps
 from .calibration import LabelledSlices, calibrate
 from .candidates import choose_protocol, describe_model, load_pipeline, store_values
-from .cases import Tally, slice_numbers, slice_spacing
+from .cases import Case, Tally, slice_numbers, slice_spacing
 from .comparisons import compare
 from .options import EvalOptions
 from .publishing import FORMER_CARD, check_hub, push_report
@@ -136,16 +137,21 @@ class _Evaluation:
             names = self.kind.name_splits(options)
             self.splits = {part: load_prepared(options.data, name) for part, name in names.items()}
         check_strata(options.strata, self.splits["test"])
+        if options.calibrate == "conformal":
+            conformal.check_split(self.splits["validation"], options.alpha)
         self.folder = Path(options.output_dir) / CASES
         self.rows: list[dict] = []
         self.folders: list[Path] = []
         self.calibrations: list[dict] = []
+        # Of each model: what its scores depend on, and the record of its checkpoint.
+        self.scorings: list[dict] = []
+        self.records: list[dict | None] = []
 
     def calibrate(self) -> None:
         """Calibrates the checkpoints, if that is wanted, and stores the values in their folders, which other processes
         load; keeps the records, one per model."""
         options = self.options
-        if options.calibrate:
+        if options.calibrate and options.calibrate != "conformal":
             slices = LabelledSlices(self.splits["validation"], options.calibration_slices)
             for model in options.model:
                 record = calibrate(
@@ -168,6 +174,13 @@ class _Evaluation:
             row = describe_model(model, pipeline, self.options)
             # Two models of one name must not share a folder.
             self.folders.append(self.folder / f"{number:02d}")
+            if self.options.calibrate == "conformal" and self._settings(pipeline) != pipeline.default_settings():
+                raise ValueError(
+                    f"`calibrate conformal` needs a protocol that takes the settings of {model} as they are: leave"
+                    f" `protocol` {self.options.protocol} out."
+                )
+            self.records.append(pipeline.config.get("calibration"))
+            self.scorings.append(describe_scoring(pipeline, self._settings(pipeline), self.options.seed))
             times = []
             for part, split in self.splits.items():
                 title = f"{Path(model).name}, {part}"
@@ -208,6 +221,9 @@ class _Evaluation:
         for row, record in zip(self.rows, self.calibrations, strict=False):
             row["calibration"] = record
         report = self.score()
+        if options.calibrate == "conformal":
+            for model, row in zip(options.model, self.rows, strict=False):
+                store_values(Path(model), {"calibration": row["calibration"]})
         undefined = []
         for model, row in zip(options.model, self.rows, strict=False) if options.set_threshold else ():
             threshold = row["metrics"][f"threshold_{options.set_threshold}"]
@@ -250,6 +266,8 @@ class _Evaluation:
                     tallies.append(tally)
                     row |= {"strata": score_strata(tally, files["test"], divided)} if divided else {}
                 row["subjects"] = [old | new for old, new in zip_longest(row["subjects"], records, fillvalue={})]
+        for number in range(len(options.model)):
+            self._score_promises(number)
         statistics = kind.make_statistics(self.splits) if options.baselines else []
         report = make_report(options, kind, protocols, self.splits["test"], self.rows + statistics, self.accelerator)
         if tallies:
@@ -261,14 +279,48 @@ class _Evaluation:
         write_text(output_dir / "report.md", markdown(report, columns))
         return report
 
+    def _score_promises(self, number: int) -> None:
+        """Calibrates a model on the cases of the validation split, if that is wanted, and measures on those of the test
+        split how the promises of its calibration were kept."""
+        options, row, folder = self.options, self.rows[number], self.folders[number]
+        record, scoring = self.records[number], self.scorings[number]
+
+        def read(part: str) -> Iterator[Case]:
+            return (Case.load(folder / part / f"{name}.npz") for name in self.kind.choose_subjects(self.splits[part]))
+
+        rules = {
+            part: {name: split.recipe.get("slices", {}).get(name, value) for name, value in COUNTED.items()}
+            for part, split in self.splits.items()
+        }
+        if options.calibrate == "conformal":
+            data = Path(options.data).resolve().name if Path(options.data).exists() else options.data
+            record = row["calibration"] = {
+                **conformal.calibrate_conformal(read("validation"), options.alpha),
+                **{"data": data, "split": options.validation_split},
+                **{"settings": scoring, "slices": rules["validation"]},
+            }
+        if record is None:
+            return
+        changes = find_changes(record, scoring) + ["slices"] * (dict(record["slices"]) != rules["test"])
+        row["guarantee"] = {"holds": not changes}
+        if changes:
+            row["guarantee"]["reason"] = f"calibrated with other values of {', '.join(changes)}"
+            return
+        metrics, told = conformal.measure_promises(record, read("test"))
+        row["metrics"] |= metrics
+        row["guarantee"] |= told
+
+    def _settings(self, pipeline: AnomalyPipeline) -> dict:
+        """The settings of the checkpoint, with those that the protocol needs in their place."""
+        own, needed = pipeline.default_settings(), self.protocol.NEEDS.settings
+        return own | {key: value for key, value in needed.items() if key in own}
+
     @torch.no_grad()
     def _map(self, pipeline: AnomalyPipeline, split: PreparedSplit, items: list[dict]) -> tuple[SliceResults, float]:
         """Results of some subjects together, and the seconds from slices to filtered maps, without reading and
         writing."""
         images, brain = (torch.from_numpy(np.concatenate([item[key] for item in items])) for key in ("image", "brain"))
         numbers = np.concatenate([slice_numbers(split, item["subject"], item["slice"]) for item in items])
-        own = pipeline.default_settings()
-        settings = {key: value for key, value in self.protocol.NEEDS.settings.items() if key in own}
         start = time.perf_counter()
         results = pipeline.map_slices(
             images.to(self.accelerator.device),
@@ -277,7 +329,7 @@ class _Evaluation:
             volumes=[len(item["image"]) for item in items],
             batch_size=self.options.batch_size,
             seed=self.options.seed,
-            **settings,
+            **self._settings(pipeline),
         )
         return results, time.perf_counter() - start
 
