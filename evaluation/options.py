@@ -85,3 +85,6 @@ class EvalOptions:
     """Picture for the card; on phantoms it is cases.png, on scans only what you give."""
     keep_maps: bool = False
     """Keep the maps of every subject (npz) beside the report."""
+    merge: list[str] = field(default_factory=list)
+    """Output folder of an earlier evaluation of the same splits with `keep_maps`, whose models take part as they are;
+    give the flag once per folder. Their maps stay there."""

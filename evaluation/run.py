@@ -27,7 +27,7 @@ from .candidates import choose_protocol, describe_model, load_pipeline, store_va
 from .cases import slice_numbers
 from .options import EvalOptions
 from .publishing import FORMER_CARD, check_hub, push_report
-from .report import make_report, markdown
+from .report import data_name, make_report, markdown
 from .scoring import sweep_thresholds
 
 
@@ -69,6 +69,7 @@ def evaluate(options: EvalOptions) -> dict:
             evaluation.calibrate()
         accelerator.wait_for_everyone()
         evaluation.compute_models()
+        evaluation.take_merged()
         evaluation.compute_baselines()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -125,7 +126,7 @@ class _Evaluation:
         self.protocol = choose_protocol(options)
         self.kind = KINDS[self.protocol.TASK]
         self.kind.check_options(options)
-        if not options.model and not options.baselines:
+        if not options.model and not options.merge and not options.baselines:
             raise ValueError("There is nothing to evaluate: give `--model`, or leave `baselines` on.")
         if options.push_to_hub:
             check_hub(options, accelerator.is_main_process)
@@ -184,6 +185,34 @@ class _Evaluation:
             settings = self.kind.describe_settings(pipeline)
             fast = {} if pipeline.fast is None else {"fast": pipeline.fast}
             self.rows.append({**row, "settings": settings, **fast, "seconds_per_slice": float(seconds / slices)})
+
+    def take_merged(self) -> None:
+        """Adds the rows of the models of earlier evaluations, whose cases are read where they lie."""
+        subjects = {part: self.kind.choose_subjects(split) for part, split in self.splits.items()}
+        for name in self.options.merge:
+            folder = Path(name)
+            report = read_json(folder / "report.json")
+            own = {"seed": self.options.seed, "name": data_name(self.options.data), "split": self.options.split}
+            given = {"seed": report["seed"], "name": report["data"]["name"], "split": report["data"]["split"]}
+            if given != own:
+                raise ValueError(f"`merge`: {folder} is of {given}, this evaluation of {own}.")
+            rows = [row for row in report["results"] if row["kind"] == "pipeline"]
+            for number, row in enumerate(rows):
+                maps = folder / "maps" / f"{number:02d}"
+                lacks = [
+                    f"{part}/{subject}"
+                    for part, names in subjects.items()
+                    for subject in names
+                    if not (maps / part / f"{subject}.npz").is_file()
+                ]
+                if lacks:
+                    raise FileNotFoundError(
+                        f"`merge`: {maps} has no maps of {', '.join(lacks[:3])}{' ...' if len(lacks) > 3 else ''}:"
+                        " evaluate there with --keep_maps, of the same splits."
+                    )
+                # Scored again, beside the others.
+                self.rows.append({key: value for key, value in row.items() if key not in ("metrics", "subjects")})
+                self.folders.append(maps)
 
     def compute_baselines(self) -> None:
         """Writes the cases that the baselines make of this process's subjects, and adds their rows."""
