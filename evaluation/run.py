@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm.auto import tqdm
 
+from ..checks import check_choice
 from ..data.prepared import PreparedSplit, load_prepared
 from ..files import check_name, lock_folder, read_json, write_json, write_text
 from ..pipelines.base import AnomalyPipeline, SliceResults
@@ -26,6 +27,7 @@ from .calibration import LabelledSlices, calibrate
 from .candidates import choose_protocol, describe_model, load_pipeline, store_values
 from .cases import slice_numbers
 from .options import EvalOptions
+from .page import write_page
 from .publishing import FORMER_CARD, check_hub, push_report
 from .report import data_name, make_report, markdown
 from .scoring import sweep_thresholds
@@ -38,8 +40,10 @@ KINDS = {"anomaly-detection": maps, "segmentation": ensembles}
 # Of an evaluation under way: the cases, and what of the output folder is its own, so that the next one may go over it
 # if this one is killed.
 CASES, RECORD = ".cases", ".evaluation.json"
-# What an evaluation leaves beside `report.json` and the maps, the last two of them where it is pushed.
-PRODUCTS = ("cases.png", "reliability.png", "report.md", "card", FORMER_CARD)
+# What an evaluation leaves beside `report.json` and the maps; pages where they are wanted, the last two where it is
+# pushed.
+PAGES = ("report.html", "report_scans")
+PRODUCTS = ("cases.png", "reliability.png", "report.md", *PAGES, "card", FORMER_CARD)
 
 
 def evaluate(options: EvalOptions) -> dict:
@@ -83,7 +87,8 @@ def evaluate(options: EvalOptions) -> dict:
 
 
 def _products(options: EvalOptions) -> list[str]:
-    return list(PRODUCTS if options.push_to_hub else PRODUCTS[:3])
+    unwanted = [*(PAGES if options.report == "none" else ()), *(() if options.push_to_hub else ("card", FORMER_CARD))]
+    return [name for name in PRODUCTS if name not in unwanted]
 
 
 def _list_own(output_dir: Path, options: EvalOptions) -> list[str]:
@@ -123,6 +128,7 @@ class _Evaluation:
 
     def __init__(self, options: EvalOptions, accelerator: Accelerator):
         self.options, self.accelerator = options, accelerator
+        check_choice("report", options.report, ("html", "none"))
         self.protocol = choose_protocol(options)
         self.kind = KINDS[self.protocol.TASK]
         self.kind.check_options(options)
@@ -276,6 +282,8 @@ class _Evaluation:
         kind.draw(report, list(zip(self.rows, self.folders, strict=True)), self.splits["test"], output_dir)
         columns = {name: title for protocol in protocols for name, title in protocol.COLUMNS.items()}
         write_text(output_dir / "report.md", markdown(report, columns))
+        if options.report == "html":
+            write_page(report, columns, self.splits["test"], self.folders, output_dir / PAGES[0])
         return report
 
     @torch.no_grad()
