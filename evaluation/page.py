@@ -96,7 +96,11 @@ def make_sections(report: dict, columns: dict[str, str]) -> list[Section]:
             Column("seconds", "s per slice", HELP["seconds_per_slice"], "lower"),
         ],
         [
-            {"name": row["name"], "seconds": row.get("seconds_per_slice"), **{key: _cell(row, key) for key in main}}
+            {
+                "name": row["name"],
+                "seconds": row.get("seconds_per_slice"),
+                **{key: with_interval(row, key) for key in main},
+            }
             for row in rows
         ],
         f"Small print: {report['intervals']}.",
@@ -114,7 +118,10 @@ def make_sections(report: dict, columns: dict[str, str]) -> list[Section]:
     if others:
         names = [Column(str(number), row["name"]) for number, row in enumerate(rows)]
         lines = [
-            {"metric": key.replace("_", " "), **{str(number): _cell(row, key) for number, row in enumerate(rows)}}
+            {
+                "metric": key.replace("_", " "),
+                **{str(number): with_interval(row, key) for number, row in enumerate(rows)},
+            }
             for key in others
         ]
         table = Table("All other metrics", [Column("metric", "Metric"), *names], lines)
@@ -128,7 +135,8 @@ def _better(key: str) -> str | None:
     return "lower" if any(word in key for word in _LOWER) else "higher"
 
 
-def _cell(row: dict, key: str):
+def with_interval(row: dict, key: str):
+    """Returns a metric of a row as the cell of a table: the value, with its interval where there is one."""
     value, low, high = (row["metrics"].get(f"{key}{end}") for end in ("", *_ENDS))
     return value if low is None or high is None or value is None else (value, low, high)
 

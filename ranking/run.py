@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import shutil
@@ -14,9 +15,19 @@ from pathlib import Path
 
 import psutil
 import yaml
+from huggingface_hub import ModelCard
 
-from ..files import lock_folder, read_json, write_json, write_text
+from ..data.prepared import PreparedSplit, load_prepared
+from ..evaluation.options import EvalOptions
+from ..evaluation.page import HELP, with_interval, write_page
+from ..evaluation.protocols import pooled
+from ..evaluation.publishing import push_report
+from ..files import lock_folder, read_json, read_text, write_json, write_text
+from ..hub.model_card import add_evaluation
+from ..hub.publishing import write_card
+from ..reports import Column, Section, Table
 from .plan import METHODS, Entry, Facts, make_configuration
+from .table import ALSO, RANKED_BY, describe_next, describe_training, markdown, rank
 
 
 # Steps whose time is measured, after as many that are not: the first ones are slower.
@@ -247,8 +258,16 @@ class Evaluations:
         return done
 
     def compare(self, names: Sequence[str], target: Path) -> None:
-        """Scores the maps of models and the baselines together, into a new folder."""
+        """Scores the maps of models and the baselines together into a folder. One of other models that lies there is
+        kept under another name."""
+        record = target.with_suffix(".json")
+        if (target / "report.json").exists():
+            if record.exists() and read_json(record) == list(names):
+                return
+            number = next(number for number in itertools.count(1) if not Path(f"{target}-{number}").exists())
+            target.rename(f"{target}-{number}")
         print("scoring all ...", flush=True)
+        write_json(record, list(names))
         merged = [argument for name in names for argument in ("--merge", str(self.folder / name))]
         log = target.with_suffix(".log")
         reason = self.launcher.run("eval", [*merged, "--output_dir", str(target), *self.arguments], log)
@@ -256,21 +275,132 @@ class Evaluations:
             raise ValueError(f"The evaluation of all failed: {reason} All that it said is in {log}.")
 
 
-def check_record(path: Path, record: dict) -> None:
-    """Writes what a benchmark is of into its folder, or raises a `ValueError` if there was another one."""
-    if path.exists():
-        earlier = read_json(path)
-        differing = [key for key in record if record[key] != earlier.get(key)]
-        if differing:
-            raise ValueError(
-                f"{path.parent} holds a benchmark with another {' and '.join(f'`{key}`' for key in differing)}. Choose"
-                " another `--output_dir`."
-            )
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def run_benchmark(options, budget: float, facts: Facts, entries: Sequence[Entry]) -> int:
+    """
+    Trains, evaluates, ranks, and writes `report.json`, `report.md` and `report.html`.
+
+    Args:
+        options: Of `benchmark.py`.
+        budget (`float`): Seconds of optimizer steps.
+        facts, entries: Of the data, and the plan.
+
+    Returns:
+        `int`: 0, or 1 if a method failed or a model of the user cannot be evaluated.
+    """
+    output, launcher = Path(options.output_dir), Launcher(options.launch or ONE_PROCESS)
+    with lock_folder(output):
+        _check_record(
+            output / "benchmark.json", {"data": options.data, "split": options.split, "facts": asdict(facts)}
+        )
+        trainings = Trainings(output / "trainings", facts, options.data, budget, launcher)
+        planned = [entry for entry in entries if entry.kind in ("training", "part") and not entry.reason]
+        trainings.run(planned)
+        states = {entry.name: trainings.state(entry.name) for entry in planned}
+        models = {
+            entry.name: str(trainings.pipeline(entry.name)) if entry.kind == "training" else entry.source
+            for entry in entries
+            if not entry.reason
+            and entry.kind != "part"
+            and (entry.kind != "training" or states[entry.name]["state"] == "trained")
+        }
+        validation = "validation" if "validation" in facts.splits else "none"
+        arguments = ["--data", options.data, "--split", options.split, "--validation_split", validation]
+        arguments += ["--report", "none", "--fast", str(options.fast).lower()]
+        evaluations = Evaluations(output / "evaluations", arguments, launcher)
+        names = evaluations.run(models)
+        for name in models:
+            if name not in names:
+                states[name] = {**states.get(name, {}), "reason": f"evaluation: {evaluations.failure(name)}"}
+        evaluations.compare(names, output / "evaluation")
+        report = read_json(output / "evaluation" / "report.json")
+        ranking = rank(report, names, entries, states)
+        folders = [evaluations.folder / name / "maps" / "00" for name in names]
+        _write(output, {**report, "ranking": ranking}, folders, load_prepared(options.data, options.split))
+        _publish(options, report, names, trainings, output)
+    failed = [name for name, state in states.items() if state.get("reason")]
+    failed += [entry.name for entry in entries if entry.kind == "given" and entry.reason]
+    if failed:
+        print(f"Not ranked: {', '.join(failed)}. The reasons are in {output / 'report.md'}.", file=sys.stderr)
+    print(f"The ranking is in {output / 'report.html'}.")
+    return 1 if failed else 0
+
+
+def _check_record(path: Path, record: dict) -> None:
+    """Writes what a benchmark is of into its folder; raises a `ValueError` if there was another one."""
+    if not path.exists():
         write_json(path, record)
+        return
+    earlier = read_json(path)
+    differing = [f"`{key}`" for key in record if record[key] != earlier.get(key)]
+    if differing:
+        raise ValueError(
+            f"{path.parent} holds a benchmark of other data: {' and '.join(differing)} differ. Choose another"
+            " `--output_dir`."
+        )
 
 
-def describe_facts(facts: Facts) -> dict:
-    """Returns facts as JSON values."""
-    return asdict(facts)
+def _write(output: Path, report: dict, folders: Sequence[Path], split: PreparedSplit) -> None:
+    """Writes report, text and page."""
+    ranking, results = report["ranking"], report["results"]
+    metric = ranking["metric"]
+    write_json(output / "report.json", report)
+    head = read_text(output / "evaluation" / "report.md")
+    write_text(output / "report.md", markdown(report, ranking, head))
+    columns = [
+        Column("rank", ""),
+        Column("name", "Row"),
+        Column("value", RANKED_BY[metric], HELP[metric], "higher"),
+        Column("next", "Less the next", "Difference from the row below on the same subjects, with its corrected p"),
+        *(Column(key, title, HELP[key], "higher") for key, title in ALSO.items() if key != metric),
+        Column("origin", "Origin"),
+        Column("training", "Training", "Time of the optimizer steps, here"),
+        Column("seconds", "s per slice", HELP["seconds_per_slice"], "lower"),
+        Column("trained_on", "Trained on"),
+    ]
+    rows = [
+        {
+            "rank": row["rank"],
+            "name": row["name"],
+            "value": with_interval(results[row["result"]], metric),
+            "next": describe_next(row["next"]),
+            **{key: with_interval(results[row["result"]], key) for key in ALSO},
+            "origin": row["origin"],
+            "training": describe_training(row),
+            "seconds": row["seconds_per_slice"],
+            "trained_on": row["trained_on"],
+        }
+        for row in ranking["rows"]
+    ]
+    caption = f"Times: {report['device']}. Small print: {report['intervals']}."
+    blocks: list = [Table("Ranking", columns, rows, caption)]
+    if ranking["absent"]:
+        absent = [{"name": name, "reason": reason} for name, reason in ranking["absent"].items()]
+        blocks.append(Table("Not ranked", [Column("name", "Row"), Column("reason", "Reason")], absent))
+    data = report["data"]
+    write_page(
+        report,
+        pooled.COLUMNS,
+        split,
+        folders,
+        output / "report.html",
+        title=f"Benchmark on {data['name']}, {data['split']}",
+        sections=[Section("Ranking", blocks)],
+    )
+
+
+def _publish(options, report: dict, names: Sequence[str], trainings: Trainings, output: Path) -> None:
+    """Puts its results, beside the baselines, into the card of every pipeline that was trained here, and pushes it."""
+    short = report["data"]["name"].split("/")[-1]
+    recipe = load_prepared(options.data, options.split).recipe
+    for name, row in zip(names, report["results"], strict=False):
+        folder = trainings.pipeline(name)
+        if name not in METHODS or not folder.is_dir():
+            continue
+        results = [row, *(other for other in report["results"] if other["kind"] != "pipeline")]
+        own = {**report, "results": results, "comparisons": []}
+        card = ModelCard(read_text(folder / "README.md"))
+        write_card(folder, str(add_evaluation(card, own)))
+        if options.push_to_hub:
+            repo_id = f"{options.push_to_hub}/{name}-{short}"
+            pushed = EvalOptions(model=[str(folder)], push_to_hub=repo_id)
+            print(f"Pushed to {push_report(pushed, own, recipe, output / 'evaluation')}", flush=True)
