@@ -20,6 +20,8 @@ MOST_CASES = 6
 # Not a measurement, or the worse the higher.
 _LOWER = ("ged", "error", "hd95", "brier", "fpr", "false_positives", "seconds")
 _ENDS = ("_low", "_high")
+# Of the record of a case, what the viewer shows anyway.
+_KNOWN = ("label", "score")
 HELP = {
     "voxel_average_precision": "Area under precision over recall of all brain voxels, pooled; it depends on how many are lesion.",
     "voxel_auroc": "Probability that a lesion voxel has a higher score than another voxel of a brain.",
@@ -186,15 +188,12 @@ def _make_table(title: str, report: dict, key: str) -> Table:
 
 def _describe(report: dict) -> list:
     """Protocol, settings of the rows, and versions; of settings once what rows share."""
-    protocol = {key: text for key, text in report["protocol"].items() if key not in ("postprocessing",)}
-    names = {"field": "Field", "text": ""}
-    blocks: list = [
-        Table(
-            "Protocol",
-            [Column(key, heading) for key, heading in names.items()],
-            [{"field": key.replace("_", " "), "text": text} for key, text in protocol.items()],
-        )
+    fields = [
+        {"field": key.replace("_", " "), "text": text}
+        for key, text in report["protocol"].items()
+        if key != "postprocessing"  # below, without what rows share
     ]
+    blocks: list = [Table("Protocol", [Column("field", "Field"), Column("text", "Here")], fields)]
     rows = [row for row in report["results"] if row["settings"]]
     keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
     shared = {
@@ -343,7 +342,8 @@ def _view_case(row: dict, record: dict, folder: Path, split: PreparedSplit, titl
         score, scores = case.volume_score, case.slice_scores
         threshold = row["metrics"].get("threshold_validation") or row["metrics"].get("threshold_healthy")
     images = [(name, "scan", item["image"][rows, channel]) for channel, name in enumerate(split.modalities)]
-    facts = {key.replace("_", " "): value for key, value in record.items() if isinstance(value, (int, float, str))}
+    own = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key not in _KNOWN}
+    facts: dict = {key.replace("_", " "): value for key, value in own.items()}
     facts["case"] = f"{title}, {row['name']}"
     facts["grid"] = "the slices that the network sees" + ("" if affine is not None else ", without a voxel size: 1 mm")
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) if affine is None else affine

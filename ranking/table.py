@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .plan import METHODS, Entry
+from .plan import METHODS, Entry, Facts
 
 
 # The ranking goes by the first of these that any row has.
@@ -86,7 +86,7 @@ def describe_duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def print_plan(entries: Sequence[Entry], budget: float, facts) -> str:
+def print_plan(entries: Sequence[Entry], budget: float, facts: Facts) -> str:
     """Returns the plan as text: a line for every row, with the reason where it is not attempted."""
     trained = [entry for entry in entries if entry.kind in ("training", "part") and not entry.reason]
     lines = [["row", "what", "how"]]
@@ -101,8 +101,10 @@ def print_plan(entries: Sequence[Entry], budget: float, facts) -> str:
         behind = f", after {part[0]}" if part and not entry.reason else ""
         where = {"shipped": "comes with anodiff", "given": entry.source}.get(entry.kind, f"{entry.source}{behind}")
         lines.append([entry.name, "-" if entry.reason else kinds[entry.kind], entry.reason or where])
-    for modality in facts.processor["modalities"]:
-        lines.append([f"intensity of {modality}", "evaluate", "as it is, over its median, and inverted"])
+    lines += [
+        [f"intensity of {modality}", "evaluate", "as it is, over its median, and inverted"]
+        for modality in facts.processor["modalities"]
+    ]
     lines.append(["trivial statistics", "evaluate", "brain area, mean intensity, mean absolute Laplacian of slices"])
     widths = [max(len(line[column]) for line in lines) for column in range(2)]
     text = [f"{line[0]:<{widths[0]}}  {line[1]:<{widths[1]}}  {line[2]}".rstrip() for line in lines]
