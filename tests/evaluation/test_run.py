@@ -296,7 +296,7 @@ def test_unknown_labels_are_not_healthy(tmp_path):
             case.save(tmp_path / split)
             paths.append(tmp_path / split / f"{name}.npz")
     row = {"name": "any", "settings": {"min_component_size": 0}}
-    metrics, records, _ = pooled.score(row, files, None, EvalOptions(healthy_fpr=0.0))
+    metrics, records, *_ = pooled.score(row, files, None, EvalOptions(healthy_fpr=0.0))
     assert {record["subject"]: record["label"] for record in records} == {
         "healthy": 0,
         "partly": -1,
