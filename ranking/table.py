@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..evaluation.sections import metric_cell, table
 from .plan import METHODS, Entry, Facts
 
 
@@ -118,20 +119,19 @@ def markdown(report: dict, ranking: dict, head: str) -> str:
     metric = ranking["metric"]
     others = {key: title for key, title in ALSO.items() if key != metric}
     titles = ["", "row", RANKED_BY[metric], "less the next", *others.values(), "origin", "training", "s per slice"]
-    lines = [
-        f"# Ranking on {report['data']['name']}, {report['data']['split']}",
-        "",
-        f"| {' | '.join(titles)} |",
-        "|---" * len(titles) + "|",
-    ]
+    cells = []
     for row in ranking["rows"]:
         metrics = report["results"][row["result"]]["metrics"]
-        cells = [str(row["rank"]), row["name"], _number(metrics, metric), describe_next(row["next"])]
-        cells += [_number(metrics, key) for key in others]
         seconds = row["seconds_per_slice"]
-        cells += [row["origin"], describe_training(row), "" if seconds is None else f"{seconds:.3g}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"Times: {report['device']}. Intervals: {report['intervals']}.", ""]
+        cells.append(
+            [
+                *(str(row["rank"]), row["name"], metric_cell(metrics, metric), describe_next(row["next"])),
+                *(metric_cell(metrics, key) for key in others),
+                *(row["origin"], describe_training(row), "" if seconds is None else f"{seconds:.3g}"),
+            ]
+        )
+    lines = [f"# Ranking on {report['data']['name']}, {report['data']['split']}", "", *table(titles, cells)]
+    lines += [f"Times: {report['device']}. Intervals: {report['intervals']}.", ""]
     populations: dict[str, list[str]] = {}
     for row in ranking["rows"]:
         if row["trained_on"]:
@@ -155,10 +155,3 @@ def describe_next(comparison: dict | None) -> str:
         return ""
     text = "{difference:+.3f} ({low:+.3f} to {high:+.3f}), p {p_holm:.3g}".format(**comparison)
     return text if comparison["significant"] else f"{text}, not significant"
-
-
-def _number(metrics: dict, key: str) -> str:
-    value, low, high = (metrics.get(f"{key}{end}") for end in ("", "_low", "_high"))
-    if value is None:
-        return ""
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.2f} to {high:.2f})"

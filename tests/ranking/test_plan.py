@@ -123,7 +123,9 @@ def test_lengths_grow_with_the_slices():
     assert make_configuration("pddpm", make_facts(), "x", {})["inference"]["overlap"] == "none"
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("45s", 45), ("0.5h", 1800)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("45s", 45), ("0.5h", 1800)]
+)
 def test_durations(text, seconds):
     assert read_duration(text) == seconds
 
