@@ -13,7 +13,7 @@ from ..data.prepared import PreparedSplit
 from ..reports import Column, Figure, Layer, ScanView, Section, Table, write_report
 from .cases import Case, EnsembleCase
 from .pictures import rank_records
-from .sections import LESION_COLUMNS, join_settings, split_settings
+from .sections import LESION_COLUMNS, STRATIFIED, join_settings, split_settings
 
 
 # Cases of the test split in the viewer.
@@ -199,14 +199,10 @@ def _stratify(report: dict) -> list[Table]:
     tables = []
     for name in dict.fromkeys(name for row in report["results"] for name in row.get("strata", ())):
         scored = [(row["name"], one) for row in report["results"] for one in row.get("strata", {}).get(name, ())]
-        metrics = dict.fromkeys(
-            key
-            for _, one in scored
-            for key, value in one["metrics"].items()
-            if value is not None and not key.endswith(_ENDS)
-        )
+        measured = {key for _, one in scored for key, value in one["metrics"].items() if value is not None}
+        metrics = {key: heading for key, heading in STRATIFIED.items() if key in measured}
         columns = [Column("stratum", name), Column("name", "Row"), Column("subjects", "Subjects")]
-        columns += [Column(key, key.replace("_", " "), HELP.get(key, "")) for key in metrics]
+        columns += [Column(key, heading, HELP.get(key, "")) for key, heading in metrics.items()]
         rows = [
             {
                 "stratum": one["stratum"] + (" (few)" if one["few"] else ""),
