@@ -13,7 +13,6 @@ import numpy as np
 from ..data.prepared import PreparedSplit
 from ..files import check_name
 from ..pipelines.postprocessing import PostProcessing
-from .metrics import PooledScores
 
 
 # N slices, E members of an ensemble, A annotations, H x W pixels.
@@ -158,12 +157,9 @@ class Tally(NamedTuple):
     """What is kept of the scores of one method's test cases, to compare methods and to score some of the cases alone."""
 
     subjects: list[str]
-    """Of the cases with a reference, in this order: those with a mask, and healthy ones; so are the values below."""
+    """Of the cases with a reference: those with a mask, and healthy ones; all values below are in this order."""
     groups: list[str]
-    voxels: PooledScores
-    """An update for each case with a mask."""
-    updates: list[int | None]
-    """The number of a case's update, `None` without a mask."""
+    masked: list[bool]
     overlaps: dict[str, np.ndarray]
     """Of each policy, `(N, 2)`: voxels that prediction and reference share, and the sum of both."""
     lesions: dict[str, np.ndarray]

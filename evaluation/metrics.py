@@ -6,7 +6,6 @@ function states its own. Confusion counts: TP, FP, FN, TN are pixels of predicti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -296,20 +295,6 @@ class PooledScores:
         values = np.concatenate(resamples, 1)
         values[:, np.isnan(values).any(0)] = np.nan  # without positives, or without negatives
         return dict(zip(names, values, strict=True))
-
-    def select(self, updates: Sequence[int]) -> PooledScores:
-        """Returns the scores of some updates alone, by their numbers; all must have a group. Scores of one bin count as
-        tied."""
-        chosen = PooledScores()
-        chosen._counts = np.zeros((2, 1 << (32 - _BIN_BITS)), np.int64)
-        names = list(self._groups)
-        for number in updates:
-            for kept, own, counts in zip(self._group_counts, chosen._group_counts, chosen._counts, strict=True):
-                group, bins, filled = kept[number]
-                own.append((chosen._groups.setdefault(names[group], len(chosen._groups)), bins, filled))
-                counts[bins] += filled
-        chosen.num_negatives, chosen.num_positives = (int(counts.sum()) for counts in chosen._counts)
-        return chosen
 
     def thresholds_exceeded_by(self, shares: np.ndarray) -> np.ndarray:
         """Returns, for each of the rising `shares (T,)`, a threshold that at least this share of the scores exceeds,

@@ -285,7 +285,7 @@ class _Evaluation:
                 row |= more
                 if tally is not None:
                     tallies.append(tally)
-                    row |= {"strata": score_strata(tally, divided)} if divided else {}
+                    row |= {"strata": score_strata(tally, files["test"], divided)} if divided else {}
                 row["subjects"] = [old | new for old, new in zip_longest(row["subjects"], records, fillvalue={})]
         statistics = kind.make_statistics(self.splits) if options.baselines else []
         report = make_report(options, kind, protocols, self.splits["test"], self.rows + statistics, self.accelerator)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from scipy import ndimage
 
 from ..data.prepared import PreparedSplit
 from .cases import Tally, slice_spacing
-from .scoring import group_interval, name_interval
+from .metrics import PooledScores
+from .scoring import group_interval, masked_cases, name_interval
 
 
 # N slices, H x W pixels.
@@ -72,28 +75,33 @@ def divide(split: PreparedSplit, names: list[str]) -> dict[str, dict[str, list[s
     return divided
 
 
-def score_strata(tally: Tally, divided: dict[str, dict[str, list[str]]]) -> dict[str, list[dict]]:
+def score_strata(tally: Tally, files: list[Path], divided: dict[str, dict[str, list[str]]]) -> dict[str, list[dict]]:
     """Returns the scores of one method in each stratum, as `strata` of a row of the report holds them: `stratum`,
-    number of `subjects` with a reference, `few` if there are fewer than [`FEW`], and `metrics`: average precision (equal
-    to 0.05 % count as tied), Dice and lesion recall of each policy with their intervals. Thresholds are those of all
-    subjects."""
-    return {
-        name: [
+    number of `subjects` with a reference, `few` if there are fewer than [`FEW`], and `metrics`: average precision, Dice
+    and lesion recall of each policy with their intervals. Thresholds are those of all subjects. `files` are those of
+    the cases."""
+    place = {subject: number for number, subject in enumerate(tally.subjects)}
+    scored: dict[str, list[dict]] = {}
+    for name, strata in divided.items():
+        stratum_of = {subject: stratum for stratum, some in strata.items() for subject in some}
+        voxels = {stratum: PooledScores() for stratum in strata}
+        for case in masked_cases(files):
+            if case.subject in stratum_of:
+                inside = case.maps[case.brain], case.mask[case.brain]
+                voxels[stratum_of[case.subject]].update(*inside, case.drawn_with)
+        scored[name] = [
             {
                 "stratum": stratum,
-                **_score_some(tally, [tally.subjects.index(one) for one in some if one in tally.subjects]),
+                **_score_some(tally, [place[one] for one in some if one in place], voxels.pop(stratum)),
             }
             for stratum, some in strata.items()
         ]
-        for name, strata in divided.items()
-    }
+    return scored
 
 
-def _score_some(tally: Tally, cases: list[int]) -> dict:
-    masked = [number for number in cases if tally.updates[number] is not None]
-    voxels = tally.voxels.select([tally.updates[number] for number in masked])
-    precision = voxels.average_precision()
-    metrics = {"voxel_average_precision": None if np.isnan(precision) else precision}
+def _score_some(tally: Tally, cases: list[int], voxels: PooledScores) -> dict:
+    masked = [number for number in cases if tally.masked[number]]
+    metrics = {"voxel_average_precision": voxels.average_precision() if voxels.num_positives else None}
     metrics |= name_interval("voxel_average_precision", voxels.intervals()["average_precision"])
     for policy, counts in tally.overlaps.items():
         overlap, size = counts[masked].astype(float).T

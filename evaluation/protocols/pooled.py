@@ -60,10 +60,9 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
     Where there are too many voxels to be exact, `error_bounds` are those of [`PooledScores`]."""
     test, validation = files["test"], files.get("validation", [])
     pooled = PooledScores()
-    slice_scores, slice_labels, records, groups, updates = [], [], [], [], []
+    slice_scores, slice_labels, records, groups = [], [], [], []
     has_own, in_mm, volumes = False, True, 0
     for case in map(Case.load, test):
-        updates.append(None if case.mask is None else len(updates) - updates.count(None))
         if case.mask is not None:
             pooled.update(case.maps[case.brain], case.mask[case.brain], case.drawn_with)
             in_mm &= case.spacing is not None
@@ -91,9 +90,9 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
     resamples = {"voxel_average_precision": drawn["average_precision"]}
     masks = _Masks((*found, "yen", *(["own"] if has_own else [])), found, row["settings"]["min_component_size"], in_mm)
     curve = pooled.thresholds_exceeded_by(SHARES)
-    for case, record, update in zip(map(Case.load, test), records, updates, strict=True):
+    for case, record in zip(map(Case.load, test), records, strict=True):
         if case.mask is not None or case.label == 0:
-            masks.add(case, record, update, curve, volumes)
+            masks.add(case, record, curve, volumes)
     metrics |= masks.score_overlaps(resamples)
     metrics |= _mean_over_subjects(("volume_dice", "lesion_f1"), masks.policies, records, groups)
     metrics |= {f"threshold_{policy}": value for policy, value in found.items()}
@@ -109,7 +108,7 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
     bounded = not pooled.is_exact and pooled.num_positives and pooled.num_negatives
     more = {"error_bounds": pooled.error_bounds()} if bounded else {}
     more |= {"froc": froc, "distance_unit": "mm" if in_mm else "voxels"}
-    return Scores(metrics, records, more, masks.tally(pooled, resamples))
+    return Scores(metrics, records, more, masks.tally(resamples))
 
 
 def score_statistic(
@@ -136,16 +135,16 @@ class _Masks:
         self.lesions: dict[str, list[LesionCounts]] = {policy: [] for policy in defined}
         self.subjects: list[str] = []
         self.groups: list[str] = []
-        self.updates: list[int | None] = []
+        self.masked: list[bool] = []
         self._detections: list[np.ndarray] = []
         self._lesions: list[int] = []
 
-    def add(self, case: Case, record: dict, update: int | None, curve: np.ndarray, volumes: int) -> None:
+    def add(self, case: Case, record: dict, curve: np.ndarray, volumes: int) -> None:
         """Adds a case, and its scores under each policy to the record of a subject with lesion. `curve` are the
         thresholds of the free-response curve, `volumes` is how many are added."""
         self.subjects.append(case.subject)
         self.groups.append(case.drawn_with)
-        self.updates.append(update)
+        self.masked.append(case.mask is not None)
         # Nothing outside the brain counts, and labels of components take their time by the voxel.
         box = next(iter(ndimage.find_objects(case.brain.astype(np.uint8))), (slice(0, 1),) * 3)
         brain, maps = case.brain[box], case.maps[box]
@@ -175,13 +174,12 @@ class _Masks:
     def score_overlaps(self, resamples: dict[str, np.ndarray]) -> dict[str, float | None]:
         """Returns the pooled Dice of each policy, over the cases with a mask; `None` without a threshold, and if no
         subject has a lesion. Adds its resamples."""
-        masked = [number for number, update in enumerate(self.updates) if update is not None]
-        groups = [self.groups[number] for number in masked]
+        groups = [group for group, masked in zip(self.groups, self.masked, strict=True) if masked]
         metrics: dict[str, float | None] = {}
         for policy in self.policies:
             counts = np.zeros((0, 2))
             if policy in self.overlaps and any(self._lesions):
-                counts = np.reshape(self.overlaps[policy], (-1, 2))[masked].astype(float)
+                counts = np.reshape(self.overlaps[policy], (-1, 2))[np.array(self.masked)].astype(float)
             overlap, size = counts.sum(0)
             metrics[f"dice_{policy}"] = float(2 * overlap / size) if size else None
             drawn = group_resamples(2 * counts[:, 0], groups[: len(counts)], counts[:, 1])
@@ -208,11 +206,11 @@ class _Masks:
         groups = np.array([numbers[group] for group in self.groups], np.int64)
         return np.reshape(self._detections, (len(groups), thresholds, 2)), np.array(self._lesions, np.int64), groups
 
-    def tally(self, pooled: PooledScores, resamples: dict[str, np.ndarray]) -> Tally:
+    def tally(self, resamples: dict[str, np.ndarray]) -> Tally:
         """Returns what is kept of them."""
         overlaps = {policy: np.reshape(counts, (-1, 2)) for policy, counts in self.overlaps.items()}
         lesions = {policy: np.reshape(counts, (-1, 4)) for policy, counts in self.lesions.items()}
-        return Tally(self.subjects, self.groups, pooled, self.updates, overlaps, lesions, resamples)
+        return Tally(self.subjects, self.groups, self.masked, overlaps, lesions, resamples)
 
 
 def _mean_over_subjects(

@@ -21,6 +21,8 @@ from anodiff.evaluation.protocols import ensemble, pooled
 from anodiff.evaluation.run import evaluate
 from anodiff.hub.model_card import PROTOCOL_FIELDS, add_evaluation, make_card
 
+from ..test_docs import find_undefined
+
 
 RECIPE = {
     "reader": "annotated_folders",
@@ -82,6 +84,7 @@ def test_report(place, report):
     split = load_prepared(place / "data", "test")
     for row in rows.values():
         metrics = row["metrics"]
+        assert not find_undefined(metrics, "metrics.md")
         assert metrics["num_samples"] == 3 == row["settings"]["num_ensemble"]
         assert metrics["ged_low"] <= metrics["ged"] <= metrics["ged_high"]
         assert 0 < metrics["expected_calibration_error"] < 1 and 0 < metrics["expected_calibration_error_marked"] < 1

@@ -156,7 +156,7 @@ def test_a_method_on_two_subjects(tmp_path, spacing, unit, distance):
     assert metrics["hausdorff_95_oracle"] == pytest.approx(0.95 * 6 * (distance / 2))
     assert metrics["hausdorff_95_undefined_oracle"] == 0
     assert metrics["lesion_recall_validation"] is None and metrics["false_positives_validation"] is None
-    assert tally.subjects == ["ill", "well"] and tally.updates == [0, None]
+    assert tally.subjects == ["ill", "well"] and tally.masked == [True, False]
 
 
 def test_an_empty_mask_has_no_distance_and_is_counted(tmp_path):
@@ -173,3 +173,21 @@ def test_an_empty_mask_has_no_distance_and_is_counted(tmp_path):
     assert metrics["threshold_validation"] == 1.5 and metrics["hausdorff_95_undefined_validation"] == 1
     assert [record["hausdorff_95_validation"] for record in records] == [0.0, None]
     assert metrics["hausdorff_95_validation"] == 0.0 and metrics["surface_dice_validation"] == 0.5
+
+
+def test_pooled_dice_and_that_of_volumes(tmp_path):
+    first, second = np.zeros((1, 1, 8), bool), np.zeros((1, 1, 8), bool)
+    first[..., 0] = second[..., :3] = True
+    maps = np.zeros((2, 1, 1, 8), np.float32)
+    maps[0, ..., 0] = maps[1, ..., [0, 6, 7]] = 2.0  # all of the first; of the second 1 of 3 voxels, and 2 wrong ones
+    files = {
+        "test": [make_case(tmp_path, "a", maps[0], first, None), make_case(tmp_path, "b", maps[1], second, None)],
+        "validation": [make_case(tmp_path, "v", maps[0], first, None)],
+    }
+    row = {"name": "any", "settings": {"min_component_size": 0}}
+    metrics, records, *_ = pooled.score(row, files, None, EvalOptions())
+    # 2 TP / (2 TP + FP + FN) = 2 / 2 and 2 / 6; together 4 / 8.
+    assert [record["dice_validation"] for record in records] == pytest.approx([1, 1 / 3])
+    assert metrics["volume_dice_validation"] == pytest.approx(2 / 3) and metrics["dice_validation"] == 1 / 2
+    # There is no healthy validation slice.
+    assert metrics["threshold_healthy"] is None and metrics["dice_healthy"] is None
