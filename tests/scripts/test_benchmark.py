@@ -18,7 +18,7 @@ def state(folder, name):
 
 @pytest.mark.timeout(900)
 def test_a_benchmark_is_stopped_and_gone_on_with(workplace, monkeypatch, capsys):
-    """About a minute on a quiet machine: two trainings, each with its measurement, two evaluations and one of all, in
+    """About ninety seconds on a quiet machine: two trainings, each with its measurement, two evaluations and one of all, in
     processes of their own."""
     folder = workplace.folder / "ranked"
     arguments = ["--data", "prepared", "--methods", "anoddpm", "--budget", "4s", "--output_dir", "ranked"]
