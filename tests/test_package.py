@@ -22,7 +22,7 @@ ROOMS = (
     ("pipelines", "data"),
     ("reports",),
     ("training", "evaluation"),
-    ("apps", "convert"),
+    ("apps", "convert", "ranking"),
     (
         "train",
         "eval",

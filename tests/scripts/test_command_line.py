@@ -17,7 +17,19 @@ from anodiff.training.options import TrainOptions
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("preprocess", "train", "eval", "predict", "convert", "list_models", "ship", "publish", "app", "explore")
+SCRIPTS = (
+    "preprocess",
+    "train",
+    "eval",
+    "benchmark",
+    "predict",
+    "convert",
+    "list_models",
+    "ship",
+    "publish",
+    "app",
+    "explore",
+)
 
 
 def python(*arguments) -> subprocess.CompletedProcess:
