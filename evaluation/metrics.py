@@ -109,18 +109,18 @@ def bootstrap_interval(
     if counts.size < 2:
         return None, None
     sums = np.bincount(subjects, weights=values)
-    drawn = _draw_groups(counts.size)
+    drawn = draw_groups(counts.size)
     with np.errstate(invalid="ignore"):
-        return _percentiles(sums[drawn].sum(1) / counts[drawn].sum(1))
+        return percentiles(sums[drawn].sum(1) / counts[drawn].sum(1))
 
 
-def _draw_groups(count: int) -> np.ndarray:
-    """The groups of every resample, `(NUM_RESAMPLES, count)`, always the same ones."""
+def draw_groups(count: int) -> np.ndarray:
+    """Returns the numbers of the groups of every resample, `(NUM_RESAMPLES, count)`, always the same ones."""
     return np.random.default_rng(0).integers(0, count, size=(NUM_RESAMPLES, count))
 
 
-def _percentiles(values: np.ndarray) -> tuple[float | None, float | None]:
-    """The interval that holds 95 % of the values of the resamples that have one."""
+def percentiles(values: np.ndarray) -> tuple[float | None, float | None]:
+    """Returns the interval that holds 95 % of the values of the resamples that have one, `None` twice if none has."""
     defined = values[np.isfinite(values)]
     if not defined.size:
         return None, None
@@ -250,7 +250,7 @@ class PooledScores:
         groups = counts.shape[1]
         resamples = []
         # Some at a time: arrays of all resamples and bins are large.
-        for drawn in np.array_split(_draw_groups(groups), NUM_RESAMPLES // 100):
+        for drawn in np.array_split(draw_groups(groups), NUM_RESAMPLES // 100):
             times = np.stack([np.bincount(row, minlength=groups) for row in drawn]).astype(np.float64)
             negatives, positives = times @ counts
             tp, fp = positives.cumsum(1), negatives.cumsum(1)
@@ -261,7 +261,7 @@ class PooledScores:
                 resamples.append(np.stack(rows) / tp[:, -1])
         values = np.concatenate(resamples, 1)
         values[:, np.isnan(values).any(0)] = np.nan  # without positives, or without negatives
-        return {name: _percentiles(row) for name, row in zip(names, values, strict=True)}
+        return {name: percentiles(row) for name, row in zip(names, values, strict=True)}
 
     def _count_groups(self) -> np.ndarray:
         """Counts of negatives and positives of each group, `(2, groups, bins)` float64, in bins from the highest to the

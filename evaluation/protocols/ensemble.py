@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from ..cases import EnsembleCase, Needs, Scores
-from ..ensemble_metrics import FrequencyCalibration, score_ensemble
+from ..ensemble_metrics import score_ensemble
 from ..metrics import bootstrap_interval
 from ..options import EvalOptions
+from ..reliability import Reliability
 
 
 TASK = "segmentation"
@@ -40,6 +41,7 @@ COLUMNS = {
     "dice_majority": "Dice of majorities",
     "expected_calibration_error": "ECE",
     "expected_calibration_error_marked": "ECE (marked)",
+    "brier_score": "Brier",
 }
 SWEEP = None
 NEEDS = Needs()
@@ -51,7 +53,7 @@ INTERVALS = ("ged", "hm_iou", "collective_insight", "maximum_dice", "dice_majori
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
     """Scores one method against the annotations, with a record per image, and `reliability`: the curves of all pixels
     and of those that a sample marks."""
-    calibrations = {"all": FrequencyCalibration(), "marked": FrequencyCalibration()}
+    calibrations = {"all": Reliability(), "marked": Reliability()}
     records = []
     for case in map(EnsembleCase.load, files["test"]):
         for number, pred, gt in zip(case.slices.tolist(), case.masks, case.annotations, strict=True):
@@ -59,8 +61,8 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
             predicted, observed = pred.mean(0), gt.mean(0)
             # Not where an annotation marks: pixels that are chosen by the outcome are never calibrated.
             marked = predicted > 0
-            calibrations["all"].update(predicted, observed)
-            calibrations["marked"].update(predicted[marked], observed[marked])
+            calibrations["all"].update(predicted, observed, case.group)
+            calibrations["marked"].update(predicted[marked], observed[marked], case.group)
     metrics: dict[str, float | None] = {"num_samples": case.masks.shape[1]}
     groups = np.unique([record["group"] for record in records], return_inverse=True)[1]
     for name in records[0]:
@@ -69,11 +71,9 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
             metrics[name] = float(values.mean())
             if name in INTERVALS:
                 metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(values, groups)
+    reliability = {}
     for region, ending in (("all", ""), ("marked", "_marked")):
-        error = calibrations[region].expected_error()
-        metrics[f"expected_calibration_error{ending}"] = None if np.isnan(error) else error
-    curves = {region: calibration.curve() for region, calibration in calibrations.items()}
-    reliability = {
-        region: {name: values.tolist() for name, values in curve.items()} for region, curve in curves.items()
-    }
+        values, reliability[region] = calibrations[region].describe()
+        for name in ("expected_calibration_error", "brier_score"):
+            metrics |= {f"{name}{ending}{end}": values[f"{name}{end}"] for end in ("", "_low", "_high")}
     return Scores(metrics, records, {"reliability": reliability})
