@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..data.prepared import PreparedSplit, load_prepared
 from ..files import check_name, lock_folder, read_json, write_json, write_text
+from ..hub.shipped import add_samples
 from ..pipelines.base import AnomalyPipeline, SliceResults
 from ..pipelines.batches import choose_batch_size
 from . import ensembles, maps
@@ -245,7 +246,11 @@ class _Evaluation:
         statistics = kind.make_statistics(self.splits) if options.baselines else []
         report = make_report(options, kind, protocols, self.splits["test"], self.rows + statistics, self.accelerator)
         kind.draw(report, list(zip(self.rows, self.folders, strict=True)), self.splits["test"], output_dir)
-        columns = {name: title for protocol in protocols for name, title in protocol.COLUMNS.items()}
+        columns = {
+            name: add_samples(name, title, self.rows)
+            for protocol in protocols
+            for name, title in protocol.COLUMNS.items()
+        }
         write_text(output_dir / "report.md", markdown(report, columns))
         return report
 

@@ -1,6 +1,6 @@
 """The protocol of ensembles of segmentations: several masks of an image against several annotations of it. An image is
-a slice with annotations; every metric is the mean over images, with an interval over groups of subjects where tables
-of papers show it."""
+a slice with annotations; every metric is the mean over images, with an interval over groups of subjects. All but the
+diversity of the annotations depend on the number of samples, `num_samples`."""
 
 from __future__ import annotations
 
@@ -34,20 +34,17 @@ COLUMNS = {
     "combined_sensitivity": "Sc",
     "maximum_dice": "Dmax",
     "diversity_agreement": "Da",
-    "collective_insight_variances": "CI (Da: variances)",
-    "collective_insight_pairs_with_self": "CI (Da: pairs with self)",
+    "collective_insight_variances": "CI, Da of variances",
+    "collective_insight_pairs_with_self": "CI, Da of pairs with self",
     "sample_diversity": "diversity of samples",
     "annotation_diversity": "diversity of raters",
     "dice_majority": "Dice of majorities",
     "expected_calibration_error": "ECE",
-    "expected_calibration_error_marked": "ECE (marked)",
+    "expected_calibration_error_marked": "ECE, marked",
     "brier_score": "Brier",
 }
 SWEEP = None
 NEEDS = Needs()
-
-# Those that a table of a paper shows get an interval.
-INTERVALS = ("ged", "hm_iou", "collective_insight", "maximum_dice", "dice_majority")
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
@@ -69,8 +66,7 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
         if name not in ("subject", "slice", "group"):
             values = np.array([record[name] for record in records])
             metrics[name] = float(values.mean())
-            if name in INTERVALS:
-                metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(values, groups)
+            metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(values, groups)
     reliability = {}
     for region, ending in (("all", ""), ("marked", "_marked")):
         values, reliability[region] = calibrations[region].describe()

@@ -20,6 +20,7 @@ from anodiff.evaluation.options import EvalOptions
 from anodiff.evaluation.protocols import ensemble, pooled
 from anodiff.evaluation.run import evaluate
 from anodiff.hub.model_card import PROTOCOL_FIELDS, add_evaluation, make_card
+from anodiff.hub.shipped import add_samples
 
 
 RECIPE = {
@@ -83,7 +84,8 @@ def test_report(place, report):
     for row in rows.values():
         metrics = row["metrics"]
         assert metrics["num_samples"] == 3 == row["settings"]["num_ensemble"]
-        assert metrics["ged_low"] <= metrics["ged"] <= metrics["ged_high"]
+        for name in ("ged", "hm_iou", "collective_insight", "sample_diversity", "combined_sensitivity"):
+            assert metrics[f"{name}_low"] - 1e-9 <= metrics[name] <= metrics[f"{name}_high"] + 1e-9
         assert 0 < metrics["expected_calibration_error"] < 1 and 0 < metrics["expected_calibration_error_marked"] < 1
         pixels = {region: curve["pixels"] for region, curve in row["reliability"].items()}
         assert pixels["marked"] == pixels["all"][1:]  # all but those that no sample marks
@@ -94,7 +96,12 @@ def test_report(place, report):
         assert sum(row["reliability"]["all"]["pixels"]) == 6 * 16 * 16
     assert rows["CIMD (model)"]["seconds_per_slice"] > 0
     text = (place / "eval" / "report.md").read_text()
-    assert "| CIMD (model) | 3 | " in text and "## Reliability of CIMD (model)" in text and "ECE (marked)" in text
+    assert (
+        "| CIMD (model) | 3 | " in text
+        and "## Reliability of CIMD (model)" in text
+        and "ECE, marked (3 samples)" in text
+    )
+    assert "| GED (3 samples) |" in text and "| diversity of raters |" in text
     with PIL.Image.open(place / "eval" / "cases.png") as picture:
         assert picture.width > 800
     with PIL.Image.open(place / "eval" / "reliability.png") as picture:
@@ -134,8 +141,17 @@ def test_the_card_takes_the_report(place, report):
     results = {result.metric_type: result for result in card.data.eval_results}
     metrics = report["results"][0]["metrics"]
     assert results["ged"].metric_value == metrics["ged"] and results["ged"].task_name == "Ambiguous segmentation"
+    assert results["ged"].metric_name == "ged (3 samples)"
     assert "num_samples" not in results and "ged_low" not in results
-    assert "| num samples | 3 | 3 | 3 |" in card.text
+    assert "| num samples | 3 | 3 | 3 |" in card.text and "| hm iou (3 samples) |" in card.text
+
+
+def test_every_number_says_of_how_many_samples_it_is(report):
+    one, other = report["results"][0], {"metrics": {"num_samples": 16}}
+    assert add_samples("ged", "GED", [one]) == "GED (3 samples)"
+    assert add_samples("ged", "GED", [other, one]) == "GED (3, 16 samples: do not compare)"
+    assert add_samples("annotation_diversity", "diversity of raters", [one, other]) == "diversity of raters"
+    assert add_samples("ap", "AP", [{"metrics": {"ap": 0.5}}]) == "AP"
 
 
 def test_other_settings_and_baselines_alone(place):
