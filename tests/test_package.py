@@ -20,6 +20,7 @@ ROOMS = (
     ("hub", "configs"),
     ("volumes", "schedulers", "models"),
     ("pipelines", "data"),
+    ("reports",),
     ("training", "evaluation"),
     ("convert",),
     ("train", "eval", "predict", "preprocess", "strip", "list_models", "ship", "publish", "benchmark", "__main__"),
