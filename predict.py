@@ -12,7 +12,8 @@ Where the model wants a brain mask and none is given, its brain extractor, if it
 skull. The mask is written beside the maps.
 
 A folder stands for the scans in it: its files, or its sub-folders with one file per modality. What is not predicted is
-named with the reason, and the status is then 1.
+named with the reason, and the status is then 1. report.html in the output folder shows all results in a browser, without
+a network; `--report none` leaves it out.
 Research use, not a medical device.
 """
 
@@ -82,6 +83,8 @@ class PredictOptions:
     """Replace results that are already there."""
     skip_existing: bool = False
     """Leave out scans whose results are there and whole, whatever options they were made with."""
+    report: str = "html"
+    """html for report.html, a page with all scans in a viewer, or none."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +108,12 @@ def main(argv: list[str] | None = None) -> int:
 
     from anodiff.checks import check_choice
     from anodiff.pipelines.base import PRECISIONS
+    from anodiff.reports.page import check_replaceable
 
+    check_choice("report", options.report, ("html", "none"))
+    page = Path(options.output) / "report.html"
+    if options.report == "html":
+        check_replaceable(page)
     if options.mixed_precision is not None:
         check_choice("mixed_precision", options.mixed_precision, PRECISIONS)
     # Processes that are done wait for the others; by default not for long.
@@ -134,10 +142,20 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     failed += [(str(scan.source), reasons[scan.name]) for scan in scans if reasons[scan.name] is not None]
     done = list(reasons.values()).count(None)
-    skipped = f", {finished} finished before" if options.skip_existing else ""
+    skipped = f", {len(finished)} finished before" if options.skip_existing else ""
     print(f"{done} scan(s) done{skipped}, results in {options.output}")
     for name, reason in failed:
         print(f"FAILED {name}: {reason}", file=sys.stderr)
+    shown = [*finished, *(scan for scan in scans if reasons[scan.name] is None)]
+    if options.report == "html" and shown:
+        from anodiff.reports.predictions import write_predictions
+
+        plane, name = pipeline.processor.config.plane, record.get("model") or options.model
+        unread = write_predictions(page, shown, failed, plane=plane, model=name)
+        print(f"Report: {page}")
+        for name, reason in unread:
+            print(f"FAILED {name}: {reason}", file=sys.stderr)
+        failed += unread
     return 1 if failed else 0
 
 
@@ -197,17 +215,18 @@ def load_pipeline(model: str, device, options: PredictOptions):
     return pipeline
 
 
-def list_scans(options: PredictOptions, modalities: list[str]) -> tuple[list, list[tuple[str, str]], int]:
-    """Returns the scans to predict, paths that are no scans with the reason, and how many scans are left out, as their
+def list_scans(options: PredictOptions, modalities: list[str]) -> tuple[list, list[tuple[str, str]], list]:
+    """Returns the scans to predict, paths that are no scans with the reason, and the scans that are left out, as their
     results are there."""
     from anodiff.volumes.results import is_whole
     from anodiff.volumes.scans import find_scans
 
     scans, failed = find_scans(options.scans, modalities, options.brain, options.output)
     if not options.skip_existing:
-        return scans, failed, 0
-    missing = [scan for scan in scans if not is_whole(Path(options.output) / scan.name, _records(options))]
-    return missing, failed, len(scans) - len(missing)
+        return scans, failed, []
+    whole = [is_whole(Path(options.output) / scan.name, _records(options)) for scan in scans]
+    missing = [scan for scan, is_there in zip(scans, whole, strict=True) if not is_there]
+    return missing, failed, [scan for scan, is_there in zip(scans, whole, strict=True) if is_there]
 
 
 def predict_scans(pipeline, scans: list, options: PredictOptions, record: dict) -> Iterator[tuple]:

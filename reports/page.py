@@ -297,8 +297,7 @@ def _encode(view: ScanView, budget: int) -> _Encoded:
             place = tuple(start[axis] if one == axis else slice(None) for one in range(3))
             inside[place] = overlay[place]
         start = [int(one) for one in np.unravel_index(np.argmax(inside), overlay.shape)]
-    layers, note, size = {}, "", 0
-    for step, (*_, note) in enumerate(STEPS):
+    for step in range(len(STEPS)):
         layers = encode_layers(arrays, view.threshold, step)
         size = sum(len(layer.file) for layer in layers.values())
         if size <= budget:
@@ -322,7 +321,9 @@ def _encode(view: ScanView, budget: int) -> _Encoded:
         ],
     }
     picture, thumbnail = (draw_slice(scan, overlay, affine, view.plane, start, width) for width in (420, 88))
-    return _Encoded(view, layers, facts, picture, thumbnail, note, size + len(picture) + len(thumbnail) + 4000)
+    return _Encoded(
+        view, layers, facts, picture, thumbnail, STEPS[step][-1], size + len(picture) + len(thumbnail) + 4000
+    )
 
 
 @cache
@@ -342,9 +343,15 @@ def _render(template: str, shared: dict, **values) -> str:
     )
     environment.filters |= {"number": _number, "curve": _curve, "svg": _svg, "best": _best, "data": _data}
     environment.tests |= {"table": lambda one: isinstance(one, Table), "figure": lambda one: isinstance(one, Figure)}
+    # What has no rows has nothing to say.
+    full = [
+        (section, [block for block in section.blocks if not isinstance(block, Table) or block.rows])
+        for section in values.pop("sections")
+    ]
     return environment.get_template(template).render(
         **shared,
         **values,
+        sections=[(section, blocks) for section, blocks in full if blocks],
         mark=MARK,
         css=_asset("page.css"),
         script=_asset("page.js"),

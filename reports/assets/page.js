@@ -96,20 +96,22 @@
   const articles = Array.from(document.querySelectorAll("article.scan"));
   const SLICES = { all: 3, axial: 0, coronal: 1, sagittal: 2 };
   const MAPS = {
-    map: { R: [0, 87, 187, 249, 252], G: [0, 16, 55, 142, 255], B: [0, 110, 84, 9, 164], A: [0, 110, 190, 230, 255], I: [0, 64, 128, 192, 255] },
-    probability: { R: [68, 59, 33, 94, 253], G: [1, 82, 145, 201, 231], B: [84, 139, 140, 98, 37], A: [0, 140, 190, 230, 255], I: [0, 64, 128, 192, 255] },
-    mask: { R: [0, 42], G: [0, 208], B: [0, 235], A: [0, 150], I: [0, 255] },
-    reference: { R: [0, 150], G: [0, 224], B: [0, 70], A: [0, 130], I: [0, 255] },
-    members: { R: [0, 240], G: [0, 130], B: [0, 220], A: [0, 150], I: [0, 255] },
+    map: { R: [90, 120, 190, 249, 252], G: [20, 20, 55, 142, 240], B: [130, 120, 84, 9, 140], A: [0, 255, 255, 255, 255], I: [0, 64, 128, 192, 255] },
+    probability: { R: [68, 59, 33, 94, 253], G: [1, 82, 145, 201, 231], B: [84, 139, 140, 98, 37], A: [0, 255, 255, 255, 255], I: [0, 64, 128, 192, 255] },
+    mask: { R: [0, 42], G: [0, 208], B: [0, 235], A: [0, 255], I: [0, 255] },
+    reference: { R: [0, 150], G: [0, 224], B: [0, 70], A: [0, 255], I: [0, 255] },
+    members: { R: [0, 240], G: [0, 130], B: [0, 220], A: [0, 255], I: [0, 255] },
   };
+  const OPACITY = { scan: 1, reconstruction: 1, members: 0.45, reference: 0.45, mask: 0.4 }; // of maps: the slider
   const RANK = ["scan", "reconstruction", "map", "probability", "members", "reference", "mask"];
+  const isMap = (layer) => layer.kind === "map" || layer.kind === "probability";
   const colours = (kind) => {
     const map = MAPS[kind];
-    return map ? map.R.map((red, i) => `rgb(${red} ${map.G[i]} ${map.B[i]})`) : ["#000", "#fff"];
+    return map ? map.R.map((red, i) => `rgb(${red} ${map.G[i]} ${map.B[i]})`) : ["#000", "#777", "#fff"];
   };
   let main = null, beside = null, niivue = null, loading = 0;
   let state = null; // of the scan that is shown
-  const view = { plane: "all", beside: false, opacity: 0.7, hidden: new Set(["reconstruction", "members", "other"]) };
+  const view = { plane: "all", beside: false, opacity: 0.5, hidden: new Set(["reconstruction", "members", "other"]) };
 
   const unpack = async (id) => {
     const text = atob($(id).textContent);
@@ -172,15 +174,16 @@
       1: () => setPlane("all"), 2: () => setPlane("axial"), 3: () => setPlane("coronal"), 4: () => setPlane("sagittal"),
       j: () => step(1), k: () => step(-1),
     });
-    if (matchMedia("(max-width: 860px)").matches) setPlane(scans[0].plane);
+    if (matchMedia("(max-width: 600px)").matches) setPlane(scans[0].plane);
+    addEventListener("resize", () => { if (state) fit(); });
     const wanted = /^#scan-(\d+)$/.exec(location.hash);
     await choose(wanted && scans[wanted[1]] ? Number(wanted[1]) : 0);
   }
 
   async function viewerOn(canvas) {
     const viewer = new niivue.Niivue({
-      backColor: [0, 0, 0, 1], crosshairColor: [0.95, 0.65, 0.25, 0.75], crosshairWidth: 1, crosshairGap: 6,
-      crosshairWidthUnit: "voxels",
+      backColor: [0, 0, 0, 1], crosshairColor: [0.95, 0.65, 0.25, 0.75], crosshairWidth: 0.5, crosshairGap: 4,
+      crosshairWidthUnit: "percent",
       dragAndDropEnabled: false, isRadiologicalConvention: true, multiplanarShowRender: 0, multiplanarLayout: 0,
       multiplanarPadPixels: 4, loadingText: "", logLevel: "error", viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "",
       isNearestInterpolation: true, isColorbar: false, fontColor: [0.7, 0.7, 0.7, 1], scrollRequiresFocus: false,
@@ -190,8 +193,16 @@
     return viewer;
   }
 
-  const imageOf = (layer, opacity) => niivue.NVImage.new(
-    layer.buffer, "layer.nii", MAPS[layer.kind] ? "anodiff " + layer.kind : "gray", opacity, null, layer.low, layer.high);
+  async function imageOf(layer) {
+    const colormap = MAPS[layer.kind] ? "anodiff " + layer.kind : "gray";
+    const image = await niivue.NVImage.new(layer.buffer, "layer.nii", colormap, 1, null, layer.low, layer.high);
+    if (isMap(layer)) {
+      // The lower a score, the more transparent: (score / cal_min) ** 2.
+      image.colormapType = 1;
+      image.cal_min = 0.7 * layer.high;
+    }
+    return image;
+  }
 
   async function choose(number) {
     const mine = ++loading;
@@ -205,7 +216,7 @@
     }
     if (mine !== loading) return;
     // Scores that a threshold cuts: the mask that it gives is made here.
-    const cut = layers.find((layer) => layer.kind === "map" || layer.kind === "probability");
+    const cut = layers.find(isMap);
     let mask = layers.find((layer) => layer.kind === "mask");
     const count = cut ? cut.shape[0] * cut.shape[1] * cut.shape[2] : 0;
     const same = (one) => String(one.shape) === String(cut.shape) && String(one.affine) === String(cut.affine);
@@ -216,7 +227,7 @@
       const header = new DataView(buffer);
       header.setInt16(70, 2, true); header.setInt16(72, 8, true); header.setFloat32(112, 1, true); header.setFloat32(116, 0, true);
       header.setInt16(40, 3, true); header.setInt16(48, 1, true);
-      const made = { ...(mask || { name: "Mask", kind: "mask" }), low: 0, high: 1, slope: 1, offset: 0, shape: cut.shape.slice(0, 3), affine: cut.affine, buffer, stored, isCut: true };
+      const made = { ...(mask || { name: "Mask", kind: "mask" }), low: 0, high: 1, slope: 1, offset: 0, shape: cut.shape.slice(0, 3), affine: cut.affine, buffer, stored, levels: new Uint8Array(buffer, 352), isCut: true };
       if (mask) layers[layers.indexOf(mask)] = made; else layers.push(made);
       mask = made;
     }
@@ -228,11 +239,6 @@
       seen.add(layer.kind);
       layer.visible = !view.hidden.has(layer.group);
     });
-    const images = [];
-    for (const layer of layers) images.push(layer.image = await imageOf(layer, 0));
-    if (mine !== loading) return;
-    main.volumes.slice().forEach((volume) => main.removeVolume(volume));
-    images.forEach((image) => main.addVolume(image));
     state = { number, scan, layers, cut, mask: mask && mask.isCut ? mask : null, mm: null };
     if (cut) {
       const sums = new Uint32Array(65537);
@@ -252,17 +258,19 @@
       if (Number(row.dataset.scan) === number) row.setAttribute("aria-current", "true"); else row.removeAttribute("aria-current");
     });
     $("planes").hidden = scan.shape[2] === 1 || scan.is_picture;
-    main.setSliceType(SLICES[$("planes").hidden ? scan.plane : view.plane]);
+    main.opts.sliceType = SLICES[$("planes").hidden ? scan.plane : view.plane];
     if (cut) {
       $("high").textContent = show(cut.high);
       $("ramp").style.background = `linear-gradient(90deg, ${colours(cut.kind).join(", ")})`;
       $("reset").hidden = $("stored").hidden = cut.mark === null;
       if (cut.mark !== null) $("stored").style.left = `calc(8px + (100% - 16px) * ${Math.min(Math.sqrt(cut.mark / Math.max(state.top, 1)), 1)})`;
-      setCut(cut.mark !== null ? cut.mark : Math.max(state.top, 0));
+      setCut(cut.mark !== null ? cut.mark : state.top);
     }
-    showLayers();
     links();
+    await showLayers();
+    if (mine !== loading) return;
     await setBeside(view.beside);
+    if (mine !== loading) return;
     goTo(placeOf(scan.affine, scan.start));
     $("wait").hidden = true;
     document.body.dataset.shown = String(number);
@@ -305,7 +313,7 @@
       const input = make("input", undefined, { type: "checkbox", "data-layer": i + 1 });
       input.checked = layer.visible;
       const swatch = make("i");
-      swatch.style.background = MAPS[layer.kind] && colours(layer.kind).length > 2
+      swatch.style.background = colours(layer.kind).length > 2
         ? `linear-gradient(90deg, ${colours(layer.kind).join(", ")})` : colours(layer.kind)[1];
       label.append(input, swatch, make("span", layer.name));
       if (layer.shape.length > 3) {
@@ -329,7 +337,6 @@
       changed.frame = Number(event.target.value);
       changed.visible = true;
       $("layers").querySelector(`[data-layer="${frame}"]`).checked = true;
-      main.setFrame4D(changed.image.id, changed.frame);
       moved(state.mm);
     }
     showLayers();
@@ -338,22 +345,37 @@
     const boxes = Array.from($("layers").querySelectorAll("[data-layer]")).filter((box) => kinds.includes(state.layers[box.dataset.layer].group));
     boxes.forEach((box) => { box.checked = !box.checked; layersChanged({ target: box }); });
   }
-  function showLayers() {
-    state.layers.forEach((layer, i) => {
-      const full = layer.kind === "map" || layer.kind === "probability" ? view.opacity : 1;
-      layer.image.opacity = i === 0 || layer.visible ? (i === 0 ? 1 : full) : 0;
+  // The viewer gets what is visible, as every volume that it has costs time, and an empty layer where nothing is.
+  async function showLayers() {
+    const { layers, number } = state;
+    const shown = layers.filter((layer, i) => i === 0 || layer.visible);
+    if (shown.length === 1 && layers.length > 1) shown.push(layers[layers.length - 1]);
+    for (const layer of shown) {
+      layer.image = layer.image || await imageOf(layer);
+      if (layer.isCut) layer.image.img = layer.levels; // what the slider fills
+    }
+    if (!state || state.number !== number) return;
+    shown.forEach((layer, i) => {
+      layer.image.opacity = i > 0 && !layer.visible ? 0 : isMap(layer) ? view.opacity : OPACITY[layer.kind];
+      layer.image.frame4D = layer.frame || 0;
     });
-    main.updateGLVolume();
+    main.volumes = shown.map((layer) => layer.image);
+    main.setVolume(main.volumes[0], 0);
   }
 
+  function fillMask() {
+    const { cut, mask, level, isStored } = state;
+    if (isStored) mask.levels.set(mask.stored);
+    else for (let i = 0; i < mask.levels.length; i++) mask.levels[i] = cut.levels[i] > level ? 1 : 0;
+  }
   let drawing = 0;
   function setCut(level) {
     const { cut, mask, above, top } = state;
     level = Math.min(Math.max(level, 0), top);
     state.level = level;
-    const isStored = level === cut.mark && mask && mask.stored;
+    state.isStored = level === cut.mark && mask && mask.stored;
     let count = above[level + 1];
-    if (isStored) { count = 0; for (const one of mask.stored) count += one; }
+    if (state.isStored) { count = 0; for (const one of mask.stored) count += one; }
     const bound = cut.mark === level && state.scan.threshold !== null ? state.scan.threshold : cut.offset + (level + 0.5) * cut.slope;
     $("threshold").value = 1000 * Math.sqrt(level / Math.max(top, 1));
     $("threshold").setAttribute("aria-valuetext", show(bound));
@@ -363,13 +385,12 @@
     $("volume").value = share;
     $("volume").title = `${count} voxels above the threshold`;
     if (!mask) return;
+    if (!mask.image) return fillMask();
     cancelAnimationFrame(drawing);
     drawing = requestAnimationFrame(() => {
-      const marked = mask.image.img;
-      if (isStored) marked.set(mask.stored);
-      else for (let i = 0; i < marked.length; i++) marked[i] = cut.levels[i] > level ? 1 : 0;
-      mask.levels = marked;
-      main.updateGLVolume();
+      fillMask();
+      main.volumes.slice(1).forEach((volume, i) => main.refreshLayers(volume, i + 1));
+      main.drawScene();
       moved(state.mm);
     });
   }
@@ -387,7 +408,20 @@
   function setPlane(plane) {
     view.plane = plane;
     $("planes").querySelectorAll("button").forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.plane === plane)));
-    if (state && !$("planes").hidden) [main, beside].forEach((viewer) => viewer && viewer.setSliceType(SLICES[plane]));
+    if (!state || $("planes").hidden) return;
+    fit();
+    [main, beside].forEach((viewer) => { if (viewer) { viewer.setSliceType(SLICES[plane]); viewer.resizeListener(); } });
+  }
+  // Three planes in a row need less height than one.
+  function fit() {
+    const { scan } = state;
+    const sizes = [0, 1, 2].map((axis) => scan.shape[axis] * Math.hypot(...scan.affine.slice(0, 3).map((row) => row[axis])));
+    const [x, y, z] = ["sagittal", "coronal", "axial"].map((plane) => sizes[scan.axes[plane][0]]);
+    const planes = { all: [2 * x + y, Math.max(y, z)], axial: [x, y], coronal: [x, z], sagittal: [y, z] };
+    const [width, height] = planes[$("planes").hidden ? scan.plane : view.plane];
+    const room = $("canvas").parentElement.clientWidth;
+    const narrow = view.plane === "all" && room < 560; // then they lie two by two
+    $("canvases").style.setProperty("--height", `${Math.round(room * (narrow ? (y + z) / (x + y) : height / width)) + 12}px`);
   }
   async function setBeside(wanted) {
     view.beside = wanted;
@@ -395,19 +429,20 @@
     const on = wanted && Boolean(layer);
     $("beside").hidden = !on;
     $("canvases").classList.toggle("two", on);
+    fit();
     $("compare").setAttribute("aria-pressed", String(on));
     if (on) {
       if (!beside) {
         beside = await viewerOn($("canvas-beside"));
         beside.onLocationChange = (place) => goTo(place.mm);
       }
-      beside.volumes.slice().forEach((volume) => beside.removeVolume(volume));
-      const image = await imageOf(layer, 1);
+      const image = await imageOf(layer);
       image.cal_min = state.layers[0].low;
       image.cal_max = state.layers[0].high;
-      beside.addVolume(image);
       beside.opts.isOrientationTextVisible = !state.scan.is_picture;
-      beside.setSliceType(main.opts.sliceType);
+      beside.opts.sliceType = main.opts.sliceType;
+      beside.volumes = [image];
+      beside.setVolume(image, 0);
       beside.resizeListener();
     }
     main.resizeListener();
