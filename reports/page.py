@@ -354,7 +354,7 @@ def _render(template: str, shared: dict, **values) -> str:
         sections=[(section, blocks) for section, blocks in full if blocks],
         mark=MARK,
         css=_asset("page.css"),
-        script=_asset("page.js"),
+        script=_asset("members.js") + _asset("page.js"),
         niivue=_niivue() if values["with_viewer"] else "",
     )
 
