@@ -148,14 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     shown = [*finished, *(scan for scan in scans if reasons[scan.name] is None)]
     if options.report == "html" and shown:
-        from anodiff.reports.predictions import write_predictions
-
-        plane, name = pipeline.processor.config.plane, record.get("model") or options.model
-        unread = write_predictions(page, shown, failed, plane=plane, model=name)
-        print(f"Report: {page}")
-        for name, reason in unread:
-            print(f"FAILED {name}: {reason}", file=sys.stderr)
-        failed += unread
+        failed += write_page(pipeline, page, shown, failed, record.get("model") or options.model)
     return 1 if failed else 0
 
 
@@ -268,6 +261,17 @@ def predict_scans(pipeline, scans: list, options: PredictOptions, record: dict) 
             behind = scan, writer.submit(write_scan, pipeline, scan, options, result, spread)
         if behind is not None:
             yield ended(*behind)
+
+
+def write_page(pipeline, page: Path, scans: list, failed: list[tuple[str, str]], model: str) -> list[tuple[str, str]]:
+    """Writes the report of scans that have results; returns those that cannot be read any more, with the reason."""
+    from anodiff.reports.predictions import write_predictions
+
+    unread = write_predictions(page, scans, failed, plane=pipeline.processor.config.plane, model=model)
+    print(f"Report: {page}")
+    for name, reason in unread:
+        print(f"FAILED {name}: {reason}", file=sys.stderr)
+    return unread
 
 
 def _reason(error: BaseException) -> str:
