@@ -83,5 +83,10 @@ class EvalOptions:
     """Visibility of a new repository; the account's default if not given."""
     hub_picture: str | None = None
     """Picture for the card; on phantoms it is cases.png, on scans only what you give."""
+    report: str = "html"
+    """html: beside the other files a page with tables, curves and some cases in a viewer, `report.html`; or none."""
     keep_maps: bool = False
     """Keep the maps of every subject (npz) beside the report."""
+    merge: list[str] = field(default_factory=list)
+    """Output folder of an earlier evaluation of the same splits with `keep_maps`, whose models take part as they are;
+    give the flag once per folder. Their maps stay there."""

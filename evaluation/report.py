@@ -42,8 +42,7 @@ def make_report(
         "anodiff": anodiff.__version__,
         **kind.HEAD,
         "data": {
-            # A Hub id stays whole: results belong to that data set.
-            "name": Path(options.data).resolve().name if Path(options.data).exists() else options.data,
+            "name": data_name(options.data),
             "split": options.split,
             "subjects": len(subjects),
             "slices": len(labels),
@@ -73,6 +72,12 @@ def make_report(
         "processes": accelerator.num_processes,
         "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate", "numpy")},
     }
+
+
+def data_name(data: str) -> str:
+    """Returns what a report calls a data set: the name of a folder without the path, or a Hub id, which stays whole, as
+    results belong to that data set."""
+    return Path(data).resolve().name if Path(data).exists() else data
 
 
 def describe_intervals(subjects: int, groups: int) -> str:

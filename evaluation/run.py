@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm.auto import tqdm
 
+from ..checks import check_choice
 from ..data.prepared import PreparedSplit, load_prepared
 from ..files import check_name, lock_folder, read_json, write_json, write_text
 from ..hub.shipped import add_samples
@@ -27,8 +28,9 @@ from .calibration import LabelledSlices, calibrate
 from .candidates import choose_protocol, describe_model, load_pipeline, store_values
 from .cases import slice_numbers
 from .options import EvalOptions
+from .page import write_page
 from .publishing import FORMER_CARD, check_hub, push_report
-from .report import make_report, markdown
+from .report import data_name, make_report, markdown
 from .scoring import sweep_thresholds
 
 
@@ -39,8 +41,10 @@ KINDS = {"anomaly-detection": maps, "segmentation": ensembles}
 # Of an evaluation under way: the cases, and what of the output folder is its own, so that the next one may go over it
 # if this one is killed.
 CASES, RECORD = ".cases", ".evaluation.json"
-# What an evaluation leaves beside `report.json` and the maps, the last two of them where it is pushed.
-PRODUCTS = ("cases.png", "reliability.png", "report.md", "card", FORMER_CARD)
+# What an evaluation leaves beside `report.json` and the maps; pages where they are wanted, the last two where it is
+# pushed.
+PAGES = ("report.html", "report_scans")
+PRODUCTS = ("cases.png", "reliability.png", "report.md", *PAGES, "card", FORMER_CARD)
 
 
 def evaluate(options: EvalOptions) -> dict:
@@ -70,6 +74,7 @@ def evaluate(options: EvalOptions) -> dict:
             evaluation.calibrate()
         accelerator.wait_for_everyone()
         evaluation.compute_models()
+        evaluation.take_merged()
         evaluation.compute_baselines()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -83,7 +88,8 @@ def evaluate(options: EvalOptions) -> dict:
 
 
 def _products(options: EvalOptions) -> list[str]:
-    return list(PRODUCTS if options.push_to_hub else PRODUCTS[:3])
+    unwanted = [*(PAGES if options.report == "none" else ()), *(() if options.push_to_hub else ("card", FORMER_CARD))]
+    return [name for name in PRODUCTS if name not in unwanted]
 
 
 def _list_own(output_dir: Path, options: EvalOptions) -> list[str]:
@@ -123,10 +129,11 @@ class _Evaluation:
 
     def __init__(self, options: EvalOptions, accelerator: Accelerator):
         self.options, self.accelerator = options, accelerator
+        check_choice("report", options.report, ("html", "none"))
         self.protocol = choose_protocol(options)
         self.kind = KINDS[self.protocol.TASK]
         self.kind.check_options(options)
-        if not options.model and not options.baselines:
+        if not options.model and not options.merge and not options.baselines:
             raise ValueError("There is nothing to evaluate: give `--model`, or leave `baselines` on.")
         if options.push_to_hub:
             check_hub(options, accelerator.is_main_process)
@@ -185,6 +192,34 @@ class _Evaluation:
             settings = self.kind.describe_settings(pipeline)
             fast = {} if pipeline.fast is None else {"fast": pipeline.fast}
             self.rows.append({**row, "settings": settings, **fast, "seconds_per_slice": float(seconds / slices)})
+
+    def take_merged(self) -> None:
+        """Adds the rows of the models of earlier evaluations, whose cases are read where they lie."""
+        subjects = {part: self.kind.choose_subjects(split) for part, split in self.splits.items()}
+        for name in self.options.merge:
+            folder = Path(name)
+            report = read_json(folder / "report.json")
+            own = {"seed": self.options.seed, "name": data_name(self.options.data), "split": self.options.split}
+            given = {"seed": report["seed"], "name": report["data"]["name"], "split": report["data"]["split"]}
+            if given != own:
+                raise ValueError(f"`merge`: {folder} is of {given}, this evaluation of {own}.")
+            rows = [row for row in report["results"] if row["kind"] == "pipeline"]
+            for number, row in enumerate(rows):
+                maps = folder / "maps" / f"{number:02d}"
+                lacks = [
+                    f"{part}/{subject}"
+                    for part, names in subjects.items()
+                    for subject in names
+                    if not (maps / part / f"{subject}.npz").is_file()
+                ]
+                if lacks:
+                    raise FileNotFoundError(
+                        f"`merge`: {maps} has no maps of {', '.join(lacks[:3])}{' ...' if len(lacks) > 3 else ''}:"
+                        " evaluate there with --keep_maps, of the same splits."
+                    )
+                # Scored again, beside the others.
+                self.rows.append({key: value for key, value in row.items() if key not in ("metrics", "subjects")})
+                self.folders.append(maps)
 
     def compute_baselines(self) -> None:
         """Writes the cases that the baselines make of this process's subjects, and adds their rows."""
@@ -252,6 +287,8 @@ class _Evaluation:
             for name, title in protocol.COLUMNS.items()
         }
         write_text(output_dir / "report.md", markdown(report, columns))
+        if options.report == "html":
+            write_page(report, columns, self.splits["test"], self.folders, output_dir / PAGES[0])
         return report
 
     @torch.no_grad()

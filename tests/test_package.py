@@ -22,6 +22,7 @@ ROOMS = (
     ("pipelines", "data"),
     ("reports",),
     ("training", "evaluation"),
+    ("ranking",),
     ("convert",),
     ("train", "eval", "predict", "preprocess", "strip", "list_models", "ship", "publish", "benchmark", "__main__"),
 )

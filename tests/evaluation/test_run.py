@@ -204,6 +204,26 @@ def test_report(place, volumes_report):
     assert f"draws {DRAWS_VERSION}" in (place / "out-volumes" / "report.md").read_text()
 
 
+def test_merged_evaluations_are_that_of_all(place, volumes_report, tmp_path):
+    """What was computed before is scored beside the rest as if it were computed now, and stays where it lies."""
+    earlier = place / "out-volumes"
+    before = contents(earlier)
+
+    def merging(folder, out, **others):
+        return EvalOptions(data=str(place / "volumes"), output_dir=str(place / out), merge=[str(folder)], **others)
+
+    assert evaluate(merging(earlier, "out-merged")) == volumes_report
+    assert contents(earlier) == before and not (place / "out-merged" / "maps").exists()
+    with pytest.raises(
+        ValueError, match=r"`merge`: .*out-volumes is of \{'seed': 0.*, this evaluation of \{'seed': 1"
+    ):
+        evaluate(merging(earlier, "out-wrong", seed=1))
+    (maps := tmp_path / "none").mkdir()
+    shutil.copy(earlier / "report.json", maps)
+    with pytest.raises(FileNotFoundError, match="has no maps of .*evaluate there with --keep_maps"):
+        evaluate(merging(maps, "out-lacking"))
+
+
 def test_seconds_per_slice(place, monkeypatch):
     """From slices to filtered maps: what a network and a filter take, nothing of what reading, saving and scoring take."""
     clock = [0.0]

@@ -17,7 +17,7 @@ from anodiff.training.options import TrainOptions
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("preprocess", "train", "eval", "predict", "convert", "list_models", "ship", "publish")
+SCRIPTS = ("preprocess", "train", "eval", "benchmark", "predict", "convert", "list_models", "ship", "publish")
 
 
 def python(*arguments) -> subprocess.CompletedProcess:
