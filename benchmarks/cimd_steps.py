@@ -105,8 +105,9 @@ def main() -> None:
     print(f"{len(rows)} images, {len(set(groups))} groups\n\n| {' | '.join(COLUMNS)} |")
     print("|---" * len(COLUMNS) + "|", flush=True)
 
-    ways = [("ddpm", options.reference)] + [("ddpm", steps) for steps in (100, 50, 25, 10)]
-    ways += [("ddim", steps) for steps in (50, 25, 10)] + [(solver, steps) for solver in SOLVERS for steps in (25, 10)]
+    ways = [("ddpm", options.reference)]
+    ways += [("ddpm", steps) for steps in (100, 50, 25, 10) if steps != options.reference]
+    ways += [(solver, steps) for steps in (25, 10) for solver in SOLVERS] + [("ddim", steps) for steps in (25, 10)]
     reference = None
     for name, steps in ways:
         start = time.perf_counter()
