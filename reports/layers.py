@@ -29,9 +29,9 @@ SCAN, MAP, MASK, REFERENCE, RECONSTRUCTION, PROBABILITY, MEMBERS = KINDS = (
 _GREY, _BINARY = (SCAN, RECONSTRUCTION), (MASK, REFERENCE)
 
 # How a scan that is too large for a page is stored instead, one step after the other, and what the page says of it:
-# bits of grey images, bits of maps, voxels along an axis that become one.
+# bits of grey images (whole numbers keep up to 16), bits of maps, voxels along an axis that become one.
 STEPS = (
-    (16, 16, 1, ""),
+    (12, 16, 1, ""),
     (8, 16, 1, "Scan and reconstruction are stored in 256 grey levels, to keep this page small."),
     (8, 8, 1, "All images are stored in 256 levels, to keep this page small: volumes at other thresholds are coarse."),
     *(
@@ -124,14 +124,17 @@ def _quantize(
         low, high = float(np.quantile(array, 0.001)), float(np.quantile(array, 0.999))
     elif kind not in _GREY:
         low = min(low, 0.0)
-    whole = kind in _GREY and high - low <= top and low == round(low) and not (array % 1).any()
+    whole = (
+        kind in _GREY and high - low <= (255 if bits == 8 else 65535) and low == round(low) and not (array % 1).any()
+    )
     slope = 1.0 if whole else (high - low) / top or 1.0
     mark = None
     if threshold is not None and threshold > low:
         mark = int(np.floor(top * (threshold - low) / (max(high, threshold) - low) - 0.5))
         if mark >= 0:
             slope = (threshold - low) / (mark + 0.5)
-    levels = np.clip(np.ceil((array.astype(np.float64) - low) / slope - 0.5), 0, top)
+    most = np.iinfo(np.uint16).max if whole and bits > 8 else top
+    levels = np.clip(np.ceil((array.astype(np.float64) - low) / slope - 0.5), 0, most)
     if mark is not None and mark >= 0:
         above = array > threshold
         levels = np.where(above, np.maximum(levels, mark + 1), np.minimum(levels, mark))

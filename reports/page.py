@@ -23,6 +23,7 @@ from ..files import read_text, write_text
 from .layers import (
     KINDS,
     MAP,
+    MASK,
     PROBABILITY,
     SCAN,
     STEPS,
@@ -158,6 +159,7 @@ class _Encoded:
     picture: str
     thumbnail: str
     note: str
+    marked: float | None  # ml, or pixels
     size: int
     page: str = ""
 
@@ -196,8 +198,9 @@ def write_report(
     folder = path.with_name(f"{path.stem}_scans")
     check_replaceable(path)
     shared = {"title": title, "summary": summary, "index": path.name, "folder": folder.name}
-    base = len(_render("page.html", shared, scans=[], sections=list(sections), with_viewer=True).encode())
-    budget = LIMIT - len(_render("page.html", shared, scans=[], sections=[], with_viewer=True).encode()) - 20_000
+    viewer = len(_niivue())
+    base = viewer + len(_render(shared, scans=[], sections=sections, with_viewer=False).encode())
+    budget = LIMIT - viewer - len(_render(shared, scans=[], sections=[], with_viewer=False).encode()) - 40_000
     # All on one page, as long as they fit.
     kept, rest = [], (_encode(view, budget) for view in scans)
     for scan in rest:
@@ -206,7 +209,7 @@ def write_report(
             break
     else:
         kept.sort(key=lambda scan: _order(scan.view.score))
-        write_text(path, _render("page.html", shared, scans=kept, sections=sections, with_viewer=bool(kept)))
+        write_text(path, _render(shared, scans=kept, sections=sections, with_viewer=bool(kept)))
         _remove_pages(folder, set())
         return [path]
     pages, listed, before = [], [], None
@@ -218,10 +221,9 @@ def write_report(
         scan.facts["previous"] = before.page if before is not None else ""
         listed.append(scan)
         before = scan
-        kept.clear()
     pages.append(_write_page(folder, shared, before, next=""))
     listed.sort(key=lambda scan: _order(scan.view.score))
-    write_text(path, _render("page.html", shared, scans=listed, sections=sections, with_viewer=False))
+    write_text(path, _render(shared, scans=listed, sections=sections, with_viewer=False))
     _remove_pages(folder, {page.name for page in pages})
     return [path, *pages]
 
@@ -259,7 +261,7 @@ def _write_page(folder: Path, shared: dict, scan: _Encoded, next: str) -> Path:
     path = folder / scan.page
     check_replaceable(path)
     own = {**shared, "title": scan.view.name, "index": f"../{shared['index']}", "of": shared["title"], "summary": ""}
-    write_text(path, _render("page.html", own, scans=[scan], sections=[], with_viewer=True))
+    write_text(path, _render(own, scans=[scan], sections=[], with_viewer=True))
     scan.layers, scan.picture = {}, ""  # the index does not need them
     return path
 
@@ -288,15 +290,7 @@ def _encode(view: ScanView, budget: int) -> _Encoded:
             f"{view.name}: `slice_scores` must hold a number for each of the {scan.shape[axis]} {view.plane} slices,"
             f" got {len(view.slice_scores)}."
         )
-    start = [size // 2 for size in scan.shape[:3]]
-    if overlay is not None and overlay.any():
-        inside = overlay
-        if view.slice_scores is not None:
-            start[axis] = int(np.argmax(np.asarray(view.slice_scores, dtype=np.float64)))
-            inside = np.zeros_like(overlay)
-            place = tuple(start[axis] if one == axis else slice(None) for one in range(3))
-            inside[place] = overlay[place]
-        start = [int(one) for one in np.unravel_index(np.argmax(inside), overlay.shape)]
+    start = _find_start(view, scan, overlay, axis)
     for step in range(len(STEPS)):
         layers = encode_layers(arrays, view.threshold, step)
         size = sum(len(layer.file) for layer in layers.values())
@@ -306,24 +300,51 @@ def _encode(view: ScanView, budget: int) -> _Encoded:
         raise ValueError(f"{view.name}: too large for a page of {LIMIT / 1e6:.0f} MB.")
     facts = {
         "name": view.name,
-        "score": view.score,
-        "threshold": view.threshold,
+        "score": None if view.score is None else float(view.score),
+        "threshold": None if view.threshold is None else float(view.threshold),
         "plane": view.plane,
         "axes": axes,
         "start": start,
         "is_picture": view.is_picture,
         "affine": affine.tolist(),
         "shape": list(scan.shape),
-        "slice_scores": None if view.slice_scores is None else [float(one) for one in view.slice_scores],
+        "slice_scores": None
+        if view.slice_scores is None
+        else [float(one) if math.isfinite(one) else None for one in view.slice_scores],
         "layers": [
             {"name": layer.name, "kind": layer.kind, **layers[number].facts}
             for number, layer in enumerate(view.layers)
         ],
     }
+    mask, grid = next(((array, grid) for kind, array, grid in arrays.values() if kind == MASK), (None, affine))
+    if mask is None and overlay is not None and view.threshold is not None:
+        mask = overlay > view.threshold
+    unit = 1.0 if view.is_picture else abs(float(np.linalg.det(grid[:3, :3]))) / 1000
+    volume = None if mask is None else np.count_nonzero(mask) * unit
     picture, thumbnail = (draw_slice(scan, overlay, affine, view.plane, start, width) for width in (420, 88))
     return _Encoded(
-        view, layers, facts, picture, thumbnail, STEPS[step][-1], size + len(picture) + len(thumbnail) + 4000
+        view,
+        layers,
+        facts,
+        picture,
+        thumbnail,
+        STEPS[step][-1],
+        volume,
+        size + len(picture) + len(thumbnail) + 4000,
     )
+
+
+def _find_start(view: ScanView, scan: np.ndarray, overlay: np.ndarray | None, axis: int) -> list[int]:
+    """The voxel where the cursor begins: the highest one of the map, in the slice with the highest score."""
+    if overlay is None or not overlay.any():
+        return [size // 2 for size in scan.shape[:3]]
+    place = [slice(None)] * 3
+    if view.slice_scores is not None:
+        scores = np.nan_to_num(np.asarray(view.slice_scores, dtype=np.float64), nan=-np.inf)
+        place[axis] = slice(int(np.argmax(scores)), int(np.argmax(scores)) + 1)
+    part = overlay[tuple(place)]
+    start = np.unravel_index(np.argmax(part), part.shape)
+    return [int(one) + (which.start or 0) for one, which in zip(start, place, strict=True)]
 
 
 @cache
@@ -337,25 +358,31 @@ def _niivue() -> str:
     return base64.b64encode(gzip.compress((_ASSETS / "niivue.umd.js").read_bytes(), 9, mtime=0)).decode("ascii")
 
 
-def _render(template: str, shared: dict, **values) -> str:
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": _number, "curve": _curve, "svg": _svg, "best": _best, "data": _data}
     environment.tests |= {"table": lambda one: isinstance(one, Table), "figure": lambda one: isinstance(one, Figure)}
-    # What has no rows has nothing to say.
+    return environment.get_template("page.html")
+
+
+def _render(shared: dict, *, scans: Sequence[_Encoded], sections: Sequence[Section], with_viewer: bool) -> str:
+    # A table without rows has nothing to say.
     full = [
         (section, [block for block in section.blocks if not isinstance(block, Table) or block.rows])
-        for section in values.pop("sections")
+        for section in sections
     ]
-    return environment.get_template(template).render(
+    return _template().render(
         **shared,
-        **values,
+        scans=scans,
         sections=[(section, blocks) for section, blocks in full if blocks],
+        with_viewer=with_viewer,
         mark=MARK,
         css=_asset("page.css"),
         script=_asset("members.js") + _asset("page.js"),
-        niivue=_niivue() if values["with_viewer"] else "",
+        niivue=_niivue() if with_viewer else "",
     )
 
 

@@ -127,7 +127,11 @@ def view_result(folder: Path, scan: Scan, *, plane: str, leave_out: dict) -> Sca
         count = int(np.count_nonzero(mask.image.dataobj))
         volume = count * abs(float(np.linalg.det(source.affine[:3, :3]))) / 1000
         facts[mask.name] = f"{count} pixels" if source.is_picture else f"{volume:.2f} ml"
-    facts |= {name: str(value) for name, value in settings.items() if name not in leave_out}
+    facts |= {
+        name: value if isinstance(value, (int, float)) else str(value)
+        for name, value in settings.items()
+        if name not in leave_out
+    }
     return ScanView(
         scan.name,
         layers,

@@ -65,7 +65,12 @@
 
   const list = $("scan-list");
   if (list) document.body.classList.add("has-list");
-  if (list && !$("viewer")) document.body.classList.remove("has-list");
+  if (list && !$("viewer")) {
+    document.body.classList.remove("has-list");
+    list.tBodies[0].addEventListener("click", (event) => {
+      if (!event.target.closest("a")) event.target.closest("tr").querySelector("a").click();
+    });
+  }
   if ($("filter")) {
     $("filter").addEventListener("input", () => {
       const wanted = $("filter").value.trim().toLowerCase();
@@ -184,7 +189,7 @@
 
   async function viewerOn(canvas) {
     const viewer = new niivue.Niivue({
-      backColor: [0, 0, 0, 1], crosshairColor: [0.95, 0.65, 0.25, 0.75], crosshairWidth: 0.5, crosshairGap: 4,
+      backColor: [0, 0, 0, 1], crosshairColor: [0.95, 0.65, 0.25, 0.75], crosshairWidth: 0.35, crosshairGap: 4,
       crosshairWidthUnit: "percent",
       dragAndDropEnabled: false, isRadiologicalConvention: true, multiplanarShowRender: 0, multiplanarLayout: 0,
       multiplanarPadPixels: 4, loadingText: "", logLevel: "error", viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "",
