@@ -286,7 +286,9 @@ def ensembles(browser, tmp_path_factory):
     ):
         arrays = [("Scan", "scan", np.linspace(0, 50, 16 * 12 * depth).reshape(16, 12, depth))]
         arrays += [("Share", "probability", members.mean(-1)), ("Members", "members", members), *more]
-        layers = [Layer(title, kind, nib.Nifti1Image(array.astype(np.float32), plain)) for title, kind, array in arrays]
+        layers = [
+            Layer(title, kind, nib.Nifti1Image(array.astype(np.float32), plain)) for title, kind, array in arrays
+        ]
         scans.append(ScanView(name, layers, threshold=0.5, is_picture=depth == 1))
     write_report(path, "Ensembles", scans=scans)
     page = open_page(browser, path)
