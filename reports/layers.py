@@ -129,13 +129,17 @@ def _quantize(
     )
     slope = 1.0 if whole else (high - low) / top or 1.0
     mark = None
-    if threshold is not None and threshold > low:
-        mark = int(np.floor(top * (threshold - low) / (max(high, threshold) - low) - 0.5))
-        if mark >= 0:
+    if threshold is not None and threshold >= high:
+        mark = top  # nothing is above it
+    elif threshold is not None and threshold > low:
+        mark = int(np.floor(top * (threshold - low) / (high - low) - 0.5))
+        if mark < 0:
+            mark = None  # too near to the lowest value
+        else:
             slope = (threshold - low) / (mark + 0.5)
     most = np.iinfo(np.uint16).max if whole and bits > 8 else top
     levels = np.clip(np.ceil((array.astype(np.float64) - low) / slope - 0.5), 0, most)
-    if mark is not None and mark >= 0:
+    if mark is not None and mark < top:
         above = array > threshold
         levels = np.where(above, np.maximum(levels, mark + 1), np.minimum(levels, mark))
     return levels.astype(np.uint8 if bits == 8 else "<u2"), slope, low, mark

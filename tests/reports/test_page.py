@@ -92,6 +92,17 @@ def test_a_threshold_counts_what_the_values_count(tmp_path):
         assert facts["voxel_ml"] == pytest.approx(0.012)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1e-9, 1.0, 50.0])
+def test_thresholds_at_the_ends_of_a_map_leave_its_values(threshold):
+    array = np.linspace(0, 1, 210, dtype=np.float32).reshape(7, 6, 5)
+    encoded = encode_layers({0: ("map", array, AFFINE)}, threshold, 0)[0]
+    stored = nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(encoded.file)))
+    np.testing.assert_allclose(stored.get_fdata(), array, rtol=0, atol=1e-5)
+    mark = encoded.facts["mark"]
+    assert (mark is None) == (threshold < 1)
+    assert mark is None or not (stored.dataobj.get_unscaled() > mark).any()
+
+
 def test_headers_say_nothing_but_the_grid(tmp_path):
     given = image(np.arange(120).reshape(6, 5, 4))
     given.header["descrip"], given.header["aux_file"], given.header["intent_name"] = b"Jane Doe", b"Jane", b"Doe"
