@@ -243,7 +243,7 @@
     const seen = new Set();
     layers.forEach((layer) => {
       // Of several maps the first one shows, and of several scans.
-      layer.group = layer.kind === "scan" && seen.has("scan") || layer.kind === "map" && seen.has("map") ? "other" : layer.of ? layer.of.kind : layer.kind;
+      layer.group = layer.kind === "scan" && seen.has("scan") || isMap(layer) && !layer.frames && layer !== cut ? "other" : layer.of ? layer.of.kind : layer.kind;
       seen.add(layer.kind);
       layer.visible = !view.hidden.has(layer.group);
     });

@@ -285,7 +285,9 @@ def ensembles(browser, tmp_path_factory):
         ("maps", 4, nested(2, 4, 4) * [0.02, 0.04], []),
     ):
         arrays = [("Scan", "scan", np.linspace(0, 50, 16 * 12 * depth).reshape(16, 12, depth))]
-        arrays += [("Share", "probability", members.mean(-1)), ("Members", "members", members), *more]
+        share = members.mean(-1)
+        arrays += [("Share", "probability", share), ("Agreement", "probability", np.maximum(share, 1 - share))]
+        arrays += [("Deviation", "map", members.std(-1)), ("Members", "members", members), *more]
         layers = [
             Layer(title, kind, nib.Nifti1Image(array.astype(np.float32), plain)) for title, kind, array in arrays
         ]
@@ -324,7 +326,11 @@ def test_outlines_of_masks(ensembles):
 def test_members_one_all_and_what_they_disagree_on(ensembles):
     page = ensembles
     assert of_member(page) == "1 of 3, 9 pixels" and of_member(page, "Annotations") == "1 of 2, 36 pixels"
-    assert pressed(page) == "All outlines" and not page.get_by_label("Members", exact=True).is_checked()
+    assert pressed(page) == "All outlines"
+    # Of several maps the one with the threshold shows.
+    checked = {name: page.get_by_label(name, exact=True).is_checked() for name in ("Share", "Agreement", "Deviation")}
+    assert checked == {"Share": True, "Agreement": False, "Deviation": False}
+    assert not page.locator("#layers").get_by_label("Members", exact=True).is_checked()
     assert re.search(r"Members [0-3] of 3 .* Annotations [0-2] of 2", page.locator("#values").inner_text())
     seen = [pixels(page)]
     page.keyboard.press("n")
