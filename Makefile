@@ -31,7 +31,7 @@ demo: $(BIN)/.installed
 	$(HEADS) --contrast flair --root $(DEMO)/scans/flair --out $(DEMO)/prepared/flair
 	$(HEADS) --contrast t1 --root $(DEMO)/scans/t1 --out $(DEMO)/prepared/t1
 	$(HEADS) --contrast t2 --skull true --root $(DEMO)/scans/t2 --out $(DEMO)/prepared/t2
-	@echo "2. Checkpoints that come with the library find what is wrong with them. Look at: $(DEMO)/maps/*/*/overview.png"
+	@echo "2. Checkpoints that come with the library find what is wrong with them. Look at: $(DEMO)/maps/*/report.html"
 	$(RUN) predict $(DEMO)/scans/flair/$(TUMOUR)/flair.nii.gz -o $(DEMO)/maps/flair
 	$(RUN) predict $(DEMO)/scans/t1/$(TUMOUR)/t1.nii.gz -o $(DEMO)/maps/t1
 	$(RUN) predict $(DEMO)/scans/t2/$(TUMOUR)/t2.nii.gz -o $(DEMO)/maps/t2

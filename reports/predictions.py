@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import PIL.Image
+from tqdm.auto import tqdm
 
 from ..files import read_json
 from ..volumes.results import MASK, SCORES, SHARE
@@ -17,8 +18,8 @@ from ..volumes.volume import InputVolume, read_volume
 from .page import Column, Layer, ScanView, Section, Table, write_report
 
 
-# Array of a result to its name on the page, the kind of its layer, and how a picture of it is stored. Of several maps,
-# the first one has the threshold.
+# Array of a result to its name on the page, the kind of its layer, and how a picture of it is stored. Of several maps
+# and masks, the first one has the threshold.
 _MAPS = {
     "anomaly_map": ("Anomaly map", "map", SCORES),
     "probability_map": ("Probability", "probability", SHARE),
@@ -27,6 +28,8 @@ _MAPS = {
     "member_masks": ("Members", "members", MASK),
     "agreement": ("Agreement", "probability", SHARE),
     "std_map": ("Deviation of the members", "map", SHARE),
+    "healthy_rank_map": ("Rank among healthy voxels", "probability", SHARE),
+    "brain_mask": ("Brain", "mask", MASK),
 }
 _SPREAD = {
     "mean_map": ("Mean of the draws", "map", SCORES),
@@ -68,7 +71,8 @@ def write_predictions(
     missing = [{"scan": name, "reason": reason} for name, reason in failed]
 
     def views() -> Iterator[ScanView]:
-        for scan in sorted(scans, key=lambda scan: (-(scores[scan.name] or 0), scan.name)):
+        ordered = sorted(scans, key=lambda scan: (-(scores[scan.name] or 0), scan.name))
+        for scan in tqdm(ordered, desc="report", disable=len(ordered) < 2, leave=False):
             try:
                 yield view_result(path.parent / scan.name, scan, plane=plane, leave_out=common)
             except (OSError, ValueError) as error:
@@ -112,6 +116,8 @@ def view_result(folder: Path, scan: Scan, *, plane: str, leave_out: dict) -> Sca
         Layer(name or "Scan", "scan", nib.Nifti1Image(array, source.affine)) for name, array in source.arrays.items()
     ]
     layers += _layers(folder, record, _MAPS, source)
+    if not any(layer.name != "Brain" and layer.kind == "mask" for layer in layers):
+        layers = [layer for layer in layers if layer.name != "Brain"]  # it is no mask of a threshold
     several = len(source.arrays) > 1
     first = next(iter(source.arrays))
     stem = f"reconstruction_{first}" if several and source.is_picture else "reconstruction"

@@ -242,8 +242,9 @@
     layers.sort((one, other) => RANK.indexOf(one.kind) - RANK.indexOf(other.kind));
     const seen = new Set();
     layers.forEach((layer) => {
-      // Of several maps the first one shows, and of several scans.
-      layer.group = layer.kind === "scan" && seen.has("scan") || isMap(layer) && !layer.frames && layer !== cut ? "other" : layer.of ? layer.of.kind : layer.kind;
+      // Of several scans or masks the first one shows, and of maps and probabilities the one that the threshold cuts.
+      const isOther = isMap(layer) && !layer.frames ? layer !== cut : ["scan", "mask"].includes(layer.kind) && seen.has(layer.kind);
+      layer.group = isOther ? "other" : layer.of ? layer.of.kind : layer.kind;
       seen.add(layer.kind);
       layer.visible = !view.hidden.has(layer.group);
     });
@@ -464,7 +465,7 @@
   let drawing = 0;
   function setCut(level) {
     const { cut, mask, above, top } = state;
-    level = Math.min(Math.max(level, 0), top);
+    level = Math.min(Math.max(level, 0), Math.max(top, cut.mark || 0)); // a stored threshold may be above all scores
     state.level = level;
     state.isStored = level === cut.mark && mask && mask.stored;
     let count = above[level + 1];
