@@ -359,4 +359,5 @@ def test_members_of_volumes_and_of_maps(ensembles):
         page.keyboard.press(".")
         assert of_member(page) == text
         assert page.locator("#ensemble-show").is_visible() == (number == 1)
+    assert page.input_value("#threshold-number") == "0.500"  # above all values of this map
     assert page.complaints == [] and all(url.startswith(("file:", "data:", "blob:")) for url in page.requests)
