@@ -63,6 +63,9 @@ class EvalOptions:
     """First, last and step of the thresholds that these protocols try: of maps scaled to [0, 1] for `andi` (0.01,
     0.299, 0.001 by default), of the maps themselves for `uad_imag` (100 of their scores by default) and `anofpdm`
     (0.01, 0.69, 0.01)."""
+    strata: list[str] = field(default_factory=list)
+    """Score groups of the subjects apart: by `size` or `contrast` of the lesion, or any column of `subjects.parquet`
+    (age, site, ...; numbers in thirds). Give the flag once per name."""
     baselines: bool = True
     """Rows of the plain and the inverted intensity and of trivial statistics, with the same post-processing."""
     training_population: str | None = None

@@ -26,12 +26,14 @@ from ..pipelines.batches import choose_batch_size
 from . import ensembles, maps
 from .calibration import LabelledSlices, calibrate
 from .candidates import choose_protocol, describe_model, load_pipeline, store_values
-from .cases import slice_numbers
+from .cases import Tally, slice_numbers, slice_spacing
+from .comparisons import compare
 from .options import EvalOptions
 from .page import write_page
 from .publishing import FORMER_CARD, check_hub, push_report
 from .report import data_name, make_report, markdown
 from .scoring import sweep_thresholds
+from .strata import check_strata, divide, score_strata
 
 
 # What is computed, stored and drawn, by the task of the pipelines.
@@ -141,6 +143,7 @@ class _Evaluation:
         with accelerator.main_process_first():
             names = self.kind.name_splits(options)
             self.splits = {part: load_prepared(options.data, name) for part, name in names.items()}
+        check_strata(options.strata, self.splits["test"])
         self.folder = Path(options.output_dir) / CASES
         self.rows: list[dict] = []
         self.folders: list[Path] = []
@@ -267,6 +270,8 @@ class _Evaluation:
         options, kind, output_dir = self.options, self.kind, Path(self.options.output_dir)
         protocols = list(dict.fromkeys([kind.OWN_PROTOCOL, self.protocol]))
         thresholds = None if options.sweep is None else sweep_thresholds(options.sweep)
+        divided = divide(self.splits["test"], options.strata)
+        tallies: list[Tally] = []
         for row, folder in zip(tqdm(self.rows, desc="scoring"), self.folders, strict=True):
             files = {
                 part: [folder / part / f"{name}.npz" for name in kind.choose_subjects(split)]
@@ -274,12 +279,19 @@ class _Evaluation:
             }
             row |= {"metrics": {}, "subjects": []}
             for protocol in protocols:
-                metrics, records, more = protocol.score(row, files, thresholds, options)
+                metrics, records, more, tally = protocol.score(row, files, thresholds, options)
                 row["metrics"] |= metrics
                 row |= more
+                if tally is not None:
+                    tallies.append(tally)
+                    row |= {"strata": score_strata(tally, files["test"], divided)} if divided else {}
                 row["subjects"] = [old | new for old, new in zip_longest(row["subjects"], records, fillvalue={})]
         statistics = kind.make_statistics(self.splits) if options.baselines else []
         report = make_report(options, kind, protocols, self.splits["test"], self.rows + statistics, self.accelerator)
+        if tallies:
+            # Rows without maps come last.
+            groups = len(set(tallies[0].groups))
+            report["comparisons"] = compare(self.rows, [tally.resamples for tally in tallies], groups)
         kind.draw(report, list(zip(self.rows, self.folders, strict=True)), self.splits["test"], output_dir)
         columns = {
             name: add_samples(name, title, self.rows)
@@ -315,7 +327,9 @@ class _Evaluation:
         """The subjects of this process, read."""
         first, step = self.accelerator.process_index, self.accelerator.num_processes
         for subject in self.kind.choose_subjects(split)[first::step]:
-            yield {"subject": subject, "group": split.subject_info[subject]["group"], **split.read_subject(subject)}
+            item = split.read_subject(subject)
+            spacing = slice_spacing(split, subject, item["slice"])
+            yield {"subject": subject, "group": split.subject_info[subject]["group"], "spacing": spacing, **item}
 
     def _batches(self, split: PreparedSplit, title: str) -> Iterator[list[dict]]:
         """The subjects of this process, those of few slices (pictures) put together, so that batches are full."""

@@ -38,6 +38,11 @@ NOT_EVALUATED = "Not evaluated."
 END_OF_EVALUATIONS = "<!-- end of evaluations -->"
 # What a report lists beside its metrics: it belongs into the card, not into a leaderboard.
 NO_METRIC = re.compile(r"threshold_.*|direction|num_samples|.*_(low|high)")
+# What stays in the report: a card has the lesions and surfaces of two policies.
+ONLY_IN_REPORT = re.compile(
+    r"surface_dice_.*|froc_recall_.*|hausdorff_95_(undefined_.*|oracle|healthy|yen|own)"
+    r"|(lesion_recall|false_positives)_(oracle|yen|own)"
+)
 # Validation losses of the training, in the folder of a pipeline: a line `{"step": 100, "validation_loss": 0.5}` each.
 CURVE = "validation.jsonl"
 LIBRARIES = ("torch", "diffusers", "huggingface_hub", "numpy", "nibabel", "scipy")
@@ -159,7 +164,7 @@ def add_evaluation(
             for metrics in (row["metrics"] for row in results)
         ]
         for metric in dict.fromkeys(metric for row in results for metric in row["metrics"])
-        if not metric.endswith(("_low", "_high"))
+        if not metric.endswith(("_low", "_high")) and not ONLY_IN_REPORT.fullmatch(metric)
     }
     table["seconds per slice"] = [_number(row.get("seconds_per_slice")) for row in results]
     hardware = f" on {evaluation['device']}" if evaluation.get("device") else ""
@@ -269,7 +274,10 @@ def _eval_results(evaluation: dict, row: dict) -> list[EvalResult]:
             dataset_args=dict(evaluation["protocol"]),
         )
         for metric, value in row["metrics"].items()
-        if value is not None and math.isfinite(value) and not NO_METRIC.fullmatch(metric)
+        if value is not None
+        and math.isfinite(value)
+        and not NO_METRIC.fullmatch(metric)
+        and not ONLY_IN_REPORT.fullmatch(metric)
     ]
 
 

@@ -22,6 +22,8 @@ from anodiff.evaluation.run import evaluate
 from anodiff.hub.model_card import PROTOCOL_FIELDS, add_evaluation, make_card
 from anodiff.hub.shipped import add_samples
 
+from ..test_docs import find_undefined
+
 
 RECIPE = {
     "reader": "annotated_folders",
@@ -83,6 +85,7 @@ def test_report(place, report):
     split = load_prepared(place / "data", "test")
     for row in rows.values():
         metrics = row["metrics"]
+        assert not find_undefined(metrics, "metrics.md")
         assert metrics["num_samples"] == 3 == row["settings"]["num_ensemble"]
         for name in ("ged", "hm_iou", "collective_insight", "sample_diversity", "combined_sensitivity"):
             assert metrics[f"{name}_low"] - 1e-9 <= metrics[name] <= metrics[f"{name}_high"] + 1e-9
@@ -117,6 +120,16 @@ def test_report(place, report):
         for name, value in score_ensemble(members[:, number], item["mask"][0]).items():
             assert image[name] == pytest.approx(value, abs=1e-9), name
         assert image["group"] == image["subject"][:-2]
+
+
+def test_the_model_is_compared_with_the_baselines(place, report):
+    compared = {(one["metric"], one["second"]): one for one in report["comparisons"]}
+    assert len(compared) == 4 * 2 and all(one["first"] == "CIMD (model)" for one in compared.values())
+    model, other = (report["results"][number]["metrics"]["ged"] for number in (0, 1))
+    one = compared["ged", "mean annotation rate"]
+    assert one["low"] - 1e-9 <= one["difference"] == model - other <= one["high"] + 1e-9
+    text = (place / "eval" / "report.md").read_text()
+    assert "## The best model against the others" in text and "| | GED (3 samples) | HM-IoU (3 samples) |" in text
 
 
 def test_baselines(place, report):

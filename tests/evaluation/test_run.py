@@ -37,6 +37,8 @@ from anodiff.running import run_script
 from anodiff.schedulers.draws import DRAWS_VERSION
 from anodiff.ship import main as ship
 
+from ..test_docs import find_undefined
+
 
 SIZE = 16
 PICTURES = 8
@@ -224,6 +226,55 @@ def test_merged_evaluations_are_that_of_all(place, volumes_report, tmp_path):
         evaluate(merging(maps, "out-lacking"))
 
 
+def test_every_metric_is_defined_and_the_report_can_be_read(place, volumes_report):
+    for row in volumes_report["results"]:
+        assert not find_undefined(row["metrics"], "metrics.md"), row["name"]
+    odd = ["dice_best", "froc_recall_0.125_low", "ged_middle"]
+    assert find_undefined(odd, "metrics.md") == ["dice_best", "ged_middle"]
+    text = (place / "out-volumes" / "report.md").read_text()
+    lines = text.splitlines()
+    assert max(len(line) for line in lines if not line.startswith("|")) <= 300
+    # Every row of a table has as many cells as its head.
+    for above, line in zip(lines, lines[1:], strict=False):
+        if above.startswith("|") and line.startswith("|"):
+            assert above.count("|") == line.count("|"), line
+    assert "## The best model against the others" in text and "## Lesions and surfaces" in text
+    plain, inverted = (row for row in volumes_report["results"] if row["name"].endswith("intensity of image"))
+    shared, own = volumes_report["protocol"]["postprocessing"].split("; ", 1)
+    assert shared.startswith("every row: median_size 3, ") and own.startswith("ANDi (model): ")
+    for name, value in plain["settings"].items():
+        assert inverted["settings"][name] == value and f"{name} {value}" in shared, name
+
+
+def test_models_are_compared_with_every_row_of_maps(volumes_report):
+    comparisons, rows = volumes_report["comparisons"], volumes_report["results"]
+    of_precision = [one for one in comparisons if one["metric"] == "voxel_average_precision"]
+    assert [one["rows"] for one in of_precision] == [[0, number] for number in (1, 2, 3)]
+    dices = {f"dice_{policy}" for policy in ("oracle", "validation", "healthy", "yen")}
+    assert {one["metric"] for one in comparisons} == {"voxel_average_precision", "slice_auroc", *dices}
+    for one in comparisons:
+        first, second = (rows[number] for number in one["rows"])
+        assert (one["first"], one["second"]) == (first["name"], second["name"]) and one["low"] <= one["high"]
+        assert one["difference"] == first["metrics"][one["metric"]] - second["metrics"][one["metric"]]
+        assert 0.5 <= one["p"] <= one["p_holm"] <= 1  # two subjects can show nothing
+
+
+def test_strata_of_an_evaluation(place):
+    report = evaluate(options(place, "volumes", "out-strata", strata=["size", "rows"]))
+    (plain,) = (row for row in report["results"] if row["name"] == "intensity of image")
+    # 25 voxels of 1 mm in each of two slices.
+    (small,) = plain["strata"]["size"]
+    assert (small["stratum"], small["subjects"], small["few"]) == ("< 1 ml", 2, True)
+    for name, value in small["metrics"].items():
+        assert value == plain["metrics"][name], name
+    assert "strata" not in report["results"][-1]  # a statistic
+    text = (place / "out-strata" / "report.md").read_text()
+    assert "| < 1 ml | ANDi (model) | 2 (few) |" in text and "## By rows" in text
+    with pytest.raises(ValueError, match="`strata` must be of size, contrast, split, .*, got scanner"):
+        evaluate(options(place, "volumes", "out-no-strata", strata=["scanner"]))
+    assert not (place / "out-no-strata").exists()
+
+
 def test_seconds_per_slice(place, monkeypatch):
     """From slices to filtered maps: what a network and a filter take, nothing of what reading, saving and scoring take."""
     clock = [0.0]
@@ -296,7 +347,7 @@ def test_unknown_labels_are_not_healthy(tmp_path):
             case.save(tmp_path / split)
             paths.append(tmp_path / split / f"{name}.npz")
     row = {"name": "any", "settings": {"min_component_size": 0}}
-    metrics, records, _ = pooled.score(row, files, None, EvalOptions(healthy_fpr=0.0))
+    metrics, records, *_ = pooled.score(row, files, None, EvalOptions(healthy_fpr=0.0))
     assert {record["subject"]: record["label"] for record in records} == {
         "healthy": 0,
         "partly": -1,
@@ -360,6 +411,8 @@ def test_protocols_score_the_same_maps(place, volumes_report, name):
         # Of a method that reconstructs nothing and has no masks of its own, what needs them is not there.
         measured = {column for column in columns if one["metrics"].get(column) is not None}
         assert measured, name
+    assert not find_undefined(own[0]["metrics"], "metrics.md", "training_and_evaluation.md")
+    assert not find_undefined(own[0]["metrics"], "metrics.md", "training_and_evaluation.md")
     text = (place / f"out-{name}" / "report.md").read_text()
     assert all(title in text for column, title in columns.items() if column in own[0]["metrics"])
     assert json.loads((place / f"out-{name}" / "report.json").read_text()) == report
