@@ -129,7 +129,7 @@ def test_the_model_is_compared_with_the_baselines(place, report):
     one = compared["ged", "mean annotation rate"]
     assert one["low"] - 1e-9 <= one["difference"] == model - other <= one["high"] + 1e-9
     text = (place / "eval" / "report.md").read_text()
-    assert "## The best model against the others" in text and "| | GED (3 samples) | HM-IoU (3 samples) |" in text
+    assert "## The best model against the others" in text and "|  | GED (3 samples) | HM-IoU (3 samples) |" in text
 
 
 def test_baselines(place, report):
