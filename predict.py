@@ -142,13 +142,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     failed += [(str(scan.source), reasons[scan.name]) for scan in scans if reasons[scan.name] is not None]
     done = list(reasons.values()).count(None)
+    shown = [*finished, *(scan for scan in scans if reasons[scan.name] is None)]
+    if options.report == "html" and shown:
+        failed += write_page(pipeline, page, shown, failed, record.get("model") or options.model)
     skipped = f", {len(finished)} finished before" if options.skip_existing else ""
     print(f"{done} scan(s) done{skipped}, results in {options.output}")
     for name, reason in failed:
         print(f"FAILED {name}: {reason}", file=sys.stderr)
-    shown = [*finished, *(scan for scan in scans if reasons[scan.name] is None)]
-    if options.report == "html" and shown:
-        failed += write_page(pipeline, page, shown, failed, record.get("model") or options.model)
     return 1 if failed else 0
 
 
@@ -264,13 +264,15 @@ def predict_scans(pipeline, scans: list, options: PredictOptions, record: dict) 
 
 
 def write_page(pipeline, page: Path, scans: list, failed: list[tuple[str, str]], model: str) -> list[tuple[str, str]]:
-    """Writes the report of scans that have results; returns those that cannot be read any more, with the reason."""
+    """Writes the report of scans that have results. Returns those that cannot be read any more with the reason, or the
+    page, if it cannot be written."""
     from anodiff.reports.predictions import write_predictions
 
-    unread = write_predictions(page, scans, failed, plane=pipeline.processor.config.plane, model=model)
+    try:
+        unread = write_predictions(page, scans, failed, plane=pipeline.processor.config.plane, model=model)
+    except (OSError, ValueError) as error:  # what failed before it has to be said, too
+        return [(str(page), _reason(error))]
     print(f"Report: {page}")
-    for name, reason in unread:
-        print(f"FAILED {name}: {reason}", file=sys.stderr)
     return unread
 
 

@@ -307,6 +307,22 @@ def test_the_report_of_a_scan_that_went_away_names_it(place, model, capsys):
     assert "raw/a.nii.gz cannot be read" in text and '"name": "b"' in text
 
 
+def test_a_report_that_cannot_be_written_is_listed_with_what_failed(place, model, monkeypatch, capsys):
+    folder = place("raw/a.nii.gz", "raw/b.nii.gz", "raw/a_seg.nii.gz")
+    monkeypatch.setattr("anodiff.reports.page.MOST_SCANS", 1)
+    (folder / "out" / "report_scans").mkdir(parents=True)
+    for name in "ab":
+        (folder / "out" / "report_scans" / f"0001_{name}.html").write_text("mine")
+    assert main(["--model", model, "raw", "-o", "out"]) == 1
+    said = capsys.readouterr()
+    assert "2 scan(s) done" in said.out and "Report" not in said.out
+    assert "FAILED raw/a_seg.nii.gz: " in said.err
+    assert re.search(
+        r"FAILED out/report.html: FileExistsError: out/report_scans/0001_[ab].html is no report", said.err
+    )
+    assert not (folder / "out" / "report.html").exists()
+
+
 def test_the_report_of_a_picture_counts_pixels(place, model):
     folder = place()
     grey = (make_volume((16, 12)) * 200).astype(np.uint8)
