@@ -14,13 +14,16 @@ from ..hub.shipped import add_samples
 from ..reports import Column, Figure, Layer, ScanView, Section, Table, write_report
 from .cases import Case, EnsembleCase
 from .pictures import rank_records
+from .sections import LESION_COLUMNS, STRATIFIED, join_settings, split_settings
 
 
 # Cases of the test split in the viewer.
 MOST_CASES = 6
 # Not a measurement, or the worse the higher.
-_LOWER = ("ged", "error", "hd95", "brier", "fpr", "false_positives", "seconds")
+_LOWER = ("ged", "error", "hausdorff", "brier", "fpr", "false_positive", "seconds")
 _ENDS = ("_low", "_high")
+# Of the record of a case, what the viewer shows anyway.
+_KNOWN = ("label", "score")
 HELP = {
     "voxel_average_precision": "Area under precision over recall of all brain voxels, pooled; it depends on how many are lesion.",
     "voxel_auroc": "Probability that a lesion voxel has a higher score than another voxel of a brain.",
@@ -125,12 +128,19 @@ def make_sections(report: dict, columns: dict[str, str]) -> list[Section]:
     figures = [figure for figure in (_draw_intervals(rows, main), *_draw_curves(rows)) if figure is not None]
     if figures:
         sections.append(Section("Figures", figures))
-    if report.get("comparisons"):
-        sections.append(Section("Comparisons", _compare(report)))
-    strata = [stratum for row in rows for stratum in row.get("strata", ())]
+    lesions = {key: heading.format(rows[0].get("distance_unit")) for key, heading in LESION_COLUMNS.items()}
+    lesions = {key: heading for key, heading in lesions.items() if key in measured and key not in main}
+    if lesions:
+        sections.append(Section("Lesions", [_tabulate("Lesions", rows, lesions)]))
+    compared = _compare(report)
+    if compared:
+        sections.append(Section("Comparisons", compared[:1]))
+    strata = _stratify(report)
     if strata:
-        sections.append(Section("Strata", [_make_table("Strata", report, "strata")]))
-    others = [key for key in measured if key not in main]
+        sections.append(Section("Strata", strata))
+    if compared[1:]:
+        sections.append(Section("Comparisons by other metrics", compared[1:], folded=True))
+    others = [key for key in measured if key not in main and key not in lesions]
     if others:
         names = [Column(str(number), row["name"]) for number, row in enumerate(rows)]
         lines = [
@@ -143,6 +153,25 @@ def make_sections(report: dict, columns: dict[str, str]) -> list[Section]:
         table = Table("All other metrics", [Column("metric", "Metric"), *names], lines)
         sections.append(Section("Other metrics", [table], folded=True))
     return [*sections, Section("Protocol and settings", _describe(report), folded=True)]
+
+
+def _tabulate(title: str, rows: Sequence[dict], columns: dict[str, str], caption: str = "") -> Table:
+    """A table of rows under some metrics, those that have one of them, with their time."""
+    shown = [row for row in rows if any(row["metrics"].get(key) is not None for key in columns)]
+    heads = [Column(key, heading, HELP.get(key, ""), _better(key)) for key, heading in columns.items()]
+    return Table(
+        title,
+        [Column("name", "Row"), *heads, Column("seconds", "s per slice", HELP["seconds_per_slice"], "lower")],
+        [
+            {
+                "name": row["name"],
+                **{key: with_interval(row, key) for key in columns},
+                "seconds": row.get("seconds_per_slice"),
+            }
+            for row in shown
+        ],
+        caption,
+    )
 
 
 def _better(key: str) -> str | None:
@@ -181,54 +210,47 @@ def _compare(report: dict) -> list[Table]:
     return tables
 
 
-def _make_table(title: str, report: dict, key: str) -> Table:
-    """A table of the records under `key` of every row, as they are."""
-    records = [{"row": row["name"], **record} for row in report["results"] for record in row.get(key, ())]
-    names = dict.fromkeys(
-        name
-        for record in records
-        for name, value in record.items()
-        if not name.endswith(_ENDS) and not isinstance(value, (dict, list))
-    )
-    lines = []
-    for record in records:
-        line = {}
-        for name in names:
-            value, low, high = (record.get(f"{name}{end}") for end in ("", *_ENDS))
-            line[name] = value if low is None or high is None else (value, low, high)
-        lines.append(line)
-    return Table(title, [Column(name, name.replace("_", " ")) for name in names], lines)
+def _stratify(report: dict) -> list[Table]:
+    """A table of the strata of every column, those of few subjects marked."""
+    tables = []
+    for name in dict.fromkeys(name for row in report["results"] for name in row.get("strata", ())):
+        scored = [(row["name"], one) for row in report["results"] for one in row.get("strata", {}).get(name, ())]
+        measured = {key for _, one in scored for key, value in one["metrics"].items() if value is not None}
+        metrics = {key: heading for key, heading in STRATIFIED.items() if key in measured}
+        columns = [Column("stratum", name), Column("name", "Row"), Column("subjects", "Subjects")]
+        columns += [Column(key, heading, HELP.get(key, "")) for key, heading in metrics.items()]
+        rows = [
+            {
+                "stratum": one["stratum"] + (" (few)" if one["few"] else ""),
+                "name": row,
+                "subjects": one["subjects"],
+                **{key: with_interval(one, key) for key in metrics},
+            }
+            for row, one in scored
+        ]
+        tables.append(Table(f"By {name}", columns, rows))
+    return tables
 
 
 def _describe(report: dict) -> list:
     """Protocol, settings of the rows, and versions; of settings once what rows share."""
-    protocol = {key: text for key, text in report["protocol"].items() if key not in ("postprocessing",)}
-    names = {"field": "Field", "text": ""}
-    blocks: list = [
-        Table(
-            "Protocol",
-            [Column(key, heading) for key, heading in names.items()],
-            [{"field": key.replace("_", " "), "text": text} for key, text in protocol.items()],
-        )
+    fields = [
+        {"field": key.replace("_", " "), "text": text}
+        for key, text in report["protocol"].items()
+        if key != "postprocessing"  # below, without what rows share
     ]
-    rows = [row for row in report["results"] if row["settings"]]
-    keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
-    shared = {
-        key: rows[0]["settings"][key]
-        for key in keys
-        if all(key in row["settings"] and row["settings"][key] == rows[0]["settings"][key] for row in rows)
-    }
+    blocks: list = [Table("Protocol", [Column("field", "Field"), Column("text", "Here")], fields)]
+    shared, differing = split_settings(report["results"])
     if shared:
-        blocks.append("Settings of all rows: " + ", ".join(f"{key} {value}" for key, value in shared.items()) + ".")
-    differing = [key for key in keys if key not in shared]
-    if differing:
-        blocks.append(
-            Table(
-                "Settings that differ",
-                [Column("name", "Row"), *(Column(key, key.replace("_", " ")) for key in differing)],
-                [{"name": row["name"], **{key: _text(row["settings"].get(key)) for key in differing}} for row in rows],
-            )
-        )
+        blocks.append(f"Settings of all rows: {join_settings(shared)}.")
+    keys = list(dict.fromkeys(key for _, settings in differing for key in settings))
+    if keys:
+        lines = [
+            {"name": name, **{key: None if key not in settings else _text(settings[key]) for key in keys}}
+            for name, settings in differing
+        ]
+        columns = [Column("name", "Row"), *(Column(key, key.replace("_", " ")) for key in keys)]
+        blocks.append(Table("Settings that differ", columns, lines))
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     return [
         *blocks,
@@ -238,7 +260,7 @@ def _describe(report: dict) -> list:
 
 
 def _text(value):
-    return value if value is None or type(value) in (int, float, str) else str(value)
+    return value if type(value) in (int, float, str) else str(value)
 
 
 def _save_svg(figure) -> str:
@@ -361,10 +383,10 @@ def _view_case(row: dict, record: dict, folder: Path, split: PreparedSplit, titl
         score, scores = case.volume_score, case.slice_scores
         threshold = row["metrics"].get("threshold_validation") or row["metrics"].get("threshold_healthy")
     images = [(name, "scan", item["image"][rows, channel]) for channel, name in enumerate(split.modalities)]
-    facts = {
+    own = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key not in _KNOWN}
+    facts: dict = {
         add_samples(key, key.replace("_", " "), [row] if key in row["metrics"] else []): value
-        for key, value in record.items()
-        if isinstance(value, (int, float, str))
+        for key, value in own.items()
     }
     facts["case"] = f"{title}, {row['name']}"
     facts["grid"] = "the slices that the network sees" + ("" if affine is not None else ", without a voxel size: 1 mm")

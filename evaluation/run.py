@@ -43,6 +43,8 @@ KINDS = {"anomaly-detection": maps, "segmentation": ensembles}
 # Of an evaluation under way: the cases, and what of the output folder is its own, so that the next one may go over it
 # if this one is killed.
 CASES, RECORD = ".cases", ".evaluation.json"
+# What a row says of its model, and not of its scores.
+DESCRIBES = ("name", "kind", "model", "commit", "training_population", "settings", "fast", "seconds_per_slice")
 # What an evaluation leaves beside `report.json` and the maps; pages where they are wanted, the last two where it is
 # pushed.
 PAGES = ("report.html", "report_scans")
@@ -221,7 +223,7 @@ class _Evaluation:
                         " evaluate there with --keep_maps, of the same splits."
                     )
                 # Scored again, beside the others.
-                self.rows.append({key: value for key, value in row.items() if key not in ("metrics", "subjects")})
+                self.rows.append({key: row[key] for key in DESCRIBES if key in row})
                 self.folders.append(maps)
 
     def compute_baselines(self) -> None:

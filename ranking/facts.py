@@ -34,9 +34,12 @@ def read_facts(data: str) -> Facts:
 
 
 def find_shipped(facts: Facts) -> dict[str, str | None]:
-    """Returns the pipelines that come with the package, each with the reason why it cannot be evaluated on the data, or
-    `None`."""
-    return {name: find_misfit(name, facts) for name, record in list_shipped().items() if record["modality"]}
+    """Returns the pipelines that come with the package for a modality of the data, each with the reason why it cannot be
+    evaluated on them, or `None`."""
+    modalities = facts.processor["modalities"]
+    return {
+        name: find_misfit(name, facts) for name, record in list_shipped().items() if record["modality"] in modalities
+    }
 
 
 def describe_given(models: Sequence[str], facts: Facts) -> dict[str, tuple[str, str, str | None]]:

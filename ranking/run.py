@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import psutil
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
@@ -30,8 +31,8 @@ from .plan import METHODS, Entry, Facts, make_configuration
 from .table import ALSO, RANKED_BY, describe_next, describe_training, markdown, rank
 
 
-# Steps whose time is measured, after as many that are not: the first ones are slower.
-MEASURED_STEPS = 3
+# First steps of a measurement, which are slower, on a GPU and elsewhere; twice as many are measured after them.
+_FIRST_STEPS = {True: 10, False: 1}
 # Seconds that the processes of a run have to end, once they are told to.
 _PATIENCE = 60
 ONE_PROCESS = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -159,10 +160,11 @@ class Trainings:
                 name, self.facts, self.data, {part: str(self.pipeline(part)) for part in METHODS}
             )
             print(f"{name}: measuring the time of a step ...", flush=True)
-            seconds = self._measure(name, config)
+            first_steps = _FIRST_STEPS[torch.cuda.is_available()]
+            seconds = self._measure(name, config, first_steps)
             if isinstance(seconds, str):
                 return seconds
-            measuring = 2 * MEASURED_STEPS * seconds
+            measuring = 3 * first_steps * seconds
             steps = max(1, int((share - measuring) / seconds))
             self._set(name, state="training", steps=steps, seconds_per_step=seconds, measuring=measuring)
             write_text(
@@ -191,22 +193,22 @@ class Trainings:
         }
         return config
 
-    def _measure(self, name: str, config: dict) -> float | str:
+    def _measure(self, name: str, config: dict, first_steps: int) -> float | str:
         """Seconds per step, of a short training that is thrown away; or why it failed."""
         folder, path = self.folder / f"{name}.measured", self.folder / f"{name}.measured.yaml"
         shutil.rmtree(folder, ignore_errors=True)
         short = {
-            **{"output_dir": str(folder), "max_steps": 2 * MEASURED_STEPS, "checkpoint_every": MEASURED_STEPS},
-            **{"validate_every": 0, "report_to": "none"},
+            **{"output_dir": str(folder), "max_steps": 3 * first_steps, "checkpoint_every": first_steps},
+            **{"checkpoint_limit": 3, "validate_every": 0, "report_to": "none"},
         }
         optim = config["optim"] | {"warmup_steps": 0}
         write_text(path, yaml.safe_dump({**config, "optim": optim, "train": config["train"] | short}))
         reason = self.launcher.run("train", ["--config", str(path)], self.folder / f"{name}.log")
         if reason is None:
-            first, last = (record["seconds"] for record in _read_records(folder))
+            first, _, last = (record["seconds"] for record in _read_records(folder))
         shutil.rmtree(folder, ignore_errors=True)
         path.unlink()
-        return reason if reason is not None else max(last - first, 1e-3) / MEASURED_STEPS
+        return reason if reason is not None else max(last - first, 1e-3) / (2 * first_steps)
 
     def _records(self, name: str) -> list[dict]:
         return _read_records(self.folder / name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .plan import METHODS, Entry
+from ..evaluation.sections import metric_cell, table
+from .plan import METHODS, Entry, Facts
 
 
 # The ranking goes by the first of these that any row has.
@@ -86,7 +87,7 @@ def describe_duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def print_plan(entries: Sequence[Entry], budget: float, facts) -> str:
+def print_plan(entries: Sequence[Entry], budget: float, facts: Facts) -> str:
     """Returns the plan as text: a line for every row, with the reason where it is not attempted."""
     trained = [entry for entry in entries if entry.kind in ("training", "part") and not entry.reason]
     lines = [["row", "what", "how"]]
@@ -101,8 +102,10 @@ def print_plan(entries: Sequence[Entry], budget: float, facts) -> str:
         behind = f", after {part[0]}" if part and not entry.reason else ""
         where = {"shipped": "comes with anodiff", "given": entry.source}.get(entry.kind, f"{entry.source}{behind}")
         lines.append([entry.name, "-" if entry.reason else kinds[entry.kind], entry.reason or where])
-    for modality in facts.processor["modalities"]:
-        lines.append([f"intensity of {modality}", "evaluate", "as it is, over its median, and inverted"])
+    lines += [
+        [f"intensity of {modality}", "evaluate", "as it is, over its median, and inverted"]
+        for modality in facts.processor["modalities"]
+    ]
     lines.append(["trivial statistics", "evaluate", "brain area, mean intensity, mean absolute Laplacian of slices"])
     widths = [max(len(line[column]) for line in lines) for column in range(2)]
     text = [f"{line[0]:<{widths[0]}}  {line[1]:<{widths[1]}}  {line[2]}".rstrip() for line in lines]
@@ -116,20 +119,19 @@ def markdown(report: dict, ranking: dict, head: str) -> str:
     metric = ranking["metric"]
     others = {key: title for key, title in ALSO.items() if key != metric}
     titles = ["", "row", RANKED_BY[metric], "less the next", *others.values(), "origin", "training", "s per slice"]
-    lines = [
-        f"# Ranking on {report['data']['name']}, {report['data']['split']}",
-        "",
-        f"| {' | '.join(titles)} |",
-        "|---" * len(titles) + "|",
-    ]
+    cells = []
     for row in ranking["rows"]:
         metrics = report["results"][row["result"]]["metrics"]
-        cells = [str(row["rank"]), row["name"], _number(metrics, metric), describe_next(row["next"])]
-        cells += [_number(metrics, key) for key in others]
         seconds = row["seconds_per_slice"]
-        cells += [row["origin"], describe_training(row), "" if seconds is None else f"{seconds:.3g}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"Times: {report['device']}. Intervals: {report['intervals']}.", ""]
+        cells.append(
+            [
+                *(str(row["rank"]), row["name"], metric_cell(metrics, metric), describe_next(row["next"])),
+                *(metric_cell(metrics, key) for key in others),
+                *(row["origin"], describe_training(row), "" if seconds is None else f"{seconds:.3g}"),
+            ]
+        )
+    lines = [f"# Ranking on {report['data']['name']}, {report['data']['split']}", "", *table(titles, cells)]
+    lines += [f"Times: {report['device']}. Intervals: {report['intervals']}.", ""]
     populations: dict[str, list[str]] = {}
     for row in ranking["rows"]:
         if row["trained_on"]:
@@ -153,10 +155,3 @@ def describe_next(comparison: dict | None) -> str:
         return ""
     text = "{difference:+.3f} ({low:+.3f} to {high:+.3f}), p {p_holm:.3g}".format(**comparison)
     return text if comparison["significant"] else f"{text}, not significant"
-
-
-def _number(metrics: dict, key: str) -> str:
-    value, low, high = (metrics.get(f"{key}{end}") for end in ("", "_low", "_high"))
-    if value is None:
-        return ""
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.2f} to {high:.2f})"

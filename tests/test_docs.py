@@ -25,7 +25,7 @@ CODE = [
     path
     for folder in (
         ".",
-        *"convert data evaluation hub models pipelines reports schedulers training volumes tests benchmarks configs".split(),
+        *"convert data evaluation hub ranking models pipelines reports schedulers training volumes tests benchmarks configs".split(),
     )
     for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
 ]
