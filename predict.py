@@ -12,8 +12,8 @@ Where the model wants a brain mask and none is given, its brain extractor, if it
 skull. The mask is written beside the maps.
 
 A folder stands for the scans in it: its files, or its sub-folders with one file per modality. What is not predicted is
-named with the reason, and the status is then 1. report.html in the output folder shows all results in a browser, without
-a network; `--report none` leaves it out.
+named with the reason, and the status is then 1. report.html in the output folder shows all results in a browser; it needs
+no network, and `--report none` leaves it out.
 Research use, not a medical device.
 """
 

@@ -9,9 +9,10 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,8 @@ def _write_page(folder: Path, shared: dict, scan: _Encoded, next: str) -> Path:
     check_replaceable(path)
     own = {**shared, "title": scan.view.name, "index": f"../{shared['index']}", "of": shared["title"], "summary": ""}
     write_text(path, _render(own, scans=[scan], sections=[], with_viewer=True))
-    scan.layers, scan.picture = {}, ""  # the index does not need them
+    # The index needs no images.
+    scan.layers, scan.picture, scan.view = {}, "", replace(scan.view, layers=())
     return path
 
 
@@ -363,7 +365,14 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": _number, "curve": _curve, "svg": _svg, "best": _best, "data": _data}
+    environment.filters |= {
+        "number": _number,
+        "sort_value": _sort_value,
+        "curve": _curve,
+        "svg": _svg,
+        "best": _best,
+        "data": _data,
+    }
     environment.tests |= {"table": lambda one: isinstance(one, Table), "figure": lambda one: isinstance(one, Figure)}
     return environment.get_template("page.html")
 
@@ -395,11 +404,18 @@ def _number(value) -> str:
         return str(value)
     if not math.isfinite(value):
         return "∞" if value > 0 else "−∞"
-    if value == 0 or 0.1 <= abs(value) < 1000:
+    if value == 0 or 0.01 <= abs(value) < 1000:
         text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
     else:
         text = f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
     return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def _sort_value(value) -> str:
+    """What a value is sorted by in the page: a number as JavaScript reads it, or nothing."""
+    if value is None or (isinstance(value, Real) and math.isnan(value)):
+        return ""
+    return str(value).replace("inf", "Infinity") if isinstance(value, Real) else str(value)
 
 
 def _best(table: Table, column: Column) -> float | None:
@@ -408,7 +424,7 @@ def _best(table: Table, column: Column) -> float | None:
         value[0] if isinstance(value, (tuple, list)) else value
         for value in (row.get(column.key) for row in table.rows)
     ]
-    numbers = [one for one in numbers if isinstance(one, (int, float)) and not math.isnan(one)]
+    numbers = [one for one in numbers if isinstance(one, Real) and not math.isnan(one)]
     if column.better is None or len(set(numbers)) < 2:
         return None
     check_choice("better", column.better, ("higher", "lower"))

@@ -70,7 +70,7 @@ def path(tmp_path_factory):
     table = Table(
         "Methods",
         [Column("name", "Method"), Column("dice", "Dice", "Overlap.", better="higher")],
-        [{"name": "b", "dice": (0.5, 0.4, 0.6)}, {"name": "a", "dice": 10.0}, {"name": "c", "dice": None}],
+        [{"name": "b", "dice": (0.5, 0.4, 0.6)}, {"name": "a", "dice": 10.0}, {"name": "c", "dice": float("nan")}],
     )
     write_report(path, "Report", scans=scans, sections=[Section("Comparison", [table])])
     return path

@@ -1,15 +1,17 @@
 """Pages of reports, without a browser."""
 
 import base64
+import gc
 import gzip
 import json
 import re
+import weakref
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from anodiff.files import read_text
+from anodiff.files import read_text, sha256
 from anodiff.reports import Column, Figure, Layer, ScanView, Section, Table, layers, page, write_report
 from anodiff.reports.layers import encode_layers
 
@@ -125,8 +127,19 @@ def test_headers_say_nothing_but_the_grid(tmp_path):
 def test_many_scans_get_a_page_each(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "_niivue", lambda: "")  # 300 copies are 300 MB
     names = [f"group/sub {number} ü" for number in range(300)]
-    scans = (view(name, seed, score=float(seed % 7)) for seed, name in enumerate(names))
-    written = write_report(tmp_path / "report.html", "Cohort", scans=scans, sections=[Section("Part", ["Text."])])
+    alive = []
+
+    def scans():
+        for seed, name in enumerate(names):
+            scan = view(name, seed, score=float(seed % 7))
+            alive.append(weakref.ref(scan.layers[0].image))
+            yield scan
+        # Memory holds the few that might have become one page, not the cohort.
+        del scan
+        gc.collect()
+        assert sum(image() is not None for image in alive) < 40
+
+    written = write_report(tmp_path / "report.html", "Cohort", scans=scans(), sections=[Section("Part", ["Text."])])
     assert len(written) == 301 and written[0] == tmp_path / "report.html"
     assert {path.name for path in (tmp_path / "report_scans").iterdir()} == {path.name for path in written[1:]}
     index = read_text(written[0])
@@ -173,6 +186,11 @@ def test_a_scan_that_alone_does_not_fit_is_stored_coarser_and_says_so(tmp_path, 
     np.testing.assert_allclose(
         nib.affines.apply_affine(stored.affine, corner), nib.affines.apply_affine(AFFINE, corner), atol=1e-4
     )
+
+
+def test_the_viewer_is_the_released_one():
+    licence = read_text(page._ASSETS / "niivue.LICENSE")
+    assert sha256(page._ASSETS / "niivue.umd.js") in licence and "BSD 2-Clause License" in licence
 
 
 def test_foreign_files_are_not_replaced(tmp_path):
