@@ -189,7 +189,7 @@ def with_interval(row: dict, key: str):
 def _compare(report: dict) -> list[Table]:
     """A table of every metric's comparisons."""
     tables = []
-    for metric in dict.fromkeys(one["metric"] for one in report["comparisons"]):
+    for metric in dict.fromkeys(one["metric"] for one in report.get("comparisons", ())):
         rows = [
             {
                 "pair": f"{one['first']} - {one['second']}",

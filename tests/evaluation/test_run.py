@@ -460,7 +460,7 @@ def test_protocols_score_the_same_maps(place, volumes_report, name):
 # What an evaluation leaves, and what it leaves alone
 
 
-DONE = {".run.lock", "cases.png", "report.json", "report.md"}
+DONE = {".run.lock", "cases.png", "report.json", "report.html", "report.md"}
 
 
 def contents(folder):
@@ -482,6 +482,7 @@ def test_a_folder_of_the_user_stays(place, tmp_path, name):
         ("cases.png", {}),
         ("reliability.png", {}),
         ("report.md", {}),
+        ("report.html", {}),
         (".cases", {}),
         ("maps", {"keep_maps": True}),
         ("card", {"push_to_hub": "owner/tiny"}),
