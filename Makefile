@@ -81,9 +81,10 @@ benchmark: $(BIN)/.installed
 hub: $(BIN)/.installed
 	$(BIN)/python tests/hub_server.py --port 8765
 
-# Pushes the checkpoints that come with the package: make publish OWNER=name; docs/hub.md.
+# Pushes the checkpoints that come with the package, and the Space that shows them: make publish OWNER=name; docs/hub.md.
 publish: $(BIN)/.installed
 	$(BIN)/python publish.py --owner "$(OWNER)" $(ARGS)
+	$(BIN)/python publish.py --owner "$(OWNER)" --space
 
 clean:
 	rm -rf $(VENV) .types outputs

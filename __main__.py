@@ -16,6 +16,8 @@ COMMANDS = {
     "predict": "maps for new scans",
     "models": "checkpoints that come with the package",
     "strip": "scans without their skull",
+    "app": "maps of uploaded scans, in a browser",
+    "explore": "noise of diffusion models, in a browser",
     "convert": "checkpoint of an original program -> pipeline folder",
 }
 
