@@ -509,7 +509,7 @@ def test_without_a_model_the_one_that_fits_is_taken(
     name = scans[0].split("/")[0].removesuffix(".nii.gz")
     settings = json.loads((folder / "out" / name / "result.json").read_text())["settings"]
     assert settings["model"] == model and settings["model_chosen"].startswith(reason)
-    assert files(folder / "out") == {f"{name}/{file}" for file in RESULT}
+    assert files(folder / "out") == {"report.html", *(f"{name}/{file}" for file in RESULT)}
     assert near_hub.requests == []
 
 
