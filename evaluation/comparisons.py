@@ -19,7 +19,7 @@ def compare(rows: list[dict], resamples: list[dict[str, np.ndarray]], groups: in
     exchanges the methods in subjects it fits pooled metrics, whose scores have a unit of their own in each method. It
     is never below 2^(1-n) of n groups: so often n differences have one sign by chance, and with fewer than six nothing
     is significant. `p_holm` is corrected (Holm) for all comparisons of the metric. Without a resample in which both
-    are defined there is no comparison.
+    are defined there is no comparison, nor between ensembles of different numbers of samples.
 
     Args:
         rows: Of the report, with `name`, `kind` and `metrics`.
@@ -35,6 +35,8 @@ def compare(rows: list[dict], resamples: list[dict[str, np.ndarray]], groups: in
             for second in range(len(rows))
             if (second > first or rows[second]["kind"] != "pipeline")
             and metric in resamples[first].keys() & resamples[second]
+            # Metrics of ensembles depend on the number of samples.
+            and rows[first]["metrics"].get("num_samples") == rows[second]["metrics"].get("num_samples")
         ]
         found = []
         for first, second in pairs:

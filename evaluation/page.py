@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from ..data.prepared import PreparedSplit
+from ..hub.shipped import add_samples
 from ..reports import Column, Figure, Layer, ScanView, Section, Table, write_report
 from .cases import Case, EnsembleCase
 from .pictures import rank_records
@@ -32,6 +33,16 @@ HELP = {
     "dice_yen": "Dice at Yen's threshold of each subject alone.",
     "slice_auroc": "Probability that a slice with a lesion has a higher score than one without.",
     "subject_auroc": "Probability that a subject with a lesion has a higher score than one without.",
+    "ged": "Generalised energy distance: how far samples are from annotations, less how far each are from one another; 0"
+    " is best. It falls with the number of samples.",
+    "hm_iou": "Mean IoU of the best assignment of samples to annotations, one to one; 1 is best.",
+    "collective_insight": "CIMD's index of Sc, Dmax and Da; 1 is best.",
+    "combined_sensitivity": "Share of what any rater marks that any sample marks.",
+    "maximum_dice": "Mean over raters of the Dice of the sample that fits best.",
+    "diversity_agreement": "Whether samples differ from one another as much as raters do.",
+    "sample_diversity": "Mean of 1 - IoU among the samples: what is wanted is that of the raters.",
+    "annotation_diversity": "Mean of 1 - IoU among the raters.",
+    "dice_majority": "Dice of what most samples and most raters mark.",
     "seconds_per_slice": "From slices to filtered maps, without reading and writing.",
 }
 
@@ -91,11 +102,16 @@ def make_sections(report: dict, columns: dict[str, str]) -> list[Section]:
         key for row in rows for key, value in row["metrics"].items() if value is not None and not key.endswith(_ENDS)
     )
     main = {key: heading for key, heading in columns.items() if key in measured}
+    # Metrics of ensembles depend on the number of samples: no row is better than one of another number.
+    compare = len({row["metrics"].get("num_samples") for row in rows}) == 1
     results = Table(
         "Results",
         [
             Column("name", "Row"),
-            *(Column(key, heading, HELP.get(key, ""), _better(key)) for key, heading in main.items()),
+            *(
+                Column(key, heading, HELP.get(key, ""), _better(key) if compare else None)
+                for key, heading in main.items()
+            ),
             Column("seconds", "s per slice", HELP["seconds_per_slice"], "lower"),
         ],
         [
@@ -159,7 +175,7 @@ def _tabulate(title: str, rows: Sequence[dict], columns: dict[str, str], caption
 
 
 def _better(key: str) -> str | None:
-    if key.startswith("threshold"):
+    if key.startswith("threshold") or key in ("num_samples", "sample_diversity", "annotation_diversity"):
         return None
     return "lower" if any(word in key for word in _LOWER) else "higher"
 
@@ -259,7 +275,7 @@ def _save_svg(figure) -> str:
 
 def _draw_intervals(rows: list[dict], main: dict[str, str]) -> Figure | None:
     """The first metric of every row with its interval."""
-    key = next(iter(main), None)
+    key = next((key for key in main if key != "num_samples"), None)
     shown = [row for row in rows if key and row["metrics"].get(key) is not None]
     if not shown:
         return None
@@ -351,12 +367,14 @@ def _view_case(row: dict, record: dict, folder: Path, split: PreparedSplit, titl
     if "ged" in record:
         ensemble = EnsembleCase.load(path)
         rows = np.flatnonzero(np.isin(item["slice"], ensemble.slices))
+        share = ensemble.masks.mean(1)
         layers = [
-            ("share of the members", "probability", ensemble.mean),
+            ("share of the members", "probability", share),
+            ("majority of the members", "mask", share > 0.5),
             ("members", "members", ensemble.masks.transpose(0, 2, 3, 1)),
-            ("annotations", "reference", ensemble.annotations.mean(1) >= 0.5),
+            ("annotations", "reference", ensemble.annotations.transpose(0, 2, 3, 1)),
         ]
-        score, threshold, scores = record["ged"], None, ensemble.mean.mean((1, 2))
+        score, threshold, scores = record["ged"], 0.5, share.mean((1, 2))
     else:
         case = Case.load(path)
         layers = [("anomaly map", "map", case.maps)]
@@ -366,7 +384,10 @@ def _view_case(row: dict, record: dict, folder: Path, split: PreparedSplit, titl
         threshold = row["metrics"].get("threshold_validation") or row["metrics"].get("threshold_healthy")
     images = [(name, "scan", item["image"][rows, channel]) for channel, name in enumerate(split.modalities)]
     own = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key not in _KNOWN}
-    facts: dict = {key.replace("_", " "): value for key, value in own.items()}
+    facts: dict = {
+        add_samples(key, key.replace("_", " "), [row] if key in row["metrics"] else []): value
+        for key, value in own.items()
+    }
     facts["case"] = f"{title}, {row['name']}"
     facts["grid"] = "the slices that the network sees" + ("" if affine is not None else ", without a voxel size: 1 mm")
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) if affine is None else affine

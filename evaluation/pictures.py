@@ -134,7 +134,8 @@ def draw_reliability(rows: list[dict], path: Path) -> None:
         for row in rows:
             curve = row["reliability"][region]
             error = row["metrics"]["expected_calibration_error" + ("" if region == "all" else "_marked")]
-            label = row["name"] if error is None else f"{row['name']}, ECE {error:.3f}"
+            label = f"{row['name']}, {row['metrics']['num_samples']} samples"
+            label += "" if error is None else f", ECE {error:.3f}"
             axis.plot(curve["predicted"], curve["observed"], marker="o", markersize=3, linewidth=1, label=label)
         axis.set(xlabel="share of the samples", ylabel="share of the annotations", xlim=(0, 1), ylim=(0, 1))
         axis.set_title(title, fontsize=8)

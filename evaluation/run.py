@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..checks import check_choice
 from ..data.prepared import PreparedSplit, load_prepared
 from ..files import check_name, lock_folder, read_json, write_json, write_text
+from ..hub.shipped import add_samples
 from ..pipelines.base import AnomalyPipeline, SliceResults
 from ..pipelines.batches import choose_batch_size
 from ..pipelines.guarantee import COUNTED, describe_scoring, find_changes
@@ -312,7 +313,11 @@ class _Evaluation:
             groups = len(set(tallies[0].groups))
             report["comparisons"] = compare(self.rows, [tally.resamples for tally in tallies], groups)
         kind.draw(report, list(zip(self.rows, self.folders, strict=True)), self.splits["test"], output_dir)
-        columns = {name: title for protocol in protocols for name, title in protocol.COLUMNS.items()}
+        columns = {
+            name: add_samples(name, title, self.rows)
+            for protocol in protocols
+            for name, title in protocol.COLUMNS.items()
+        }
         write_text(output_dir / "report.md", markdown(report, columns))
         if options.report == "html":
             write_page(report, columns, self.splits["test"], self.folders, output_dir / PAGES[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from ..hub.shipped import add_interval
+from ..hub.shipped import add_interval, add_samples
 from ..pipelines.guarantee import UNITS
 from .froc import RATES
 
@@ -21,6 +21,10 @@ COMPARED = {
     "dice_validation": "Dice, validation",
     "dice_healthy": "Dice, healthy only",
     "slice_auroc": "AUROC (slices)",
+    "ged": "GED",
+    "hm_iou": "HM-IoU",
+    "collective_insight": "CI",
+    "dice_majority": "Dice of majorities",
 }
 STRATIFIED = {
     "voxel_average_precision": "AP (voxels)",
@@ -78,17 +82,26 @@ def lesion_section(report: dict) -> list[str]:
 
 
 def comparison_section(report: dict) -> list[str]:
-    """Returns the table of the model with the highest average precision against every other row."""
+    """Returns the table of the model with the highest average precision, or of ensembles with the lowest GED, against
+    every other row, of ensembles those of as many samples."""
     comparisons = report.get("comparisons", [])
     if not comparisons:
         return []
     of_pipelines = [number for number, row in enumerate(report["results"]) if row["kind"] == "pipeline"]
-    values = {number: report["results"][number]["metrics"].get("voxel_average_precision") for number in of_pipelines}
+    metrics = {number: report["results"][number]["metrics"] for number in of_pipelines}
+    values = {number: own.get("voxel_average_precision", -own.get("ged", 1.0)) for number, own in metrics.items()}
     best = max(values, key=lambda number: -1.0 if values[number] is None else values[number])
-    columns = {name: title for name, title in COMPARED.items() if any(one["metric"] == name for one in comparisons)}
+    comparisons = [one for one in comparisons if best in one["rows"]]
+    if not comparisons:
+        return []
+    columns = {
+        name: add_samples(name, title, [report["results"][best]])
+        for name, title in COMPARED.items()
+        if any(one["metric"] == name for one in comparisons)
+    }
     cells: dict[str, dict[str, str]] = {}
     for one in comparisons:
-        if best not in one["rows"] or one["metric"] not in columns:
+        if one["metric"] not in columns:
             continue
         sign, other = (1, one["second"]) if one["rows"][0] == best else (-1, one["first"])
         low, high = sorted((sign * one["low"], sign * one["high"]))

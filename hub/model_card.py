@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..files import read_text
-from .shipped import ANY, add_interval
+from .shipped import ANY, add_interval, add_samples
 
 
 # Without these, a number cannot be compared with anybody's.
@@ -161,7 +161,7 @@ def add_evaluation(
     own, results, data = own_result(evaluation, repo_id), evaluation["results"], evaluation["data"]
     # One row per metric and one column per model: there are many metrics, and a baseline does not have all of them.
     table = {
-        metric.replace("_", " "): [
+        add_samples(metric, metric.replace("_", " "), results): [
             add_interval(_number(metrics.get(metric)), *(metrics.get(f"{metric}_{end}") for end in ("low", "high")))
             for metrics in (row["metrics"] for row in results)
         ]
@@ -281,7 +281,7 @@ def _eval_results(evaluation: dict, row: dict) -> list[EvalResult]:
             dataset_name=data["name"],
             dataset_split=data["split"],
             metric_type=metric,
-            metric_name=metric.replace("_", " "),
+            metric_name=add_samples(metric, metric.replace("_", " "), [row]),
             metric_value=value,
             # Once per data set; as arguments of a metric it would be repeated for each.
             dataset_args=dict(evaluation["protocol"]),

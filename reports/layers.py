@@ -87,7 +87,8 @@ def encode_layers(
     encoded = {}
     for number, (kind, array, affine) in arrays.items():
         array, affine = _shrink(kind, array, affine, factor)
-        if kind in _BINARY or (kind == MEMBERS and set(np.unique(array)) <= {0.0, 1.0}):
+        is_mask = kind in _BINARY or (kind == MEMBERS and set(np.unique(array)) <= {0.0, 1.0})
+        if is_mask:
             levels, slope, offset, mark = (array > 0).astype(np.uint8), 1.0, 0.0, None
         else:
             bits = grey_bits if kind in _GREY else map_bits
@@ -102,7 +103,7 @@ def encode_layers(
             "bytes": levels.dtype.itemsize,
             "mark": mark,
             "low": float(array.min()) if kind in _GREY else 0.0,
-            "high": _display_maximum(kind, array),
+            "high": 1.0 if is_mask else _display_maximum(kind, array),
             "voxel_ml": float(abs(np.linalg.det(affine[:3, :3]))) / 1000,
         }
         encoded[number] = EncodedLayer(_nifti(levels, affine, slope, offset), facts)
@@ -145,11 +146,12 @@ def _quantize(
 
 
 def _display_maximum(kind: str, array: np.ndarray) -> float:
-    if kind in (PROBABILITY, MEMBERS, *_BINARY):
+    if kind == PROBABILITY:
         return 1.0
-    positive = array[array > 0] if kind == MAP else array
+    of_scores = kind in (MAP, MEMBERS)
+    positive = array[array > 0] if of_scores else array
     top = float(np.quantile(positive, 0.998)) if positive.size else 0.0
-    return top if top > (0.0 if kind == MAP else float(array.min())) else float(array.max()) or 1.0
+    return top if top > (0.0 if of_scores else float(array.min())) else float(array.max()) or 1.0
 
 
 def _shrink(kind: str, array: np.ndarray, affine: np.ndarray, factor: int) -> tuple[np.ndarray, np.ndarray]:

@@ -390,7 +390,7 @@ def _render(shared: dict, *, scans: Sequence[_Encoded], sections: Sequence[Secti
         with_viewer=with_viewer,
         mark=MARK,
         css=_asset("page.css"),
-        script=_asset("page.js"),
+        script=_asset("members.js") + _asset("page.js"),
         niivue=_niivue() if with_viewer else "",
     )
 

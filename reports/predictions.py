@@ -25,7 +25,7 @@ _MAPS = {
     "probability_map": ("Probability", "probability", SHARE),
     "pred_mask": ("Mask", "mask", MASK),
     "majority_mask": ("Mask of the majority", "mask", MASK),
-    "member_masks": ("Member", "members", MASK),
+    "member_masks": ("Members", "members", MASK),
     "agreement": ("Agreement", "probability", SHARE),
     "std_map": ("Deviation of the members", "map", SHARE),
     "healthy_rank_map": ("Rank among healthy voxels", "probability", SHARE),
@@ -33,6 +33,7 @@ _MAPS = {
 }
 _SPREAD = {
     "mean_map": ("Mean of the draws", "map", SCORES),
+    "member_maps": ("Draws", "members", SCORES),
     "dispersion": ("Deviation of the draws", "map", SCORES),
 }
 

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import anodiff
+from anodiff.evaluation.protocols import PROTOCOLS
 from anodiff.train import OBJECTIVES
 from anodiff.training.objective import COMPONENTS
 
@@ -163,3 +165,32 @@ def test_promises_name_tests_that_there_are(page, at_least):
         return
     promises = [line for line in text.splitlines() if line.startswith("| ") and "`" in line and "status" not in line]
     assert all(re.search(r"`[\w/]+\.py", line) for line in promises if not re.match(r"\| [\d, ]+ \|", line))
+
+
+def test_the_paper_index_names_what_there_is_and_all_of_it():
+    text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    head, *sections = text.split("\n## ")
+    rows = [line for line in head.splitlines() if line.startswith("| [")]
+    entries = {row.split("]")[0][3:]: row for row in rows}
+    assert [section.split("\n")[0] for section in sections] == list(entries)
+    pipelines = {name for name in anodiff.__all__ if name.endswith("Pipeline")} - {"AnomalyPipeline"}
+    assert pipelines == {name for row in rows for name in re.findall(r"`(\w+Pipeline)`", row)}
+    methods = set()
+    for section in sections:
+        title = section.split("\n")[0]
+        assert all(f"**{part}**" in section for part in ("Published", "Parity", "Measured here")), title
+        block = "".join(re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL))
+        configs = {name: read_config(name) for name in re.findall(r"configs/(\w+)\.yaml", section)}
+        methods |= {config["method"] for config in configs.values()}
+        outputs = {config["train"]["output_dir"] for config in configs.values()}
+        evaluated = re.findall(r"--model (\S+)/pipeline", block)
+        assert set(evaluated) <= outputs and (evaluated or title == "ANDi in UAD-IMAG"), title
+        assert set(re.findall(r"--protocol (\w+)", block)) <= set(PROTOCOLS), title
+        assert set(re.findall(r"(\w+)\.yaml", entries[title])) <= set(configs), title
+        tests = re.findall(r"`(tests/parity/\w+\.py)`", section)
+        assert tests or "**Parity**: as of [cDDPM](#cddpm)" in section, title
+    assert methods == set(OBJECTIVES) - {"brain_extractor"}
+
+
+def read_config(name: str) -> dict:
+    return yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))

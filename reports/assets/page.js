@@ -106,17 +106,19 @@
     mask: { R: [0, 42], G: [0, 208], B: [0, 235], A: [0, 255], I: [0, 255] },
     reference: { R: [0, 150], G: [0, 224], B: [0, 70], A: [0, 255], I: [0, 255] },
     members: { R: [0, 240], G: [0, 130], B: [0, 220], A: [0, 255], I: [0, 255] },
+    memberOutlines: { R: [255, 255, 255], G: [120, 120, 200], B: [215, 215, 245], A: [0, 150, 255], I: [0, 1, 255] },
+    referenceOutlines: { R: [130, 130, 225], G: [230, 230, 255], B: [40, 40, 180], A: [0, 150, 255], I: [0, 1, 255] },
   };
-  const OPACITY = { scan: 1, reconstruction: 1, members: 0.45, reference: 0.45, mask: 0.4 }; // of maps: the slider
-  const RANK = ["scan", "reconstruction", "map", "probability", "members", "reference", "mask"];
-  const isMap = (layer) => layer.kind === "map" || layer.kind === "probability";
+  const OPACITY = { scan: 1, reconstruction: 1, members: 0.45, reference: 0.45, mask: 0.4, memberOutlines: 1, referenceOutlines: 1 }; // of maps: the slider
+  const RANK = ["scan", "reconstruction", "map", "probability", "members", "reference", "mask", "memberOutlines", "referenceOutlines"];
+  const isMap = (layer) => (layer.colours || layer.kind) === "map" || layer.kind === "probability";
   const colours = (kind) => {
     const map = MAPS[kind];
     return map ? map.R.map((red, i) => `rgb(${red} ${map.G[i]} ${map.B[i]})`) : ["#000", "#777", "#fff"];
   };
   let main = null, beside = null, niivue = null, loading = 0;
   let state = null; // of the scan that is shown
-  const view = { plane: "all", beside: false, opacity: 0.5, hidden: new Set(["reconstruction", "members", "other"]) };
+  const view = { plane: "all", beside: false, opacity: 0.5, ensemble: { members: "outlines", reference: "outlines" }, frame: { members: 0, reference: 0 }, hidden: new Set(["reconstruction", "members", "other"]) };
 
   const unpack = async (id) => {
     const text = atob($(id).textContent);
@@ -136,11 +138,8 @@
       .map((normal, i) => Math.min(Math.max(Math.round(dot(normal, offset) / determinant), 0), layer.shape[i] - 1));
   };
   const placeOf = (affine, voxel) => affine.slice(0, 3).map((row) => row[0] * voxel[0] + row[1] * voxel[1] + row[2] * voxel[2] + row[3]);
-  const valueAt = (layer, voxel) => {
-    const [width, height, depth] = layer.shape;
-    const index = voxel[0] + width * (voxel[1] + height * (voxel[2] + depth * (layer.frame || 0)));
-    return layer.levels[index] * layer.slope + layer.offset;
-  };
+  const indexOf = (layer, voxel) => voxel[0] + layer.shape[0] * (voxel[1] + layer.shape[1] * voxel[2]);
+  const valueAt = (layer, voxel) => layer.levels[indexOf(layer, voxel)] * layer.slope + layer.offset;
 
   async function start() {
     const canvas = $("canvas");
@@ -163,6 +162,8 @@
     $("reset").addEventListener("click", () => setCut(state.cut.mark));
     $("compare").addEventListener("click", () => setBeside(!view.beside));
     $("planes").addEventListener("click", (event) => { if (event.target.dataset.plane) setPlane(event.target.dataset.plane); });
+    $("ensemble").addEventListener("click", (event) => { if (event.target.dataset.show) setEnsemble(event.target.dataset.show); });
+    $("ensemble").addEventListener("input", (event) => { if (event.target.dataset.of) chooseMember(state.layers[event.target.dataset.of], Number(event.target.value) - 1); });
     articles.forEach((article) => curveOf(article));
     if (list) list.addEventListener("click", (event) => {
       const row = event.target.closest("tr[data-scan]");
@@ -178,6 +179,7 @@
       r: () => { if (!$("compare").hidden) setBeside(!view.beside); },
       1: () => setPlane("all"), 2: () => setPlane("axial"), 3: () => setPlane("coronal"), 4: () => setPlane("sagittal"),
       j: () => step(1), k: () => step(-1),
+      n: () => toggle(["members"]), ",": () => nextMember(-1), ".": () => nextMember(1),
     });
     if (matchMedia("(max-width: 600px)").matches) setPlane(scans[0].plane);
     addEventListener("resize", () => { if (state) fit(); });
@@ -199,12 +201,12 @@
   }
 
   async function imageOf(layer) {
-    const colormap = MAPS[layer.kind] ? "anodiff " + layer.kind : "gray";
-    const image = await niivue.NVImage.new(layer.buffer, "layer.nii", colormap, 1, null, layer.low, layer.high);
+    const colormap = MAPS[layer.kind] ? "anodiff " + (layer.colours || layer.kind) : "gray";
+    const image = await niivue.NVImage.new(layer.fine || layer.buffer, "layer.nii", colormap, 1, null, layer.low, layer.top || layer.high);
     if (isMap(layer)) {
       // The lower a score, the more transparent: (score / cal_min) ** 2.
       image.colormapType = 1;
-      image.cal_min = 0.7 * layer.high;
+      image.cal_min = 0.7 * (layer.top || layer.high);
     }
     return image;
   }
@@ -236,13 +238,14 @@
       if (mask) layers[layers.indexOf(mask)] = made; else layers.push(made);
       mask = made;
     }
+    layers.filter((layer) => layer.shape.length > 3).forEach((layer) => layers.push(...splitEnsemble(layer, layers, scan)));
     layers.sort((one, other) => RANK.indexOf(one.kind) - RANK.indexOf(other.kind));
     const seen = new Set();
     layers.forEach((layer) => {
-      // Of several scans, masks, or maps and probabilities, the first one shows.
-      const kind = isMap(layer) ? "map" : layer.kind;
-      layer.group = ["scan", "map", "mask"].includes(kind) && seen.has(kind) ? "other" : layer.kind;
-      seen.add(kind);
+      // Of several scans or masks the first one shows, and of maps and probabilities the one that the threshold cuts.
+      const isOther = isMap(layer) && !layer.frames ? layer !== cut : ["scan", "mask"].includes(layer.kind) && seen.has(layer.kind);
+      layer.group = isOther ? "other" : layer.of ? layer.of.kind : layer.kind;
+      seen.add(layer.kind);
       layer.visible = !view.hidden.has(layer.group);
     });
     state = { number, scan, layers, cut, mask: mask && mask.isCut ? mask : null, mm: null };
@@ -259,6 +262,7 @@
     main.opts.isOrientationTextVisible = !scan.is_picture;
     main.opts.isRadiologicalConvention = true;
     listLayers();
+    listMembers();
     articles.forEach((article, i) => article.classList.toggle("shown", i === number));
     if (list) Array.from(list.tBodies[0].rows).forEach((row) => {
       if (Number(row.dataset.scan) === number) row.setAttribute("aria-current", "true"); else row.removeAttribute("aria-current");
@@ -315,35 +319,24 @@
     const box = $("layers");
     box.replaceChildren(box.firstElementChild);
     state.layers.slice(1).forEach((layer, i) => {
+      if (layer.of) return;
       const label = make("label");
       const input = make("input", undefined, { type: "checkbox", "data-layer": i + 1 });
       input.checked = layer.visible;
       const swatch = make("i");
-      swatch.style.background = colours(layer.kind).length > 2
-        ? `linear-gradient(90deg, ${colours(layer.kind).join(", ")})` : colours(layer.kind)[1];
+      swatch.style.background = colours(layer.colours || layer.kind).length > 2
+        ? `linear-gradient(90deg, ${colours(layer.colours || layer.kind).join(", ")})` : colours(layer.kind)[1];
       label.append(input, swatch, make("span", layer.name));
-      if (layer.shape.length > 3) {
-        const select = make("select", undefined, { "data-frame": i + 1, "aria-label": "Member shown" });
-        for (let member = 0; member < layer.shape[3]; member++) select.append(make("option", String(member + 1), { value: member }));
-        label.append(select);
-      }
       box.append(label);
     });
     box.hidden = state.layers.length < 2;
   }
   function layersChanged(event) {
-    const { layer, frame } = event.target.dataset;
+    const { layer } = event.target.dataset;
     if (layer) {
       const changed = state.layers[layer];
       changed.visible = event.target.checked;
       if (changed.visible) view.hidden.delete(changed.group); else view.hidden.add(changed.group);
-    }
-    if (frame) {
-      const changed = state.layers[frame];
-      changed.frame = Number(event.target.value);
-      changed.visible = true;
-      $("layers").querySelector(`[data-layer="${frame}"]`).checked = true;
-      moved(state.mm);
     }
     showLayers();
   }
@@ -354,7 +347,7 @@
   // The viewer gets what is visible, as every volume that it has costs time, and an empty layer where nothing is.
   async function showLayers() {
     const { layers, number } = state;
-    const shown = layers.filter((layer, i) => i === 0 || layer.visible);
+    const shown = layers.filter((layer, i) => i === 0 || isShown(layer));
     if (shown.length === 1 && layers.length > 1) shown.push(layers[layers.length - 1]);
     for (const layer of shown) {
       layer.image = layer.image || await imageOf(layer);
@@ -362,11 +355,106 @@
     }
     if (!state || state.number !== number) return;
     shown.forEach((layer, i) => {
-      layer.image.opacity = i > 0 && !layer.visible ? 0 : isMap(layer) ? view.opacity : OPACITY[layer.kind];
-      layer.image.frame4D = layer.frame || 0;
+      layer.image.opacity = i > 0 && !isShown(layer) ? 0 : isMap(layer) ? view.opacity : OPACITY[layer.kind];
     });
     main.volumes = shown.map((layer) => layer.image);
     main.setVolume(main.volumes[0], 0);
+  }
+
+  // Ensembles: layers of several masks or maps, members or annotations. The viewer gets one of them, or how many
+  // disagree, in `levels`; the outlines of masks are a layer of their own.
+
+  function splitEnsemble(layer, layers, scan) {
+    const size = layer.shape[0] * layer.shape[1] * layer.shape[2];
+    Object.assign(layer, { all: layer.levels, frames: layer.shape[3], shape: layer.shape.slice(0, 3), frame: 0 });
+    layer.buffer = layer.buffer.slice(0, 352 + layer.bytes * size);
+    layer.levels = layer.bytes === 2 ? new Uint16Array(layer.buffer, 352) : new Uint8Array(layer.buffer, 352);
+    const header = new DataView(layer.buffer);
+    header.setInt16(40, 3, true); header.setInt16(48, 1, true);
+    if (layer.bytes === 2 || layer.slope !== 1 || layer.offset !== 0) { // maps
+      layer.colours = "map";
+      return [];
+    }
+    layer.counts = members.countMarks(layer.all, layer.frames);
+    // The viewer draws every layer on the grid of the scan: that of a picture gets finer, for thin outlines.
+    const factor = scan.is_picture ? Math.max(1, Math.floor(640 / Math.max(layer.shape[0], layer.shape[1]))) : 1;
+    const shape = [layer.shape[0] * factor, layer.shape[1] * factor, layer.shape[2]];
+    const affine = members.refine(layer.affine, factor);
+    const below = layers.find((one) => one.kind === "scan");
+    if (factor > 1 && String(below.shape) === String(layer.shape)) below.fine = below.fine || members.refineFile(below.buffer, below.levels, below.shape, affine, factor);
+    const kind = layer.kind === "reference" ? "referenceOutlines" : "memberOutlines";
+    layer.lines = { name: layer.name, kind, of: layer, low: 0, high: layer.frames, shape, affine, factor };
+    return [layer.lines];
+  }
+  const modeOf = (layer) => layer.lines ? view.ensemble[layer.kind] : "one";
+  const isShown = (layer) => layer.of ? layer.of.visible && modeOf(layer.of) === "outlines" : layer.visible && (!layer.frames || modeOf(layer) !== "outlines");
+  const ensembles = () => state.layers.filter((layer) => layer.frames);
+
+  function fillEnsemble(layer) {
+    const { levels, all, counts, frames, lines } = layer;
+    const size = levels.length;
+    const axis = state.scan.axes[currentPlane()][0];
+    if (lines && modeOf(layer) === "outlines" && lines.axis !== axis) {
+      lines.buffer = members.emptyFile(layer.buffer, lines.shape, lines.affine);
+      new Uint8Array(lines.buffer, 352).set(members.drawOutlines(all, layer.shape, frames, axis, lines.factor));
+      Object.assign(lines, { axis, image: null });
+    }
+    const disagree = modeOf(layer) === "disagreement";
+    if (disagree) for (let i = 0; i < size; i++) levels[i] = Math.min(counts[i], frames - counts[i]);
+    else levels.set(all.subarray(layer.frame * size, (layer.frame + 1) * size));
+    if (lines) Object.assign(layer, { colours: disagree ? "map" : null, top: disagree ? Math.max(1, Math.floor(frames / 2)) : null });
+    layer.image = null;
+  }
+  function describeMember(layer) {
+    const size = layer.levels.length;
+    let text = `${layer.frame + 1} of ${layer.frames}`;
+    if (layer.lines) {
+      let marked = 0;
+      for (let i = layer.frame * size; i < (layer.frame + 1) * size; i++) marked += layer.all[i];
+      text += state.scan.is_picture ? `, ${marked} pixels` : `, ${show(marked * layer.voxel_ml, 2)} ml`;
+    }
+    return text;
+  }
+  function listMembers() {
+    const shown = ensembles();
+    $("ensemble").hidden = !shown.length;
+    $("ensemble-show").hidden = !shown.some((layer) => layer.lines);
+    $("ensemble-rows").replaceChildren(...shown.map((layer) => {
+      layer.frame = Math.min(view.frame[layer.kind], layer.frames - 1);
+      const label = make("label", layer.name);
+      label.append(
+        make("input", undefined, { type: "range", min: 1, max: layer.frames, value: layer.frame + 1, "data-of": state.layers.indexOf(layer) }),
+        make("output", describeMember(layer)));
+      return label;
+    }));
+    $("ensemble-show").querySelectorAll("button").forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.show === view.ensemble.members)));
+    shown.forEach(fillEnsemble);
+  }
+  function showEnsembles(revealed) {
+    ensembles().forEach((layer) => {
+      if (revealed === layer) {
+        layer.visible = true;
+        view.hidden.delete(layer.group);
+        $("layers").querySelector(`[data-layer="${state.layers.indexOf(layer)}"]`).checked = true;
+      }
+    });
+    listMembers();
+    showLayers();
+    moved(state.mm);
+  }
+  function setEnsemble(name) {
+    view.ensemble = { members: name, reference: "outlines" };
+    showEnsembles(ensembles().find((layer) => layer.kind === "members"));
+  }
+  function chooseMember(layer, frame) {
+    view.frame[layer.kind] = frame;
+    view.ensemble[layer.kind] = "one";
+    showEnsembles(layer);
+    $("ensemble-rows").querySelector(`[data-of="${state.layers.indexOf(layer)}"]`).focus();
+  }
+  function nextMember(by) {
+    const layer = ensembles().find((one) => one.kind === "members") || ensembles()[0];
+    if (layer) chooseMember(layer, Math.min(Math.max(layer.frame + by, 0), layer.frames - 1));
   }
 
   function fillMask() {
@@ -377,7 +465,7 @@
   let drawing = 0;
   function setCut(level) {
     const { cut, mask, above, top } = state;
-    level = Math.min(Math.max(level, 0), top);
+    level = Math.min(Math.max(level, 0), Math.max(top, cut.mark || 0)); // a stored threshold may be above all scores
     state.level = level;
     state.isStored = level === cut.mark && mask && mask.stored;
     let count = above[level + 1];
@@ -416,6 +504,7 @@
     $("planes").querySelectorAll("button").forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.plane === plane)));
     if (!state || $("planes").hidden) return;
     fit();
+    if (ensembles().length) showEnsembles();
     [main, beside].forEach((viewer) => { if (viewer) { viewer.setSliceType(SLICES[plane]); viewer.resizeListener(); } });
   }
   // Three planes in a row need less height than one.
@@ -479,7 +568,9 @@
     const voxel = voxelOf(state.scan, state.mm);
     const parts = [state.scan.is_picture ? ["Pixel", voxel.slice(0, 2).join(", ")] : ["Voxel", voxel.join(", ")]];
     state.layers.forEach((layer) => {
-      if (layer.levels) parts.push([layer.name, show(valueAt(layer, voxelOf(layer, state.mm)))]);
+      const there = voxelOf(layer, state.mm);
+      if (layer.counts) parts.push([layer.name, `${layer.counts[indexOf(layer, there)]} of ${layer.frames}`]);
+      else if (!layer.of) parts.push([layer.name, show(valueAt(layer, there))]);
     });
     $("values").replaceChildren(...parts.flatMap(([name, value], i) => [document.createTextNode(`${i ? "  ·  " : ""}${name} `), make("b", value)]));
     const scores = state.scan.slice_scores;

@@ -41,6 +41,15 @@ def test_every_pair_with_a_model_is_compared_once():
     assert (first["metric"], first["first"], first["second"]) == ("dice", "row 0", "row 1")
 
 
+def test_ensembles_of_other_numbers_of_samples_are_not_compared():
+    values = [np.arange(8) / 8, np.arange(8) / 8 + 0.01, np.zeros(8)]
+    rows = rows_of(*values)
+    for row, samples in zip(rows, (8, 16, 8), strict=True):
+        row["metrics"]["num_samples"] = samples
+    found = compare(rows, [{"dice": resample_mean(one)} for one in values], 8)
+    assert [one["rows"] for one in found] == [[0, 2]]
+
+
 def test_the_p_value_agrees_with_the_interval():
     rng = np.random.default_rng(0)
     sure = 0

@@ -263,3 +263,101 @@ def test_without_the_viewer_a_slice_and_the_tables_are_there(browser, path):
     assert page.locator(".no-viewer").first.is_visible() and page.locator("img.fallback").first.is_visible()
     assert pixels(page, "article:first-of-type img.fallback").std() > 20
     page.close()
+
+
+def nested(count: int, size: int, depth: int = 1) -> np.ndarray:
+    """Masks `(16, 12, depth, count)` from the same corner, each a pixel larger than the last one."""
+    masks = np.zeros((16, 12, depth, count))
+    for number in range(count):
+        masks[4 : 4 + size + number, 3 : 3 + size + number, :, number] = 1
+    return masks
+
+
+@pytest.fixture(scope="module")
+def ensembles(browser, tmp_path_factory):
+    """A picture with three members and two annotations, a volume with two members, and one with two maps."""
+    path = tmp_path_factory.mktemp("ensembles") / "report.html"
+    plain = np.diag([-1.0, -1.0, 1.0, 1.0])
+    scans = []
+    for name, depth, members, more in (
+        ("picture", 1, nested(3, 3), [("Annotations", "reference", nested(2, 6))]),
+        ("volume", 4, nested(2, 4, 4), []),
+        ("maps", 4, nested(2, 4, 4) * [0.02, 0.04], []),
+    ):
+        arrays = [("Scan", "scan", np.linspace(0, 50, 16 * 12 * depth).reshape(16, 12, depth))]
+        share = members.mean(-1)
+        arrays += [("Share", "probability", share), ("Agreement", "probability", np.maximum(share, 1 - share))]
+        arrays += [("Deviation", "map", members.std(-1)), ("Members", "members", members), *more]
+        layers = [
+            Layer(title, kind, nib.Nifti1Image(array.astype(np.float32), plain)) for title, kind, array in arrays
+        ]
+        scans.append(ScanView(name, layers, threshold=0.5, is_picture=depth == 1))
+    write_report(path, "Ensembles", scans=scans)
+    page = open_page(browser, path)
+    page.wait_for_selector("body[data-shown='0']")
+    return page
+
+
+def of_member(page, name: str = "Members") -> str:
+    return page.locator("#ensemble-rows label", has_text=name).locator("output").evaluate("element => element.value")
+
+
+def pressed(page) -> str:
+    return page.locator("#ensemble-show [aria-pressed=true]").inner_text()
+
+
+def test_outlines_of_masks(ensembles):
+    draw = "([all, shape, frames, factor]) => Array.from(members.drawOutlines(all, shape, frames, 2, factor))"
+    block = np.zeros((5, 5), int)
+    block[1:4, 1:4] = 1
+    ring = block.copy()
+    ring[2, 2] = 0
+    twice = ensembles.evaluate(draw, [[*block.ravel().tolist(), *block.ravel().tolist()], [5, 5, 1], 2, 1])
+    assert np.array_equal(np.reshape(twice, (5, 5)), 2 * ring)
+    pixel = np.zeros((2, 2), int)
+    pixel[0, 1] = 1
+    fine = np.reshape(ensembles.evaluate(draw, [pixel.ravel().tolist(), [2, 2, 1], 1, 5]), (10, 10))
+    expected = np.zeros((10, 10), int)
+    expected[:5, 5:] = 1
+    expected[1:4, 6:9] = 0
+    assert np.array_equal(fine, expected)
+
+
+def test_members_one_all_and_what_they_disagree_on(ensembles):
+    page = ensembles
+    assert of_member(page) == "1 of 3, 9 pixels" and of_member(page, "Annotations") == "1 of 2, 36 pixels"
+    assert pressed(page) == "All outlines"
+    # Of several maps the one with the threshold shows.
+    checked = {name: page.get_by_label(name, exact=True).is_checked() for name in ("Share", "Agreement", "Deviation")}
+    assert checked == {"Share": True, "Agreement": False, "Deviation": False}
+    assert not page.locator("#layers").get_by_label("Members", exact=True).is_checked()
+    assert re.search(r"Members [0-3] of 3 .* Annotations [0-2] of 2", page.locator("#values").inner_text())
+    seen = [pixels(page)]
+    page.keyboard.press("n")
+    seen.append(pixels(page))
+    page.keyboard.press(".")
+    assert of_member(page) == "2 of 3, 16 pixels" and pressed(page) == "One"
+    seen.append(pixels(page))
+    page.keyboard.press(".")
+    page.keyboard.press(".")  # there is no fourth one
+    assert of_member(page) == "3 of 3, 25 pixels"
+    seen.append(pixels(page))
+    page.click("[data-show=disagreement]")
+    seen.append(pixels(page))
+    assert all(abs(one - other).max() > 60 for one, other in zip(seen, seen[1:], strict=False))
+    page.locator("#ensemble-rows label", has_text="Annotations").locator("input").press("ArrowRight")
+    assert of_member(page, "Annotations") == "2 of 2, 49 pixels" and pressed(page) == "Disagreement"
+    page.click("[data-show=outlines]")
+
+
+def test_members_of_volumes_and_of_maps(ensembles):
+    page = ensembles
+    for number, text in ((1, "2 of 2, 0.10 ml"), (2, "2 of 2")):
+        page.keyboard.press("j")
+        page.wait_for_selector(f"body[data-shown='{number}']")
+        page.keyboard.press(".")
+        page.keyboard.press(".")
+        assert of_member(page) == text
+        assert page.locator("#ensemble-show").is_visible() == (number == 1)
+    assert page.input_value("#threshold-number") == "0.500"  # above all values of this map
+    assert page.complaints == [] and all(url.startswith(("file:", "data:", "blob:")) for url in page.requests)

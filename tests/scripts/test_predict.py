@@ -334,7 +334,9 @@ def test_the_report_of_a_picture_counts_pixels(place, model):
     with PIL.Image.open(folder / "out" / "picture" / "pred_mask.png") as mask:
         assert f"{np.count_nonzero(mask)} pixels" in text and scan["is_picture"] and scan["shape"] == [16, 12, 1]
     names = [layer["name"] for layer in scan["layers"]]
-    assert names == ["Scan", "Anomaly map", "Mask", "Reconstruction", "Mean of the draws", "Deviation of the draws"]
+    spread = ["Mean of the draws", "Draws", "Deviation of the draws"]
+    assert names == ["Scan", "Anomaly map", "Mask", "Reconstruction", *spread]
+    assert scan["layers"][5]["shape"] == [16, 12, 1, 2]
     layer = re.search(r'id="layer-0-1">(.*?)<', text)[1]
     stored = nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(layer))).get_fdata()[..., 0].T
     record = read_json(folder / "out" / "picture" / "result.json")
@@ -507,7 +509,7 @@ def test_without_a_model_the_one_that_fits_is_taken(
     name = scans[0].split("/")[0].removesuffix(".nii.gz")
     settings = json.loads((folder / "out" / name / "result.json").read_text())["settings"]
     assert settings["model"] == model and settings["model_chosen"].startswith(reason)
-    assert files(folder / "out") == {f"{name}/{file}" for file in RESULT}
+    assert files(folder / "out") == {"report.html", *(f"{name}/{file}" for file in RESULT)}
     assert near_hub.requests == []
 
 
