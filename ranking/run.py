@@ -53,7 +53,7 @@ class Launcher:
         what it started."""
         log.parent.mkdir(parents=True, exist_ok=True)
         # accelerate gives a process on a CPU one thread unless it is told otherwise.
-        environment = {"OMP_NUM_THREADS": str(len(psutil.Process().cpu_affinity())), **os.environ}
+        environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), **os.environ}
         command = [*self.command, "-m", f"anodiff.{script}", *arguments]
         with open(log, "ab") as file:
             file.write(f"\n{shlex.join(['accelerate', 'launch', *command[3:]])}\n".encode())
@@ -386,7 +386,7 @@ def _write(output: Path, report: dict, folders: Sequence[Path], split: PreparedS
         folders,
         output / "report.html",
         title=f"Benchmark on {data['name']}, {data['split']}",
-        sections=[Section("Ranking", blocks)],
+        sections=[Section("Ranking", blocks, above=True)],
     )
 
 

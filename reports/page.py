@@ -143,11 +143,13 @@ class Section:
         title (`str`): Its heading.
         blocks (sequence): Tables, figures, and texts, which become paragraphs.
         folded (`bool`, defaults to `False`): Only the heading shows until it is clicked.
+        above (`bool`, defaults to `False`): It stands above the scans, not below them.
     """
 
     title: str
     blocks: Sequence[Table | Figure | str]
     folded: bool = False
+    above: bool = False
 
 
 @dataclass
@@ -185,7 +187,7 @@ def write_report(
         title (`str`): Its heading.
         scans (iterable of [`ScanView`]): In the order of their pages; they are read one after the other. The list of
             scans is sorted by score.
-        sections (sequence of [`Section`]): Tables, figures and texts below the scans.
+        sections (sequence of [`Section`]): Tables, figures and texts, below the scans unless they are `above`.
         summary (`str`): A sentence or two below the heading.
 
     Returns:

@@ -12,6 +12,7 @@ import PIL.Image
 from tqdm.auto import tqdm
 
 from ..files import read_json
+from ..pipelines.guarantee import describe_claims
 from ..volumes.results import MASK, SCORES, SHARE
 from ..volumes.scans import Scan
 from ..volumes.volume import InputVolume, read_volume
@@ -101,7 +102,7 @@ def write_predictions(
     what = "Segmentations" if "num_members" in next(iter(records.values())) else "Anomaly maps"
     write_report(
         path,
-        f"{what} of {len(scans)} scan{'s' if len(scans) > 1 else ''}",
+        f"{what} of {scans[0].name if len(scans) == 1 else f'{len(scans)} scans'}",
         scans=views(),
         sections=sections,
         summary=f"Model: {model}.",
@@ -134,6 +135,8 @@ def view_result(folder: Path, scan: Scan, *, plane: str, leave_out: dict) -> Sca
         count = int(np.count_nonzero(mask.image.dataobj))
         volume = count * abs(float(np.linalg.det(source.affine[:3, :3]))) / 1000
         facts[mask.name] = f"{count} pixels" if source.is_picture else f"{volume:.2f} ml"
+    if record.get("guarantee") is not None:
+        facts["Guarantee"] = describe_claims(record["guarantee"])
     facts |= {
         name: value if isinstance(value, (int, float)) else str(value)
         for name, value in settings.items()

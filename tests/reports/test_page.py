@@ -54,6 +54,7 @@ def test_one_page_holds_scans_tables_and_figures(tmp_path):
     sections = [
         Section("Comparison", [table, Figure("Curve", drawing), "Text."]),
         Section("More", ["In."], folded=True),
+        Section("First", ["Over the scans."], above=True),
     ]
     path = tmp_path / "report.html"
     assert write_report(path, "Title", scans=[view()], sections=sections) == [path]
@@ -61,6 +62,8 @@ def test_one_page_holds_scans_tables_and_figures(tmp_path):
     assert "<b>0.500</b> <small>0.400 to 0.610</small>" in text and ">0.250<" in text and ">–<" in text
     assert 'title="Overlap."' in text and "<svg><path d='M0 0'/></svg>" in text and "made today" not in text
     assert re.search(r"<details><summary><h2>More</h2>", text)
+    places = [text.index(f"<h2>{title}</h2>") for title in ("First", "Comparison", "More")]
+    assert places == sorted(places) and places[0] < text.index('id="viewer"') < places[1]
     assert "Content-Security-Policy" in text and "Research use only" in text
     assert not re.search(r'(src|href)="(?!data:|#)', text)
 
