@@ -73,7 +73,9 @@ class EvalOptions:
     calibrate: str | None = None
     """First choose the models' values on the labels of the validation split, without its masks, and store them in the
     checkpoint folders: `labels` (AnoFPDM's own, by image-level accuracy), `healthy`, `yen` or `otsu` (a threshold, for
-    any method)."""
+    any method). `conformal`: what may be promised of healthy scans, and with its masks the probability of a lesion."""
+    alpha: float = 0.05
+    """Share of healthy scans, slices and voxels above the thresholds of `calibrate conformal`, at most."""
     calibration_slices: int | None = None
     """Validation slices that `calibrate labels` takes, evenly spread; all by default."""
     guidance_scales: list[float] = field(default_factory=list)
@@ -86,5 +88,10 @@ class EvalOptions:
     """Visibility of a new repository; the account's default if not given."""
     hub_picture: str | None = None
     """Picture for the card; on phantoms it is cases.png, on scans only what you give."""
+    report: str = "html"
+    """html: beside the other files a page with tables, curves and some cases in a viewer, `report.html`; or none."""
     keep_maps: bool = False
     """Keep the maps of every subject (npz) beside the report."""
+    merge: list[str] = field(default_factory=list)
+    """Output folder of an earlier evaluation of the same splits with `keep_maps`, whose models take part as they are;
+    give the flag once per folder. Their maps stay there."""

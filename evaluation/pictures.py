@@ -22,7 +22,7 @@ def draw_cases(report: dict, rows: list[tuple[dict, Path]], split: PreparedSplit
     shown = [(row, folder) for row, folder in rows if not row["name"].endswith("over its median")]
     if not shown:
         return
-    key, ranked = _rank(shown[0][0]["subjects"])
+    key, ranked = rank_records(shown[0][0]["subjects"])
     if not ranked:
         return
     chosen = [(title, ranked[index]) for title, index in (("best", -1), ("median", len(ranked) // 2), ("worst", 0))]
@@ -66,7 +66,11 @@ def draw_cases(report: dict, rows: list[tuple[dict, Path]], split: PreparedSplit
         figure.savefig(unfinished, dpi=130)
 
 
-def _rank(records: list[dict]) -> tuple[str, list[dict]]:
+def rank_records(records: list[dict]) -> tuple[str, list[dict]]:
+    """Returns the records of a row from the worst to the best, and by what: Dice at the validation threshold (oracle
+    without one); without masks the scores of the anomalous subjects; of ensembles GED."""
+    if records and "ged" in records[0]:
+        return "ged", sorted(records, key=lambda record: -record["ged"])
     for key in ("dice_validation", "dice_oracle"):
         ranked = sorted((record for record in records if key in record), key=lambda record: record[key])
         if ranked:

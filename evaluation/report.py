@@ -18,6 +18,7 @@ from .metrics import NUM_RESAMPLES
 from .options import EvalOptions
 from .sections import (
     comparison_section,
+    guarantee_section,
     join_settings,
     lesion_section,
     metric_cell,
@@ -54,8 +55,7 @@ def make_report(
         "anodiff": anodiff.__version__,
         **kind.HEAD,
         "data": {
-            # A Hub id stays whole: results belong to that data set.
-            "name": Path(options.data).resolve().name if Path(options.data).exists() else options.data,
+            "name": data_name(options.data),
             "split": options.split,
             "subjects": len(subjects),
             "slices": len(labels),
@@ -84,6 +84,12 @@ def make_report(
     }
 
 
+def data_name(data: str) -> str:
+    """Returns what a report calls a data set: the name of a folder without the path, or a Hub id, which stays whole, as
+    results belong to that data set."""
+    return Path(data).resolve().name if Path(data).exists() else data
+
+
 def describe_intervals(subjects: int, groups: int) -> str:
     """Returns what the intervals of a report are, in words, for subjects of some groups."""
     whole = f"{subjects} subjects" if subjects == groups else f"{groups} groups (patients) of {subjects} subjects"
@@ -96,7 +102,7 @@ def describe_intervals(subjects: int, groups: int) -> str:
 
 def markdown(report: dict, columns: dict[str, str]) -> str:
     """Returns the report as Markdown: a table of every row under those of the `columns`, metric to title, that a row
-    has, comparisons, lesions and strata where there are any, the nine protocol fields, and the reliability of an
+    has, comparisons, lesions, strata and guarantees where there are any, the nine protocol fields, and the reliability of an
     ensemble."""
     data = report["data"]
     measured = {name for row in report["results"] for name in row["metrics"]}
@@ -118,6 +124,7 @@ def markdown(report: dict, columns: dict[str, str]) -> str:
         *comparison_section(report),
         *lesion_section(report),
         *strata_section(report),
+        *guarantee_section(report),
         *protocol_section(report),
     ]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())

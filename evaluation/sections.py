@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from ..hub.shipped import add_interval
+from ..pipelines.guarantee import UNITS
 from .froc import RATES
 
 
@@ -130,6 +131,42 @@ def strata_section(report: dict) -> list[str]:
         ]
         lines += [f"## By {name}", "", *table(["stratum", "method", "subjects", *columns.values()], cells)]
     return lines
+
+
+def guarantee_section(report: dict) -> list[str]:
+    """Returns what the calibrations of the rows promise of healthy scans, and how it was kept, as a table."""
+    rows, notes = [], []
+    for row in (row for row in report["results"] if "guarantee" in row):
+        told = row["guarantee"]
+        if not told["holds"]:
+            notes.append(f"{row['name']}: no guarantee, {told['reason']}.")
+            continue
+        for unit in UNITS:
+            if unit in told:
+                one = told[unit]
+                measured = metric_cell(row["metrics"], f"conformal_{unit}_rate") or "no such subject"
+                cells = [f"{unit}s", one["population"], f"{one['n']}", f"{one['promised']:g}", measured]
+                rows.append([row["name"], *cells, f"{one['tested']}"])
+            else:
+                notes.append(f"{row['name']}: nothing is promised of {unit}s. {told['left_out'][unit]}")
+        if "probability" in told:
+            one, names = told["probability"], {"expected_calibration_error": "ECE", "brier_score": "Brier score"}
+            measured = [f"{names[name]} {metric_cell(row['metrics'], f'probability_{name}') or '-'}" for name in names]
+            notes.append(
+                f"{row['name']}, probability of a lesion: {', '.join(measured)}; for the prevalence of the"
+                f" {one['subjects']} subjects of the calibration, {one['prevalence']:.3g} of the brain voxels."
+            )
+    if not rows and not notes:
+        return []
+    note = (
+        "Of new healthy scans like those of the calibration (n subjects) at most the promised share is above the"
+        " threshold, on average over calibrations; measured on this split."
+    )
+    columns = ["", "what", "population", "n", "promised", "measured", "subjects measured"]
+    lines = ["## Guarantees", "", *_wrap(note, ""), "", *(table(columns, rows) if rows else [])]
+    for text in notes:
+        lines += [*_wrap(f"- {text}", "  ")]
+    return [*lines, ""]
 
 
 def protocol_section(report: dict) -> list[str]:

@@ -37,7 +37,7 @@ MRI_MODALITIES = {"t1", "t1c", "t1ce", "t1gd", "t2", "t2w", "t1w", "flair", "pd"
 NOT_EVALUATED = "Not evaluated."
 END_OF_EVALUATIONS = "<!-- end of evaluations -->"
 # What a report lists beside its metrics: it belongs into the card, not into a leaderboard.
-NO_METRIC = re.compile(r"threshold_.*|direction|num_samples|.*_(low|high)")
+NO_METRIC = re.compile(r"threshold_.*|conformal_.*|direction|num_samples|.*_(low|high)")
 # What stays in the report: a card has the lesions and surfaces of two policies.
 ONLY_IN_REPORT = re.compile(
     r"surface_dice_.*|froc_recall_.*|hausdorff_95_(undefined_.*|oracle|healthy|yen|own)"
@@ -91,6 +91,8 @@ def make_card(
         for key, value in pipeline.config.items()
         if not key.startswith("_") and key not in pipeline.components
     }
+    if inference.get("calibration") is not None:
+        inference["calibration"] = describe_calibration(inference["calibration"])
 
     tags = ["anodiff", pipeline.task, "medical-imaging", "diffusion"]
     tags += ["brain-mri"] if MRI_MODALITIES.issuperset(modalities) else []
@@ -202,6 +204,17 @@ def add_evaluation(
     if repo_id or metadata.get("model_name") is None:
         metadata.model_name = (repo_id or own["name"]).split("/")[-1]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}")
+
+
+def describe_calibration(record: dict) -> str:
+    """Returns the record of a conformal calibration in one line, for the table of a card."""
+    told = [
+        f"{unit}s at most {record['alpha']:g} above {guarantee['threshold']:.4g} (n = {guarantee['n']}, {guarantee['population']})"
+        for unit, guarantee in record["guarantees"].items()
+    ]
+    if record["probability"] is not None:
+        told.append(f"probability of a lesion at the prevalence {record['probability']['prevalence']:.3g}")
+    return f"on {record['data']}, {record['split']}: {'; '.join(told)}; in expectation, and for scans like these only"
 
 
 def describe_curve(curve: Sequence[dict]) -> str:

@@ -23,7 +23,7 @@ CODE = [
     path
     for folder in (
         ".",
-        *"convert data evaluation hub models pipelines schedulers training volumes tests benchmarks configs".split(),
+        *"apps convert data evaluation hub models pipelines ranking reports schedulers training volumes tests benchmarks configs".split(),
     )
     for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
 ]

@@ -206,6 +206,62 @@ def test_report(place, volumes_report):
     assert f"draws {DRAWS_VERSION}" in (place / "out-volumes" / "report.md").read_text()
 
 
+def test_the_page_of_a_report_opens_with_its_cases(place, volumes_report):
+    """In a real browser, from a file: no complaint, no request but for itself, every row and the chosen cases."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    path = place / "out-volumes" / "report.html"
+    complaints, requests = [], []
+    arguments = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        page = browser.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(path.as_uri())
+        page.wait_for_selector("body[data-shown]", timeout=60_000)
+        names = page.locator("table").filter(has_text="AP (voxels)").first.locator("tbody tr").all_inner_texts()
+        shown = page.locator("article.scan h2").all_inner_texts()
+        browser.close()
+    assert complaints == [] and [url for url in requests if not url.startswith(("blob:", "data:"))] == [path.as_uri()]
+    assert all(f">{title}<" in path.read_text() for title in ("Results", "Figures", "Protocol and settings"))
+    expected = [row["name"] for row in volumes_report["results"] if row["kind"] != "statistic"]
+    assert [name.split("\t")[0].strip() for name in names][: len(expected)] == expected
+    masked = {one["subject"] for one in volumes_report["results"][0]["subjects"] if "dice_validation" in one}
+    assert shown and set(shown) <= masked
+    assert str(place) not in path.read_text()
+
+
+def test_no_page_where_none_is_wanted(place):
+    evaluate(options(place, "volumes", "out-pageless", baselines=False, report="none"))
+    assert not (place / "out-pageless" / "report.html").exists()
+    with pytest.raises(ValueError, match="`report` must be one of html, none, got 'pdf'"):
+        evaluate(options(place, "volumes", "out-pdf", report="pdf"))
+
+
+def test_merged_evaluations_are_that_of_all(place, volumes_report, tmp_path):
+    """What was computed before is scored beside the rest as if it were computed now, and stays where it lies."""
+    earlier = place / "out-volumes"
+    before = contents(earlier)
+
+    def merging(folder, out, **others):
+        return EvalOptions(data=str(place / "volumes"), output_dir=str(place / out), merge=[str(folder)], **others)
+
+    assert evaluate(merging(earlier, "out-merged")) == volumes_report
+    assert contents(earlier) == before and not (place / "out-merged" / "maps").exists()
+    with pytest.raises(
+        ValueError, match=r"`merge`: .*out-volumes is of \{'seed': 0.*, this evaluation of \{'seed': 1"
+    ):
+        evaluate(merging(earlier, "out-wrong", seed=1))
+    (maps := tmp_path / "none").mkdir()
+    shutil.copy(earlier / "report.json", maps)
+    with pytest.raises(FileNotFoundError, match="has no maps of .*evaluate there with --keep_maps"):
+        evaluate(merging(maps, "out-lacking"))
+
+
 def test_every_metric_is_defined_and_the_report_can_be_read(place, volumes_report):
     for row in volumes_report["results"]:
         assert not find_undefined(row["metrics"], "metrics.md"), row["name"]
@@ -404,7 +460,7 @@ def test_protocols_score_the_same_maps(place, volumes_report, name):
 # What an evaluation leaves, and what it leaves alone
 
 
-DONE = {".run.lock", "cases.png", "report.json", "report.md"}
+DONE = {".run.lock", "cases.png", "report.json", "report.html", "report.md"}
 
 
 def contents(folder):
@@ -426,6 +482,7 @@ def test_a_folder_of_the_user_stays(place, tmp_path, name):
         ("cases.png", {}),
         ("reliability.png", {}),
         ("report.md", {}),
+        ("report.html", {}),
         (".cases", {}),
         ("maps", {"keep_maps": True}),
         ("card", {"push_to_hub": "owner/tiny"}),
