@@ -317,8 +317,9 @@ def run_benchmark(options, budget: float, facts: Facts, entries: Sequence[Entry]
         report = read_json(output / "evaluation" / "report.json")
         ranking = rank(report, names, entries, states)
         folders = [evaluations.folder / name / "maps" / "00" for name in names]
-        _write(output, {**report, "ranking": ranking}, folders, load_prepared(options.data, options.split))
-        _publish(options, report, names, trainings, output)
+        split = load_prepared(options.data, options.split)
+        _write(output, {**report, "ranking": ranking}, folders, split)
+        publish(report, names, trainings, output, split.recipe, options.push_to_hub)
     failed = [name for name, state in states.items() if state.get("reason")]
     failed += [entry.name for entry in entries if entry.kind == "given" and entry.reason]
     if failed:
@@ -390,10 +391,21 @@ def _write(output: Path, report: dict, folders: Sequence[Path], split: PreparedS
     )
 
 
-def _publish(options, report: dict, names: Sequence[str], trainings: Trainings, output: Path) -> None:
-    """Puts its results, beside the baselines, into the card of every pipeline that was trained here, and pushes it."""
+def publish(
+    report: dict, names: Sequence[str], trainings: Trainings, output: Path, recipe: dict, push_to_hub: str | None
+) -> None:
+    """
+    Puts its results, beside the baselines, into the card of every pipeline that was trained here, and pushes it.
+
+    Args:
+        report (`dict`): As `report.json` holds it; its first rows are those of `names`.
+        names (sequence of `str`): Entries of the plan.
+        trainings ([`Trainings`]): Where their pipelines are.
+        output ([`~pathlib.Path`]): Of the benchmark.
+        recipe (`dict`): Of the data.
+        push_to_hub (`str`, *optional*): User or organisation; nothing is pushed without one.
+    """
     short = report["data"]["name"].split("/")[-1]
-    recipe = load_prepared(options.data, options.split).recipe
     for name, row in zip(names, report["results"], strict=False):
         folder = trainings.pipeline(name)
         if name not in METHODS or not folder.is_dir():
@@ -402,7 +414,6 @@ def _publish(options, report: dict, names: Sequence[str], trainings: Trainings, 
         own = {**report, "results": results, "comparisons": []}
         card = ModelCard(read_text(folder / "README.md"))
         write_card(folder, str(add_evaluation(card, own)))
-        if options.push_to_hub:
-            repo_id = f"{options.push_to_hub}/{name}-{short}"
-            pushed = EvalOptions(model=[str(folder)], push_to_hub=repo_id)
+        if push_to_hub:
+            pushed = EvalOptions(model=[str(folder)], push_to_hub=f"{push_to_hub}/{name}-{short}")
             print(f"Pushed to {push_report(pushed, own, recipe, output / 'evaluation')}", flush=True)

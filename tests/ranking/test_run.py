@@ -9,7 +9,9 @@ import yaml
 from anodiff import VolumeProcessor
 from anodiff.files import lock_folder
 from anodiff.ranking.plan import METHODS, Counts, Entry, Facts
-from anodiff.ranking.run import Evaluations, Trainings
+from anodiff.ranking.run import Evaluations, Trainings, publish
+from tests.hub.test_model_card import evaluation
+from tests.tiny import make_pipeline
 
 
 COUNTS = Counts(healthy=30, anomalous=10, annotations=1)
@@ -135,3 +137,21 @@ def test_evaluations_are_kept_and_failures_are_tried_again(tmp_path):
     # The comparison of one is kept beside that of two, which is not made again.
     assert (tmp_path / "evaluation-1" / "report.json").read_text() == '"of one"'
     assert [len(arguments) for arguments in scorer.calls] == [10, 10, 6, 10, 8]
+
+
+def test_what_was_trained_is_pushed_with_its_results_and_the_baselines(near_hub, tmp_path):
+    trainings = make_trainings(tmp_path / "trainings", Machine())
+    folder = trainings.pipeline("dae")
+    make_pipeline("DAEPipeline").save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    report = evaluation()
+    given, baseline = report["results"]
+    trained = {**given, "name": "DAE", "metrics": {"voxel_average_precision": 0.72}}
+    report |= {"results": [trained, given, baseline], "comparisons": [{"rows": [0, 1]}]}
+    output = tmp_path / "out"
+    (output / "evaluation").mkdir(parents=True)
+    publish(report, ["dae", "outputs/pipeline"], trainings, output, {}, push_to_hub="me")
+    assert set(near_hub.repositories) == {("model", "me/dae-lesions")}
+    card = near_hub.files("me/dae-lesions")["README.md"].decode()
+    assert card == (folder / "README.md").read_text()
+    assert "0.720" in card and "0.660" in card and "0.610" not in card and "value: 0.72" in card
