@@ -38,7 +38,7 @@ demo: $(BIN)/.installed
 	@echo "3. Fine-tuning on the healthy heads, stopped half-way, and gone on with as if nothing had happened. Look at: $(DEMO)/finetuned/samples"
 	$(FINETUNE) --train.max_steps $(DEMO_HALF)
 	$(FINETUNE) --train.max_steps $(DEMO_STEPS) --train.resume latest
-	@echo "4. How well lesions are found, beside the plain intensity. Look at: $(DEMO)/eval/*/report.md and cases.png"
+	@echo "4. How well lesions are found, beside the plain intensity. Look at: $(DEMO)/eval/*/report.html"
 	$(EVAL) --data $(DEMO)/prepared/flair --output_dir $(DEMO)/eval/flair --model anoddpm-flair --model $(DEMO)/finetuned/pipeline
 	$(EVAL) --data $(DEMO)/prepared/t1 --output_dir $(DEMO)/eval/t1 --model anoddpm-t1
 	$(EVAL) --data $(DEMO)/prepared/t2 --output_dir $(DEMO)/eval/t2 --model anoddpm-t2
