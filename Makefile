@@ -31,14 +31,14 @@ demo: $(BIN)/.installed
 	$(HEADS) --contrast flair --root $(DEMO)/scans/flair --out $(DEMO)/prepared/flair
 	$(HEADS) --contrast t1 --root $(DEMO)/scans/t1 --out $(DEMO)/prepared/t1
 	$(HEADS) --contrast t2 --skull true --root $(DEMO)/scans/t2 --out $(DEMO)/prepared/t2
-	@echo "2. Checkpoints that come with the library find what is wrong with them. Look at: $(DEMO)/maps/*/*/overview.png"
+	@echo "2. Checkpoints that come with the library find what is wrong with them. Look at: $(DEMO)/maps/*/report.html"
 	$(RUN) predict $(DEMO)/scans/flair/$(TUMOUR)/flair.nii.gz -o $(DEMO)/maps/flair
 	$(RUN) predict $(DEMO)/scans/t1/$(TUMOUR)/t1.nii.gz -o $(DEMO)/maps/t1
 	$(RUN) predict $(DEMO)/scans/t2/$(TUMOUR)/t2.nii.gz -o $(DEMO)/maps/t2
 	@echo "3. Fine-tuning on the healthy heads, stopped half-way, and gone on with as if nothing had happened. Look at: $(DEMO)/finetuned/samples"
 	$(FINETUNE) --train.max_steps $(DEMO_HALF)
 	$(FINETUNE) --train.max_steps $(DEMO_STEPS) --train.resume latest
-	@echo "4. How well lesions are found, beside the plain intensity. Look at: $(DEMO)/eval/*/report.md and cases.png"
+	@echo "4. How well lesions are found, beside the plain intensity. Look at: $(DEMO)/eval/*/report.html"
 	$(EVAL) --data $(DEMO)/prepared/flair --output_dir $(DEMO)/eval/flair --model anoddpm-flair --model $(DEMO)/finetuned/pipeline
 	$(EVAL) --data $(DEMO)/prepared/t1 --output_dir $(DEMO)/eval/t1 --model anoddpm-t1
 	$(EVAL) --data $(DEMO)/prepared/t2 --output_dir $(DEMO)/eval/t2 --model anoddpm-t2
@@ -81,9 +81,10 @@ benchmark: $(BIN)/.installed
 hub: $(BIN)/.installed
 	$(BIN)/python tests/hub_server.py --port 8765
 
-# Pushes the checkpoints that come with the package: make publish OWNER=name; docs/hub.md.
+# Pushes the checkpoints that come with the package, and the Space that shows them: make publish OWNER=name; docs/hub.md.
 publish: $(BIN)/.installed
 	$(BIN)/python publish.py --owner "$(OWNER)" $(ARGS)
+	$(BIN)/python publish.py --owner "$(OWNER)" --space
 
 clean:
 	rm -rf $(VENV) .types outputs

@@ -12,9 +12,12 @@ COMMANDS = {
     "preprocess": "raw data set -> prepared data set",
     "train": "fit one method",
     "eval": "score methods under one protocol",
+    "benchmark": "rank methods on a prepared data set",
     "predict": "maps for new scans",
     "models": "checkpoints that come with the package",
     "strip": "scans without their skull",
+    "app": "maps of uploaded scans, in a browser",
+    "explore": "noise of diffusion models, in a browser",
     "convert": "checkpoint of an original program -> pipeline folder",
 }
 

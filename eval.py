@@ -22,7 +22,8 @@ GO_ON = "The same command begins anew."
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one evaluation; returns the exit status."""
-    options = parse_options(EvalOptions, argv, prog="eval.py", description=__doc__, shorthands={"--model": "--model+"})
+    several = {"--model": "--model+", "--merge": "--merge+"}
+    options = parse_options(EvalOptions, argv, prog="eval.py", description=__doc__, shorthands=several)
     from anodiff.evaluation.run import evaluate
 
     evaluate(options)

@@ -12,7 +12,8 @@ Where the model wants a brain mask and none is given, its brain extractor, if it
 skull. The mask is written beside the maps.
 
 A folder stands for the scans in it: its files, or its sub-folders with one file per modality. What is not predicted is
-named with the reason, and the status is then 1.
+named with the reason, and the status is then 1. report.html in the output folder shows all results in a browser; it needs
+no network, and `--report none` leaves it out.
 Research use, not a medical device.
 """
 
@@ -82,6 +83,8 @@ class PredictOptions:
     """Replace results that are already there."""
     skip_existing: bool = False
     """Leave out scans whose results are there and whole, whatever options they were made with."""
+    report: str = "html"
+    """html for report.html, a page with all scans in a viewer, or none."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +108,12 @@ def main(argv: list[str] | None = None) -> int:
 
     from anodiff.checks import check_choice
     from anodiff.pipelines.base import PRECISIONS
+    from anodiff.reports.page import check_replaceable
 
+    check_choice("report", options.report, ("html", "none"))
+    page = Path(options.output) / "report.html"
+    if options.report == "html":
+        check_replaceable(page)
     if options.mixed_precision is not None:
         check_choice("mixed_precision", options.mixed_precision, PRECISIONS)
     # Processes that are done wait for the others; by default not for long.
@@ -123,10 +131,10 @@ def main(argv: list[str] | None = None) -> int:
     scans, failed, finished = broadcast_object_list(listed)[0]
     own, reasons = scans[accelerator.process_index :: accelerator.num_processes], []
     with tqdm(total=len(own), desc="scans", disable=len(own) < 2 or not accelerator.is_local_main_process) as bar:
-        for scan, origin, reason in predict_scans(pipeline, own, options, record):
+        for scan, told, reason in predict_scans(pipeline, own, options, record):
             reasons.append((scan.name, reason))
             if reason is None:
-                tqdm.write(f"{scan.name}: {_ORIGINS[origin]}")
+                tqdm.write(f"{scan.name}: {told}")
             bar.update()
     reasons = dict(gather_object(reasons))
     accelerator.end_training()  # takes the process group down
@@ -134,7 +142,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     failed += [(str(scan.source), reasons[scan.name]) for scan in scans if reasons[scan.name] is not None]
     done = list(reasons.values()).count(None)
-    skipped = f", {finished} finished before" if options.skip_existing else ""
+    shown = [*finished, *(scan for scan in scans if reasons[scan.name] is None)]
+    if options.report == "html" and shown:
+        failed += write_page(pipeline, page, shown, failed, record.get("model") or options.model)
+    skipped = f", {len(finished)} finished before" if options.skip_existing else ""
     print(f"{done} scan(s) done{skipped}, results in {options.output}")
     for name, reason in failed:
         print(f"FAILED {name}: {reason}", file=sys.stderr)
@@ -197,17 +208,18 @@ def load_pipeline(model: str, device, options: PredictOptions):
     return pipeline
 
 
-def list_scans(options: PredictOptions, modalities: list[str]) -> tuple[list, list[tuple[str, str]], int]:
-    """Returns the scans to predict, paths that are no scans with the reason, and how many scans are left out, as their
+def list_scans(options: PredictOptions, modalities: list[str]) -> tuple[list, list[tuple[str, str]], list]:
+    """Returns the scans to predict, paths that are no scans with the reason, and the scans that are left out, as their
     results are there."""
     from anodiff.volumes.results import is_whole
     from anodiff.volumes.scans import find_scans
 
     scans, failed = find_scans(options.scans, modalities, options.brain, options.output)
     if not options.skip_existing:
-        return scans, failed, 0
-    missing = [scan for scan in scans if not is_whole(Path(options.output) / scan.name, _records(options))]
-    return missing, failed, len(scans) - len(missing)
+        return scans, failed, []
+    whole = [is_whole(Path(options.output) / scan.name, _records(options)) for scan in scans]
+    missing = [scan for scan, is_there in zip(scans, whole, strict=True) if not is_there]
+    return missing, failed, [scan for scan, is_there in zip(scans, whole, strict=True) if is_there]
 
 
 def predict_scans(pipeline, scans: list, options: PredictOptions, record: dict) -> Iterator[tuple]:
@@ -219,7 +231,7 @@ def predict_scans(pipeline, scans: list, options: PredictOptions, record: dict) 
         record (`dict`): What goes into the settings of the results.
 
     Yields:
-        each scan when it is done, with how its brain mask came about, or `None` and why it failed.
+        each scan when it is done, with what [`write_scan`] says of it, or `None` and why it failed.
     """
     with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
 
@@ -251,6 +263,19 @@ def predict_scans(pipeline, scans: list, options: PredictOptions, record: dict) 
             yield ended(*behind)
 
 
+def write_page(pipeline, page: Path, scans: list, failed: list[tuple[str, str]], model: str) -> list[tuple[str, str]]:
+    """Writes the report of scans that have results. Returns those that cannot be read any more with the reason, or the
+    page, if it cannot be written."""
+    from anodiff.reports.predictions import write_predictions
+
+    try:
+        unread = write_predictions(page, scans, failed, plane=pipeline.processor.config.plane, model=model)
+    except (OSError, ValueError) as error:  # what failed before it has to be said, too
+        return [(str(page), _reason(error))]
+    print(f"Report: {page}")
+    return unread
+
+
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
@@ -262,13 +287,22 @@ def _records(options: PredictOptions) -> tuple[str, ...]:
 def read_scan(pipeline, scan, options: PredictOptions):
     """Returns a scan for the pipeline, if its result may be written: its slices, or its volume if the pipeline has to
     find the brain."""
-    from anodiff.volumes.results import DISPERSION_ARRAYS, ENSEMBLE_ARRAYS, MAP_ARRAYS, PICTURES, check_place
+    from anodiff.volumes.results import (
+        CALIBRATED_ARRAYS,
+        DISPERSION_ARRAYS,
+        ENSEMBLE_ARRAYS,
+        MAP_ARRAYS,
+        PICTURES,
+        check_place,
+    )
 
     folder, records = Path(options.output) / scan.name, _records(options)
     arrays = ENSEMBLE_ARRAYS if pipeline.task == "segmentation" else MAP_ARRAYS
     stems = {*arrays, *(DISPERSION_ARRAYS if options.dispersion else ()), *(PICTURES[record] for record in records)}
     if pipeline.brain_extractor is None:
         stems.discard("brain_mask")
+    if pipeline.task != "segmentation" and pipeline.config.calibration is None:
+        stems -= {*CALIBRATED_ARRAYS}
     check_place(folder, stems, records)
     if (folder / "result.json").exists() and not (options.overwrite or options.skip_existing):
         raise FileExistsError(
@@ -302,9 +336,11 @@ def compute_scan(pipeline, volume, options: PredictOptions) -> tuple:
 
 
 def write_scan(pipeline, scan, options: PredictOptions, result, spread) -> str:
-    """Writes the result of a scan, and its pictures, into a folder of its own. Returns how its brain mask came about."""
+    """Writes the result of a scan, and its pictures, into a folder of its own. Returns how its brain mask came about, and
+    what a calibrated checkpoint says of it, in words."""
     from anodiff.evaluation.overview import draw_members, draw_overview
     from anodiff.files import lock_folder
+    from anodiff.pipelines.guarantee import describe_claims
     from anodiff.pipelines.output import AnomalyOutput
     from anodiff.volumes.results import remove_results
 
@@ -317,7 +353,10 @@ def write_scan(pipeline, scan, options: PredictOptions, result, spread) -> str:
         if spread is not None:
             spread.save(folder, lambda path: draw_members(spread, path, scan.name, plane=plane))
         result.save(folder, lambda path: draw(result, path, scan.name, plane=plane))
-    return result.settings["brain"]
+    told = _ORIGINS[result.settings["brain"]]
+    if isinstance(result, AnomalyOutput) and result.guarantee is not None:
+        told = f"{told}; {describe_claims(result.guarantee)}"
+    return told
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from . import shards
 from .card import make_card
 from .correction import Correction
 from .layout import PROCESSOR, RECIPE, SPLITS, SUBJECTS, SUBJECTS_SCHEMA
+from .participants import read_participants
 from .raters import RaterRule
 from .readers.arrays import read_array_stacks, read_crop_pickles, read_picture_stacks
 from .readers.files import read_bids, read_file_patterns
@@ -54,7 +55,7 @@ READERS = {
 }
 RECIPE_KEYS = (
     *("source", "license", "reader", "reader_options", "processor", "slices", "raters", "split", "dtype"),
-    *("correction", "rehosting"),
+    *("correction", "rehosting", "participants"),
 )
 # Whether the licence lets others than the owner offer the images for download.
 REHOSTING = ("allowed", "forbidden")
@@ -71,6 +72,7 @@ def prepare(
     raters: RaterRule | None = None,
     split: SplitRule | None = None,
     dtype: str = "float32",
+    participants: dict[str, dict] | None = None,
     root: str | Path | None = None,
     shard_rows: int = 1024,
     num_proc: int = 1,
@@ -98,6 +100,8 @@ def prepare(
         raters: Make several annotations of the one that subjects have.
         split: How subjects are divided; as the subjects say by default.
         dtype: `"float32"` or `"float16"` of `image`.
+        participants: Further columns of `subjects.parquet`: name of every subject to its values, numbers, texts or
+            `None`, as [`~data.participants.read_participants`] reads them.
         root: What file names are written relative to; the common folder of all files by default.
         shard_rows: Slices per file.
         num_proc: Processes that subjects are shared out to, by a local cluster of Dask. Changes no bit of the result.
@@ -159,7 +163,7 @@ def prepare(
                 shutil.rmtree(partial)
             raise
         unfinished = partial / "unfinished"
-        _write_rows(unfinished, rows, pieces, shard_rows)
+        _write_rows(unfinished, rows, pieces, shard_rows, participants or {})
         processor.save_pretrained(unfinished / PROCESSOR)
         write_text(unfinished / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
         write_text(unfinished / "README.md", make_card(out.name, processor, recipe, rows, failures, corrected))
@@ -240,14 +244,22 @@ def _check_rows(rows: list[dict], slices: SliceRule) -> None:
             raise ValueError(f"`slices` keeps no slice of the split {name}: {slices}.")
 
 
-def _write_rows(folder: Path, rows: list[dict], pieces: dict[str, Path], shard_rows: int) -> None:
+def _write_rows(
+    folder: Path, rows: list[dict], pieces: dict[str, Path], shard_rows: int, participants: dict[str, dict]
+) -> None:
     """Writes the shards of all splits and `subjects.parquet`, and `corrections.csv` and `quality/SUBJECT.png` if there
     are any."""
     (folder / "data").mkdir(parents=True)
     for split in SPLITS:
         tables = (shards.read_piece(pieces[row["subject"]]) for row in rows if row["split"] == split)
         shards.write_shards(tables, folder / "data", split, shard_rows)
-    pq.write_table(pa.Table.from_pylist(rows, schema=SUBJECTS_SCHEMA), folder / SUBJECTS)
+    schema = SUBJECTS_SCHEMA
+    for column in next(iter(participants.values()), {}):
+        known = [values[column] for values in participants.values() if values[column] is not None]
+        text = any(isinstance(value, str) for value in known)
+        schema = schema.append(pa.field(column, pa.string() if text else pa.float64()))
+    described = [{**row, **participants.get(row["subject"], {})} for row in rows]
+    pq.write_table(pa.Table.from_pylist(described, schema=schema), folder / SUBJECTS)
     if "correction" not in rows[0]:
         return
     (folder / "quality").mkdir()
@@ -294,7 +306,7 @@ def prepare_recipe(
     Args:
         recipe: `reader` (a key of `READERS`), `reader_options`, `processor` (settings of [`VolumeProcessor`]), and
             optionally `correction` ([`~data.correction.Correction`]), `slices` ([`SliceRule`]), `raters`
-            ([`RaterRule`]), `split` ([`SplitRule`]), `dtype`, `license` (identifier of the Hub), `rehosting`
+            ([`RaterRule`]), `split` ([`SplitRule`]), `participants` ([`~data.participants.read_participants`]), `dtype`, `license` (identifier of the Hub), `rehosting`
             (`"allowed"` or `"forbidden"` by the licence) and `source` (one line of the card). Paths in it are relative
             to `root`.
         template, reference: Files of `correction`: the template that subjects are registered to, and the scan whose
@@ -322,6 +334,11 @@ def prepare_recipe(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         subjects = reader(root, **options)
+        participants = None
+        if "participants" in recipe:
+            given = recipe["participants"]
+            _check_block("participants", given, ("table", "columns", "key"), required=("table", "columns"))
+            participants = read_participants(Path(root), subjects, **given)
     left_out = {}
     for warning in said:
         if isinstance(warning.message, LeftOut):
@@ -334,6 +351,7 @@ def prepare_recipe(
         out,
         recipe=recipe,
         dtype=recipe.get("dtype", "float32"),
+        participants=participants,
         root=root,
         num_proc=num_proc,
         scheduler=scheduler,

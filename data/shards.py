@@ -36,7 +36,7 @@ from .readers.subjects import Subject
 PRODUCERS = (
     *("volumes/geometry.py", "volumes/processor.py", "volumes/results.py", "volumes/scans.py", "volumes/volume.py"),
     *("data/correction.py", "data/layout.py", "data/prepare.py", "data/raters.py", "data/rules.py", "data/shards.py"),
-    *("data/slicing.py", "data/smooth_fields.py"),
+    *("data/participants.py", "data/slicing.py", "data/smooth_fields.py"),
     *("data/readers/arrays.py", "data/readers/files.py", "data/readers/listing.py", "data/readers/subjects.py"),
     *("data/phantoms/brains.py", "data/phantoms/head_maps.py", "data/phantoms/heads.py"),
     *("data/phantoms/label_maps.py", "data/phantoms/nodules.py", "data/phantoms/sets.py"),

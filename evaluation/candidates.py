@@ -18,6 +18,7 @@ from ..checks import check_choice, check_keys
 from ..data.card import describe_population
 from ..data.prepared import PreparedSplit
 from ..files import read_json, read_text, write_json, write_text
+from ..hub.model_card import describe_calibration
 from ..hub.model_index import fetch, read_model_index
 from ..pipelines.base import AnomalyPipeline
 from ..pipelines.postprocessing import PostProcessing
@@ -86,7 +87,10 @@ def store_values(folder: Path, values: dict) -> None:
     if card.exists():
         text = read_text(card)
         for name, value in values.items():
-            text = re.sub(rf"^\| `{name}` \|.*\|$", f"| `{name}` | {value} |", text, flags=re.M)
+            told = describe_calibration(value) if name == "calibration" else value
+            if name == "calibration" and f"| `{name}` |" not in text:  # a card of an earlier version has no such row
+                text = re.sub(r"^(\| `threshold` \|.*\|)$", rf"\1\n| `{name}` | |", text, count=1, flags=re.M)
+            text = re.sub(rf"^\| `{name}` \|.*\|$", lambda _, n=name, t=told: f"| `{n}` | {t} |", text, flags=re.M)
         write_text(card, text)
 
 

@@ -26,6 +26,19 @@ def slice_numbers(split: PreparedSplit, subject: str, slices: np.ndarray) -> np.
     return np.asarray(split.subject_rows(subject)) if is_picture else slices
 
 
+def slice_spacing(split: PreparedSplit, subject: str, slices: np.ndarray) -> np.ndarray | None:
+    """Returns the distance of the kept `slices` (numbers in the volume) and of the rows and columns of a subject on the
+    network's grid, `(3,)` in mm; the first is the most frequent one where slices are missing. `None` for a picture, whose
+    pixels have no known size."""
+    info = split.subject_info[subject]
+    if info["network_shape"][2] == 1:
+        return None
+    sizes = np.linalg.norm(np.reshape(info["network_affine"], (4, 4))[:3, :3], axis=0)[::-1].copy()
+    if len(slices) > 1:
+        sizes[0] *= np.bincount(np.diff(slices)).argmax()
+    return sizes
+
+
 class _Stored:
     """A dataclass of arrays as a file of numpy's; `None` is not written."""
 
@@ -65,6 +78,8 @@ class Case(_Stored):
     volume_score: float
     group: str | None = None
     """Subjects of one group, a patient, are drawn together for an interval; `None` for one of its own."""
+    spacing: np.ndarray | None = None
+    """`(3,)`, distance of slices, rows and columns in mm; `None` if it is not known."""
     own_mask: np.ndarray | None = None
     """`(N, H, W)`, of a method that chooses its thresholds itself."""
     own_labels: np.ndarray | None = None
@@ -120,6 +135,7 @@ def make_case(item: dict, maps: np.ndarray, postprocessing: PostProcessing, **op
         slice_scores=postprocessing.score_slices(maps, item["brain"]),
         volume_score=postprocessing.score(maps, item["brain"]),
         group=item["group"],
+        spacing=item["spacing"],
         **optional,
     )
 
@@ -137,10 +153,26 @@ class Needs(NamedTuple):
     float32, of slices and their brain masks."""
 
 
+class Tally(NamedTuple):
+    """What is kept of the scores of one method's test cases, to compare methods and to score some of the cases alone."""
+
+    subjects: list[str]
+    """Of the cases with a reference: those with a mask, and healthy ones; all values below are in this order."""
+    groups: list[str]
+    masked: list[bool]
+    overlaps: dict[str, np.ndarray]
+    """Of each policy, `(N, 2)`: voxels that prediction and reference share, and the sum of both."""
+    lesions: dict[str, np.ndarray]
+    """Of each policy, `(N, 4)`: [`~evaluation.metrics.LesionCounts`]."""
+    resamples: dict[str, np.ndarray]
+    """Of each metric that methods are compared by: its value in each resample of the groups."""
+
+
 class Scores(NamedTuple):
     """What a protocol says of one method: `metrics`, `None` where undefined, `records` with values of each test case
-    (of ensembles: of each image), and what else the row of the report holds."""
+    (of ensembles: of each image), what else the row of the report holds, and what methods are compared by."""
 
     metrics: dict[str, float | None]
     records: list[dict]
     more: dict = {}
+    tally: Tally | None = None

@@ -125,41 +125,6 @@ def score_ensemble(pred: np.ndarray, gt: np.ndarray) -> dict[str, float]:
     return scores
 
 
-class FrequencyCalibration:
-    """Reliability of a frequency map: where the ensemble says 70 %, do 70 % of the raters mark the pixel? Collected
-    image by image; memory does not grow.
-
-    With few samples even an ensemble of further raters is no diagonal: their share is a noisy estimate of the
-    frequency, so that high shares are somewhat too high and low ones too low.
-
-    A value between two of the `bins`, equal bins of the predicted frequency in [0, 1], belongs to the upper one.
-    """
-
-    def __init__(self, bins: int = 10):
-        self.bins = bins
-        self._sums = np.zeros((3, bins))  # pixels, predicted and observed frequencies
-
-    def update(self, predicted: np.ndarray, observed: np.ndarray) -> None:
-        """Adds pixels: the share of the samples and of the annotations that mark each of them. They may be chosen by
-        `predicted`, but not by `observed`: where an annotation marks, no ensemble is calibrated."""
-        predicted, observed = (np.asarray(values, np.float64).ravel() for values in (predicted, observed))
-        # A share such as 0.3 must not fall below its bin's edge by a rounding error.
-        index = np.clip(np.floor(predicted * self.bins + 1e-6), 0, self.bins - 1).astype(int)
-        for row, weights in zip(self._sums, (None, predicted, observed), strict=True):
-            row += np.bincount(index, weights, self.bins)
-
-    def curve(self) -> dict[str, np.ndarray]:
-        """Returns `pixels`, mean `predicted` and mean `observed` frequency of the bins that hold pixels."""
-        pixels, predicted, observed = self._sums[:, self._sums[0] > 0]
-        return {"pixels": pixels.astype(np.int64), "predicted": predicted / pixels, "observed": observed / pixels}
-
-    def expected_error(self) -> float:
-        """Returns the expected calibration error: mean over the pixels of |predicted - observed| of their bins; `nan`
-        without pixels. Over whole images the background makes it small, whatever happens in the lesion."""
-        pixels, predicted, observed = self._sums
-        return float(np.abs(predicted - observed).sum() / pixels.sum()) if pixels.sum() else float("nan")
-
-
 def _masks(masks: np.ndarray) -> np.ndarray:
     masks = np.asarray(masks)
     if masks.ndim < 2 or not len(masks) or not masks[0].size:

@@ -29,7 +29,7 @@ MEMBERS = 16  # of the baselines where no model says how many
 def check_options(options: EvalOptions) -> None:
     """Raises a `ValueError` for settings of anomaly maps, which would change nothing."""
     names = "calibrate calibration_slices guidance_scales set_threshold median_dimensions erosion min_component_size"
-    names += " slice_score sign weighting normalization"
+    names += " slice_score sign weighting normalization strata"
     given = {name: vars(options)[name] for name in names.split()}
     wrong = [name for name, value in given.items() if value not in (None, [])]
     if wrong:

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import numpy as np
 
-from ..checks import check_choice
+from ..checks import check_choice, check_number
 from ..data.prepared import PreparedSplit
 from ..pipelines.base import AnomalyPipeline, SliceResults
 from ..pipelines.postprocessing import PostProcessing
@@ -35,12 +35,13 @@ def check_options(options: EvalOptions) -> None:
     if options.calibrate is None and (options.guidance_scales or options.calibration_slices):
         raise ValueError("`guidance_scales` and `calibration_slices` belong to `calibrate labels`.")
     if options.calibrate is not None:
-        check_choice("calibrate", options.calibrate, CALIBRATION_POLICIES)
+        check_choice("calibrate", options.calibrate, (*CALIBRATION_POLICIES, "conformal"))
         if options.calibration_slices and options.calibrate != "labels":
             raise ValueError(f"`calibration_slices` belongs to `calibrate labels`, got it with {options.calibrate}.")
         if options.validation_split == "none":
             raise ValueError("`calibrate` needs a validation split, got `validation_split` none.")
-        if options.set_threshold:
+        check_number("alpha", options.alpha, above=0, below=1)
+        if options.set_threshold and options.calibrate != "conformal":
             raise ValueError("Give either `calibrate` or `set_threshold`: both store a threshold in the checkpoint.")
     check_choice("set_threshold", options.set_threshold, ("validation", "healthy", None))
     option = "calibrate" if options.calibrate else "set_threshold" if options.set_threshold else None

@@ -4,6 +4,8 @@ Definitions differ between the published programs (empty masks, exchanged names,
 function states its own. Confusion counts: TP, FP, FN, TN are pixels of prediction and ground truth in the usual sense.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import numpy as np
@@ -59,21 +61,41 @@ def confusion(pred: np.ndarray, gt: np.ndarray) -> tuple[int, int, int, int]:
     return tp, fp, fn, pred.size - tp - fp - fn
 
 
-def lesion_f1(pred: np.ndarray, gt: np.ndarray) -> float:
-    """Returns the F1 score of the lesions of a volume or slice instead of its voxels, the harmonic mean of (found
-    lesions / lesions) and (right components / predicted components); 1 where both masks are empty, 0 where one of them
-    is. Components are connected with corners (8 neighbours in 2-D, 26 in 3-D). A lesion is found when one of its
-    voxels is predicted; a predicted component is right when one of its voxels is lesion."""
+class LesionCounts(NamedTuple):
+    """Lesions and predicted components of one volume."""
+
+    found: int
+    lesions: int
+    wrong: int
+    components: int
+
+    def f1(self) -> float:
+        """Returns the F1 score of [`lesion_f1`]."""
+        if not (self.lesions and self.components):
+            return 0.0 if self.lesions or self.components else 1.0
+        rates = self.found / self.lesions, (self.components - self.wrong) / self.components
+        return 2 * rates[0] * rates[1] / sum(rates) if sum(rates) else 0.0
+
+
+def lesion_counts(pred: np.ndarray, gt: np.ndarray) -> LesionCounts:
+    """Returns how many lesions of a volume or slice are found, of how many, and how many predicted components are
+    wrong, of how many. Components are connected with corners (8 neighbours in 2-D, 26 in 3-D). A lesion is found when
+    one of its voxels is predicted; a predicted component is wrong when none of its voxels is lesion."""
     pred, gt = _mask_pair(pred, gt)
-    rates = []
+    counts = []
     for components, other in ((gt, pred), (pred, gt)):
         labels, number = ndimage.label(components, structure=np.ones((3,) * components.ndim))
-        if number:
-            overlaps = np.bincount(labels[other], minlength=number + 1)[1:]
-            rates.append(float(np.mean(overlaps > 0)))
-    if len(rates) < 2:
-        return 0.0 if rates else 1.0
-    return 2 * rates[0] * rates[1] / sum(rates) if sum(rates) else 0.0
+        touched = np.count_nonzero(np.bincount(labels[other], minlength=number + 1)[1:])
+        counts.append((touched, number))
+    (found, lesions), (right, components) = counts
+    return LesionCounts(found, lesions, components - right, components)
+
+
+def lesion_f1(pred: np.ndarray, gt: np.ndarray) -> float:
+    """Returns the F1 score of the lesions of a volume or slice instead of its voxels, the harmonic mean of (found
+    lesions / lesions) and (right components / predicted components), as of [`lesion_counts`]; 1 where both masks are
+    empty, 0 where one of them is."""
+    return lesion_counts(pred, gt).f1()
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -103,24 +125,31 @@ def bootstrap_interval(
             What the sum of the values is divided by the sum of: 1 each by default, which makes it a mean. With twice
             the overlap as value and both areas as size it is the pooled Dice.
     """
+    return percentiles(resample_mean(values, groups, sizes))
+
+
+def resample_mean(values: np.ndarray, groups: np.ndarray | None = None, sizes: np.ndarray | None = None) -> np.ndarray:
+    """Returns the mean in each of the resamples of [`bootstrap_interval`], arguments as there: `(NUM_RESAMPLES,)`,
+    `nan` where it is undefined, and everywhere if there are fewer than two groups. Means of other values of the same
+    groups are of the same resamples."""
     values = np.asarray(values, dtype=np.float64)
     subjects = np.arange(values.size) if groups is None else np.unique(groups, return_inverse=True)[1]
     counts = np.bincount(subjects, weights=sizes)
     if counts.size < 2:
-        return None, None
+        return np.full(NUM_RESAMPLES, np.nan)
     sums = np.bincount(subjects, weights=values)
-    drawn = _draw_groups(counts.size)
+    drawn = draw_groups(counts.size)
     with np.errstate(invalid="ignore"):
-        return _percentiles(sums[drawn].sum(1) / counts[drawn].sum(1))
+        return sums[drawn].sum(1) / counts[drawn].sum(1)
 
 
-def _draw_groups(count: int) -> np.ndarray:
-    """The groups of every resample, `(NUM_RESAMPLES, count)`, always the same ones."""
+def draw_groups(count: int) -> np.ndarray:
+    """Returns the numbers of the groups of every resample, `(NUM_RESAMPLES, count)`, always the same ones."""
     return np.random.default_rng(0).integers(0, count, size=(NUM_RESAMPLES, count))
 
 
-def _percentiles(values: np.ndarray) -> tuple[float | None, float | None]:
-    """The interval that holds 95 % of the values of the resamples that have one."""
+def percentiles(values: np.ndarray) -> tuple[float | None, float | None]:
+    """Returns the interval that holds 95 % of the values of the resamples that have one, `None` twice if none has."""
     defined = values[np.isfinite(values)]
     if not defined.size:
         return None, None
@@ -236,21 +265,25 @@ class PooledScores:
         }
 
     def intervals(self) -> dict[str, tuple[float | None, float | None]]:
-        """Returns the 95 % percentile bootstrap intervals of `average_precision` and `auroc`, from the resamples of the
-        groups of [`bootstrap_interval`] in which they are defined; `None` twice where there are fewer than two groups,
-        or nowhere both labels.
+        """Returns the 95 % percentile bootstrap intervals of `average_precision` and `auroc`, of the values of
+        [`resamples`]; `None` twice where there are fewer than two groups, or nowhere both labels."""
+        return {name: percentiles(values) for name, values in self.resamples().items()}
+
+    def resamples(self) -> dict[str, np.ndarray]:
+        """Returns `average_precision` and `auroc` in each of the resamples of the groups of [`bootstrap_interval`]:
+        `(NUM_RESAMPLES,)` each, `nan` without positives or negatives, and everywhere if there are fewer than two groups.
 
         The scores of a resample are not sorted anew: they are counts in about 2000 bins, each with at most a thousandth
         of all positives and a thousandth of all negatives (or scores within 0.05 %), and those of one bin count as
         tied. Measured, the ends of the intervals are off by less than 0.001."""
         names = ("average_precision", "auroc")
         if len(self._groups) < 2 or not (self.num_positives and self.num_negatives):
-            return dict.fromkeys(names, (None, None))
+            return {name: np.full(NUM_RESAMPLES, np.nan) for name in names}
         counts = self._count_groups()
         groups = counts.shape[1]
         resamples = []
         # Some at a time: arrays of all resamples and bins are large.
-        for drawn in np.array_split(_draw_groups(groups), NUM_RESAMPLES // 100):
+        for drawn in np.array_split(draw_groups(groups), max(1, NUM_RESAMPLES // 100)):
             times = np.stack([np.bincount(row, minlength=groups) for row in drawn]).astype(np.float64)
             negatives, positives = times @ counts
             tp, fp = positives.cumsum(1), negatives.cumsum(1)
@@ -261,7 +294,22 @@ class PooledScores:
                 resamples.append(np.stack(rows) / tp[:, -1])
         values = np.concatenate(resamples, 1)
         values[:, np.isnan(values).any(0)] = np.nan  # without positives, or without negatives
-        return {name: _percentiles(row) for name, row in zip(names, values, strict=True)}
+        return dict(zip(names, values, strict=True))
+
+    def thresholds_exceeded_by(self, shares: np.ndarray) -> np.ndarray:
+        """Returns, for each of the rising `shares (T,)`, a threshold that at least this share of the scores exceeds,
+        the highest edge of a bin of which this holds: falling, float32 values as float64, without repetitions. Every
+        update must have a group."""
+        totals = np.zeros(1 << (32 - _BIN_BITS), np.int64)
+        for kept in self._group_counts:
+            for _, bins, counts in kept:
+                totals[bins] += counts
+        filled = np.flatnonzero(totals)[::-1]
+        above = totals[filled].cumsum()
+        if not filled.size:
+            return np.empty(0)
+        places = np.searchsorted(above, np.ceil(np.asarray(shares) * above[-1]))
+        return np.array([_upper_edge(int(index) - 1) for index in dict.fromkeys(filled[places].tolist())])
 
     def _count_groups(self) -> np.ndarray:
         """Counts of negatives and positives of each group, `(2, groups, bins)` float64, in bins from the highest to the
@@ -281,7 +329,7 @@ class PooledScores:
                 result[group] += np.bincount(place[bins], own, result.shape[1])
         return counts
 
-    def _curve(self) -> "_Curve":
+    def _curve(self) -> _Curve:
         if self._counts is None:
             for kept in self._samples:
                 if len(kept) > 1:

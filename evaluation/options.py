@@ -63,6 +63,9 @@ class EvalOptions:
     """First, last and step of the thresholds that these protocols try: of maps scaled to [0, 1] for `andi` (0.01,
     0.299, 0.001 by default), of the maps themselves for `uad_imag` (100 of their scores by default) and `anofpdm`
     (0.01, 0.69, 0.01)."""
+    strata: list[str] = field(default_factory=list)
+    """Score groups of the subjects apart: by `size` or `contrast` of the lesion, or any column of `subjects.parquet`
+    (age, site, ...; numbers in thirds). Give the flag once per name."""
     baselines: bool = True
     """Rows of the plain and the inverted intensity and of trivial statistics, with the same post-processing."""
     training_population: str | None = None
@@ -70,7 +73,9 @@ class EvalOptions:
     calibrate: str | None = None
     """First choose the models' values on the labels of the validation split, without its masks, and store them in the
     checkpoint folders: `labels` (AnoFPDM's own, by image-level accuracy), `healthy`, `yen` or `otsu` (a threshold, for
-    any method)."""
+    any method). `conformal`: what may be promised of healthy scans, and with its masks the probability of a lesion."""
+    alpha: float = 0.05
+    """Share of healthy scans, slices and voxels above the thresholds of `calibrate conformal`, at most."""
     calibration_slices: int | None = None
     """Validation slices that `calibrate labels` takes, evenly spread; all by default."""
     guidance_scales: list[float] = field(default_factory=list)
@@ -83,5 +88,10 @@ class EvalOptions:
     """Visibility of a new repository; the account's default if not given."""
     hub_picture: str | None = None
     """Picture for the card; on phantoms it is cases.png, on scans only what you give."""
+    report: str = "html"
+    """html: beside the other files a page with tables, curves and some cases in a viewer, `report.html`; or none."""
     keep_maps: bool = False
     """Keep the maps of every subject (npz) beside the report."""
+    merge: list[str] = field(default_factory=list)
+    """Output folder of an earlier evaluation of the same splits with `keep_maps`, whose models take part as they are;
+    give the flag once per folder. Their maps stay there."""

@@ -22,7 +22,7 @@ def draw_cases(report: dict, rows: list[tuple[dict, Path]], split: PreparedSplit
     shown = [(row, folder) for row, folder in rows if not row["name"].endswith("over its median")]
     if not shown:
         return
-    key, ranked = _rank(shown[0][0]["subjects"])
+    key, ranked = rank_records(shown[0][0]["subjects"])
     if not ranked:
         return
     chosen = [(title, ranked[index]) for title, index in (("best", -1), ("median", len(ranked) // 2), ("worst", 0))]
@@ -66,7 +66,11 @@ def draw_cases(report: dict, rows: list[tuple[dict, Path]], split: PreparedSplit
         figure.savefig(unfinished, dpi=130)
 
 
-def _rank(records: list[dict]) -> tuple[str, list[dict]]:
+def rank_records(records: list[dict]) -> tuple[str, list[dict]]:
+    """Returns the records of a row from the worst to the best, and by what: Dice at the validation threshold (oracle
+    without one); without masks the scores of the anomalous subjects; of ensembles GED."""
+    if records and "ged" in records[0]:
+        return "ged", sorted(records, key=lambda record: -record["ged"])
     for key in ("dice_validation", "dice_oracle"):
         ranked = sorted((record for record in records if key in record), key=lambda record: record[key])
         if ranked:
@@ -130,7 +134,8 @@ def draw_reliability(rows: list[dict], path: Path) -> None:
         for row in rows:
             curve = row["reliability"][region]
             error = row["metrics"]["expected_calibration_error" + ("" if region == "all" else "_marked")]
-            label = row["name"] if error is None else f"{row['name']}, ECE {error:.3f}"
+            label = f"{row['name']}, {row['metrics']['num_samples']} samples"
+            label += "" if error is None else f", ECE {error:.3f}"
             axis.plot(curve["predicted"], curve["observed"], marker="o", markersize=3, linewidth=1, label=label)
         axis.set(xlabel="share of the samples", ylabel="share of the annotations", xlim=(0, 1), ylim=(0, 1))
         axis.set_title(title, fontsize=8)

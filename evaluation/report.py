@@ -12,11 +12,21 @@ from accelerate import Accelerator
 import anodiff
 
 from ..data.prepared import PreparedSplit
-from ..hub.shipped import add_interval
 from ..pipelines.base import device_name
 from ..schedulers.draws import DRAWS_VERSION
 from .metrics import NUM_RESAMPLES
 from .options import EvalOptions
+from .sections import (
+    comparison_section,
+    guarantee_section,
+    join_settings,
+    lesion_section,
+    metric_cell,
+    protocol_section,
+    split_settings,
+    strata_section,
+    table,
+)
 
 
 def make_report(
@@ -36,14 +46,16 @@ def make_report(
         field: "".join(protocol.TEXT.get(field, "") for protocol in protocols).format(healthy_fpr=options.healthy_fpr)
         for field in ("unit_of_averaging", "threshold_policy")
     }
+    shared, differing = split_settings(rows)
+    postprocessing = [f"every row: {join_settings(shared)}"] if shared else []
+    postprocessing += [f"{name}: {join_settings(own)}" for name, own in differing if own]
     groups = len({split.subject_info[subject]["group"] for subject in subjects})
     populations = [f"{row['name']}: {row['training_population']}" for row in rows if row["kind"] == "pipeline"]
     return {
         "anodiff": anodiff.__version__,
         **kind.HEAD,
         "data": {
-            # A Hub id stays whole: results belong to that data set.
-            "name": Path(options.data).resolve().name if Path(options.data).exists() else options.data,
+            "name": data_name(options.data),
             "split": options.split,
             "subjects": len(subjects),
             "slices": len(labels),
@@ -58,10 +70,7 @@ def make_report(
             "preprocessing": ", ".join(
                 f"{key} {settings[key]}" for key in ("intensity", "value_range", "clip", "resize", "brain_mask")
             ),
-            "postprocessing": "; ".join(
-                f"{row['name']}: " + (", ".join(f"{key} {value}" for key, value in row["settings"].items()) or "none")
-                for row in rows
-            ),
+            "postprocessing": "; ".join(postprocessing),
             "label_definition": label_definition,
             "samples": samples,
         },
@@ -73,6 +82,12 @@ def make_report(
         "processes": accelerator.num_processes,
         "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate", "numpy")},
     }
+
+
+def data_name(data: str) -> str:
+    """Returns what a report calls a data set: the name of a folder without the path, or a Hub id, which stays whole, as
+    results belong to that data set."""
+    return Path(data).resolve().name if Path(data).exists() else data
 
 
 def describe_intervals(subjects: int, groups: int) -> str:
@@ -87,32 +102,33 @@ def describe_intervals(subjects: int, groups: int) -> str:
 
 def markdown(report: dict, columns: dict[str, str]) -> str:
     """Returns the report as Markdown: a table of every row under those of the `columns`, metric to title, that a row
-    has, the nine protocol fields below it, and the reliability of an ensemble."""
+    has, comparisons, lesions, strata and guarantees where there are any, the nine protocol fields, and the reliability of an
+    ensemble."""
     data = report["data"]
     measured = {name for row in report["results"] for name in row["metrics"]}
     columns = {name: title for name, title in columns.items() if name in measured}
+    rows = []
+    for row in report["results"]:
+        seconds = row.get("seconds_per_slice")
+        cells = [metric_cell(row["metrics"], name) for name in columns]
+        rows.append([row["name"], *cells, "" if seconds is None else f"{seconds:.3g}"])
     lines = [
         f"# {data['name']}, {data['split']}",
         "",
         f"{data['subjects']} subjects, {data['slices']} slices, {data['anomalous_slices']} of them anomalous.",
         "Research use, not a medical device.",
         "",
-        "| | " + " | ".join([*columns.values(), "s per slice"]) + " |",
-        "|---" * (len(columns) + 2) + "|",
+        *table(["", *columns.values(), "s per slice"], rows),
+        f"Intervals in brackets: {report['intervals']}.",
+        "",
+        *comparison_section(report),
+        *lesion_section(report),
+        *strata_section(report),
+        *guarantee_section(report),
+        *protocol_section(report),
     ]
-    for row in report["results"]:
-        metrics, seconds = row["metrics"], row.get("seconds_per_slice")
-        cells = []
-        for name in columns:
-            value = metrics.get(name)
-            text = "" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
-            cells.append(add_interval(text, metrics.get(f"{name}_low"), metrics.get(f"{name}_high")))
-        lines.append(f"| {row['name']} | " + " | ".join([*cells, "" if seconds is None else f"{seconds:.3g}"]) + " |")
-    lines += ["", f"Intervals in brackets: {report['intervals']}.", "", "## Protocol", ""]
-    lines += [f"- **{name.replace('_', ' ')}**: {text}" for name, text in report["protocol"].items()]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines += [
-        "",
         f"anodiff {report['anodiff']}, {versions}, {report['device']}, {report['processes']} process(es),"
         f" seed {report['seed']}, draws {report['draws']}.",
         "",
@@ -125,9 +141,8 @@ def markdown(report: dict, columns: dict[str, str]) -> str:
             "",
             "Pixels by the share of the samples that mark them.",
             "",
-            "| share of the samples | share of the annotations | pixels |",
-            "|---|---|---|",
         ]
         bins = zip(curve["predicted"], curve["observed"], curve["pixels"], strict=True)
-        lines += [f"| {predicted:.3f} | {observed:.3f} | {pixels} |" for predicted, observed, pixels in bins] + [""]
+        cells = [[f"{predicted:.3f}", f"{observed:.3f}", str(pixels)] for predicted, observed, pixels in bins]
+        lines += table(["share of the samples", "share of the annotations", "pixels"], cells)
     return "\n".join(lines)

@@ -17,18 +17,24 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm.auto import tqdm
 
+from ..checks import check_choice
 from ..data.prepared import PreparedSplit, load_prepared
 from ..files import check_name, lock_folder, read_json, write_json, write_text
+from ..hub.shipped import add_samples
 from ..pipelines.base import AnomalyPipeline, SliceResults
 from ..pipelines.batches import choose_batch_size
-from . import ensembles, maps
+from ..pipelines.guarantee import COUNTED, describe_scoring, find_changes
+from . import conformal, ensembles, maps
 from .calibration import LabelledSlices, calibrate
 from .candidates import choose_protocol, describe_model, load_pipeline, store_values
-from .cases import slice_numbers
+from .cases import Case, Tally, slice_numbers, slice_spacing
+from .comparisons import compare
 from .options import EvalOptions
+from .page import write_page
 from .publishing import FORMER_CARD, check_hub, push_report
-from .report import make_report, markdown
+from .report import data_name, make_report, markdown
 from .scoring import sweep_thresholds
+from .strata import check_strata, divide, score_strata
 
 
 # What is computed, stored and drawn, by the task of the pipelines.
@@ -38,8 +44,12 @@ KINDS = {"anomaly-detection": maps, "segmentation": ensembles}
 # Of an evaluation under way: the cases, and what of the output folder is its own, so that the next one may go over it
 # if this one is killed.
 CASES, RECORD = ".cases", ".evaluation.json"
-# What an evaluation leaves beside `report.json` and the maps, the last two of them where it is pushed.
-PRODUCTS = ("cases.png", "reliability.png", "report.md", "card", FORMER_CARD)
+# What a row says of its model, and not of its scores.
+DESCRIBES = ("name", "kind", "model", "commit", "training_population", "settings", "fast", "seconds_per_slice")
+# What an evaluation leaves beside `report.json` and the maps; pages where they are wanted, the last two where it is
+# pushed.
+PAGES = ("report.html", "report_scans")
+PRODUCTS = ("cases.png", "reliability.png", "report.md", *PAGES, "card", FORMER_CARD)
 
 
 def evaluate(options: EvalOptions) -> dict:
@@ -69,6 +79,7 @@ def evaluate(options: EvalOptions) -> dict:
             evaluation.calibrate()
         accelerator.wait_for_everyone()
         evaluation.compute_models()
+        evaluation.take_merged()
         evaluation.compute_baselines()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -82,7 +93,8 @@ def evaluate(options: EvalOptions) -> dict:
 
 
 def _products(options: EvalOptions) -> list[str]:
-    return list(PRODUCTS if options.push_to_hub else PRODUCTS[:3])
+    unwanted = [*(PAGES if options.report == "none" else ()), *(() if options.push_to_hub else ("card", FORMER_CARD))]
+    return [name for name in PRODUCTS if name not in unwanted]
 
 
 def _list_own(output_dir: Path, options: EvalOptions) -> list[str]:
@@ -122,10 +134,11 @@ class _Evaluation:
 
     def __init__(self, options: EvalOptions, accelerator: Accelerator):
         self.options, self.accelerator = options, accelerator
+        check_choice("report", options.report, ("html", "none"))
         self.protocol = choose_protocol(options)
         self.kind = KINDS[self.protocol.TASK]
         self.kind.check_options(options)
-        if not options.model and not options.baselines:
+        if not options.model and not options.merge and not options.baselines:
             raise ValueError("There is nothing to evaluate: give `--model`, or leave `baselines` on.")
         if options.push_to_hub:
             check_hub(options, accelerator.is_main_process)
@@ -133,16 +146,22 @@ class _Evaluation:
         with accelerator.main_process_first():
             names = self.kind.name_splits(options)
             self.splits = {part: load_prepared(options.data, name) for part, name in names.items()}
+        check_strata(options.strata, self.splits["test"])
+        if options.calibrate == "conformal":
+            conformal.check_split(self.splits["validation"], options.alpha)
         self.folder = Path(options.output_dir) / CASES
         self.rows: list[dict] = []
         self.folders: list[Path] = []
         self.calibrations: list[dict] = []
+        # Of each model: what its scores depend on, and the record of its checkpoint.
+        self.scorings: list[dict] = []
+        self.records: list[dict | None] = []
 
     def calibrate(self) -> None:
         """Calibrates the checkpoints, if that is wanted, and stores the values in their folders, which other processes
         load; keeps the records, one per model."""
         options = self.options
-        if options.calibrate:
+        if options.calibrate and options.calibrate != "conformal":
             slices = LabelledSlices(self.splits["validation"], options.calibration_slices)
             for model in options.model:
                 record = calibrate(
@@ -165,6 +184,13 @@ class _Evaluation:
             row = describe_model(model, pipeline, self.options)
             # Two models of one name must not share a folder.
             self.folders.append(self.folder / f"{number:02d}")
+            if self.options.calibrate == "conformal" and self._settings(pipeline) != pipeline.default_settings():
+                raise ValueError(
+                    f"`calibrate conformal` needs a protocol that takes the settings of {model} as they are: leave"
+                    f" `protocol` {self.options.protocol} out."
+                )
+            self.records.append(pipeline.config.get("calibration"))
+            self.scorings.append(describe_scoring(pipeline, self._settings(pipeline), self.options.seed))
             times = []
             for part, split in self.splits.items():
                 title = f"{Path(model).name}, {part}"
@@ -184,6 +210,34 @@ class _Evaluation:
             settings = self.kind.describe_settings(pipeline)
             fast = {} if pipeline.fast is None else {"fast": pipeline.fast}
             self.rows.append({**row, "settings": settings, **fast, "seconds_per_slice": float(seconds / slices)})
+
+    def take_merged(self) -> None:
+        """Adds the rows of the models of earlier evaluations, whose cases are read where they lie."""
+        subjects = {part: self.kind.choose_subjects(split) for part, split in self.splits.items()}
+        for name in self.options.merge:
+            folder = Path(name)
+            report = read_json(folder / "report.json")
+            own = {"seed": self.options.seed, "name": data_name(self.options.data), "split": self.options.split}
+            given = {"seed": report["seed"], "name": report["data"]["name"], "split": report["data"]["split"]}
+            if given != own:
+                raise ValueError(f"`merge`: {folder} is of {given}, this evaluation of {own}.")
+            rows = [row for row in report["results"] if row["kind"] == "pipeline"]
+            for number, row in enumerate(rows):
+                maps = folder / "maps" / f"{number:02d}"
+                lacks = [
+                    f"{part}/{subject}"
+                    for part, names in subjects.items()
+                    for subject in names
+                    if not (maps / part / f"{subject}.npz").is_file()
+                ]
+                if lacks:
+                    raise FileNotFoundError(
+                        f"`merge`: {maps} has no maps of {', '.join(lacks[:3])}{' ...' if len(lacks) > 3 else ''}:"
+                        " evaluate there with --keep_maps, of the same splits."
+                    )
+                # Scored again, beside the others.
+                self.rows.append({key: row[key] for key in DESCRIBES if key in row})
+                self.folders.append(maps)
 
     def compute_baselines(self) -> None:
         """Writes the cases that the baselines make of this process's subjects, and adds their rows."""
@@ -205,6 +259,9 @@ class _Evaluation:
         for row, record in zip(self.rows, self.calibrations, strict=False):
             row["calibration"] = record
         report = self.score()
+        if options.calibrate == "conformal":
+            for model, row in zip(options.model, self.rows, strict=False):
+                store_values(Path(model), {"calibration": row["calibration"]})
         undefined = []
         for model, row in zip(options.model, self.rows, strict=False) if options.set_threshold else ():
             threshold = row["metrics"][f"threshold_{options.set_threshold}"]
@@ -231,6 +288,8 @@ class _Evaluation:
         options, kind, output_dir = self.options, self.kind, Path(self.options.output_dir)
         protocols = list(dict.fromkeys([kind.OWN_PROTOCOL, self.protocol]))
         thresholds = None if options.sweep is None else sweep_thresholds(options.sweep)
+        divided = divide(self.splits["test"], options.strata)
+        tallies: list[Tally] = []
         for row, folder in zip(tqdm(self.rows, desc="scoring"), self.folders, strict=True):
             files = {
                 part: [folder / part / f"{name}.npz" for name in kind.choose_subjects(split)]
@@ -238,16 +297,67 @@ class _Evaluation:
             }
             row |= {"metrics": {}, "subjects": []}
             for protocol in protocols:
-                metrics, records, more = protocol.score(row, files, thresholds, options)
+                metrics, records, more, tally = protocol.score(row, files, thresholds, options)
                 row["metrics"] |= metrics
                 row |= more
+                if tally is not None:
+                    tallies.append(tally)
+                    row |= {"strata": score_strata(tally, files["test"], divided)} if divided else {}
                 row["subjects"] = [old | new for old, new in zip_longest(row["subjects"], records, fillvalue={})]
+        for number in range(len(options.model)):
+            self._score_promises(number)
         statistics = kind.make_statistics(self.splits) if options.baselines else []
         report = make_report(options, kind, protocols, self.splits["test"], self.rows + statistics, self.accelerator)
+        if tallies:
+            # Rows without maps come last.
+            groups = len(set(tallies[0].groups))
+            report["comparisons"] = compare(self.rows, [tally.resamples for tally in tallies], groups)
         kind.draw(report, list(zip(self.rows, self.folders, strict=True)), self.splits["test"], output_dir)
-        columns = {name: title for protocol in protocols for name, title in protocol.COLUMNS.items()}
+        columns = {
+            name: add_samples(name, title, self.rows)
+            for protocol in protocols
+            for name, title in protocol.COLUMNS.items()
+        }
         write_text(output_dir / "report.md", markdown(report, columns))
+        if options.report == "html":
+            write_page(report, columns, self.splits["test"], self.folders, output_dir / PAGES[0])
         return report
+
+    def _score_promises(self, number: int) -> None:
+        """Calibrates a model on the cases of the validation split, if that is wanted, and measures on those of the test
+        split how the promises of its calibration were kept."""
+        options, row, folder = self.options, self.rows[number], self.folders[number]
+        record, scoring = self.records[number], self.scorings[number]
+
+        def read(part: str) -> Iterator[Case]:
+            return (Case.load(folder / part / f"{name}.npz") for name in self.kind.choose_subjects(self.splits[part]))
+
+        rules = {
+            part: {name: split.recipe.get("slices", {}).get(name, value) for name, value in COUNTED.items()}
+            for part, split in self.splits.items()
+        }
+        if options.calibrate == "conformal":
+            data = Path(options.data).resolve().name if Path(options.data).exists() else options.data
+            record = row["calibration"] = {
+                **conformal.calibrate_conformal(read("validation"), options.alpha),
+                **{"data": data, "split": options.validation_split},
+                **{"settings": scoring, "slices": rules["validation"]},
+            }
+        if record is None:
+            return
+        changes = find_changes(record, scoring) + ["slices"] * (dict(record["slices"]) != rules["test"])
+        row["guarantee"] = {"holds": not changes}
+        if changes:
+            row["guarantee"]["reason"] = f"calibrated with other values of {', '.join(changes)}"
+            return
+        metrics, told = conformal.measure_promises(record, read("test"))
+        row["metrics"] |= metrics
+        row["guarantee"] |= told
+
+    def _settings(self, pipeline: AnomalyPipeline) -> dict:
+        """The settings of the checkpoint, with those that the protocol needs in their place."""
+        own, needed = pipeline.default_settings(), self.protocol.NEEDS.settings
+        return own | {key: value for key, value in needed.items() if key in own}
 
     @torch.no_grad()
     def _map(self, pipeline: AnomalyPipeline, split: PreparedSplit, items: list[dict]) -> tuple[SliceResults, float]:
@@ -255,8 +365,6 @@ class _Evaluation:
         writing."""
         images, brain = (torch.from_numpy(np.concatenate([item[key] for item in items])) for key in ("image", "brain"))
         numbers = np.concatenate([slice_numbers(split, item["subject"], item["slice"]) for item in items])
-        own = pipeline.default_settings()
-        settings = {key: value for key, value in self.protocol.NEEDS.settings.items() if key in own}
         start = time.perf_counter()
         results = pipeline.map_slices(
             images.to(self.accelerator.device),
@@ -265,7 +373,7 @@ class _Evaluation:
             volumes=[len(item["image"]) for item in items],
             batch_size=self.options.batch_size,
             seed=self.options.seed,
-            **settings,
+            **self._settings(pipeline),
         )
         return results, time.perf_counter() - start
 
@@ -273,7 +381,9 @@ class _Evaluation:
         """The subjects of this process, read."""
         first, step = self.accelerator.process_index, self.accelerator.num_processes
         for subject in self.kind.choose_subjects(split)[first::step]:
-            yield {"subject": subject, "group": split.subject_info[subject]["group"], **split.read_subject(subject)}
+            item = split.read_subject(subject)
+            spacing = slice_spacing(split, subject, item["slice"])
+            yield {"subject": subject, "group": split.subject_info[subject]["group"], "spacing": spacing, **item}
 
     def _batches(self, split: PreparedSplit, title: str) -> Iterator[list[dict]]:
         """The subjects of this process, those of few slices (pictures) put together, so that batches are full."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .cases import Case
-from .metrics import PooledScores, bootstrap_interval
+from .metrics import PooledScores, percentiles, resample_mean
 from .thresholds import threshold_for_fpr
 
 
@@ -75,19 +75,26 @@ def group_interval(
 ) -> tuple[float | None, float | None]:
     """Returns [`bootstrap_interval`] of the mean of values of the named groups, which are drawn in the order of their
     first value."""
+    return percentiles(group_resamples(values, groups, sizes))
+
+
+def group_resamples(
+    values: Sequence[float], groups: Sequence[str], sizes: Sequence[float] | None = None
+) -> np.ndarray:
+    """Returns [`resample_mean`] of values of the named groups, which are drawn in the order of their first value."""
     first: dict[str, int] = {}
     numbers = [first.setdefault(group, len(first)) for group in groups]
-    return bootstrap_interval(values, np.array(numbers, np.int64), sizes)
+    return resample_mean(values, np.array(numbers, np.int64), sizes)
 
 
-def score_intervals(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, tuple]:
-    """Returns [`PooledScores.intervals`] of the scores of slices or subjects, all `(N,)`; those of unknown label (-1)
+def score_resamples(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns [`PooledScores.resamples`] of the scores of slices or subjects, all `(N,)`; those of unknown label (-1)
     do not count."""
     pooled = PooledScores()
     for group in dict.fromkeys(groups.tolist()):
         own = (groups == group) & (labels >= 0)
         pooled.update(scores[own], labels[own] == 1, group)
-    return pooled.intervals()
+    return pooled.resamples()
 
 
 def masked_cases(files: list[Path]) -> Iterator[Case]:

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..files import read_text
-from .shipped import ANY, add_interval
+from .shipped import ANY, add_interval, add_samples
 
 
 # Without these, a number cannot be compared with anybody's.
@@ -37,7 +37,12 @@ MRI_MODALITIES = {"t1", "t1c", "t1ce", "t1gd", "t2", "t2w", "t1w", "flair", "pd"
 NOT_EVALUATED = "Not evaluated."
 END_OF_EVALUATIONS = "<!-- end of evaluations -->"
 # What a report lists beside its metrics: it belongs into the card, not into a leaderboard.
-NO_METRIC = re.compile(r"threshold_.*|direction|num_samples|.*_(low|high)")
+NO_METRIC = re.compile(r"threshold_.*|conformal_.*|direction|num_samples|.*_(low|high)")
+# What stays in the report: a card has the lesions and surfaces of two policies.
+ONLY_IN_REPORT = re.compile(
+    r"surface_dice_.*|froc_recall_.*|hausdorff_95_(undefined_.*|oracle|healthy|yen|own)"
+    r"|(lesion_recall|false_positives)_(oracle|yen|own)"
+)
 # Validation losses of the training, in the folder of a pipeline: a line `{"step": 100, "validation_loss": 0.5}` each.
 CURVE = "validation.jsonl"
 LIBRARIES = ("torch", "diffusers", "huggingface_hub", "numpy", "nibabel", "scipy")
@@ -86,6 +91,8 @@ def make_card(
         for key, value in pipeline.config.items()
         if not key.startswith("_") and key not in pipeline.components
     }
+    if inference.get("calibration") is not None:
+        inference["calibration"] = describe_calibration(inference["calibration"])
 
     tags = ["anodiff", pipeline.task, "medical-imaging", "diffusion"]
     tags += ["brain-mri"] if MRI_MODALITIES.issuperset(modalities) else []
@@ -154,12 +161,12 @@ def add_evaluation(
     own, results, data = own_result(evaluation, repo_id), evaluation["results"], evaluation["data"]
     # One row per metric and one column per model: there are many metrics, and a baseline does not have all of them.
     table = {
-        metric.replace("_", " "): [
+        add_samples(metric, metric.replace("_", " "), results): [
             add_interval(_number(metrics.get(metric)), *(metrics.get(f"{metric}_{end}") for end in ("low", "high")))
             for metrics in (row["metrics"] for row in results)
         ]
         for metric in dict.fromkeys(metric for row in results for metric in row["metrics"])
-        if not metric.endswith(("_low", "_high"))
+        if not metric.endswith(("_low", "_high")) and not ONLY_IN_REPORT.fullmatch(metric)
     }
     table["seconds per slice"] = [_number(row.get("seconds_per_slice")) for row in results]
     hardware = f" on {evaluation['device']}" if evaluation.get("device") else ""
@@ -197,6 +204,17 @@ def add_evaluation(
     if repo_id or metadata.get("model_name") is None:
         metadata.model_name = (repo_id or own["name"]).split("/")[-1]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}")
+
+
+def describe_calibration(record: dict) -> str:
+    """Returns the record of a conformal calibration in one line, for the table of a card."""
+    told = [
+        f"{unit}s at most {record['alpha']:g} above {guarantee['threshold']:.4g} (n = {guarantee['n']}, {guarantee['population']})"
+        for unit, guarantee in record["guarantees"].items()
+    ]
+    if record["probability"] is not None:
+        told.append(f"probability of a lesion at the prevalence {record['probability']['prevalence']:.3g}")
+    return f"on {record['data']}, {record['split']}: {'; '.join(told)}; in expectation, and for scans like these only"
 
 
 def describe_curve(curve: Sequence[dict]) -> str:
@@ -263,13 +281,16 @@ def _eval_results(evaluation: dict, row: dict) -> list[EvalResult]:
             dataset_name=data["name"],
             dataset_split=data["split"],
             metric_type=metric,
-            metric_name=metric.replace("_", " "),
+            metric_name=add_samples(metric, metric.replace("_", " "), [row]),
             metric_value=value,
             # Once per data set; as arguments of a metric it would be repeated for each.
             dataset_args=dict(evaluation["protocol"]),
         )
         for metric, value in row["metrics"].items()
-        if value is not None and math.isfinite(value) and not NO_METRIC.fullmatch(metric)
+        if value is not None
+        and math.isfinite(value)
+        and not NO_METRIC.fullmatch(metric)
+        and not ONLY_IN_REPORT.fullmatch(metric)
     ]
 
 

@@ -147,7 +147,7 @@ def open_repository(
         private (`bool`, *optional*):
             Visibility of a new repository, the account's default if not given. `True` refuses a public one.
         token (`str`, *optional*): Write token; by default `HF_TOKEN`, or that of `hf auth login`.
-        repo_type (`str`): `"model"` or `"dataset"`.
+        repo_type (`str`): `"model"`, `"dataset"` or `"space"`.
         licence (`str`, *optional*): Licence that the card will name; the Hub must know it.
 
     Returns:
@@ -162,7 +162,8 @@ def open_repository(
         )
     api = HfApi(token=token)
     try:
-        url = persist(api.create_repo, repo_id, repo_type=repo_type, private=private, exist_ok=True)
+        kind = {"repo_type": repo_type, "space_sdk": "gradio" if repo_type == "space" else None}
+        url = persist(api.create_repo, repo_id, private=private, exist_ok=True, **kind)
         # An existing repository is no error above even if it is somebody else's.
         persist(api.auth_check, repo_id, repo_type=repo_type, write=True)
         is_public = private and not persist(api.repo_info, repo_id, repo_type=repo_type).private
@@ -198,7 +199,7 @@ def push_folder(
         folder (`str` or `os.PathLike`): It is not changed without `make_card`.
         commit_message (`str`): Title of the commit.
         make_card (callable, *optional*):
-            Of a model: the text of the card that the repository has, or `None`, to the text that it is to have. The
+            Of a model or Space: the text of the card that the repository has, or `None`, to the text that it is to have. The
             folder gets that card ([`complete_folder`], or [`write_card`] if it is no pipeline) and is pushed. A change
             of the repository in between is not overwritten: the card is made anew of the changed one.
 
@@ -247,12 +248,12 @@ def _has_other_card(folder: Path, repo_id: str, token: str | None) -> bool:
 
 
 def _upload_with_card(api: HfApi, make_card: Callable[[str | None], str], **arguments) -> None:
-    repo_id, folder = arguments["repo_id"], arguments["folder_path"]
+    repo_id, folder, repo_type = (arguments[name] for name in ("repo_id", "folder_path", "repo_type"))
     complete = complete_folder if (folder / "model_index.json").exists() else write_card
     for left in reversed(range(_TRIES)):
         try:
-            commit = persist(api.repo_info, repo_id).sha
-            card = make_card(read_card(repo_id, token=api.token, revision=commit))
+            commit = persist(api.repo_info, repo_id, repo_type=repo_type).sha
+            card = make_card(read_card(repo_id, token=api.token, revision=commit, repo_type=repo_type))
         except Exception as error:
             raise _UnknownCard(_say(error)) from error
         complete(folder, card)

@@ -144,3 +144,15 @@ def add_interval(text: str, low: float | None = None, high: float | None = None)
         return text
     digits = 2 if high - low >= 0.05 else 3
     return f"{text} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def add_samples(metric: str, title: str, rows: Collection[dict]) -> str:
+    """Returns the title of a metric with the number of samples that the `rows` of a report have it from, `GED (8
+    samples)`. Where rows have different numbers it says that they do not compare, `GED (4, 8 samples: do not compare)`;
+    where no row is of an ensemble, or the metric does not depend on the samples, it is the title alone."""
+    counts = sorted({row["metrics"]["num_samples"] for row in rows if "num_samples" in row["metrics"]})
+    if not counts or metric in ("num_samples", "annotation_diversity"):
+        return title
+    unit = "sample" if counts == [1] else "samples"
+    note = ": do not compare" if len(counts) > 1 else ""
+    return f"{title} ({', '.join(map(str, counts))} {unit}{note})"

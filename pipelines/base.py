@@ -31,6 +31,7 @@ from ..schedulers.draws import DRAWS_VERSION, fold_in, make_keys
 from ..volumes.processor import ProcessedVolume
 from .batches import Batches, choose_batch_size
 from .brain import find_brain
+from .guarantee import add_claims, check_calibration
 from .output import AnomalyOutput
 from .postprocessing import PostProcessing, brightness_weights
 
@@ -143,6 +144,9 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     A pipeline's configuration holds `threshold` (of `pred_mask`; without one there is no mask), the values of
     [`PostProcessing`], and the method's own settings: the arguments of its `compute_maps`, which is the method itself,
     slices in, maps out. In a call each of them may be given, and is `None` for the checkpoint's value.
+
+    `calibration`, the record of `eval.py --calibrate conformal`, adds to results how rare their scores are among
+    healthy scans, and how probable a lesion is; it changes nothing else.
 
     The component `brain_extractor`, a [`BrainExtractor`], is optional: where the processor wants a brain mask and none is
     given, it makes one. A scan whose skull is off already is left alone. `settings["brain"]` of the result says how its
@@ -381,6 +385,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
                 )
         self.check_inputs(**self.default_settings())
         self.check_threshold(self.config.threshold)
+        check_calibration(self.config.get("calibration"))
         postprocessing = self.postprocessing  # checks its values
         size, healthy_maps = self.processor.config.size, self.healthy_maps
         if healthy_maps is None and postprocessing.normalization == "healthy_maps":
@@ -597,6 +602,8 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
 
         # 5. Scores and masks, back onto the grid of the input.
         output = self.finish_volume(prepared, results, threshold, record)
+        if self.config.get("calibration") is not None:
+            add_claims(output, self, prepared, results.maps, settings, None if noise is not None else seed)
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
 

@@ -52,6 +52,14 @@ class AnomalyOutput(BaseOutput):
         source ([`InputVolume`], *optional*): The input that results are written like; `None` for tensors.
         brain_mask (`np.ndarray` of the input's shape, *optional*):
             uint8, the brain, where the pipeline's brain extractor has found it.
+        guarantee (`dict`, *optional*):
+            Of a calibrated pipeline: what is promised of healthy scans, and how rare this scan is among them
+            ([`~pipelines.guarantee.make_claims`]).
+        probability_map (`np.ndarray` of the input's shape, *optional*):
+            float32, probability of a lesion in [0, 1] at the prevalence of the calibration data, which had lesion
+            masks.
+        healthy_rank_map (`np.ndarray` of the input's shape, *optional*):
+            float32, in [0, 1]: which share of healthy voxels has a lower score, at least; no probability of a lesion.
     """
 
     anomaly_map: np.ndarray | torch.Tensor
@@ -63,11 +71,14 @@ class AnomalyOutput(BaseOutput):
     settings: dict | None = None
     source: InputVolume | None = None
     brain_mask: np.ndarray | None = None
+    guarantee: dict | None = None
+    probability_map: np.ndarray | torch.Tensor | None = None
+    healthy_rank_map: np.ndarray | torch.Tensor | None = None
 
     def save(self, folder: str | os.PathLike, draw: Callable[[Path], None] | None = None) -> None:
         """
-        Writes the result into `folder` (made if missing): `anomaly_map`, `pred_mask`, `reconstruction` and
-        `brain_mask` as NIfTI with the affine of the input, or as PNG for a picture, and `result.json` with scores and
+        Writes the result into `folder` (made if missing): `anomaly_map`, `pred_mask`, `reconstruction`, `brain_mask`,
+        `probability_map` and `healthy_rank_map` as NIfTI with the affine of the input, or as PNG for a picture, and `result.json` with scores and
         settings.
 
         A PNG map has 16 bits; `result.json` holds the factor `anomaly_map_per_grey_level` that gives the raw score
@@ -89,6 +100,8 @@ class AnomalyOutput(BaseOutput):
             **{name: _no_nan(plain(values)) for name, values in (self.slice_details or {}).items()},
             "settings": self.settings,
         }
+        if self.guarantee is not None:
+            record["guarantee"] = self.guarantee
         _write(folder, self.source, self, MAP_ARRAYS, "result", record, draw)
 
 

@@ -65,7 +65,7 @@ class ANDiPipeline(AnomalyPipeline):
             Set pixels that have exactly the lowest value of the processor's range to 0 before modalities are reduced
             (UAD-IMAG).
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
-        normalization, healthy_maps:
+        normalization, healthy_maps, calibration:
             See [`AnomalyPipeline`] and [`PostProcessing`]. ANDi: median of 5 x 5 x 5.
     """
 
@@ -97,6 +97,7 @@ class ANDiPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
+        calibration: dict | None = None,
     ):
         super().__init__()
         self.register_modules(

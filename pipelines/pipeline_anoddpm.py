@@ -57,7 +57,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
             `"mahalanobis_pixel"`: distance from the distribution of the reconstructions, of all levels and draws
             ([`~pipelines.mahalanobis.mahalanobis_distance`]).
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
-        normalization, healthy_maps:
+        normalization, healthy_maps, calibration:
             See [`AnomalyPipeline`] and [`PostProcessing`]. AnoDDPM: threshold 0.5, no filter.
     """
 
@@ -85,6 +85,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
+        calibration: dict | None = None,
     ):
         super().__init__()
         self.register_modules(

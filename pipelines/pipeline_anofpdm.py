@@ -93,7 +93,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
             fits the image.
         gate_by_label (`bool`, defaults to `True`): Whether slices with the label healthy have an empty mask.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
-        normalization, healthy_maps:
+        normalization, healthy_maps, calibration:
             See [`AnomalyPipeline`] and [`PostProcessing`].
     """
 
@@ -128,6 +128,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
+        calibration: dict | None = None,
     ):
         super().__init__()
         self.register_modules(

@@ -56,7 +56,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
             The mask map is the residual divided by its quantile, at most 1, times LPIPS (`"lpips"`, needs the package
             `lpips` and on first use its SqueezeNet weights, or `perceptual_distance`) or by itself (`"residual"`).
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
-        normalization, healthy_maps:
+        normalization, healthy_maps, calibration:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The ANDi authors' median is 5 in 3-D.
     """
 
@@ -86,6 +86,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
+        calibration: dict | None = None,
     ):
         super().__init__()
         self.register_modules(

@@ -57,7 +57,7 @@ class CDDPMPipeline(AnomalyPipeline):
             The same field for all slices at one timestep, as the authors (who also round it to float16); else each
             slice has its own.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order, sign,
-        weighting, normalization, healthy_maps:
+        weighting, normalization, healthy_maps, calibration:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The authors: median of 5 x 5 x 5, `erosion` H // 25, so 3
             at 96 px, components of 7 voxels and fewer removed; with `"ssim"` (SADM) the median alone.
     """
@@ -87,6 +87,7 @@ class CDDPMPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
+        calibration: dict | None = None,
     ):
         super().__init__()
         self.register_modules(

@@ -45,7 +45,7 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         modalities (`tuple[str, ...]`, *optional*):
             Those that the map is the mean of; all by default. BraTS21 flair and t2.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
-        normalization, healthy_maps:
+        normalization, healthy_maps, calibration:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The authors' thresholds belong to an older map: calibrate.
             They drop components of 40 pixels and fewer in each slice, a volume's are 3-D here.
     """
@@ -74,6 +74,7 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
+        calibration: dict | None = None,
     ):
         super().__init__()
         self.register_modules(

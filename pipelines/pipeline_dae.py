@@ -38,7 +38,7 @@ class DAEPipeline(AnomalyPipeline):
             Odd side of the window that must be filled by foreground (more than 95 %) for a pixel to count; 1 keeps the
             rim.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
-        normalization, healthy_maps:
+        normalization, healthy_maps, calibration:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The ANDi authors' median is 5 in 3-D.
     """
 
@@ -63,6 +63,7 @@ class DAEPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
+        calibration: dict | None = None,
     ):
         super().__init__()
         self.register_modules(

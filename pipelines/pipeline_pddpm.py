@@ -55,7 +55,7 @@ class PDDPMPipeline(AnomalyPipeline):
             The same field for all slices at one timestep, as the authors; else each slice has its own. The patches of
             a slice have parts of the same field either way.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order, sign,
-        weighting, normalization, healthy_maps:
+        weighting, normalization, healthy_maps, calibration:
             See [`AnomalyPipeline`] and [`PostProcessing`]. The authors: median of 5 x 5 x 5, `erosion` H // 25, so 3
             at 96 px, components of 7 voxels and fewer removed.
     """
@@ -84,6 +84,7 @@ class PDDPMPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
+        calibration: dict | None = None,
     ):
         super().__init__()
         self.register_modules(

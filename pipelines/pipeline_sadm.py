@@ -44,7 +44,7 @@ class SADMPipeline(AnomalyPipeline):
             In [0, 1]: the score is `residual_weight` residual + (1 - `residual_weight`) probability, as in the paper's
             appendix (`lambda_cam`). By default it is the sum of both.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, filter_order, sign,
-        weighting, normalization, healthy_maps:
+        weighting, normalization, healthy_maps, calibration:
             See [`AnomalyPipeline`] and [`PostProcessing`]. Median and erosion are of the residual alone. The authors:
             median of 5 x 5 x 5, no erosion, no component removed.
     """
@@ -76,6 +76,7 @@ class SADMPipeline(AnomalyPipeline):
         sign: str = "both",
         weighting: str = "none",
         normalization: str = "none",
+        calibration: dict | None = None,
     ):
         super().__init__()
         self.register_modules(

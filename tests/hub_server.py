@@ -32,7 +32,9 @@ LICENCES = (
     "apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "agpl-3.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
     "cc-by-nc-sa-4.0", "cc-by-3.0", "odbl", "unknown", "other",
 )  # fmt: skip
-PLURALS = {"models": "model", "datasets": "dataset"}
+PLURALS = {"models": "model", "datasets": "dataset", "spaces": "space"}
+# Before the id of a repository in addresses.
+PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
 
 
 @dataclass
@@ -282,7 +284,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._need_token()
         request = json.loads(self.body)
         repo_type, repo_id = self._named(request)
-        prefix = "datasets/" if repo_type == "dataset" else ""
+        prefix = PREFIXES[repo_type]
         answer = {"url": f"{self.hub.url}/{prefix}{repo_id}", "id": repo_id, "name": repo_id}
         if (repo_type, repo_id) in self.hub.repositories:
             self._reply(409, {**answer, "error": "You already created this repo"})
@@ -299,7 +301,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _named(self, request: dict) -> tuple[str, str]:
         repo_type = request.get("type") or "model"
         if repo_type not in PLURALS.values():
-            raise _Error(400, None, f"This Hub holds models and data sets, no {repo_type}.")
+            raise _Error(400, None, f"This Hub holds models, data sets and Spaces, no {repo_type}.")
         return repo_type, f"{request.get('organization') or 'owner'}/{request['name']}"
 
     def info(self, plural: str, repo_id: str, revision: str | None = None) -> None:
@@ -505,12 +507,12 @@ class _Handler(BaseHTTPRequestHandler):
                 prefix = value["path"].rstrip("/") + "/"
                 files = {path: entry for path, entry in files.items() if not path.startswith(prefix)}
         sha = repository.commit(title, files)
-        prefix = "datasets/" if repository.repo_type == "dataset" else ""
+        prefix = PREFIXES[repository.repo_type]
         url = f"{self.hub.url}/{prefix}{repo_id}/commit/{sha}"
         self._reply(200, {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
 
-_TYPE, _REPO, _REVISION = r"(models|datasets)", r"([^/]+/[^/]+)", r"([^/]+|refs/[^/]+/[^/]+)"
+_TYPE, _REPO, _REVISION = r"(models|datasets|spaces)", r"([^/]+/[^/]+)", r"([^/]+|refs/[^/]+/[^/]+)"
 _ROUTES = (
     ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
@@ -527,10 +529,10 @@ _ROUTES = (
     ("POST DELETE", rf"/api/{_TYPE}/{_REPO}/tag/(.+)", _Handler.tag),
     ("POST", rf"/api/{_TYPE}/{_REPO}/preupload/{_REVISION}", _Handler.preupload),
     ("POST", rf"/api/{_TYPE}/{_REPO}/commit/{_REVISION}", _Handler.commit),
-    ("POST", rf"/(?:(datasets)/)?{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    ("POST", rf"/(?:(datasets|spaces)/)?{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", r"/lfs/([0-9a-f]{64})", _Handler.lfs_put),
     ("POST", r"/lfs/verify", _Handler.lfs_verify),
-    ("GET HEAD", rf"/(?:(datasets)/)?{_REPO}/resolve/{_REVISION}/(.+)", _Handler.resolve),
+    ("GET HEAD", rf"/(?:(datasets|spaces)/)?{_REPO}/resolve/{_REVISION}/(.+)", _Handler.resolve),
 )
 
 

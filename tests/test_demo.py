@@ -44,7 +44,8 @@ def test_the_demonstration(tmp_path, monkeypatch):
         assert importlib.import_module(f"anodiff.{words[0]}").main(words[1:]) == 0, shlex.join(words)
     demo = tmp_path / "demo"
     for contrast in ("flair", "t1", "t2"):
-        (folder,) = (demo / "maps" / contrast).iterdir()
+        (folder,) = (path for path in (demo / "maps" / contrast).iterdir() if path.is_dir())
+        assert (demo / "maps" / contrast / "report.html").is_file()
         assert {"anomaly_map.nii.gz", "pred_mask.nii.gz", "overview.png"} <= set(os.listdir(folder))
         report = read_json(demo / "eval" / contrast / "report.json")
         assert {row["kind"] for row in report["results"]} >= {"pipeline", "baseline"}

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import anodiff
+from anodiff.evaluation.protocols import PROTOCOLS
 from anodiff.train import OBJECTIVES
 from anodiff.training.objective import COMPONENTS
 
@@ -23,7 +25,7 @@ CODE = [
     path
     for folder in (
         ".",
-        *"convert data evaluation hub models pipelines schedulers training volumes tests benchmarks configs".split(),
+        *"apps convert data evaluation hub models pipelines ranking reports schedulers training volumes tests benchmarks configs".split(),
     )
     for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
 ]
@@ -41,6 +43,31 @@ FOREIGN = {
     "push_to_hub",
     "roc_curve",
 }
+
+
+# What stands for several words in the names of metrics.
+PLACES = {
+    "POLICY": "(oracle|validation|healthy|yen|own)",
+    "RATE": r"[\d.]+",
+    "SETTING": "(mixed|unhealthy)",
+    "RULE": "(search|exact|fpr1|fpr5|fpr10)",
+}
+
+
+def find_undefined(metrics, *pages: str) -> list[str]:
+    """The names of metrics of a report that no table of these pages of the documentation defines in its first
+    column."""
+    defined = []
+    for page in pages:
+        rows = re.findall(r"^\| (`.+?`) \|", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+        defined += [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    patterns = set()
+    for name in defined:
+        for place, words in PLACES.items():
+            name = name.replace(place, words)
+        patterns.add(name)
+    known = re.compile(f"({'|'.join(patterns)})(_low|_high)?")
+    return [name for name in metrics if not known.fullmatch(name)]
 
 
 def objective(method: str) -> type:
@@ -126,12 +153,44 @@ def test_every_setting_is_in_the_table_of_options(method):
         assert not missing, f"the row of {method} in the block {block} lacks {', '.join(sorted(missing))}"
 
 
-def test_promises_name_tests_that_there_are():
-    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("page", "at_least"), [("reliability.md", 50), ("metrics.md", 20)])
+def test_promises_name_tests_that_there_are(page, at_least):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", text)
-    assert len(named) > 50
+    assert len(named) > at_least
     for file, test in named:
         defined = re.findall(r"def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"))
         assert test in defined if test else defined, f"{file}::{test}"
+    if page == "metrics.md":
+        return
     promises = [line for line in text.splitlines() if line.startswith("| ") and "`" in line and "status" not in line]
     assert all(re.search(r"`[\w/]+\.py", line) for line in promises if not re.match(r"\| [\d, ]+ \|", line))
+
+
+def test_the_paper_index_names_what_there_is_and_all_of_it():
+    text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    head, *sections = text.split("\n## ")
+    rows = [line for line in head.splitlines() if line.startswith("| [")]
+    entries = {row.split("]")[0][3:]: row for row in rows}
+    assert [section.split("\n")[0] for section in sections] == list(entries)
+    pipelines = {name for name in anodiff.__all__ if name.endswith("Pipeline")} - {"AnomalyPipeline"}
+    assert pipelines == {name for row in rows for name in re.findall(r"`(\w+Pipeline)`", row)}
+    methods = set()
+    for section in sections:
+        title = section.split("\n")[0]
+        assert all(f"**{part}**" in section for part in ("Published", "Parity", "Measured here")), title
+        block = "".join(re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL))
+        configs = {name: read_config(name) for name in re.findall(r"configs/(\w+)\.yaml", section)}
+        methods |= {config["method"] for config in configs.values()}
+        outputs = {config["train"]["output_dir"] for config in configs.values()}
+        evaluated = re.findall(r"--model (\S+)/pipeline", block)
+        assert set(evaluated) <= outputs and (evaluated or title == "ANDi in UAD-IMAG"), title
+        assert set(re.findall(r"--protocol (\w+)", block)) <= set(PROTOCOLS), title
+        assert set(re.findall(r"(\w+)\.yaml", entries[title])) <= set(configs), title
+        tests = re.findall(r"`(tests/parity/\w+\.py)`", section)
+        assert tests or "**Parity**: as of [cDDPM](#cddpm)" in section, title
+    assert methods == set(OBJECTIVES) - {"brain_extractor"}
+
+
+def read_config(name: str) -> dict:
+    return yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ the samples of batch s // u.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -133,6 +134,7 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
     weights = list(objective.model.parameters())
     step_loss = 0.0
     loader = make_loader(run.train_split, objective, run.options, accelerator, progress.step)
+    since = time.perf_counter()
     # In this loop nothing waits for the GPU but for a line of the log or a checkpoint: the next step is prepared while
     # it works.
     for batch, keys in move_batches(read_batches(loader), loop.seed, device):
@@ -169,7 +171,8 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
             bar.set_postfix(loss=f"{value:.4f}")
         step_loss = 0.0
         if saves or validates:
-            run.check_finite()
+            run.check_finite()  # waits for the GPU
+            progress.seconds += time.perf_counter() - since
         if validates:
             validate(run)
         if saves:
@@ -180,4 +183,6 @@ def _take_steps(run: Run, upload: BackgroundPush) -> None:
                 folder = export(run)
                 arguments = {"private": loop.hub_private, "make_card": choose_card(folder)}
                 upload.start(folder, loop.push_to_hub, commit_message=f"Step {progress.step}", **arguments)
+        if saves or validates:
+            since = time.perf_counter()
     bar.close()

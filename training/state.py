@@ -49,6 +49,7 @@ class Progress:
 
     def __init__(self, samples_per_step: int, updates_per_batch: int):
         self.step = 0
+        self.seconds = 0.0  # of the steps alone, on this process, by the last checkpoint or validation
         self.samples_per_step = samples_per_step
         self.updates_per_batch = updates_per_batch
         self.draws_version = DRAWS_VERSION
@@ -68,6 +69,7 @@ class Progress:
                 difference = text.format(saved, own)
                 raise ValueError(f"The checkpoint was trained with {difference}. Make them equal, or start a new run.")
         self.step = state["step"]
+        self.seconds = state.get("seconds", 0.0)  # earlier versions did not measure
 
 
 @dataclass
@@ -225,7 +227,8 @@ class Run:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             data = describe_data(self.train_split)
-            record = {"step": self.progress.step, "options": plain(self.options), "data": data}
+            done = {"step": self.progress.step, "seconds": round(self.progress.seconds, 3)}
+            record = {**done, "options": plain(self.options), "data": data}
             finish_checkpoint(unfinished, target, record)
             for old in list_checkpoints(self.folder)[: -self.options.train.checkpoint_limit]:
                 if not old.is_symlink():

@@ -18,7 +18,15 @@ from ..files import read_json, replacing, write_json
 # into the record; a share in [0, 1] in 16 bits, 65535 is 1; a mask in 8 bits, 255 is 1; or an image in the input's
 # units.
 SCORES, SHARE, MASK, IMAGE = "scores", "share", "mask", "image"
-MAP_ARRAYS = {"anomaly_map": SCORES, "pred_mask": MASK, "reconstruction": IMAGE, "brain_mask": MASK}
+# Of calibrated pipelines only.
+CALIBRATED_ARRAYS = {"probability_map": SHARE, "healthy_rank_map": SHARE}
+MAP_ARRAYS = {
+    "anomaly_map": SCORES,
+    "pred_mask": MASK,
+    "reconstruction": IMAGE,
+    "brain_mask": MASK,
+    **CALIBRATED_ARRAYS,
+}
 ENSEMBLE_ARRAYS = {
     "member_masks": MASK,
     "member_maps": SHARE,
@@ -59,8 +67,9 @@ def result_files(folder: str | os.PathLike, records: Iterable[str] = tuple(PICTU
             if isinstance(values, dict) and isinstance(values.get("files"), list):
                 files, stems = values["files"], _STEMS[record]
             elif isinstance(values, dict) and "settings" in values and {"pred_score", "num_members"} & set(values):
-                # Of a version that did not name them, and made no brain mask.
-                arrays = DISPERSION_ARRAYS if record == "dispersion" else {*MAP_ARRAYS} - {"brain_mask"}
+                # Of a version that did not name them, and made no brain mask and no calibrated maps.
+                maps = {*MAP_ARRAYS} - {"brain_mask", *CALIBRATED_ARRAYS}
+                arrays = DISPERSION_ARRAYS if record == "dispersion" else maps
                 files = os.listdir(folder)
                 stems = {PICTURES[record], *(ENSEMBLE_ARRAYS if "num_members" in values else arrays)}
             else:

@@ -1,6 +1,6 @@
 """The protocol of ensembles of segmentations: several masks of an image against several annotations of it. An image is
-a slice with annotations; every metric is the mean over images, with an interval over groups of subjects where tables
-of papers show it."""
+a slice with annotations; every metric is the mean over images, with an interval over groups of subjects. All but the
+diversity of the annotations depend on the number of samples, `num_samples`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cases import EnsembleCase, Needs, Scores
-from ..ensemble_metrics import FrequencyCalibration, score_ensemble
-from ..metrics import bootstrap_interval
+from ..cases import EnsembleCase, Needs, Scores, Tally
+from ..ensemble_metrics import score_ensemble
+from ..metrics import percentiles, resample_mean
 from ..options import EvalOptions
+from ..reliability import Reliability
 
 
 TASK = "segmentation"
@@ -33,25 +34,26 @@ COLUMNS = {
     "combined_sensitivity": "Sc",
     "maximum_dice": "Dmax",
     "diversity_agreement": "Da",
-    "collective_insight_variances": "CI (Da: variances)",
-    "collective_insight_pairs_with_self": "CI (Da: pairs with self)",
+    "collective_insight_variances": "CI, Da of variances",
+    "collective_insight_pairs_with_self": "CI, Da of pairs with self",
     "sample_diversity": "diversity of samples",
     "annotation_diversity": "diversity of raters",
     "dice_majority": "Dice of majorities",
     "expected_calibration_error": "ECE",
-    "expected_calibration_error_marked": "ECE (marked)",
+    "expected_calibration_error_marked": "ECE, marked",
+    "brier_score": "Brier",
 }
 SWEEP = None
 NEEDS = Needs()
 
-# Those that a table of a paper shows get an interval.
-INTERVALS = ("ged", "hm_iou", "collective_insight", "maximum_dice", "dice_majority")
+# What models are compared by, in pairs.
+COMPARED = ("ged", "hm_iou", "collective_insight", "dice_majority")
 
 
 def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: EvalOptions) -> Scores:
     """Scores one method against the annotations, with a record per image, and `reliability`: the curves of all pixels
     and of those that a sample marks."""
-    calibrations = {"all": FrequencyCalibration(), "marked": FrequencyCalibration()}
+    calibrations = {"all": Reliability(), "marked": Reliability()}
     records = []
     for case in map(EnsembleCase.load, files["test"]):
         for number, pred, gt in zip(case.slices.tolist(), case.masks, case.annotations, strict=True):
@@ -59,21 +61,24 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
             predicted, observed = pred.mean(0), gt.mean(0)
             # Not where an annotation marks: pixels that are chosen by the outcome are never calibrated.
             marked = predicted > 0
-            calibrations["all"].update(predicted, observed)
-            calibrations["marked"].update(predicted[marked], observed[marked])
+            calibrations["all"].update(predicted, observed, case.group)
+            calibrations["marked"].update(predicted[marked], observed[marked], case.group)
     metrics: dict[str, float | None] = {"num_samples": case.masks.shape[1]}
+    resamples: dict[str, np.ndarray] = {}
     groups = np.unique([record["group"] for record in records], return_inverse=True)[1]
     for name in records[0]:
         if name not in ("subject", "slice", "group"):
             values = np.array([record[name] for record in records])
             metrics[name] = float(values.mean())
-            if name in INTERVALS:
-                metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(values, groups)
+            resampled = resample_mean(values, groups)
+            metrics[f"{name}_low"], metrics[f"{name}_high"] = percentiles(resampled)
+            if name in COMPARED:
+                resamples[name] = resampled
+    reliability = {}
     for region, ending in (("all", ""), ("marked", "_marked")):
-        error = calibrations[region].expected_error()
-        metrics[f"expected_calibration_error{ending}"] = None if np.isnan(error) else error
-    curves = {region: calibration.curve() for region, calibration in calibrations.items()}
-    reliability = {
-        region: {name: values.tolist() for name, values in curve.items()} for region, curve in curves.items()
-    }
-    return Scores(metrics, records, {"reliability": reliability})
+        values, reliability[region] = calibrations[region].describe()
+        for name in ("expected_calibration_error", "brier_score"):
+            metrics |= {f"{name}{ending}{end}": values[f"{name}{end}"] for end in ("", "_low", "_high")}
+    subjects, drawn = ([record[name] for record in records] for name in ("subject", "group"))
+    tally = Tally(subjects, drawn, masked=[], overlaps={}, lesions={}, resamples=resamples)
+    return Scores(metrics, records, {"reliability": reliability}, tally)

@@ -611,6 +611,40 @@ def test_wrong_recipes(tmp_path, changes, message):
         prepare_recipe(recipe(**changes), tmp_path, tmp_path / "set", progress=False)
 
 
+def test_columns_of_participants_come_into_the_set(tmp_path):
+    """Joined by the name of the subject or of its group, texts and numbers, with what is not known."""
+    rows = ["participant_id\tsex\tvolume\tscanner\tnote", "sub-a\tf\t1.5\t3\t-", "b\tn/a\t2\tA\t-", "else\tm\t\t\t-"]
+    (tmp_path / "people.tsv").write_text("\n".join(rows))
+    for name in "abc":
+        make_subject(tmp_path, name)
+    participants = {"table": "people.tsv", "columns": ["sex", "volume", "scanner"]}
+    with pytest.warns(UserWarning, match="people.tsv has no row of 1 subjects: c"):
+        prepare_recipe(recipe(participants=participants), tmp_path, tmp_path / "set", progress=False)
+    info = load_prepared(tmp_path / "set", "train").subject_info
+    found = {name: tuple(info[name][column] for column in participants["columns"]) for name in "abc"}
+    assert found == {"a": ("f", 1.5, "3"), "b": (None, 2.0, "A"), "c": (None, None, None)}
+    assert info["a"]["rows"] and info["a"]["age"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"columns": ["sex", "age"]}, "`columns` of `participants` must not be called like ours, got age"),
+        ({"columns": ["height"]}, "people.tsv has no column height; it has participant_id, sex, other"),
+        ({"key": "other"}, "people.tsv has no row of a subject; they are a: check `key`, which is other"),
+        ({"column": "sex"}, "`participants` has no key column; it takes table, columns, key"),
+        ({"table": "twice.tsv"}, "twice.tsv has several rows of a, which differ"),
+    ],
+)
+def test_wrong_participants(tmp_path, changes, message):
+    (tmp_path / "people.tsv").write_text("participant_id\tsex\tother\na\tf\tz")
+    (tmp_path / "twice.tsv").write_text("participant_id\tsex\nsub-a\tf\na\tm")
+    make_subject(tmp_path, "a")
+    participants = {"table": "people.tsv", "columns": ["sex"]} | changes
+    with pytest.raises(ValueError, match=message):
+        prepare_recipe(recipe(participants=participants), tmp_path, tmp_path / "set", progress=False)
+
+
 def test_recipes_of_the_package(tmp_path):
     folder = Path(__file__).parents[2] / "configs" / "recipes"
     names = sorted(file.stem for file in folder.glob("*.yaml"))

@@ -5,7 +5,6 @@ import pytest
 
 from anodiff.evaluation.ensemble_metrics import (
     DIVERSITY_READINGS,
-    FrequencyCalibration,
     collective_insight,
     combined_sensitivity,
     diversity_agreement,
@@ -119,43 +118,3 @@ def test_wrong_masks(pred, gt, message):
 def test_unknown_reading():
     with pytest.raises(ValueError, match="`reading` must be one of pairs, variances, pairs_with_self, got 'paper'"):
         diversity_agreement(np.ones((2, 4)), np.ones((2, 4)), "paper")
-
-
-def test_calibrated_frequencies():
-    rng = np.random.default_rng(0)
-    members = 8
-    share = rng.integers(0, members + 1, 40000) / members
-    raters = (rng.random((4, share.size)) < share).mean(0)
-    calibration = FrequencyCalibration()
-    for part in np.array_split(np.arange(share.size), 3):  # image by image
-        calibration.update(share[part].reshape(1, -1), raters[part].reshape(1, -1))
-    curve = calibration.curve()
-    assert curve["pixels"].sum() == share.size and len(curve["pixels"]) == members + 1
-    np.testing.assert_allclose(curve["predicted"], np.arange(members + 1) / members, atol=1e-12)
-    np.testing.assert_allclose(curve["observed"], curve["predicted"], atol=0.02)
-    assert calibration.expected_error() < 0.01
-
-
-def test_miscalibrated_frequencies():
-    calibration = FrequencyCalibration(5)
-    predicted, observed = np.array([0.0, 0.0, 0.3, 0.35, 0.9, 1.0]), np.array([0.0, 0.5, 0.0, 0.25, 1.0, 0.0])
-    calibration.update(predicted, observed)
-    curve = calibration.curve()
-    assert curve["pixels"].tolist() == [2, 2, 2]
-    np.testing.assert_allclose(curve["predicted"], [0, 0.325, 0.95])
-    np.testing.assert_allclose(curve["observed"], [0.25, 0.125, 0.5])
-    assert calibration.expected_error() == pytest.approx((0.25 + 0.2 + 0.45) / 3)
-
-
-def test_shares_at_the_edge_of_a_bin():
-    # 0.1 * 3 is above 0.3 in floating point and 1 - 0.9 below 0.1; each share is its own bin.
-    calibration = FrequencyCalibration(10)
-    shares = np.concatenate([np.arange(10) / 10, 0.1 * np.arange(10), 1 - 0.1 * np.arange(1, 11)])
-    calibration.update(shares, shares)
-    assert calibration.curve()["pixels"].tolist() == [3] * 10
-
-
-def test_no_frequencies():
-    calibration = FrequencyCalibration()
-    calibration.update(np.zeros(0), np.zeros(0))
-    assert np.isnan(calibration.expected_error())

@@ -20,6 +20,9 @@ from anodiff.evaluation.options import EvalOptions
 from anodiff.evaluation.protocols import ensemble, pooled
 from anodiff.evaluation.run import evaluate
 from anodiff.hub.model_card import PROTOCOL_FIELDS, add_evaluation, make_card
+from anodiff.hub.shipped import add_samples
+
+from ..test_docs import find_undefined
 
 
 RECIPE = {
@@ -82,8 +85,10 @@ def test_report(place, report):
     split = load_prepared(place / "data", "test")
     for row in rows.values():
         metrics = row["metrics"]
+        assert not find_undefined(metrics, "metrics.md")
         assert metrics["num_samples"] == 3 == row["settings"]["num_ensemble"]
-        assert metrics["ged_low"] <= metrics["ged"] <= metrics["ged_high"]
+        for name in ("ged", "hm_iou", "collective_insight", "sample_diversity", "combined_sensitivity"):
+            assert metrics[f"{name}_low"] - 1e-9 <= metrics[name] <= metrics[f"{name}_high"] + 1e-9
         assert 0 < metrics["expected_calibration_error"] < 1 and 0 < metrics["expected_calibration_error_marked"] < 1
         pixels = {region: curve["pixels"] for region, curve in row["reliability"].items()}
         assert pixels["marked"] == pixels["all"][1:]  # all but those that no sample marks
@@ -94,7 +99,12 @@ def test_report(place, report):
         assert sum(row["reliability"]["all"]["pixels"]) == 6 * 16 * 16
     assert rows["CIMD (model)"]["seconds_per_slice"] > 0
     text = (place / "eval" / "report.md").read_text()
-    assert "| CIMD (model) | 3 | " in text and "## Reliability of CIMD (model)" in text and "ECE (marked)" in text
+    assert (
+        "| CIMD (model) | 3 | " in text
+        and "## Reliability of CIMD (model)" in text
+        and "ECE, marked (3 samples)" in text
+    )
+    assert "| GED (3 samples) |" in text and "| diversity of raters |" in text
     with PIL.Image.open(place / "eval" / "cases.png") as picture:
         assert picture.width > 800
     with PIL.Image.open(place / "eval" / "reliability.png") as picture:
@@ -110,6 +120,16 @@ def test_report(place, report):
         for name, value in score_ensemble(members[:, number], item["mask"][0]).items():
             assert image[name] == pytest.approx(value, abs=1e-9), name
         assert image["group"] == image["subject"][:-2]
+
+
+def test_the_model_is_compared_with_the_baselines(place, report):
+    compared = {(one["metric"], one["second"]): one for one in report["comparisons"]}
+    assert len(compared) == 4 * 2 and all(one["first"] == "CIMD (model)" for one in compared.values())
+    model, other = (report["results"][number]["metrics"]["ged"] for number in (0, 1))
+    one = compared["ged", "mean annotation rate"]
+    assert one["low"] - 1e-9 <= one["difference"] == model - other <= one["high"] + 1e-9
+    text = (place / "eval" / "report.md").read_text()
+    assert "## The best model against the others" in text and "|  | GED (3 samples) | HM-IoU (3 samples) |" in text
 
 
 def test_baselines(place, report):
@@ -134,8 +154,17 @@ def test_the_card_takes_the_report(place, report):
     results = {result.metric_type: result for result in card.data.eval_results}
     metrics = report["results"][0]["metrics"]
     assert results["ged"].metric_value == metrics["ged"] and results["ged"].task_name == "Ambiguous segmentation"
+    assert results["ged"].metric_name == "ged (3 samples)"
     assert "num_samples" not in results and "ged_low" not in results
-    assert "| num samples | 3 | 3 | 3 |" in card.text
+    assert "| num samples | 3 | 3 | 3 |" in card.text and "| hm iou (3 samples) |" in card.text
+
+
+def test_every_number_says_of_how_many_samples_it_is(report):
+    one, other = report["results"][0], {"metrics": {"num_samples": 16}}
+    assert add_samples("ged", "GED", [one]) == "GED (3 samples)"
+    assert add_samples("ged", "GED", [other, one]) == "GED (3, 16 samples: do not compare)"
+    assert add_samples("annotation_diversity", "diversity of raters", [one, other]) == "diversity of raters"
+    assert add_samples("ap", "AP", [{"metrics": {"ap": 0.5}}]) == "AP"
 
 
 def test_other_settings_and_baselines_alone(place):

@@ -82,6 +82,16 @@ def test_lesion_f1():
     assert lesion_f1(pred, empty) == lesion_f1(empty, gt) == lesion_f1(~gt, gt) == 0
 
 
+def test_average_precision_and_auroc_by_hand():
+    scores, labels = np.array([0.9, 0.8, 0.7, 0.6]), np.array([1, 0, 1, 0])
+    # Precision 1 at the first positive and 2/3 at the second, each with half of the recall. Of the four pairs the first
+    # positive wins two, the second one.
+    assert average_precision(scores, labels) == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3)
+    assert auroc(scores, labels) == 3 / 4
+    # All equal: one step of precision 1/2, and every pair counts one half.
+    assert average_precision(np.ones(4), labels) == auroc(np.ones(4), labels) == 1 / 2
+
+
 @pytest.mark.parametrize("levels", [None, 10, 1])
 @pytest.mark.parametrize("low", [0.0, -2.0])
 @pytest.mark.parametrize("seed", [0, 1])

@@ -37,6 +37,8 @@ from anodiff.running import run_script
 from anodiff.schedulers.draws import DRAWS_VERSION
 from anodiff.ship import main as ship
 
+from ..test_docs import find_undefined
+
 
 SIZE = 16
 PICTURES = 8
@@ -204,6 +206,111 @@ def test_report(place, volumes_report):
     assert f"draws {DRAWS_VERSION}" in (place / "out-volumes" / "report.md").read_text()
 
 
+def test_the_page_of_a_report_opens_with_its_cases(place, volumes_report):
+    """In a real browser, from a file: no complaint, no request but for itself, every row and the chosen cases."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    path = place / "out-volumes" / "report.html"
+    complaints, requests = [], []
+    arguments = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        page = browser.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(path.as_uri())
+        page.wait_for_selector("body[data-shown]", timeout=60_000)
+        names = page.locator("table").filter(has_text="AP (voxels)").first.locator("tbody tr").all_inner_texts()
+        shown = page.locator("article.scan h2").all_inner_texts()
+        browser.close()
+    assert complaints == [] and [url for url in requests if not url.startswith(("blob:", "data:"))] == [path.as_uri()]
+    assert all(f">{title}<" in path.read_text() for title in ("Results", "Figures", "Protocol and settings"))
+    expected = [row["name"] for row in volumes_report["results"] if row["kind"] != "statistic"]
+    assert [name.split("\t")[0].strip() for name in names][: len(expected)] == expected
+    masked = {one["subject"] for one in volumes_report["results"][0]["subjects"] if "dice_validation" in one}
+    assert shown and set(shown) <= masked
+    assert str(place) not in path.read_text()
+
+
+def test_no_page_where_none_is_wanted(place):
+    evaluate(options(place, "volumes", "out-pageless", baselines=False, report="none"))
+    assert not (place / "out-pageless" / "report.html").exists()
+    with pytest.raises(ValueError, match="`report` must be one of html, none, got 'pdf'"):
+        evaluate(options(place, "volumes", "out-pdf", report="pdf"))
+
+
+def test_merged_evaluations_are_that_of_all(place, volumes_report, tmp_path):
+    """What was computed before is scored beside the rest as if it were computed now, and stays where it lies."""
+    earlier = place / "out-volumes"
+    before = contents(earlier)
+
+    def merging(folder, out, **others):
+        return EvalOptions(data=str(place / "volumes"), output_dir=str(place / out), merge=[str(folder)], **others)
+
+    assert evaluate(merging(earlier, "out-merged")) == volumes_report
+    assert contents(earlier) == before and not (place / "out-merged" / "maps").exists()
+    with pytest.raises(
+        ValueError, match=r"`merge`: .*out-volumes is of \{'seed': 0.*, this evaluation of \{'seed': 1"
+    ):
+        evaluate(merging(earlier, "out-wrong", seed=1))
+    (maps := tmp_path / "none").mkdir()
+    shutil.copy(earlier / "report.json", maps)
+    with pytest.raises(FileNotFoundError, match="has no maps of .*evaluate there with --keep_maps"):
+        evaluate(merging(maps, "out-lacking"))
+
+
+def test_every_metric_is_defined_and_the_report_can_be_read(place, volumes_report):
+    for row in volumes_report["results"]:
+        assert not find_undefined(row["metrics"], "metrics.md"), row["name"]
+    odd = ["dice_best", "froc_recall_0.125_low", "ged_middle"]
+    assert find_undefined(odd, "metrics.md") == ["dice_best", "ged_middle"]
+    text = (place / "out-volumes" / "report.md").read_text()
+    lines = text.splitlines()
+    assert max(len(line) for line in lines if not line.startswith("|")) <= 300
+    # Every row of a table has as many cells as its head.
+    for above, line in zip(lines, lines[1:], strict=False):
+        if above.startswith("|") and line.startswith("|"):
+            assert above.count("|") == line.count("|"), line
+    assert "## The best model against the others" in text and "## Lesions and surfaces" in text
+    plain, inverted = (row for row in volumes_report["results"] if row["name"].endswith("intensity of image"))
+    shared, own = volumes_report["protocol"]["postprocessing"].split("; ", 1)
+    assert shared.startswith("every row: median_size 3, ") and own.startswith("ANDi (model): ")
+    for name, value in plain["settings"].items():
+        assert inverted["settings"][name] == value and f"{name} {value}" in shared, name
+
+
+def test_models_are_compared_with_every_row_of_maps(volumes_report):
+    comparisons, rows = volumes_report["comparisons"], volumes_report["results"]
+    of_precision = [one for one in comparisons if one["metric"] == "voxel_average_precision"]
+    assert [one["rows"] for one in of_precision] == [[0, number] for number in (1, 2, 3)]
+    dices = {f"dice_{policy}" for policy in ("oracle", "validation", "healthy", "yen")}
+    assert {one["metric"] for one in comparisons} == {"voxel_average_precision", "slice_auroc", *dices}
+    for one in comparisons:
+        first, second = (rows[number] for number in one["rows"])
+        assert (one["first"], one["second"]) == (first["name"], second["name"]) and one["low"] <= one["high"]
+        assert one["difference"] == first["metrics"][one["metric"]] - second["metrics"][one["metric"]]
+        assert 0.5 <= one["p"] <= one["p_holm"] <= 1  # two subjects can show nothing
+
+
+def test_strata_of_an_evaluation(place):
+    report = evaluate(options(place, "volumes", "out-strata", strata=["size", "rows"]))
+    (plain,) = (row for row in report["results"] if row["name"] == "intensity of image")
+    # 25 voxels of 1 mm in each of two slices.
+    (small,) = plain["strata"]["size"]
+    assert (small["stratum"], small["subjects"], small["few"]) == ("< 1 ml", 2, True)
+    for name, value in small["metrics"].items():
+        assert value == plain["metrics"][name], name
+    assert "strata" not in report["results"][-1]  # a statistic
+    text = (place / "out-strata" / "report.md").read_text()
+    assert "| < 1 ml | ANDi (model) | 2 (few) |" in text and "## By rows" in text
+    with pytest.raises(ValueError, match="`strata` must be of size, contrast, split, .*, got scanner"):
+        evaluate(options(place, "volumes", "out-no-strata", strata=["scanner"]))
+    assert not (place / "out-no-strata").exists()
+
+
 def test_seconds_per_slice(place, monkeypatch):
     """From slices to filtered maps: what a network and a filter take, nothing of what reading, saving and scoring take."""
     clock = [0.0]
@@ -276,7 +383,7 @@ def test_unknown_labels_are_not_healthy(tmp_path):
             case.save(tmp_path / split)
             paths.append(tmp_path / split / f"{name}.npz")
     row = {"name": "any", "settings": {"min_component_size": 0}}
-    metrics, records, _ = pooled.score(row, files, None, EvalOptions(healthy_fpr=0.0))
+    metrics, records, *_ = pooled.score(row, files, None, EvalOptions(healthy_fpr=0.0))
     assert {record["subject"]: record["label"] for record in records} == {
         "healthy": 0,
         "partly": -1,
@@ -340,6 +447,8 @@ def test_protocols_score_the_same_maps(place, volumes_report, name):
         # Of a method that reconstructs nothing and has no masks of its own, what needs them is not there.
         measured = {column for column in columns if one["metrics"].get(column) is not None}
         assert measured, name
+    assert not find_undefined(own[0]["metrics"], "metrics.md", "training_and_evaluation.md")
+    assert not find_undefined(own[0]["metrics"], "metrics.md", "training_and_evaluation.md")
     text = (place / f"out-{name}" / "report.md").read_text()
     assert all(title in text for column, title in columns.items() if column in own[0]["metrics"])
     assert json.loads((place / f"out-{name}" / "report.json").read_text()) == report
@@ -351,7 +460,7 @@ def test_protocols_score_the_same_maps(place, volumes_report, name):
 # What an evaluation leaves, and what it leaves alone
 
 
-DONE = {".run.lock", "cases.png", "report.json", "report.md"}
+DONE = {".run.lock", "cases.png", "report.json", "report.html", "report.md"}
 
 
 def contents(folder):
@@ -373,6 +482,7 @@ def test_a_folder_of_the_user_stays(place, tmp_path, name):
         ("cases.png", {}),
         ("reliability.png", {}),
         ("report.md", {}),
+        ("report.html", {}),
         (".cases", {}),
         ("maps", {"keep_maps": True}),
         ("card", {"push_to_hub": "owner/tiny"}),

@@ -180,6 +180,19 @@ def test_the_row_of_this_pipeline_among_several():
         make_card(tiny_pipeline(), repo_id="owner/other", evaluation=report)
 
 
+def test_a_card_has_few_of_the_metrics_of_lesions_and_surfaces():
+    report, kept = (
+        evaluation(),
+        ("lesion_recall_validation", "false_positives_healthy", "froc_score", "hausdorff_95_validation"),
+    )
+    left = ("surface_dice_validation", "hausdorff_95_yen", "froc_recall_0.125", "hausdorff_95_undefined_validation")
+    report["results"][0]["metrics"] = dict.fromkeys((*kept, *left, "lesion_recall_oracle"), 0.5)
+    card = make_card(tiny_pipeline(), evaluation=report)
+    assert {result.metric_type for result in card.data.eval_results} == set(kept)
+    assert "| froc score | 0.500 |" in card.text
+    assert not [name for name in left if name.replace("_", " ") in card.text]
+
+
 def results_of(card):
     return {(r.dataset_name, r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
 

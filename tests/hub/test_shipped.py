@@ -4,10 +4,13 @@ import configparser
 import fnmatch
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import anodiff
@@ -353,3 +356,36 @@ def test_a_card_that_was_changed_on_the_hub_stays(checkpoints, near_hub, capsys)
         publish(["--owner", "lab", "tiny"])
     with pytest.raises(ValueError, match="`--owner` is missing"):
         publish([])
+
+
+def test_the_space_is_pushed_whole_and_its_card_stays_if_it_was_changed(near_hub, tmp_path, capsys):
+    assert publish(["--owner", "lab", "--space"]) == 0
+    assert capsys.readouterr().out == f"anodiff: {near_hub.url}/spaces/lab/anodiff\n"
+    assert list(near_hub.repositories) == [("space", "lab/anodiff")]
+    pushed = near_hub.files("lab/anodiff", "space")
+
+    card = ModelCard(pushed["README.md"].decode()).data.to_dict()
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    assert card["sdk"] == "gradio" and f"gradio=={card['sdk_version']}" in pinned
+    assert card["app_file"] in pushed and card["license"] == "apache-2.0"
+    # What has to be installed there: ours lies beside the page, and gradio is the Hub's business.
+    required = pushed["requirements.txt"].decode().splitlines()
+    assert {"torch", "diffusers", "nilearn"} <= {line.split()[0] for line in required}
+    assert not [line for line in required if line.startswith(("gradio", "anodiff", "#"))]
+    assert not [name for name in pushed if "tests/" in name or "__pycache__" in name]
+
+    # It starts with nothing of ours but what was pushed.
+    for name, content in pushed.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    code = (
+        "import app, anodiff; from anodiff.hub.shipped import list_shipped; print(anodiff.__path__, *list_shipped())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True)
+    assert done.stdout.split() == [f"['{tmp_path / 'anodiff'}']", *shipped.list_shipped()], done.stderr
+
+    mine = pushed["README.md"].replace(b"# anodiff", b"# Our anodiff")
+    near_hub.put("lab/anodiff", {"README.md": mine}, "space")
+    assert publish(["--owner", "lab", "--space"]) == 0
+    assert near_hub.files("lab/anodiff", "space")["README.md"] == mine
+    assert "The card of lab/anodiff was changed there: it stays." in capsys.readouterr().err

@@ -68,7 +68,7 @@ def test_andi_protocol(tmp_path, name, branch):
     raw = golden["hist_equalised_flair"] if equalised else golden["eval_map_raw" if name == "dae" else "map_raw"]
     files = save_cases(tmp_path, raw, labels, median_size=int(golden["kernel_size"]) if branch else 0)
     row = {"name": EQUALISED if equalised else name}
-    metrics, records, more = andi.score(row, {"test": files}, golden["thresholds"], EvalOptions())
+    metrics, records, more, _ = andi.score(row, {"test": files}, golden["thresholds"], EvalOptions())
     sweep = more["sweep"]
 
     check_mean_dice(sweep["dice"], golden["dice" + branch], labels)
@@ -137,7 +137,7 @@ def test_uad_imag_protocol(tmp_path, branch):
     if branch:
         filtered = np.stack([Case.load(path).maps for path in files])
         np.testing.assert_allclose(filtered, slices_first(golden["maps_mf"]), rtol=1e-6)
-    metrics, _, more = uad_imag.score({}, {"test": files}, grid, EvalOptions())
+    metrics, _, more, _ = uad_imag.score({}, {"test": files}, grid, EvalOptions())
     sweep = more["sweep"]
     name = "dice_mf_grid" if branch else "dice_grid"
     check_mean_dice(sweep["dice"], golden[name], labels)

@@ -131,7 +131,7 @@ def test_whole_chain(tmp_path):
 
     # Our own columns take the same masks, of the slices that the method calls anomalous.
     row = {"settings": {"min_component_size": 0}}
-    ours, records, _ = pooled.score(row, {"test": files}, None, EvalOptions())
+    ours, records, *_ = pooled.score(row, {"test": files}, None, EvalOptions())
     gated, reference = golden["mask"][:, 0].astype(bool), golden["gt"][:, 0].astype(bool)
     assert ours["dice_own"] == pytest.approx(dice(gated, reference)) == pytest.approx(records[0]["dice_own"])
     plain = save_case(tmp_path, golden["amap"][:, 0], reference, golden["lab"], "plain")

@@ -130,7 +130,7 @@ def test_metrics(pattern, tmp_path):
                 case.save(tmp_path)
                 files.setdefault(split, []).append(tmp_path / f"{name}.npz")
         row = {"settings": {"min_component_size": min_component_size}}
-        metrics, records, _ = sadm.score(row, {**files, "validation": files["val"]}, None, EvalOptions())
+        metrics, records, *_ = sadm.score(row, {**files, "validation": files["val"]}, None, EvalOptions())
         assert metrics["sadm_threshold_search"] == pytest.approx(float(golden["threshold_total"]), rel=1e-6)
         for ours, theirs in (
             ("dice_search", "DiceScore"),

@@ -17,7 +17,19 @@ from anodiff.training.options import TrainOptions
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("preprocess", "train", "eval", "predict", "convert", "list_models", "ship", "publish")
+SCRIPTS = (
+    "preprocess",
+    "train",
+    "eval",
+    "benchmark",
+    "predict",
+    "convert",
+    "list_models",
+    "ship",
+    "publish",
+    "app",
+    "explore",
+)
 
 
 def python(*arguments) -> subprocess.CompletedProcess:
@@ -37,7 +49,8 @@ def test_help_does_not_wait_for_torch(script):
 
 def test_console_command(capsys):
     assert main(["--help"]) == 0
-    assert all(script in capsys.readouterr().out for script in ("preprocess",))
+    said = capsys.readouterr().out
+    assert all(script in said for script in ("preprocess", "app", "explore"))
     assert main([]) == 2 and "a command is missing" in capsys.readouterr().err
     assert main(["dance"]) == 2 and "unknown command 'dance'" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:

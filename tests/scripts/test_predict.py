@@ -1,12 +1,15 @@
 """`predict.py` and `convert.py`, in processes of their own or in this one."""
 
+import base64
 import gzip
 import json
 import os
+import re
 import signal
 
 import nibabel as nib
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -14,6 +17,7 @@ from diffusers import UNet2DModel
 
 from anodiff import AnomalyPipeline
 from anodiff.evaluation import overview
+from anodiff.files import read_json, read_text
 from anodiff.hub import shipped
 from anodiff.predict import GO_ON, main
 from anodiff.running import run_script
@@ -48,7 +52,7 @@ def test_maps_of_several_scans_one_of_them_broken(workplace, trained):
     assert done.returncode == 1
     assert "2 scan(s) done" in done.stdout
     assert "FAILED broken" in done.stderr and "flair.nii.gz cannot be read" in done.stderr
-    assert sorted(path.name for path in (workplace.folder / "maps").iterdir()) == ["test_1", "test_2"]
+    assert sorted(path.name for path in (workplace.folder / "maps").iterdir()) == ["report.html", "test_1", "test_2"]
 
     out = workplace.folder / "maps" / "test_1"
     source = nib.load(raw / "test_1" / "flair.nii.gz")
@@ -242,7 +246,7 @@ def test_what_is_not_predicted_is_listed_and_the_status_says_so(place, model, ca
     }.items():
         (line,) = [line for line in said.err.splitlines() if line.startswith(f"FAILED raw/{name}: ")]
         assert reason in line
-    assert {path.name for path in (folder / "out").iterdir()} == {"a_FLAIR", "b_flair"}
+    assert {path.name for path in (folder / "out").iterdir()} == {"a_FLAIR", "b_flair", "report.html"}
 
 
 def test_a_brain_mask_that_is_missing_is_said_of_each_scan(place, model, capsys):
@@ -251,7 +255,7 @@ def test_a_brain_mask_that_is_missing_is_said_of_each_scan(place, model, capsys)
     said = capsys.readouterr().err
     for name in ("p2", "p3"):
         assert f"FAILED raw/{name}: FileNotFoundError: There is no file raw/{name}/brain.nii.gz." in said
-    assert {path.name for path in (folder / "out").iterdir()} == {"p1"}
+    assert {path.name for path in (folder / "out").iterdir()} == {"p1", "report.html"}
 
 
 @pytest.mark.parametrize("scan", ["..", ".", "../in/", "/"])
@@ -261,7 +265,84 @@ def test_nothing_is_written_outside_of_the_output(place, model, monkeypatch, sca
     before = files(tmp_path)
     main(["--model", model, scan, "-o", "out"])
     new = files(tmp_path) - before
+    new -= {"in/out/report.html"}
     assert all(name.startswith("in/out/") and name.count("/") == 3 for name in new) and bool(new) == (scan != "/")
+
+
+def test_the_report_holds_every_result_that_the_command_names(place, model, capsys):
+    folder = place("raw/a.nii.gz", "raw/b.nii.gz", "raw/a_seg.nii.gz", "other.nii.gz")
+    page = folder / "out" / "report.html"
+    assert main(["--model", model, "raw/a.nii.gz", "-o", "out"]) == 0
+    assert "Report: out/report.html" in capsys.readouterr().out
+    before = read_text(page)
+    assert main(["--model", model, "other.nii.gz", "-o", "out", "--report", "none"]) == 0
+    assert "Report" not in capsys.readouterr().out and read_text(page) == before
+    assert main(["--model", model, "raw", "-o", "out", "--skip_existing"]) == 1
+    text = read_text(page)
+    scans = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
+    records = {name: read_json(folder / "out" / name / "result.json") for name in "ab"}
+    assert sorted(scan["name"] for scan in scans) == ["a", "b"]
+    for scan in scans:
+        assert scan["score"] == records[scan["name"]]["volume_score"]
+        assert scan["slice_scores"] == records[scan["name"]]["pred_score"]
+        assert [layer["kind"] for layer in scan["layers"]] == ["scan", "map", "reconstruction"]
+    assert "raw/a_seg.nii.gz" in text and "a mask" in text  # what was not predicted, and why
+    assert str(folder) not in text
+
+    page.write_text("my notes")
+    with pytest.raises(FileExistsError, match="out/report.html is no report of this library"):
+        main(["--model", model, "raw", "-o", "out", "--overwrite"])
+    assert page.read_text() == "my notes"
+    with pytest.raises(ValueError, match="`report` must be one of html, none, got 'pdf'"):
+        main(["--model", model, "raw", "-o", "out", "--report", "pdf"])
+
+
+def test_the_report_of_a_scan_that_went_away_names_it(place, model, capsys):
+    folder = place("raw/a.nii.gz", "raw/b.nii.gz")
+    assert main(["--model", model, "raw", "-o", "out"]) == 0
+    (folder / "raw" / "a.nii.gz").write_bytes(b"damaged")
+    assert main(["--model", model, "raw", "-o", "out", "--skip_existing"]) == 1
+    assert "FAILED raw/a.nii.gz: its result is there, but not in the report: " in capsys.readouterr().err
+    text = read_text(folder / "out" / "report.html")
+    assert "raw/a.nii.gz cannot be read" in text and '"name": "b"' in text
+
+
+def test_a_report_that_cannot_be_written_is_listed_with_what_failed(place, model, monkeypatch, capsys):
+    folder = place("raw/a.nii.gz", "raw/b.nii.gz", "raw/a_seg.nii.gz")
+    monkeypatch.setattr("anodiff.reports.page.MOST_SCANS", 1)
+    (folder / "out" / "report_scans").mkdir(parents=True)
+    for name in "ab":
+        (folder / "out" / "report_scans" / f"0001_{name}.html").write_text("mine")
+    assert main(["--model", model, "raw", "-o", "out"]) == 1
+    said = capsys.readouterr()
+    assert "2 scan(s) done" in said.out and "Report" not in said.out
+    assert "FAILED raw/a_seg.nii.gz: " in said.err
+    assert re.search(
+        r"FAILED out/report.html: FileExistsError: out/report_scans/0001_[ab].html is no report", said.err
+    )
+    assert not (folder / "out" / "report.html").exists()
+
+
+def test_the_report_of_a_picture_counts_pixels(place, model):
+    folder = place()
+    grey = (make_volume((16, 12)) * 200).astype(np.uint8)
+    PIL.Image.fromarray(grey.T).save(folder / "picture.png")
+    command = ["--model", model, "picture.png", "-o", "out", "--threshold", "0.1", "--dispersion", "2"]
+    assert main(command) == 0
+    text = read_text(folder / "out" / "report.html")
+    (scan,) = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
+    with PIL.Image.open(folder / "out" / "picture" / "pred_mask.png") as mask:
+        assert f"{np.count_nonzero(mask)} pixels" in text and scan["is_picture"] and scan["shape"] == [16, 12, 1]
+    names = [layer["name"] for layer in scan["layers"]]
+    spread = ["Mean of the draws", "Draws", "Deviation of the draws"]
+    assert names == ["Scan", "Anomaly map", "Mask", "Reconstruction", *spread]
+    assert scan["layers"][5]["shape"] == [16, 12, 1, 2]
+    layer = re.search(r'id="layer-0-1">(.*?)<', text)[1]
+    stored = nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(layer))).get_fdata()[..., 0].T
+    record = read_json(folder / "out" / "picture" / "result.json")
+    with PIL.Image.open(folder / "out" / "picture" / "anomaly_map.png") as scores:
+        expected = np.asarray(scores) * record["anomaly_map_per_grey_level"]
+    np.testing.assert_allclose(stored, expected, rtol=0, atol=2 * record["anomaly_map_per_grey_level"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -428,7 +509,7 @@ def test_without_a_model_the_one_that_fits_is_taken(
     name = scans[0].split("/")[0].removesuffix(".nii.gz")
     settings = json.loads((folder / "out" / name / "result.json").read_text())["settings"]
     assert settings["model"] == model and settings["model_chosen"].startswith(reason)
-    assert files(folder / "out") == {f"{name}/{file}" for file in RESULT}
+    assert files(folder / "out") == {"report.html", *(f"{name}/{file}" for file in RESULT)}
     assert near_hub.requests == []
 
 

@@ -27,7 +27,7 @@ def save(folder, name, *, lesion, false_positives=0.0, seed=0):
 
 
 def score(protocol, files):
-    metrics, records, more = protocol.score(
+    metrics, records, more, _ = protocol.score(
         {"name": "any"}, {"test": files, "validation": files}, THRESHOLDS, EvalOptions()
     )
     return metrics, more["sweep"], records

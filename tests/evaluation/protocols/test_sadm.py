@@ -37,7 +37,7 @@ def save(folder, name, lesion_voxels, *, masked=True, error=False, seed=0):
 
 def score_cases(test, validation, min_component_size=0):
     row, files = {"settings": {"min_component_size": min_component_size}}, {"test": test, "validation": validation}
-    metrics, records, more = score(row, files, None, EvalOptions())
+    metrics, records, more, _ = score(row, files, None, EvalOptions())
     return metrics, records, more["lesion_sizes"]
 
 

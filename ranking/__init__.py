@@ -1,0 +1,1 @@
+"""Ranks methods on a prepared data set: plan, trainings, evaluations, table."""

@@ -1,0 +1,157 @@
+"""How the trainings of a benchmark share their time, and what becomes of those that fail."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from anodiff import VolumeProcessor
+from anodiff.files import lock_folder
+from anodiff.ranking.plan import METHODS, Counts, Entry, Facts
+from anodiff.ranking.run import Evaluations, Trainings, publish
+from tests.hub.test_model_card import evaluation
+from tests.tiny import make_pipeline
+
+
+COUNTS = Counts(healthy=30, anomalous=10, annotations=1)
+SECONDS = 0.5  # of a step
+
+
+class Machine:
+    """Stands for `accelerate launch train.py`: a step takes half a second, and the trainings in `broken` fail."""
+
+    def __init__(self, broken=()):
+        self.broken, self.calls = set(broken), []
+
+    def run(self, script, arguments, log: Path) -> str | None:
+        config = yaml.safe_load(Path(arguments[1]).read_text())
+        train = config["train"]
+        folder = Path(train["output_dir"])
+        self.calls.append((folder.name, train["max_steps"], "--train.resume" in arguments))
+        if folder.name in self.broken:
+            return "The loss is nan at step 3."
+        for step in range(train["checkpoint_every"], train["max_steps"] + 1, train["checkpoint_every"]):
+            checkpoint = folder / "checkpoints" / f"step-{step:07d}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "training.json").write_text(json.dumps({"step": step, "seconds": step * SECONDS}))
+        (folder / "pipeline").mkdir(parents=True)
+        return None
+
+
+def make_trainings(folder, machine, budget=100.0) -> Trainings:
+    settings = VolumeProcessor(modalities=("flair",), size=(64, 64)).settings()
+    facts = Facts(settings, {"train": COUNTS, "validation": COUNTS, "test": COUNTS})
+    return Trainings(folder, facts, "prepared/x", budget, machine)
+
+
+def entries(*names) -> list[Entry]:
+    return [Entry(name, "training" if METHODS[name].pipeline else "part", METHODS[name].config) for name in names]
+
+
+def test_the_budget_is_shared_equally(tmp_path):
+    machine = Machine()
+    trainings = make_trainings(tmp_path, machine)
+    trainings.run(entries("dae", "spark", "cddpm", "sadm"))
+    steps = [count for name, count, _ in machine.calls if not name.endswith(".measured")]
+    # 25 s each; its three steps of measurement are in them. Checkpoints are every tenth of it, so that the last one may
+    # lie before the last step, and what is left over goes to the next.
+    assert steps[0] == 47 and all(count >= 47 for count in steps) and sum(steps) * SECONDS <= 100
+    assert trainings.state("dae")["state"] == "trained" and trainings.state("dae")["measuring"] == 1.5
+    assert trainings.used(["dae", "spark", "cddpm", "sadm"]) <= 100
+    config = yaml.safe_load((tmp_path / "cddpm.yaml").read_text())
+    assert config["objective"]["encoder_path"] == str(tmp_path / "spark" / "pipeline")
+    assert config["optim"]["warmup_steps"] == config["train"]["max_steps"] // 10
+    assert config["train"]["validate_every"] > 0 and not list(tmp_path.glob("*.measured*"))
+    # Once more: nothing is left to do.
+    machine.calls.clear()
+    trainings.run(entries("dae", "spark", "cddpm", "sadm"))
+    assert machine.calls == []
+
+
+def test_what_fails_is_written_down_and_the_others_go_on(tmp_path, capsys):
+    machine = Machine(broken=["spark"])
+    trainings = make_trainings(tmp_path, machine)
+    names = "spark", "cddpm", "sadm", "anoddpm"
+    trainings.run(entries(*names))
+    states = {name: trainings.state(name) for name in names}
+    assert [one["state"] for one in states.values()] == ["failed", "failed", "failed", "trained"]
+    assert states["spark"]["reason"] == "The loss is nan at step 3."
+    assert (states["cddpm"]["reason"], states["sadm"]["reason"]) == (
+        "it needs spark, which failed",
+        "it needs cddpm, which failed",
+    )
+    assert "FAILED spark: The loss is nan at step 3." in capsys.readouterr().err
+    # What was wrong is mended: the plan of steps stays, and what needs it is trained, too.
+    machine.broken.clear()
+    planned = (tmp_path / "spark.yaml").read_text()
+    trainings.run(entries(*names))
+    assert all(trainings.state(name)["state"] == "trained" for name in names)
+    assert (tmp_path / "spark.yaml").read_text() == planned and "reason" not in trainings.state("spark")
+
+
+def test_a_training_that_was_stopped_goes_on_at_its_checkpoint(tmp_path):
+    machine = Machine(broken=["dae"])
+    trainings = make_trainings(tmp_path, machine)
+    trainings.run(entries("dae"))
+    checkpoint = tmp_path / "dae" / "checkpoints" / "step-0000020"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "training.json").write_text('{"step": 20, "seconds": 10.0}')
+    trainings.run(entries("dae"))
+    assert machine.calls[-1] == ("dae", machine.calls[-2][1], True) and not machine.calls[-2][2]
+
+
+def test_a_run_that_is_still_there_is_no_failure(tmp_path):
+    trainings = make_trainings(tmp_path, Machine())
+    with lock_folder(tmp_path / "dae"), pytest.raises(BlockingIOError, match="is in use by process"):
+        trainings.run(entries("dae"))
+    assert trainings.state("dae") == {"state": "planned"}
+
+
+class Scorer:
+    """Stands for `accelerate launch eval.py`: leaves a report, or the first model's folder of maps alone."""
+
+    def __init__(self, broken=()):
+        self.broken, self.calls = set(broken), []
+
+    def run(self, script, arguments, log: Path) -> str | None:
+        self.calls.append(arguments)
+        folder = Path(arguments[arguments.index("--output_dir") + 1])
+        if folder.name in self.broken:
+            return "out of memory"
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text("{}")
+        return None
+
+
+def test_evaluations_are_kept_and_failures_are_tried_again(tmp_path):
+    scorer = Scorer(broken=["b"])
+    evaluations = Evaluations(tmp_path / "evaluations", ["--data", "x"], scorer)
+    assert evaluations.run({"a": "one", "b": "two"}) == ["a"] and evaluations.failure("b") == "out of memory"
+    evaluations.compare(["a"], tmp_path / "evaluation")
+    scorer.broken.clear()
+    assert evaluations.run({"a": "one", "b": "two"}) == ["a", "b"] and evaluations.failure("b") is None
+    (tmp_path / "evaluation" / "report.json").write_text('"of one"')
+    evaluations.compare(["a", "b"], tmp_path / "evaluation")
+    evaluations.compare(["a", "b"], tmp_path / "evaluation")
+    # The comparison of one is kept beside that of two, which is not made again.
+    assert (tmp_path / "evaluation-1" / "report.json").read_text() == '"of one"'
+    assert [len(arguments) for arguments in scorer.calls] == [10, 10, 6, 10, 8]
+
+
+def test_what_was_trained_is_pushed_with_its_results_and_the_baselines(near_hub, tmp_path):
+    trainings = make_trainings(tmp_path / "trainings", Machine())
+    folder = trainings.pipeline("dae")
+    make_pipeline("DAEPipeline").save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    report = evaluation()
+    given, baseline = report["results"]
+    trained = {**given, "name": "DAE", "metrics": {"voxel_average_precision": 0.72}}
+    report |= {"results": [trained, given, baseline], "comparisons": [{"rows": [0, 1]}]}
+    output = tmp_path / "out"
+    (output / "evaluation").mkdir(parents=True)
+    publish(report, ["dae", "outputs/pipeline"], trainings, output, {}, push_to_hub="me")
+    assert set(near_hub.repositories) == {("model", "me/dae-lesions")}
+    card = near_hub.files("me/dae-lesions")["README.md"].decode()
+    assert card == (folder / "README.md").read_text()
+    assert "0.720" in card and "0.660" in card and "0.610" not in card and "value: 0.72" in card
