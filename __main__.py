@@ -18,6 +18,7 @@ COMMANDS = {
     "strip": "scans without their skull",
     "app": "maps of uploaded scans, in a browser",
     "explore": "noise of diffusion models, in a browser",
+    "export": "networks of a checkpoint as ONNX, for other programs",
     "convert": "checkpoint of an original program -> pipeline folder",
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 import anodiff
 
@@ -122,15 +123,14 @@ def _own_values(config: Mapping) -> dict:
 def list_networks(pipeline: AnomalyPipeline) -> dict[str, torch.nn.Module]:
     """Returns the networks of the method by their names in the pipeline."""
     components = pipeline.components.items()
-    return {
-        name: value for name, value in components if isinstance(value, torch.nn.Module) and name not in LEFT_OUT
-    }
+    return {name: value for name, value in components if isinstance(value, torch.nn.Module) and name not in LEFT_OUT}
 
 
 def make_inputs(network: torch.nn.Module, size: tuple[int, int], items: int) -> dict[str, torch.Tensor]:
     """Returns random inputs of a network for B `items` of `size (H, W)`, by the names of its arguments."""
     config, draws = network.config, torch.Generator().manual_seed(items)
-    images = torch.randn(items, getattr(config, "in_channels", None) or config.num_channels, *size, generator=draws)
+    channels = config.num_channels if isinstance(network, PreTrainedModel) else config.in_channels
+    images = torch.randn(items, channels, *size, generator=draws)
     steps = torch.randint(0, 10, (items,), generator=draws)
     makers: dict[str, Callable[[], torch.Tensor | None]] = {
         "sample": lambda: images,
@@ -145,7 +145,7 @@ def make_inputs(network: torch.nn.Module, size: tuple[int, int], items: int) -> 
     return {name: value for name, value in inputs.items() if value is not None}
 
 
-def _make_labels(config, steps: torch.Tensor, draws: torch.Generator) -> torch.Tensor | None:
+def _make_labels(config: Mapping, steps: torch.Tensor, draws: torch.Generator) -> torch.Tensor | None:
     """Labels or vectors that the network is conditioned on; `None` where it is on none."""
     if config.get("condition_dim") is not None:
         return torch.randn(len(steps), config.condition_dim, generator=draws)

@@ -36,6 +36,7 @@ ROOMS = (
         "__main__",
         "app",
         "explore",
+        "export",
     ),
 )
 

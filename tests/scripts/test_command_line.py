@@ -29,6 +29,7 @@ SCRIPTS = (
     "publish",
     "app",
     "explore",
+    "export",
 )
 
 
