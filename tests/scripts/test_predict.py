@@ -190,14 +190,14 @@ def test_results_beside_the_scans_take_nothing_from_the_user(place, model, capsy
     before = {name: (folder / name).read_bytes() for name in files(folder)}
     assert main(["--model", model, "p1", "p2", "-o", "."]) == 1
     assert "p2 holds anomaly_map.nii.gz, which no earlier result wrote" in capsys.readouterr().err
-    assert files(folder) - set(before) == {f"p1/{name}" for name in RESULT}
+    assert files(folder) - set(before) == {"report.html", *(f"p1/{name}" for name in RESULT)}
     # Again: what the first call wrote is replaced, and nothing else.
     assert main(["--model", model, "p1", "-o", "."]) == 1
     assert "already holds a result; `--overwrite` replaces it" in capsys.readouterr().err
     first = (folder / "p1" / "result.json").read_bytes()
     assert main(["--model", model, ".", "-o", ".", "--overwrite", "--seed", "5"]) == 1
     assert capsys.readouterr().err.count("FAILED") == 1
-    assert files(folder) - set(before) == {f"p1/{name}" for name in RESULT}
+    assert files(folder) - set(before) == {"report.html", *(f"p1/{name}" for name in RESULT)}
     assert (folder / "p1" / "result.json").read_bytes() != first
     assert before == {name: (folder / name).read_bytes() for name in before}
 
@@ -206,9 +206,9 @@ def test_a_call_without_dispersion_removes_an_earlier_one(place, model):
     folder = place("p1.nii.gz")
     assert main(["--model", model, "p1.nii.gz", "-o", "out", "--dispersion", "2"]) == 0
     spread = {"member_maps.nii.gz", "mean_map.nii.gz", "dispersion.nii.gz", "dispersion.png", "dispersion.json"}
-    assert files(folder / "out") == {f"p1/{name}" for name in RESULT | spread}
+    assert files(folder / "out", "report.html") == {f"p1/{name}" for name in RESULT | spread}
     assert main(["--model", model, "p1.nii.gz", "-o", "out", "--overwrite"]) == 0
-    assert files(folder / "out") == {f"p1/{name}" for name in RESULT}
+    assert files(folder / "out", "report.html") == {f"p1/{name}" for name in RESULT}
     record = json.loads((folder / "out" / "p1" / "result.json").read_text())
     assert record["files"] == sorted(RESULT - {"result.json"})
 
@@ -416,7 +416,7 @@ def test_what_reading_computing_and_writing_raise_is_said_of_its_scan(place, mod
     assert [line.split(": ")[0] for line in failed] == ["FAILED raw/b.nii.gz", "FAILED raw/d.nii.gz"]
     assert failed[0].endswith("OSError: [Errno 28] No space left on device")
     assert "raw/d.nii.gz cannot be read" in failed[1]
-    assert files(folder / "out") == {f"{scan}/{name}" for scan in "ace" for name in RESULT}
+    assert files(folder / "out", "report.html") == {f"{scan}/{name}" for scan in "ace" for name in RESULT}
 
 
 @pytest.mark.parametrize(
@@ -536,7 +536,7 @@ def test_a_raw_scan_needs_neither_a_model_nor_a_mask(tmp_path, monkeypatch, near
     values, _, affine = make_raw_scan()
     nib.save(nib.Nifti1Image(values, affine), "raw_T1w.nii.gz")
     assert main(["raw_T1w.nii.gz", "-o", "out"]) == 0
-    assert files(tmp_path / "out") == {f"raw_T1w/{name}" for name in RESULT | {"brain_mask.nii.gz"}}
+    assert files(tmp_path / "out", "report.html") == {f"raw_T1w/{name}" for name in RESULT | {"brain_mask.nii.gz"}}
     settings = json.loads((tmp_path / "out" / "raw_T1w" / "result.json").read_text())["settings"]
     assert settings["model"] == "t1" and settings["brain"] == "extracted"
     # The same extractor, by its name.
