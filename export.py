@@ -4,7 +4,7 @@ python export.py anoddpm-flair -o exported
 python export.py outputs/train/pipeline -o exported --format torch_export
 python export.py anoddpm-flair -o exported --precision float16 --noise_slices 160    # noise for programs without torch
 
-Every file takes batches of any size, and is compared with the network in PyTorch when it is written. What a program
+Every file takes batches of many sizes, and is compared with the network in PyTorch when it is written. What a program
 needs beside them is in export.json; docs/export.md has one of 30 lines.
 Research use, not a medical device.
 """

@@ -45,8 +45,8 @@ def export_networks(
     model: str = "",
 ) -> dict:
     """
-    Writes every network of a pipeline into a folder, with a batch of any size, and checks each file against the network
-    in PyTorch, on the CPU.
+    Writes every network of a pipeline into a folder, with a batch of any size (programs of `torch.export` at most 63,
+    where networks of diffusers branch), and checks each file against the network in PyTorch, on the CPU.
 
     Beside them `export.json` holds what a program needs to use them: names, shapes and types of inputs and outputs,
     the table abar of the scheduler, the values of scheduler, processor, method and post-processing.
