@@ -42,7 +42,7 @@ demo: $(BIN)/.installed
 	$(EVAL) --data $(DEMO)/prepared/flair --output_dir $(DEMO)/eval/flair --model anoddpm-flair --model $(DEMO)/finetuned/pipeline
 	$(EVAL) --data $(DEMO)/prepared/t1 --output_dir $(DEMO)/eval/t1 --model anoddpm-t1
 	$(EVAL) --data $(DEMO)/prepared/t2 --output_dir $(DEMO)/eval/t2 --model anoddpm-t2
-	@grep "^[|#] " $(DEMO)/eval/*/report.md --no-filename | grep -v Protocol
+	@for report in $(DEMO)/eval/*/report.md; do awk '/^# /; /^\|/ {table = 1; print} table && !/^\|/ {exit}' $$report; done
 
 # The picture of the README: the demonstration's T2, in few colours.
 picture:
