@@ -208,7 +208,8 @@ def test_report(place, volumes_report):
 
 def test_the_page_of_a_report_opens_with_its_cases(place, volumes_report):
     """In a real browser, from a file: no complaint, no request but for itself, every row and the chosen cases."""
-    sync_api = pytest.importorskip("playwright.sync_api")
+    from playwright import sync_api
+
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no Chromium is installed")
