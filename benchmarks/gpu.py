@@ -337,7 +337,7 @@ def main() -> int:
         tempfile.TemporaryDirectory() as folder,
         ThreadPoolExecutor(len(TOGETHER) if options.device == "cuda" else 1) as pool,
     ):
-        os.environ[TURN] = str(Path(folder) / "turn")
+        os.environ.setdefault(TURN, str(Path(folder) / "turn"))
         running = [pool.submit(run_part, name, options) for name in together]
         rows += [row for part in as_completed(running) for row in show(part.result())]
         for name in options.parts:
