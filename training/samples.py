@@ -12,6 +12,7 @@ import torch
 import torch.utils.data
 from accelerate import Accelerator
 
+from ..checks import check_integer
 from ..data.phantoms.drawn_heads import DRAWN, DrawnHeads
 from ..data.phantoms.label_maps import find_label_maps, split_maps
 from ..data.phantoms.sets import PHANTOMS, locate_label_maps
@@ -199,6 +200,7 @@ def load_splits(
                 " this method learns from: name another with `--data.train_split`, or prepare other data."
             )
         context = options.processor.get("context", 0)
+        check_integer("processor.context", context, 0)
         if context:
             train_split.add_neighbours(context, objective_class.trains_on)
         if not validates:
