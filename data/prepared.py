@@ -41,7 +41,9 @@ class _DescribedSplit:
         settings = read_json(folder / _SETTINGS)
         if not isinstance(settings, dict) or not isinstance(settings.get("modalities"), list):
             raise ValueError(f"{folder / _SETTINGS} must hold the settings of a processor with its `modalities`.")
-        self.processor_settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+        self.processor_settings = {
+            key: value for key, value in settings.items() if not key.startswith("_") and key != "context"
+        }
         self.modalities = tuple(self.processor_settings["modalities"])
         for name in self.modalities:
             check_name(f"a modality in {folder / _SETTINGS}", name)
