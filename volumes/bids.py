@@ -1,0 +1,232 @@
+"""Finds the scans of a BIDS data set, and names what is derived from them. No torch here.
+
+A name is entities and a suffix, `sub-01_ses-2_run-1_FLAIR`. A derivative has the entities of its scan, `space-orig`, as
+it lies on the scan's own grid, and a label or description of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from ..files import check_name, read_json
+from .scans import Scan, name_modality
+
+
+DESCRIPTION = "dataset_description.json"
+SUFFIXES = (".nii.gz", ".nii")
+# In the order of the specification.
+_ENTITIES = (
+    "sub ses sample task acq ce trc stain rec dir run mod echo flip inv mt part proc hemi space split recording chunk"
+    " seg res den label desc"
+).split()
+# Array of a result to what its derivative is called; `.bidsignore` names those that BIDS has no name for.
+NAMES = {
+    "anomaly_map": ({"desc": "anomalyscore"}, "map"),
+    "pred_mask": ({"label": "L"}, "mask"),
+    "probability_map": ({"label": "L"}, "probseg"),
+    "healthy_rank_map": ({"desc": "healthyrank"}, "map"),
+    "brain_mask": ({"desc": "brain"}, "mask"),
+}
+IGNORED = ("*_desc-anomalyscore_map.*", "*_desc-healthyrank_map.*", "cohort.*", "report.html", "logs/")
+
+
+def split_name(name: str) -> tuple[dict[str, str], str]:
+    """Returns the entities and the suffix of a name without its ending; raises a `ValueError` if it is none of BIDS."""
+    *parts, suffix = name.split("_")
+    pairs = [part.partition("-")[::2] for part in parts]
+    entities = dict(pairs)
+    if not (suffix.isalnum() and parts and len(entities) == len(parts)):
+        raise ValueError(f"{name} is no name of BIDS, such as sub-01_ses-1_FLAIR.")
+    for entity, label in pairs:
+        if entity not in _ENTITIES or not label.replace("+", "").isalnum():
+            raise ValueError(f"{name} is no name of BIDS: {entity}-{label} is no entity of it with a label.")
+    return entities, suffix
+
+
+def join_name(entities: Mapping[str, str], suffix: str = "") -> str:
+    """Returns the name of entities, in the order of BIDS, and a suffix, if one is given."""
+    parts = [f"{entity}-{entities[entity]}" for entity in sorted(entities, key=_ENTITIES.index)]
+    return "_".join([*parts, suffix] if suffix else parts)
+
+
+def folder_of(entities: Mapping[str, str]) -> Path:
+    """Returns where images of a participant, or of a session, lie, relative to a data set."""
+    return Path(*(f"{entity}-{entities[entity]}" for entity in ("sub", "ses") if entity in entities), "anat")
+
+
+def find_modalities(root: Path) -> list[str]:
+    """Returns the modalities that the images of a data set have, as of [`~volumes.scans.name_modality`]."""
+    found = set()
+    for _, folder in _sessions(root):
+        found |= {modality for _, _, modality in _images(root, folder)[0]}
+    return sorted(found)
+
+
+def find_bids_scans(
+    root: str | os.PathLike,
+    modalities: Sequence[str],
+    *,
+    participants: Collection[str] = (),
+    sessions: Collection[str] = (),
+    labels: Mapping[str, Collection[str]] | None = None,
+    brain: str | os.PathLike | None = None,
+) -> tuple[list[Scan], list[tuple[str, str]]]:
+    """
+    Finds the scans of a BIDS data set: `root/sub-*/[ses-*/]anat/*`.
+
+    For a single modality each image is a scan of its own, so that two runs are two scans. For several ones the only
+    image of each in a session make a scan together, or else those with equal entities (`ce` apart).
+
+    Args:
+        modalities: As of [`~volumes.scans.name_modality`]; `t1ce` is a T1w image with the entity `ce`, and `t1` one without.
+        participants, sessions: Labels with or without `sub-` and `ses-`; all by default.
+        labels: Entity to its labels, `{"run": ["1"]}`: images with another label of it are left out, those without the
+            entity are not.
+        brain: Derived data set that holds the brain mask of each scan on its grid, `*_desc-brain_mask.nii.gz`.
+
+    Returns:
+        scans, which are named by the entities that their images share (`sub-01_run-1`), and participants, sessions or
+        images that are not taken, with the reason.
+    """
+    root, scans, failed = Path(root), [], []
+    wanted = [f"sub-{label.removeprefix('sub-')}" for label in participants]
+    chosen = [f"ses-{label.removeprefix('ses-')}" for label in sessions]
+    groups: dict[str, list[Path]] = {}
+    for participant, folder in _sessions(root):
+        groups.setdefault(participant, []).append(folder)
+    failed += [(name, f"{root} has no folder {name}.") for name in wanted if name not in groups]
+    for participant, folders in groups.items():
+        if wanted and participant not in wanted:
+            continue
+        there = [folder.name for folder in folders if folder.name != participant]
+        if chosen and not set(chosen) & set(there):
+            names = ", ".join(there) or "there are none"
+            failed.append((participant, f"has no session {' or '.join(chosen)}; its sessions: {names}."))
+            continue
+        for folder in folders:
+            if chosen and folder.name not in chosen:
+                continue
+            images, wrong = _images(root, folder)
+            failed += [(path.relative_to(root).as_posix(), reason) for path, reason in wrong]
+            files: dict[str, list] = {modality: [] for modality in modalities}
+            for path, entities, modality in images:
+                if modality in files and all(
+                    entity not in entities or _same(entities[entity], allowed)
+                    for entity, allowed in (labels or {}).items()
+                ):
+                    files[modality].append((path, entities))
+            found, reasons = _combine(files, images)
+            name = "_".join(folder.relative_to(root).parts)
+            failed += [(name, reason) for reason in reasons]
+            for entities, volume in found:
+                scan = join_name(entities)
+                check_name(f"the results of {folder}", scan)
+                scans.append(Scan(scan, volume, _brain_of(brain, entities), next(iter(volume.values()))))
+    return scans, failed
+
+
+def _sessions(root: Path) -> Iterator[tuple[str, Path]]:
+    """Yields participants and the folders of their sessions; one without any, or with images beside them, is one."""
+    for participant in sorted(path for path in root.glob("sub-*") if path.is_dir()):
+        sessions = sorted(path for path in participant.glob("ses-*") if path.is_dir())
+        if not sessions or (participant / "anat").is_dir():
+            yield participant.name, participant
+        yield from ((participant.name, session) for session in sessions)
+
+
+def _images(root: Path, session: Path) -> tuple[list[tuple[Path, dict[str, str], str]], list[tuple[Path, str]]]:
+    """Returns the images of a session with their entities and modalities, and files with the name of an image that do
+    not belong there, with the reason."""
+    images, wrong = [], []
+    where = dict(part.split("-", 1) for part in session.relative_to(root).parts)
+    for path in sorted((session / "anat").glob("*")):
+        ending = next((ending for ending in SUFFIXES if path.name.endswith(ending)), None)
+        if ending is None or path.name.startswith("."):
+            continue
+        stem = path.name.removesuffix(ending)
+        try:
+            modality = name_modality(stem.rpartition("_")[2])
+        except ValueError:  # a mask, or what no checkpoint is for
+            continue
+        try:
+            entities, _ = split_name(stem)
+        except ValueError as error:
+            wrong.append((path, str(error)))
+            continue
+        if {entity: entities[entity] for entity in ("sub", "ses") if entity in entities} != where:
+            wrong.append((path, "its name says another participant or session than its folder."))
+        elif modality == "t1" and "ce" in entities:
+            images.append((path, entities, "t1ce"))
+        else:
+            images.append((path, entities, modality))
+    return images, wrong
+
+
+def _same(label: str, wanted: Collection[str]) -> bool:
+    """Tells whether a label is one of those wanted; 01 is 1."""
+    return label.lstrip("0") in {one.lstrip("0") for one in wanted}
+
+
+def _combine(files: Mapping[str, list], images: list) -> tuple[list[tuple[dict, dict[str, Path]]], list[str]]:
+    """Returns the scans of a session, their entities and a file for each modality, and why other images make none."""
+    missing = [modality for modality, found in files.items() if not found]
+    if missing:
+        names = ", ".join(path.name for path, _, _ in images) or "there are none"
+        return [], [f"has no image for {' and '.join(missing)} among those chosen; its images: {names}."]
+    if len(files) > 1 and all(len(found) == 1 for found in files.values()):
+        shared = set.intersection(*(set(found[0][1].items()) for found in files.values()))
+        return [(dict(shared), {modality: found[0][0] for modality, found in files.items()})], []
+    groups: dict[tuple, dict[str, list[Path]]] = {}
+    for modality, found in files.items():
+        for path, entities in found:
+            kept = {entity: label for entity, label in entities.items() if len(files) == 1 or entity != "ce"}
+            groups.setdefault(tuple(kept.items()), {}).setdefault(modality, []).append(path)
+    scans, reasons = [], []
+    for key, group in groups.items():
+        names = ", ".join(path.name for paths in group.values() for path in paths)
+        missing = [modality for modality in files if modality not in group]
+        if any(len(paths) > 1 for paths in group.values()):
+            reasons.append(f"has several files with equal entities: {names}. Keep one of them.")
+        elif missing:
+            reasons.append(
+                f"has no image for {' and '.join(missing)} with the entities of {names}. Choose by `--run_label` or"
+                " `--acquisition_label` so that one image for each modality is left, or some have equal entities."
+            )
+        else:
+            scans.append((dict(key), {modality: group[modality][0] for modality in files}))
+    return scans, reasons
+
+
+def _brain_of(brain: str | os.PathLike | None, entities: Mapping[str, str]) -> Path | None:
+    """Returns the path of the brain mask of a scan in a derived data set, whether it is there or not."""
+    if brain is None:
+        return None
+    folder = Path(brain) / folder_of(entities)
+    names = [join_name({**entities, **space, "desc": "brain"}, "mask.nii.gz") for space in ({"space": "orig"}, {})]
+    return next((folder / name for name in names if (folder / name).exists()), folder / names[-1])
+
+
+def derivative_name(scan: str, array: str) -> str:
+    """Returns the name of the derivative of a scan that holds an array of its result, `NAMES`, without an ending."""
+    more, suffix = NAMES[array]
+    return join_name({**split_name(f"{scan}_x")[0], "space": "orig", **more}, suffix)
+
+
+def pseudohealthy_name(image: Path) -> str:
+    """Returns the name of the reconstruction of an image, without an ending."""
+    entities, suffix = split_name(next(image.name.removesuffix(one) for one in SUFFIXES if image.name.endswith(one)))
+    return join_name({**entities, "space": "orig", "desc": "pseudohealthy"}, suffix)
+
+
+def read_description(folder: Path, what: str) -> dict:
+    """Reads `dataset_description.json` of a data set; `what` is what the message calls the folder."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{what} must be a BIDS data set, and {folder} has no {DESCRIPTION}: write one with Name and BIDSVersion."
+        )
+    description = read_json(path)
+    if not isinstance(description, dict):
+        raise ValueError(f"{path} must hold an object with Name and BIDSVersion.")
+    return description
