@@ -20,7 +20,7 @@ Research use, not a medical device.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     scans, failed, finished = broadcast_object_list(listed)[0]
     own, reasons = scans[accelerator.process_index :: accelerator.num_processes], []
     with tqdm(total=len(own), desc="scans", disable=len(own) < 2 or not accelerator.is_local_main_process) as bar:
-        for scan, told, reason in predict_scans(pipeline, own, options, record):
+        for scan, told, reason in predict_scans(pipeline, own, options, record, check_place_of, write_scan):
             reasons.append((scan.name, reason))
             if reason is None:
                 tqdm.write(f"{scan.name}: {told}")
@@ -222,30 +222,37 @@ def list_scans(options: PredictOptions, modalities: list[str]) -> tuple[list, li
     return missing, failed, [scan for scan, is_there in zip(scans, whole, strict=True) if is_there]
 
 
-def predict_scans(pipeline, scans: list, options: PredictOptions, record: dict) -> Iterator[tuple]:
+def predict_scans(
+    pipeline, scans: list, options: PredictOptions, record: dict, check: Callable, write: Callable
+) -> Iterator[tuple]:
     """
     Predicts scans. While the network works on one of them, a thread reads the next one, and another thread writes the
     result of the last one; memory holds no more than these three.
 
     Args:
         record (`dict`): What goes into the settings of the results.
+        check, write (callable): Like [`check_place_of`] and [`write_scan`].
 
     Yields:
-        each scan when it is done, with what [`write_scan`] says of it, or `None` and why it failed.
+        each scan when it is done, with what `write` says of it, or `None` and why it failed.
     """
     with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
 
-        def read(scan) -> Future | None:
-            return None if scan is None else reader.submit(read_scan, pipeline, scan, options)
+        def read(scan):
+            check(pipeline, scan, options)
+            return read_scan(pipeline, scan)
+
+        def begin(scan) -> Future | None:
+            return None if scan is None else reader.submit(read, scan)
 
         def ended(scan, writing: Future) -> tuple:
             error = writing.exception()
             return (scan, writing.result(), None) if error is None else (scan, None, _reason(error))
 
-        ahead, behind = read(next(iter(scans), None)), None
+        ahead, behind = begin(next(iter(scans), None)), None
         for scan, following in zip_longest(scans, scans[1:]):
             wait([ahead])
-            reading, ahead = ahead, read(following)
+            reading, ahead = ahead, begin(following)
             try:
                 result, spread = compute_scan(pipeline, reading.result(), options)
                 result.settings |= record
@@ -258,7 +265,7 @@ def predict_scans(pipeline, scans: list, options: PredictOptions, record: dict) 
                 continue
             if behind is not None:
                 yield ended(*behind)
-            behind = scan, writer.submit(write_scan, pipeline, scan, options, result, spread)
+            behind = scan, writer.submit(write, pipeline, scan, options, result, spread)
         if behind is not None:
             yield ended(*behind)
 
@@ -284,9 +291,8 @@ def _records(options: PredictOptions) -> tuple[str, ...]:
     return ("result", "dispersion") if options.dispersion else ("result",)
 
 
-def read_scan(pipeline, scan, options: PredictOptions):
-    """Returns a scan for the pipeline, if its result may be written: its slices, or its volume if the pipeline has to
-    find the brain."""
+def check_place_of(pipeline, scan, options: PredictOptions) -> None:
+    """Raises a `FileExistsError` if the result of a scan may not be written."""
     from anodiff.volumes.results import (
         CALIBRATED_ARRAYS,
         DISPERSION_ARRAYS,
@@ -308,6 +314,10 @@ def read_scan(pipeline, scan, options: PredictOptions):
         raise FileExistsError(
             f"{folder} already holds a result; `--overwrite` replaces it, `--skip_existing` leaves it as it is."
         )
+
+
+def read_scan(pipeline, scan):
+    """Returns a scan for the pipeline: its slices, or its volume if the pipeline has to find the brain."""
     volume = scan.volume
     if isinstance(volume, dict):
         # A network for any contrast has another name for it.

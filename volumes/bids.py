@@ -8,13 +8,17 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
-from ..files import check_name, read_json
+from ..files import check_name, read_json, read_text, write_json, write_text
+from .results import Result, is_whole
 from .scans import Scan, name_modality
 
 
 DESCRIPTION = "dataset_description.json"
 SUFFIXES = (".nii.gz", ".nii")
+# How derivatives name files of the data set that they are made of.
+URI = "bids:raw:"
 # In the order of the specification.
 _ENTITIES = (
     "sub ses sample task acq ce trc stain rec dir run mod echo flip inv mt part proc hemi space split recording chunk"
@@ -210,23 +214,136 @@ def _brain_of(brain: str | os.PathLike | None, entities: Mapping[str, str]) -> P
 def derivative_name(scan: str, array: str) -> str:
     """Returns the name of the derivative of a scan that holds an array of its result, `NAMES`, without an ending."""
     more, suffix = NAMES[array]
-    return join_name({**split_name(f"{scan}_x")[0], "space": "orig", **more}, suffix)
+    return join_name({**entities_of(scan), "space": "orig", **more}, suffix)
+
+
+def record_of(out: Path, scan: str) -> Path:
+    """Returns where the record of a scan lies in a data set of results: beside its anomaly scores."""
+    return out / folder_of(entities_of(scan)) / f"{derivative_name(scan, 'anomaly_map')}.json"
 
 
 def pseudohealthy_name(image: Path) -> str:
     """Returns the name of the reconstruction of an image, without an ending."""
-    entities, suffix = split_name(next(image.name.removesuffix(one) for one in SUFFIXES if image.name.endswith(one)))
+    entities, suffix = split_name(image.name.removesuffix(".gz").removesuffix(".nii"))
     return join_name({**entities, "space": "orig", "desc": "pseudohealthy"}, suffix)
 
 
-def read_description(folder: Path, what: str) -> dict:
-    """Reads `dataset_description.json` of a data set; `what` is what the message calls the folder."""
+def entities_of(scan: str) -> dict[str, str]:
+    """Returns the entities of a scan by its name, which has no suffix."""
+    return split_name(f"{scan}_image")[0]
+
+
+def read_description(folder: Path) -> dict:
+    """Reads `dataset_description.json` of a data set; raises an error if there is none."""
     path = folder / DESCRIPTION
     if not path.is_file():
         raise FileNotFoundError(
-            f"{what} must be a BIDS data set, and {folder} has no {DESCRIPTION}: write one with Name and BIDSVersion."
+            f"{folder} is no BIDS data set, as it has no {DESCRIPTION}. Give the folder that holds it, or write one with"
+            " Name and BIDSVersion."
         )
     description = read_json(path)
     if not isinstance(description, dict):
-        raise ValueError(f"{path} must hold an object with Name and BIDSVersion.")
+        raise ValueError(f"{path} must hold an object with Name and BIDSVersion, got {str(description)[:100]}.")
     return description
+
+
+def write_description(out: Path, root: Path, entry: dict) -> None:
+    """
+    Writes what describes a data set of results, in files that are the same whichever of several runs writes them; if it
+    is described already, checks that it holds results of the same program and checkpoint.
+
+    Args:
+        out (`Path`): The data set of results, made if missing.
+        root (`Path`): The data set that they are of.
+        entry (`dict`): What makes the results, for `GeneratedBy`.
+    """
+    source = read_description(root)
+    if out.resolve() == root.resolve():
+        raise ValueError(f"The results must go into a folder of their own, got {out}, which holds the scans.")
+    if (out / DESCRIPTION).exists():
+        there = read_entry(out)
+        changed = [name for name in entry if there.get(name) != entry[name]]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"{out} holds results of another kind: {name} {there.get(name)}, now {entry[name]}. Choose another"
+                " folder for the new ones."
+            )
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        link = quote(Path(os.path.relpath(root.resolve(), out.resolve())).as_posix())
+        described = {
+            "Name": f"Anomaly maps of {source.get('Name', root.name)}",
+            "BIDSVersion": "1.10.0",
+            "DatasetType": "derivative",
+            "GeneratedBy": [entry],
+            "SourceDatasets": [{"URL": link, **({"DOI": source["DatasetDOI"]} if "DatasetDOI" in source else {})}],
+            "DatasetLinks": {"raw": link},
+        }
+        write_json(out / DESCRIPTION, described)
+    if not (out / "README.md").exists():
+        write_text(out / "README.md", _README)
+    ignored = read_text(out / ".bidsignore").splitlines() if (out / ".bidsignore").exists() else []
+    if set(IGNORED) - set(ignored):
+        write_text(out / ".bidsignore", "\n".join(dict.fromkeys([*ignored, *IGNORED])) + "\n")
+
+
+def read_entry(out: Path) -> dict:
+    """Returns what made the results in a data set, as `write_description` got it; raises a `ValueError` if the data set
+    is none of ours."""
+    entries = read_description(out).get("GeneratedBy")
+    entry = entries[0] if isinstance(entries, list) and entries else None
+    if not isinstance(entry, dict) or entry.get("Name") != "anodiff" or not {"Modalities", "Plane"} <= entry.keys():
+        raise ValueError(
+            f"{out} is a data set of something else than anodiff, by its {DESCRIPTION}: choose another folder."
+        )
+    return entry
+
+
+def find_results(out: Path, root: Path) -> tuple[list[tuple[Scan, Result]], list[tuple[str, str]]]:
+    """
+    Finds the results in a data set of results.
+
+    Args:
+        out, root: As of [`write_description`].
+
+    Returns:
+        scans with their results, and what is not whole with the reason.
+    """
+    results, failed = [], []
+    modalities = read_entry(out)["Modalities"]
+    end = f"_{derivative_name('sub-x', 'anomaly_map').partition('_')[2]}"
+    for record in sorted(out.glob(f"sub-*/**/anat/*{end}.json")):
+        name = record.name.removesuffix(f"{end}.json")
+        if not is_whole(record.parent, (record.stem,)):
+            failed.append(
+                (name, "its result is not whole: files that its record names are missing. Predict it again.")
+            )
+            continue
+        values = read_json(record)
+        images = [root / source.removeprefix(URI) for source in values["Sources"]]
+        names = {f"{array}.nii.gz": f"{derivative_name(name, array)}.nii.gz" for array in NAMES}
+        names["reconstruction.nii.gz"] = f"{pseudohealthy_name(images[0])}.nii.gz"
+        files = {ours: record.parent / theirs for ours, theirs in names.items() if theirs in values["files"]}
+        volume = dict(zip(modalities, images, strict=True))
+        results.append((Scan(name, volume, None, images[0]), Result(values, files)))
+    return results, failed
+
+
+_README = """# Anomaly maps
+
+Made by `anodiff bids` of the BIDS data set that `dataset_description.json` names, which also names the checkpoint. Every
+file lies on the grid of its scan.
+
+- `*_label-L_mask.nii.gz`: where the anomaly score is above the threshold in the file beside it. No lesion is certain.
+- `*_label-L_probseg.nii.gz`: probability of a lesion; of calibrated checkpoints only.
+- `*_desc-anomalyscore_map.nii.gz`: raw scores, no probabilities. The file beside it is the record of the scan: scores of
+  its slices, settings, and the files of its result.
+- `*_desc-healthyrank_map.nii.gz`: which share of healthy voxels has a lower score, at least.
+- `*_desc-pseudohealthy_*.nii.gz`: the scan as the network expects it of a healthy brain. No measurement.
+- `*_desc-brain_mask.nii.gz`: the brain, where it was extracted.
+- `cohort.tsv`, `report.html`: all scans in a table and in a viewer, made by the level `group`.
+- `logs/`: why a scan has no result.
+
+Research use, not a medical device.
+"""

@@ -23,6 +23,7 @@ SCRIPTS = (
     "eval",
     "benchmark",
     "predict",
+    "bids",
     "convert",
     "list_models",
     "ship",
