@@ -170,7 +170,7 @@ def choose_model(root: Path, options: BidsOptions) -> tuple[str, str | None, dic
 
 
 def name_modalities(pipeline, root: Path, model: str, modality: str | None) -> list[str]:
-    """Returns the modalities of the images that a checkpoint gets, as of `name_modality`, in its order."""
+    """Returns the modalities of the images that a checkpoint gets, in its order."""
     from anodiff.hub.shipped import ANY
     from anodiff.volumes.bids import find_modalities
     from anodiff.volumes.scans import name_modality
@@ -183,10 +183,9 @@ def name_modalities(pipeline, root: Path, model: str, modality: str | None) -> l
             there = ", ".join(find_modalities(root))
             raise ValueError(f"{model} takes any contrast: say by `--modality` which images are meant, of {there}.")
         return [modality]
-    named = [name_modality(name) for name in names]
-    if modality is not None and named != [modality]:
-        raise ValueError(f"`--modality` is {modality}, and {model} is for {', '.join(named)}: leave out one of them.")
-    return named
+    if modality is not None and [name_modality(name) for name in names] != [modality]:
+        raise ValueError(f"`--modality` is {modality}, and {model} is for {', '.join(names)}: leave out one of them.")
+    return names
 
 
 def choose_scans(root: Path, modalities: list[str], options: BidsOptions) -> tuple[list, list[tuple[str, str]]]:

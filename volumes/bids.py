@@ -71,6 +71,7 @@ def find_bids_scans(
     root: str | os.PathLike,
     modalities: Sequence[str],
     *,
+    optional: Collection[str] = (),
     participants: Collection[str] = (),
     sessions: Collection[str] = (),
     labels: Mapping[str, Collection[str]] | None = None,
@@ -83,7 +84,8 @@ def find_bids_scans(
     image of each in a session make a scan together, or else those with equal entities (`ce` apart).
 
     Args:
-        modalities: As of [`~volumes.scans.name_modality`]; `t1ce` is a T1w image with the entity `ce`, and `t1` one without.
+        modalities: Of the checkpoint, spelled in any way; `t1ce` is a T1w image with the entity `ce`, `t1` one without.
+        optional: Those of them that a scan may lack, if it has others.
         participants, sessions: Labels with or without `sub-` and `ses-`; all by default.
         labels: Entity to its labels, `{"run": ["1"]}`: images with another label of it are left out, those without the
             entity are not.
@@ -94,6 +96,7 @@ def find_bids_scans(
         images that are not taken, with the reason.
     """
     root, scans, failed = Path(root), [], []
+    spelled = {name_modality(name): name for name in modalities}
     wanted = [f"sub-{label.removeprefix('sub-')}" for label in participants]
     chosen = [f"ses-{label.removeprefix('ses-')}" for label in sessions]
     groups: dict[str, list[Path]] = {}
@@ -113,14 +116,14 @@ def find_bids_scans(
                 continue
             images, wrong = _images(root, folder)
             failed += [(path.relative_to(root).as_posix(), reason) for path, reason in wrong]
-            files: dict[str, list] = {modality: [] for modality in modalities}
+            files: dict[str, list] = {name: [] for name in modalities}
             for path, entities, modality in images:
-                if modality in files and all(
+                if modality in spelled and all(
                     entity not in entities or _same(entities[entity], allowed)
                     for entity, allowed in (labels or {}).items()
                 ):
-                    files[modality].append((path, entities))
-            found, reasons = _combine(files, images)
+                    files[spelled[modality]].append((path, entities))
+            found, reasons = _combine(files, optional, images)
             name = "_".join(folder.relative_to(root).parts)
             failed += [(name, reason) for reason in reasons]
             for entities, volume in found:
@@ -145,12 +148,11 @@ def _images(root: Path, session: Path) -> tuple[list[tuple[Path, dict[str, str],
     images, wrong = [], []
     where = dict(part.split("-", 1) for part in session.relative_to(root).parts)
     for path in sorted((session / "anat").glob("*")):
-        ending = next((ending for ending in SUFFIXES if path.name.endswith(ending)), None)
-        if ending is None or path.name.startswith("."):
+        stem = _stem(path)
+        if not path.name.endswith(SUFFIXES) or path.name.startswith("."):
             continue
-        stem = path.name.removesuffix(ending)
         try:
-            modality = name_modality(stem.rpartition("_")[2])
+            modality = modality_of(stem)
         except ValueError:  # a mask, or what no checkpoint is for
             continue
         try:
@@ -160,11 +162,16 @@ def _images(root: Path, session: Path) -> tuple[list[tuple[Path, dict[str, str],
             continue
         if {entity: entities[entity] for entity in ("sub", "ses") if entity in entities} != where:
             wrong.append((path, "its name says another participant or session than its folder."))
-        elif modality == "t1" and "ce" in entities:
-            images.append((path, entities, "t1ce"))
         else:
             images.append((path, entities, modality))
     return images, wrong
+
+
+def modality_of(stem: str) -> str:
+    """Returns the modality of an image, as of [`~volumes.scans.name_modality`], by its name without an ending; raises a
+    `ValueError` if its suffix is none."""
+    modality = name_modality(stem.rpartition("_")[2])
+    return "t1ce" if modality == "t1" and "_ce-" in stem else modality
 
 
 def _same(label: str, wanted: Collection[str]) -> bool:
@@ -172,10 +179,15 @@ def _same(label: str, wanted: Collection[str]) -> bool:
     return label.lstrip("0") in {one.lstrip("0") for one in wanted}
 
 
-def _combine(files: Mapping[str, list], images: list) -> tuple[list[tuple[dict, dict[str, Path]]], list[str]]:
+def _combine(
+    files: Mapping[str, list], optional: Collection[str], images: list
+) -> tuple[list[tuple[dict, dict[str, Path]]], list[str]]:
     """Returns the scans of a session, their entities and a file for each modality, and why other images make none."""
-    missing = [modality for modality, found in files.items() if not found]
-    if missing:
+    there = {modality: found for modality, found in files.items() if found}
+    missing = [modality for modality in files if modality not in there]
+    if missing and there and set(missing) <= set(optional):
+        files = there
+    elif missing:
         names = ", ".join(path.name for path, _, _ in images) or "there are none"
         return [], [f"has no image for {' and '.join(missing)} among those chosen; its images: {names}."]
     if len(files) > 1 and all(len(found) == 1 for found in files.values()):
@@ -224,8 +236,12 @@ def record_of(out: Path, scan: str) -> Path:
 
 def pseudohealthy_name(image: Path) -> str:
     """Returns the name of the reconstruction of an image, without an ending."""
-    entities, suffix = split_name(image.name.removesuffix(".gz").removesuffix(".nii"))
+    entities, suffix = split_name(_stem(image))
     return join_name({**entities, "space": "orig", "desc": "pseudohealthy"}, suffix)
+
+
+def _stem(image: Path) -> str:
+    return image.name.removesuffix(".gz").removesuffix(".nii")
 
 
 def entities_of(scan: str) -> dict[str, str]:
@@ -311,10 +327,11 @@ def find_results(out: Path, root: Path) -> tuple[list[tuple[Scan, Result]], list
         scans with their results, and what is not whole with the reason.
     """
     results, failed = [], []
-    modalities = read_entry(out)["Modalities"]
-    end = f"_{derivative_name('sub-x', 'anomaly_map').partition('_')[2]}"
-    for record in sorted(out.glob(f"sub-*/**/anat/*{end}.json")):
-        name = record.name.removesuffix(f"{end}.json")
+    spelled = {name_modality(name): name for name in read_entry(out)["Modalities"]}
+    more, suffix = NAMES["anomaly_map"]
+    for record in sorted(out.glob(f"sub-*/**/anat/*_{join_name(more, suffix)}.json")):
+        entities, _ = split_name(record.stem)
+        name = join_name({entity: label for entity, label in entities.items() if entity not in ("space", *more)})
         if not is_whole(record.parent, (record.stem,)):
             failed.append(
                 (name, "its result is not whole: files that its record names are missing. Predict it again.")
@@ -325,7 +342,7 @@ def find_results(out: Path, root: Path) -> tuple[list[tuple[Scan, Result]], list
         names = {f"{array}.nii.gz": f"{derivative_name(name, array)}.nii.gz" for array in NAMES}
         names["reconstruction.nii.gz"] = f"{pseudohealthy_name(images[0])}.nii.gz"
         files = {ours: record.parent / theirs for ours, theirs in names.items() if theirs in values["files"]}
-        volume = dict(zip(modalities, images, strict=True))
+        volume = {spelled[modality_of(_stem(image))]: image for image in images}
         results.append((Scan(name, volume, None, images[0]), Result(values, files)))
     return results, failed
 
