@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
-from ..files import read_json, read_text
+from ..files import read_text
+from ..volumes.results import Result, read_result
 from ..volumes.volume import InputVolume, read_volume
 
 
@@ -29,8 +29,14 @@ def measure_folder(
     Returns:
         the columns of `cohort.tsv` that say what was found, and the rows of `regions.tsv`, none without a mask.
     """
-    folder = Path(folder)
-    record = read_json(folder / "result.json")
+    return measure_result(read_result(folder, "result"), labels, names)
+
+
+def measure_result(
+    result: Result, labels: np.ndarray | None = None, names: dict[int, str] | None = None
+) -> tuple[dict, list[dict]]:
+    """Measures a result wherever its files are; arguments and values as of [`measure_folder`]."""
+    record = result.record
     is_ensemble = "num_members" in record
     scores = record.get("pred_score") or [None]
     values = {
@@ -38,7 +44,7 @@ def measure_folder(
         "max_slice_score": max(scores, key=lambda score: -np.inf if score is None else score),
         "threshold": 0.5 if is_ensemble else (record.get("settings") or {}).get("threshold"),
     }
-    mask = read_mask(folder)
+    mask = _read_mask(result)
     if mask is None:
         return values, []
     found, regions = measure_mask(mask, labels, names)
@@ -47,9 +53,12 @@ def measure_folder(
 
 def read_mask(folder: str | os.PathLike) -> InputVolume | None:
     """Returns the mask of a result, that of the majority of an ensemble; `None` if it has none."""
-    files = read_json(Path(folder) / "result.json")["files"]
-    masks = [name for name in files if name.split(".")[0] in ("pred_mask", "majority_mask")]
-    return read_volume(Path(folder) / masks[0]) if masks else None
+    return _read_mask(read_result(folder, "result"))
+
+
+def _read_mask(result: Result) -> InputVolume | None:
+    masks = [path for name, path in result.files.items() if name.split(".")[0] in ("pred_mask", "majority_mask")]
+    return read_volume(masks[0]) if masks else None
 
 
 def measure_mask(

@@ -140,6 +140,14 @@ def write_rows(folder: str | os.PathLike, rows: Sequence[tuple[dict, Sequence[di
         _replace(folder / REGIONS, REGION_COLUMNS, lambda cells: cells[0] in measured, new)
 
 
+def write_table(table: Path, columns: dict, rows: list[dict]) -> None:
+    """Writes a table anew, in place of an earlier one of the same `columns`, with their descriptions beside it; raises a
+    `FileExistsError` if another table is there."""
+    if os.path.lexists(table):
+        _read_lines(table, columns)
+    _replace(table, columns, lambda cells: True, rows)
+
+
 def _replace(table: Path, columns: dict, is_old, rows: list[dict]) -> None:
     """Writes a table with new rows in place of old ones, in the order of the scans."""
     kept = [cells for cells in _read_lines(table, columns) if not is_old(cells)] if table.exists() else []

@@ -279,6 +279,8 @@ def write_description(out: Path, root: Path, entry: dict) -> None:
     if (out / DESCRIPTION).exists():
         there = read_entry(out)
         changed = [name for name in entry if there.get(name) != entry[name]]
+        if "CheckpointRevision" in entry and "CheckpointRevision" not in changed:
+            changed = [name for name in changed if name != "Checkpoint"]  # another path to the same
         if changed:
             name = changed[0]
             raise ValueError(
