@@ -99,12 +99,18 @@ def test_a_table_has_a_row_per_subject_and_a_column_per_modality(make, tmp_path)
     ("rows", "message"),
     [
         (["flair t1", "a.nii b.nii"], "t.tsv, line 1: a table of scans must have the column `subject`"),
-        (["subject flair age", "s1 a.nii 50"], "t.tsv, line 1: the table has unknown columns, age. Its columns must be"),
+        (
+            ["subject flair age", "s1 a.nii 50"],
+            "t.tsv, line 1: the table has unknown columns, age. Its columns must be",
+        ),
         (["subject t1", "s1 a.nii"], "t.tsv, line 1: the table has no column for flair. Its columns must be"),
         (["subject flair FLAIR", "s1 a.nii a.nii"], "t.tsv, line 1: the columns flair, FLAIR mean the same"),
         (["subject flair", "s1 a.nii", "", "s2"], "t.tsv, line 4: it has 1 cells, and the first line 2"),
         (["subject flair", "s1 a.nii", "S1 a.nii"], "t.tsv, line 3: the subject S1 is in line 2 already"),
-        (["subject flair", "../s1 a.nii"], "The name of the subject in t.tsv, line 2, must be one that a file can have"),
+        (
+            ["subject flair", "../s1 a.nii"],
+            "The name of the subject in t.tsv, line 2, must be one that a file can have",
+        ),
         (["subject flair"], "t.tsv has no row below its first line"),
     ],
 )
@@ -145,7 +151,9 @@ def test_the_modality_that_a_table_says(make, tmp_path, header, paths, modality)
 
 def test_a_table_of_several_modalities_needs_a_choice(make, tmp_path):
     table(tmp_path / "t.tsv", "subject T1w flair", "s1 a.nii b.nii")
-    with pytest.raises(ValueError, match=r"several modalities: t1 \(.*t.tsv, column T1w\) and flair .* by `--modality`"):
+    with pytest.raises(
+        ValueError, match=r"several modalities: t1 \(.*t.tsv, column T1w\) and flair .* by `--modality`"
+    ):
         find_input_modality(read_inputs([str(tmp_path / "t.tsv")]), PredictOptions())
 
 
