@@ -14,6 +14,7 @@ from ..files import lock_folder, read_json, write_json
 from ..hub import shipped
 from ..hub.configuration import plain
 from ..pipelines.guarantee import describe_claims
+from ..pipelines.output import AnomalyOutput
 from ..reports.page import check_replaceable
 from ..reports.predictions import write_predictions
 from ..volumes.bids import (
@@ -31,9 +32,9 @@ from ..volumes.bids import (
 )
 from ..volumes.results import is_whole, write_result
 from ..volumes.scans import Scan, name_modality
-from .measures import measure_result
+from .measures import measure_saved
 from .options import BidsOptions, PredictOptions
-from .prediction import Prediction, describe_error, find_device, find_revision, load_pipeline, predict_scans
+from .prediction import describe_error, find_device, find_revision, load_pipeline, predict_scans
 from .tables import COHORT, COHORT_COLUMNS, DONE, FAILED, write_table
 
 
@@ -111,19 +112,21 @@ def run_participants(root: Path, out: Path, options: BidsOptions) -> list[tuple[
         records = [record_of(out, scan.name) for scan in scans]
         finished = [is_whole(path.parent, (path.stem,)) for path in records]
         scans = [scan for scan, is_there in zip(scans, finished, strict=True) if not is_there]
-    done, write = 0, partial(write_derivatives, root)
-    predictions = predict_scans(pipeline, scans, settings, record, check=check_derivatives, write=write)
+    predictions = predict_scans(pipeline, scans, settings, record, check_derivatives, partial(write_derivatives, root))
+    done, logs = 0, out / "logs"
+    logs.mkdir(exist_ok=True)
     for prediction in tqdm(predictions, total=len(scans), desc="scans", disable=len(scans) < 2):
         name, reason = prediction.scan.name, prediction.reason
-        log = out / "logs" / f"{name}.json"
         if reason is None:
             done += 1
-            log.unlink(missing_ok=True)
             tqdm.write(f"{name}: {prediction.told}")
         else:
             failed.append((name, reason))
-            log.parent.mkdir(exist_ok=True)
-            write_json(log, {"reason": reason})
+        path = record_of(out, name)
+        if reason is None or not is_whole(path.parent, (path.stem,)):
+            inputs = {file.removeprefix(f"{root}/"): digest for file, digest in prediction.inputs.items()}
+            log = {"reason": reason, "seconds": prediction.seconds, "warnings": prediction.warnings, "inputs": inputs}
+            write_json(logs / f"{name}.json", log)
     skipped = f", {sum(finished)} finished before" if options.skip_existing else ""
     print(f"{done} scan(s) done{skipped}, results in {out}")
     return failed
@@ -188,18 +191,11 @@ def check_derivatives(pipeline: AnomalyPipeline, scan: Scan, options: PredictOpt
 
 
 def write_derivatives(
-    root: Path,
-    pipeline: AnomalyPipeline,
-    prediction: Prediction,
-    options: PredictOptions,
-    result,
-    spread,
-    labels,
-    region_names,
-) -> None:
-    """Writes the result of a scan into the data set of results. Arguments after `root`, the data set of the scans, as of
-    [`~cohorts.prediction.write_scan`]; of an atlas or several draws there is nothing."""
-    scan, images = prediction.scan, list(prediction.scan.volume.values())
+    root: Path, pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions, result: AnomalyOutput, spread: None
+) -> str:
+    """Writes the result of a scan of the data set `root` into that of the results. Returns how its brain mask came about,
+    and what a calibrated checkpoint says of it, in words. Other arguments as of [`~cohorts.prediction.write_scan`]."""
+    images = list(scan.volume.values())
     sources = [f"{URI}{image.relative_to(root).as_posix()}" for image in images]
     common = {"Sources": sources, "SpatialReference": sources[0]}
     arrays = {derivative_name(scan.name, array): (getattr(result, array), _SIDECARS[array]) for array in NAMES}
@@ -218,14 +214,11 @@ def write_derivatives(
             if name != record.stem:
                 writers[f"{name}.json"] = partial(write_json, values=common | about)
     values = common | _SIDECARS["anomaly_map"] | plain(result.record())
-    values |= {"seconds": prediction.seconds, "warnings": prediction.warnings}
-    values["inputs"] = {path.removeprefix(f"{root}/"): digest for path, digest in prediction.inputs.items()}
     # The record, which marks the scan as done, comes last.
     with lock_folder(record.parent):
         write_result(record.parent, record.stem, values, writers)
-    prediction.told = f"brain mask: {result.settings['brain']}"
-    if result.guarantee is not None:
-        prediction.told = f"{prediction.told}; {describe_claims(result.guarantee)}"
+    told = f"brain mask: {result.settings['brain']}"
+    return told if result.guarantee is None else f"{told}; {describe_claims(result.guarantee)}"
 
 
 def run_group(root: Path, out: Path, options: BidsOptions) -> list[tuple[str, str]]:
@@ -241,15 +234,18 @@ def run_group(root: Path, out: Path, options: BidsOptions) -> list[tuple[str, st
     for scan in wanted:
         log = out / "logs" / f"{scan.name}.json"
         if scan.name not in there:
-            failed.append((scan.name, read_json(log)["reason"] if log.exists() else "was never predicted."))
+            reason = read_json(log)["reason"] if log.exists() else None
+            failed.append((scan.name, reason or "was never predicted, or its result was removed."))
     rows = []
     for scan, result in results:
         sources = " | ".join(path.relative_to(root).as_posix() for path in scan.volume.values())
         row = {"scan": scan.name, "source": sources, "status": DONE, "checkpoint": entry["Checkpoint"]}
-        row |= {"revision": entry.get("CheckpointRevision"), "seconds": result.record["seconds"]}
-        row |= {"warnings": " | ".join(result.record["warnings"])}
+        log = out / "logs" / f"{scan.name}.json"
+        values = read_json(log) if log.exists() else {"seconds": None, "warnings": []}
+        row |= {"seconds": values["seconds"], "warnings": " | ".join(values["warnings"])}
+        row["revision"] = entry.get("CheckpointRevision")
         try:
-            row |= measure_result(result)[0]
+            row |= measure_saved(result)[0]
         except (OSError, ValueError) as error:
             failed.append((scan.name, f"its result cannot be measured: {describe_error(error)}"))
             continue

@@ -362,7 +362,7 @@ file lies on the grid of its scan.
 - `*_desc-pseudohealthy_*.nii.gz`: the scan as the network expects it of a healthy brain. No measurement.
 - `*_desc-brain_mask.nii.gz`: the brain, where it was extracted.
 - `cohort.tsv`, `report.html`: all scans in a table and in a viewer, made by the level `group`.
-- `logs/`: why a scan has no result.
+- `logs/`: how long each scan took, what was warned of, SHA-256 of its images, and why one has no result.
 
 Research use, not a medical device.
 """
