@@ -203,8 +203,9 @@ def write_derivatives(
     arrays[mask] = (result.pred_mask, _SIDECARS["pred_mask"] | {"Threshold": result.settings["threshold"]})
     if result.reconstruction is not None:
         about = _SIDECARS["reconstruction"] | {"SkullStripped": result.settings["brain"] != "none"}
-        for index, image in enumerate(images):
-            channel = result.reconstruction[..., index] if len(images) > 1 else result.reconstruction
+        names = list(pipeline.processor.config.modalities)
+        for modality, image in scan.volume.items():
+            channel = result.reconstruction[..., names.index(modality)] if len(names) > 1 else result.reconstruction
             arrays[pseudohealthy_name(image)] = (channel, about)
     record = record_of(Path(options.output), scan.name)
     writers = {}
