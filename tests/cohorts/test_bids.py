@@ -174,9 +174,8 @@ def test_every_array_of_a_result_is_a_derivative(place):
         settings={"threshold": 0.1, "brain": "extracted"},
         source=read_volume(scan.volume),
     )
-    assert (
-        write_derivatives(root, None, scan, PredictOptions(output=str(out)), result, None) == "brain mask: extracted"
-    )
+    pipeline, options = make_pipeline("AnoDDPMPipeline", ("flair", "T1w")), PredictOptions(output=str(out))
+    assert write_derivatives(root, pipeline, scan, options, result, None) == "brain mask: extracted"
     assert errors_of(out) == []
     values = {
         path.name.removesuffix(".nii.gz"): np.unique(nib.load(path).get_fdata()).tolist()
