@@ -76,14 +76,7 @@ def write_predictions(
         ordered = sorted(scans, key=lambda scan: (-(scores[scan.name] or 0), scan.name))
         for scan in tqdm(ordered, desc="report", disable=len(ordered) < 2, leave=False):
             try:
-                spread = path.parent / scan.name / "dispersion.json"
-                yield view_result(
-                    results[scan.name],
-                    read_result(spread.parent, "dispersion") if spread.exists() else None,
-                    scan,
-                    plane=plane,
-                    leave_out=common,
-                )
+                yield view_result(results[scan.name], scan, plane=plane, leave_out=common)
             except (OSError, ValueError) as error:
                 unread.append((str(scan.source), f"its result is there, but not in the report: {error}"))
                 # The tables are written after the last scan.
@@ -118,8 +111,8 @@ def write_predictions(
     return unread
 
 
-def view_result(result: Result, spread: Result | None, scan: Scan, *, plane: str, leave_out: dict) -> ScanView:
-    """Returns a result, and that of its draws, with its scan; `leave_out` are settings that its facts do not name."""
+def view_result(result: Result, scan: Scan, *, plane: str, leave_out: dict) -> ScanView:
+    """Returns a result with its scan; `leave_out` are settings that its facts do not name."""
     record, source = result.record, read_volume(scan.volume)
     layers = [
         Layer(name or "Scan", "scan", nib.Nifti1Image(array, source.affine)) for name, array in source.arrays.items()
@@ -134,8 +127,8 @@ def view_result(result: Result, spread: Result | None, scan: Scan, *, plane: str
         array = array[..., 0] if array.ndim > 3 else array
         name = f"Reconstruction ({first})" if several else "Reconstruction"
         layers.append(Layer(name, "reconstruction", nib.Nifti1Image(array, source.affine)))
-    if spread is not None:
-        layers += _layers(spread, _SPREAD, source)
+    if (result.folder / "dispersion.json").exists():
+        layers += _layers(read_result(result.folder, "dispersion"), _SPREAD, source)
     settings = record["settings"] or {}
     facts = {}
     mask = next((layer for layer in layers if layer.kind == "mask"), None)

@@ -345,7 +345,7 @@ def find_results(out: Path, root: Path) -> tuple[list[tuple[Scan, Result]], list
         names["reconstruction.nii.gz"] = f"{pseudohealthy_name(images[0])}.nii.gz"
         files = {ours: record.parent / theirs for ours, theirs in names.items() if theirs in values["files"]}
         volume = {spelled[modality_of(_stem(image))]: image for image in images}
-        results.append((Scan(name, volume, None, images[0]), Result(values, files)))
+        results.append((Scan(name, volume, None, images[0]), Result(values, record.parent, files)))
     return results, failed
 
 

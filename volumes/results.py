@@ -53,16 +53,19 @@ _FILE = re.compile(r"(reconstruction)_[^/]+\.png|(member_masks|member_maps)_\d+\
 
 @dataclass(frozen=True)
 class Result:
-    """Says where a result lies: its record, and the paths of its files by the names that `predict.py` gives them."""
+    """Says where a result lies: its record, its folder, and the paths of its files by the names that `predict.py` gives
+    them."""
 
     record: dict
+    folder: Path
     files: dict[str, Path]
 
 
 def read_result(folder: str | os.PathLike, record: str) -> Result:
     """Reads the record of a result in a folder, `"result"` or `"dispersion"`."""
-    values = read_json(Path(folder) / f"{record}.json")
-    return Result(values, {name: Path(folder) / name for name in values["files"]})
+    folder = Path(folder)
+    values = read_json(folder / f"{record}.json")
+    return Result(values, folder, {name: folder / name for name in values["files"]})
 
 
 def result_files(folder: str | os.PathLike, records: Iterable[str] = tuple(PICTURES)) -> set[str]:
