@@ -12,7 +12,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from anodiff.schedulers import draws
-from anodiff.schedulers import draws
 from anodiff.schedulers.draws import fold_in, integers, make_keys, normal, philox, uniform, words
 
 
