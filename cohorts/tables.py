@@ -145,6 +145,13 @@ def write_rows(folder: str | os.PathLike, rows: Sequence[tuple[dict, Sequence[di
     _write_lines(folder / REGIONS, REGION_COLUMNS, kept + new)
 
 
+def write_table(table: Path, columns: dict, rows: list[dict]) -> None:
+    """Writes a table anew, in place of an earlier one of the same `columns`, with their descriptions beside it; raises a
+    `FileExistsError` if another table is there."""
+    _read_lines(table, columns)
+    _write_lines(table, columns, sorted(_line(row, columns) for row in rows))
+
+
 def _read_lines(table: Path, columns: dict) -> list[str]:
     """Returns the lines of a table below its first one, none if it is missing; raises a `FileExistsError` if it is none
     of this version."""
