@@ -126,7 +126,9 @@ def find_input_modality(inputs: Inputs, options: PredictOptions) -> str | None:
         for name in table.modalities:
             said.setdefault(_key(name), f"{table.path}, column {name}")
     if inputs.paths or not said:
-        said.setdefault(find_modality(inputs.paths, options.brain, options.output, beside(options.atlas)), "files")
+        said.setdefault(
+            find_modality(inputs.paths, options.brain, options.output, atlas=beside(options.atlas)), "files"
+        )
     if len(said) > 1:
         names = " and ".join(f"{modality or 'unknown'} ({place})" for modality, place in said.items())
         raise ValueError(
@@ -154,7 +156,7 @@ def list_scans(
     Returns:
         scans to predict; what is not taken, with the reason; and scans that are left out, as their results are there.
     """
-    scans, failed = find_scans(inputs.paths, modalities, options.brain, options.output, beside(options.atlas))
+    scans, failed = find_scans(inputs.paths, modalities, options.brain, options.output, atlas=beside(options.atlas))
     failed = [*inputs.failed, *failed]
     for table in inputs.tables:
         more, reasons = _table_scans(table, modalities, options)

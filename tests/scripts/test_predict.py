@@ -524,16 +524,18 @@ def test_the_table_says_what_became_of_every_scan(place, model, capsys):
     assert regions["marked_voxels"].tolist()[:2] == [mask[:8].sum(), mask[8:].sum()]
     assert regions["region_ml"].tolist()[:2] == [0.256, 0.256]
 
-    # The table has lost its rows, or never had the regions: they are measured again.
+    # The table has no values of a result: it is measured again.
     text = read_text(folder / "out" / "cohort.tsv")
-    before = [line for line in text.splitlines() if line.startswith(("a\t", "c\t"))]
+    header, first, failed = text.splitlines()[:3]
     (folder / "out" / "regions.tsv").unlink()
-    (folder / "out" / "cohort.tsv").write_text(text.splitlines()[0] + "\n" + before[0] + "\n")
+    lines = [header, first, failed.replace("b\t", "c\t", 1), ""]
+    (folder / "out" / "cohort.tsv").write_text("\n".join(lines))
     capsys.readouterr()
     assert main([*command, "--skip_existing"]) == 1
     assert "0 scan(s) done, 2 finished before" in capsys.readouterr().out
     again = table_of(folder / "out")
     assert again["status"].tolist() == ["skipped", "failed", "skipped", "failed"]
+    assert again["reason"].isna().tolist() == [True, False, True, False]
     values = ["volume_score", "max_slice_score", "threshold", "marked_voxels", "marked_ml", "components"]
     pandas.testing.assert_frame_equal(again[values], frame[values])
     assert again["seconds"][0] == frame["seconds"][0] and again["checkpoint"].isna().tolist() == [
