@@ -102,6 +102,7 @@ def run_participants(root: Path, out: Path, options: BidsOptions) -> list[tuple[
         "Checkpoint": record["model"],
         "CheckpointRevision": find_revision(model),
         "Modalities": name_modalities(pipeline, root, record["model"], modality),
+        "OptionalModalities": list(pipeline.config.get("optional_modalities") or ()) or None,
         "Plane": pipeline.processor.config.plane,
     }
     entry = {name: value for name, value in entry.items() if value is not None}
@@ -174,6 +175,7 @@ def choose_scans(root: Path, entry: dict, options: BidsOptions) -> tuple[list[Sc
     return find_bids_scans(
         root,
         entry["Modalities"],
+        optional=entry.get("OptionalModalities", ()),
         participants=options.participant_label,
         sessions=options.session_label,
         labels={entity: chosen for entity, chosen in labels.items() if chosen},
