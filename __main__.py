@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": "score methods under one protocol",
     "benchmark": "rank methods on a prepared data set",
     "predict": "maps for new scans",
+    "bids": "maps of a BIDS data set, as derivatives",
     "models": "checkpoints that come with the package",
     "strip": "scans without their skull",
     "app": "maps of uploaded scans, in a browser",

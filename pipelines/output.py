@@ -94,6 +94,10 @@ class AnomalyOutput(BaseOutput):
             FileExistsError: A file that no earlier result wrote has a name that one of these would get.
             ValueError: A value of the record is none that JSON has, or this is the result of a tensor.
         """
+        _write(folder, self.source, self, MAP_ARRAYS, "result", self.record(), draw)
+
+    def record(self) -> dict:
+        """Returns the scores, details of slices, settings and guarantee of the result, for its record."""
         record = {
             "volume_score": self.volume_score,
             "pred_score": self.pred_score,
@@ -102,7 +106,7 @@ class AnomalyOutput(BaseOutput):
         }
         if self.guarantee is not None:
             record["guarantee"] = self.guarantee
-        _write(folder, self.source, self, MAP_ARRAYS, "result", record, draw)
+        return record
 
 
 @dataclass

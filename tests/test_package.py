@@ -22,11 +22,12 @@ ROOMS = (
     ("pipelines", "data"),
     ("reports",),
     ("training", "evaluation"),
-    ("apps", "convert", "ranking"),
+    ("apps", "cohorts", "convert", "ranking"),
     (
         "train",
         "eval",
         "predict",
+        "bids",
         "preprocess",
         "strip",
         "list_models",

@@ -23,6 +23,7 @@ SCRIPTS = (
     "eval",
     "benchmark",
     "predict",
+    "bids",
     "convert",
     "list_models",
     "ship",
@@ -240,3 +241,16 @@ def test_switches_stand_alone_or_take_a_value():
 
     assert overwrite("--overwrite") and overwrite("--overwrite", "--seed", "1") and overwrite("--overwrite", "true")
     assert overwrite("--overwrite=true") and not overwrite("--overwrite", "false") and not overwrite("a.nii")
+
+
+def test_flags_of_lists_take_all_that_follows():
+    from anodiff.cohorts.options import BidsOptions
+
+    def parsed(*arguments):
+        lists = ("participant_label", "run_label")
+        return parse_options(BidsOptions, list(arguments), prog="", description="", positional="places", lists=lists)
+
+    options = parsed("in", "out", "group", "--participant_label", "01", "1e3", "--fast", "--run_label=1", "2")
+    assert options.places == ["in", "out", "group"] and options.participant_label == ["01", "1e3"]
+    assert options.run_label == ["1", "2"] and options.fast
+    assert parsed("in").participant_label == []
