@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     pipeline.set_progress_bar_config(leave=False, disable=not accelerator.is_local_main_process)
 
     # One process looks for scans: others might see what it has begun to write.
-    listed = [list_scans(options, wanted) if accelerator.is_main_process else None]
+    listed = [list_scans(options, wanted, pipeline.may_lack) if accelerator.is_main_process else None]
     scans, failed, finished = broadcast_object_list(listed)[0]
     own, reasons = scans[accelerator.process_index :: accelerator.num_processes], []
     with tqdm(total=len(own), desc="scans", disable=len(own) < 2 or not accelerator.is_local_main_process) as bar:
@@ -208,13 +208,15 @@ def load_pipeline(model: str, device, options: PredictOptions):
     return pipeline
 
 
-def list_scans(options: PredictOptions, modalities: list[str]) -> tuple[list, list[tuple[str, str]], list]:
-    """Returns the scans to predict, paths that are no scans with the reason, and the scans that are left out, as their
-    results are there."""
+def list_scans(
+    options: PredictOptions, modalities: list[str], optional: list[str]
+) -> tuple[list, list[tuple[str, str]], list]:
+    """Returns the scans to predict, which may lack `optional` modalities, paths that are no scans with the reason, and
+    the scans that are left out, as their results are there."""
     from anodiff.volumes.results import is_whole
     from anodiff.volumes.scans import find_scans
 
-    scans, failed = find_scans(options.scans, modalities, options.brain, options.output)
+    scans, failed = find_scans(options.scans, modalities, options.brain, options.output, optional)
     if not options.skip_existing:
         return scans, failed, []
     whole = [is_whole(Path(options.output) / scan.name, _records(options)) for scan in scans]
@@ -309,12 +311,12 @@ def read_scan(pipeline, scan, options: PredictOptions):
             f"{folder} already holds a result; `--overwrite` replaces it, `--skip_existing` leaves it as it is."
         )
     volume = scan.volume
-    if isinstance(volume, dict):
+    if isinstance(volume, dict) and len(pipeline.processor.config.modalities) == 1:
         # A network for any contrast has another name for it.
         volume = dict(zip(pipeline.processor.config.modalities, volume.values(), strict=True))
     if pipeline.brain_extractor is not None and scan.brain is None:
         # Two networks at once might not fit into the memory of a GPU: this one waits for its turn.
-        return pipeline.processor.read(volume)
+        return pipeline.processor.read(volume, pipeline.may_lack)
     return pipeline.prepare_volume(volume, scan.brain)
 
 
@@ -336,8 +338,8 @@ def compute_scan(pipeline, volume, options: PredictOptions) -> tuple:
 
 
 def write_scan(pipeline, scan, options: PredictOptions, result, spread) -> str:
-    """Writes the result of a scan, and its pictures, into a folder of its own. Returns how its brain mask came about, and
-    what a calibrated checkpoint says of it, in words."""
+    """Writes the result of a scan, and its pictures, into a folder of its own. Returns how its brain mask came about,
+    what a calibrated checkpoint says of it, and the warnings of the result, in words."""
     from anodiff.evaluation.overview import draw_members, draw_overview
     from anodiff.files import lock_folder
     from anodiff.pipelines.guarantee import describe_claims
@@ -356,6 +358,8 @@ def write_scan(pipeline, scan, options: PredictOptions, result, spread) -> str:
     told = _ORIGINS[result.settings["brain"]]
     if isinstance(result, AnomalyOutput) and result.guarantee is not None:
         told = f"{told}; {describe_claims(result.guarantee)}"
+    if isinstance(result, AnomalyOutput) and result.warnings is not None:
+        told = f"{told}. {' '.join(result.warnings)}"
     return told
 
 
