@@ -338,8 +338,9 @@ class _Reader:
             return [(path, path) for path in named[self.modalities[0]]], failed + [(path, _MASK) for path in masks]
         if foreign or any(named.values()):
             several = [f"{name} ({_some(files)})" for name, files in named.items() if len(files) > 1]
+            needed = [name for name in missing if name not in self.optional] or missing
             parts = [
-                f"no file for {', '.join(missing)}" if missing else "",
+                f"no file for {', '.join(needed)}" if needed else "",
                 *(f"several for {one}" for one in several),
             ]
             present = [path for files in named.values() for path in files] + foreign + unnamed
