@@ -69,6 +69,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    sees_neighbours = True
 
     @register_to_config
     def __init__(
@@ -210,7 +211,9 @@ class AnoDDPMPipeline(AnomalyPipeline):
                     total.index_add_(0, rows, sample)
                     if len(kept):
                         kept[members.to(device), rows] = sample
-        reconstruction = hide_missing(self, total / len(levels), present_modalities)
+        # Neighbours are denoised with the slices, and are no part of their maps.
+        slices, reconstruction, kept = map(self.processor.middle, (slices, total / len(levels), kept))
+        reconstruction = hide_missing(self, reconstruction, present_modalities)
         channels = self.modality_channels(present_modalities)
         if map_type in MAHALANOBIS:
             seen, kept = self.processor.to_unit(slices[:, channels]), self.processor.to_unit(kept[:, :, channels])
