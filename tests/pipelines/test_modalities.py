@@ -10,7 +10,7 @@ import torch
 from anodiff import AnomalyPipeline, VolumeProcessor, disperse
 from anodiff.pipelines.guarantee import describe_scoring, find_changes
 
-from ..tiny import SETTINGS, assert_same_map, make_pipeline, make_volume
+from ..tiny import SETTINGS, assert_same_map, make_pipeline, make_unet, make_volume
 
 
 MODALITIES = ("t1", "flair", "t2")
@@ -61,6 +61,17 @@ def test_what_the_network_sees(name, settings):
     assert len(seen) == len(everything)
     assert all((one[:, [0, 2]] == -1).all() and one[:, 1].std() > 0.1 for one in seen)
     torch.testing.assert_close(seen[0][:, 1], everything[0][:, 1])
+
+
+@pytest.mark.parametrize("name", ["ANDiPipeline", "AnoDDPMPipeline"])
+def test_a_missing_modality_is_missing_in_neighbouring_slices_too(name):
+    pipe = make(name, unet=make_unet(9), processor_settings={"context": 1})
+    output, seen = pipe(volumes("t1", "t2")), []
+    left_out = pipe(volumes(*MODALITIES), present_modalities=["t1", "t2"])
+    assert_same_map(left_out.anomaly_map, output.anomaly_map)
+    pipe.unet.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    pipe(volumes("t1", "t2"))
+    assert all((one[:, 1::3] == -1).all() and (one[:, [0, 2, 3, 5, 6, 8]].std((2, 3)) > 0.1).all() for one in seen)
 
 
 def test_the_reconstruction_has_the_modalities_of_the_volume(tmp_path):

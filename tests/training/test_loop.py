@@ -102,12 +102,12 @@ def test_only_the_same_training_goes_on():
         Progress(16, 1).load_state_dict(state)
 
 
-def objective(modalities=("image",), kind=NoiseObjective, **options):
+def objective(modalities=("image",), kind=NoiseObjective, context=0, **options):
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
-        in_channels=len(modalities),
-        out_channels=len(modalities),
+        in_channels=len(modalities) * (2 * context + 1),
+        out_channels=len(modalities) * (2 * context + 1),
         layers_per_block=1,
         block_out_channels=(4,),
         norm_num_groups=4,
@@ -115,7 +115,7 @@ def objective(modalities=("image",), kind=NoiseObjective, **options):
         up_block_types=("UpBlock2D",),
         add_attention=False,
     )
-    processor = VolumeProcessor(modalities=modalities, size=(8, 8))
+    processor = VolumeProcessor(modalities=modalities, size=(8, 8), context=context)
     return kind(unet, kind.scheduler_class(), processor, **options)
 
 
@@ -183,6 +183,15 @@ def test_the_loss_is_that_of_the_modalities_that_are_seen(kind, loss):
     other = torch.where(present[..., None, None], images, torch.rand(20, 3, 8, 8))
     torch.testing.assert_close(built.loss(built.model, {"image": other}, keys), losses)
     assert built.make_pipeline(built.model).may_lack == ["t1", "t2", "flair"]
+
+
+def test_a_modality_is_hidden_in_neighbouring_slices_too():
+    built = objective(("t1", "t2"), context=1, modality_dropout=0.5)
+    keys, seen = make_keys(0, range(20)), []
+    built.model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    built.loss(built.model, {"image": torch.rand(20, 6, 8, 8)}, keys)
+    hidden = (seen[0] == -1).all((2, 3)).reshape(20, 3, 2)  # of the three slices
+    assert torch.equal(hidden, ~draw_present(keys, 2, 0.5)[:, None].expand(20, 3, 2)) and hidden.any()
 
 
 def test_without_dropout_no_modality_is_optional():
