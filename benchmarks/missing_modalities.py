@@ -18,7 +18,7 @@ from anodiff.files import read_json
 from anodiff.train import main as train
 
 
-METRICS = ("average_precision", "dice_oracle", "volume_auroc")
+METRICS = ("voxel_average_precision", "voxel_auroc", "dice_oracle")
 
 
 def main() -> None:

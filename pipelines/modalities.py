@@ -61,7 +61,7 @@ def describe_missing(pipeline, present: Sequence[str] | None, threshold: float |
     if threshold is not None:
         notes.append(
             f"The threshold {threshold:g} was set with all modalities: `anodiff eval --inference.present_modalities"
-            f' "[{", ".join(present)}]"` measures one for these, and `threshold` takes it.'
+            f" '[{','.join(present)}]'` measures one for these, and `threshold` takes it."
         )
     if pipeline.postprocessing.normalization != "none":
         notes.append("The map is divided by healthy maps that were measured with all modalities.")

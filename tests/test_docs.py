@@ -25,7 +25,7 @@ CODE = [
     path
     for folder in (
         ".",
-        *"apps convert data evaluation hub models pipelines ranking reports schedulers training volumes tests benchmarks configs".split(),
+        *"apps cohorts convert data evaluation hub models pipelines ranking reports schedulers training volumes tests benchmarks configs".split(),
     )
     for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
 ]

@@ -52,12 +52,14 @@ _TEXT_NAMES = ("readme", "license", "licence", "changes", "citation", "notice", 
 
 @dataclass(frozen=True)
 class Scan:
-    """Names one scan: its name among the results, the volume and brain mask for the pipeline, the path as given."""
+    """Names one scan: its name among the results, the volume and brain mask for the pipeline, the path as given, and
+    the image of labels that its results are measured by."""
 
     name: str
     volume: dict | Path
     brain: Path | None
     source: Path
+    atlas: Path | None = None
 
 
 @dataclass
@@ -77,6 +79,7 @@ def find_scans(
     modalities: list[str],
     brain: str | None = None,
     output: str | os.PathLike | None = None,
+    atlas: str | None = None,
     optional: Collection[str] = (),
 ) -> tuple[list[Scan], list[tuple[str, str]]]:
     """
@@ -90,6 +93,7 @@ def find_scans(
         modalities: Of the checkpoint, in its order.
         brain: Name of the brain mask beside each scan, in any case.
         output: Folder of results, which is not looked into.
+        atlas: Name of the image of labels beside each scan, in any case.
         optional: Modalities of the checkpoint that a scan may lack, if it has others. A single file is then a scan of
             the modality that its name says.
 
@@ -102,7 +106,7 @@ def find_scans(
     """
     found: list[tuple[Path, dict | Path]] = []
     failed: list[tuple[str, str]] = []
-    reader = _Reader(modalities, brain, None if output is None else os.path.abspath(output), optional)
+    reader = _Reader(modalities, (brain, atlas), None if output is None else os.path.abspath(output), optional)
     for path in dict.fromkeys(map(Path, paths)):
         if not path.is_dir():
             reason = reader.contradiction(path)
@@ -133,7 +137,7 @@ def find_scans(
         except ValueError as error:
             failed.append((str(source), str(error)))
             continue
-        scans.append(Scan(name, volume, reader.brain_of(source), source))
+        scans.append(Scan(name, volume, reader.beside(source, brain), source, reader.beside(source, atlas)))
     return scans, failed
 
 
@@ -147,12 +151,17 @@ def name_modality(spelling: str) -> str:
     return line[0]
 
 
-def find_modality(paths: list[str], brain: str | None = None, output: str | os.PathLike | None = None) -> str | None:
+def find_modality(
+    paths: list[str],
+    brain: str | None = None,
+    output: str | os.PathLike | None = None,
+    atlas: str | None = None,
+) -> str | None:
     """
     Finds the modality that the names of scans say.
 
     Args:
-        paths, brain, output: As of [`find_scans`].
+        paths, brain, output, atlas: As of [`find_scans`].
 
     Returns:
         `str`: As of [`name_modality`]; `None` if no name says one.
@@ -160,7 +169,7 @@ def find_modality(paths: list[str], brain: str | None = None, output: str | os.P
     Raises:
         ValueError: They are of several modalities, or some name one and others, outside of its folder, do not.
     """
-    reader = _Reader([ALIASES[0][0]], brain, None if output is None else os.path.abspath(output))
+    reader = _Reader([ALIASES[0][0]], (brain, atlas), None if output is None else os.path.abspath(output))
     said: dict[str | None, Path] = {}
     groups: list[list[Path]] = []
     for path in map(Path, paths):
@@ -192,10 +201,17 @@ def find_modality(paths: list[str], brain: str | None = None, output: str | os.P
 
 
 class _Reader:
-    """Reads folders, each once, for the modalities of a checkpoint."""
+    """Reads folders, each once, for the modalities of a checkpoint; `others` are names of what lies beside scans."""
 
-    def __init__(self, modalities: list[str], brain: str | None, output: str | None, optional: Collection[str] = ()):
-        self.modalities, self.brain, self.output, self.optional = modalities, brain, output, set(optional)
+    def __init__(
+        self,
+        modalities: list[str],
+        others: tuple[str | None, ...],
+        output: str | None,
+        optional: Collection[str] = (),
+    ):
+        self.modalities, self.output, self.optional = modalities, output, set(optional)
+        self.others = {name.casefold() for name in others if name is not None}
         self.listings: dict[Path, _Listing] = {}
         # Spelling to modality: those of the checkpoint by their own names, others by the first of their line.
         self.spellings = {alias: line[0] for line in ALIASES for alias in line}
@@ -256,7 +272,7 @@ class _Reader:
             elif entry.is_dir():
                 if os.path.abspath(path) != self.output:
                     listing.folders.append(path)
-            elif self.brain is not None and entry.name.casefold() == self.brain.casefold():
+            elif entry.name.casefold() in self.others:
                 pass
             elif entry.name.lower().endswith(VOLUME_SUFFIXES + IMAGE_SUFFIXES):
                 listing.files.append(path)
@@ -264,15 +280,15 @@ class _Reader:
                 listing.others.append(path)
         return listing
 
-    def brain_of(self, source: Path) -> Path | None:
-        """Returns the path of the brain mask beside a scan, whether it is there or not."""
-        if self.brain is None:
+    def beside(self, source: Path, name: str | None) -> Path | None:
+        """Returns the path of the file of this name beside a scan, whether it is there or not."""
+        if name is None:
             return None
         folder = source if source.is_dir() else source.parent
         try:
-            return self.contents(folder).names.get(self.brain.casefold(), folder / self.brain)
+            return self.contents(folder).names.get(name.casefold(), folder / name)
         except OSError:
-            return folder / self.brain
+            return folder / name
 
     def search(self, folder: Path) -> tuple[list, list]:
         """Returns the scans in a folder and its sub-folders, and what is none with the reason."""
