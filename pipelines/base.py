@@ -33,6 +33,7 @@ from ..volumes.processor import ProcessedVolume
 from .batches import Batches, choose_batch_size
 from .brain import find_brain
 from .guarantee import add_claims, check_calibration
+from .modalities import describe_missing, find_present, hide_missing
 from .output import AnomalyOutput
 from .postprocessing import PostProcessing, brightness_weights
 
@@ -415,15 +416,20 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
                 f"`processor` must have the `value_range` (-1, 1), which the predictions are limited to, got {value_range}."
             )
 
-    def modality_channels(self, modalities: Sequence[str] | None) -> list[int]:
-        """Returns the channels of the named modalities, in that order; of all for `None`. Raises a `ValueError` unless
-        they are different ones of the processor's."""
+    @property
+    def may_lack(self) -> list[str]:
+        """Returns the modalities that a volume may lack, if it has others."""
+        return list(self.config.get("optional_modalities") or ())
+
+    def modality_channels(self, modalities: Sequence[str] | None, what: str = "modalities") -> list[int]:
+        """Returns the channels of the named modalities, in that order; of all for `None`. Raises a `ValueError` that
+        calls them `what`, unless they are different ones of the processor's."""
         known = list(self.processor.config.modalities)
         if modalities is None:
             return list(range(len(known)))
         repeated = isinstance(modalities, str) or len(set(modalities)) < len(modalities)
         if repeated or not modalities or set(modalities) - set(known):
-            raise ValueError(f"`modalities` must be different ones of {', '.join(known)}, got {modalities!r}.")
+            raise ValueError(f"`{what}` must be different ones of {', '.join(known)}, got {modalities!r}.")
         return [known.index(name) for name in modalities]
 
     def check_inputs(self, **settings) -> None:
@@ -556,10 +562,10 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             given = brain_mask is not None or (isinstance(volume, Mapping) and "brain" in volume)
             origin, made_mask = "given" if given else self.processor.config.brain_mask, None
             if not given and origin == "given" and self.brain_extractor is not None:
-                volume = self.processor.read(volume)
+                volume = self.processor.read(volume, self.may_lack)
                 brain_mask, origin = find_brain(self.brain_extractor, volume)
                 made_mask = brain_mask if origin == "extracted" else None
-            processed = self.processor.preprocess(volume, brain_mask)
+            processed = self.processor.preprocess(volume, brain_mask, self.may_lack)
             slices, brain = processed.slices, processed.brain
         device = self._execution_device
         return PreparedSlices(slices.to(device), brain.to(device), processed, origin, made_mask)
@@ -602,6 +608,9 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
         prepared = self.prepare_volume(volume, brain_mask)
         record["brain"] = prepared.brain_origin
+        present = find_present(self, prepared, settings.get("present_modalities"))
+        if "present_modalities" in settings:
+            settings["present_modalities"] = record["present_modalities"] = present
 
         # 3., 4. The maps of its slices, filtered.
         indices = list(range(len(prepared.slices)))
@@ -611,6 +620,9 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
 
         # 5. Scores and masks, back onto the grid of the input.
         output = self.finish_volume(prepared, results, threshold, record)
+        notes = describe_missing(self, present, threshold if call["threshold"] is None else None)
+        if notes:
+            output.warnings = notes
         if self.config.get("calibration") is not None:
             add_claims(output, self, prepared, results.maps, settings, None if noise is not None else seed)
         self.maybe_free_model_hooks()
@@ -660,6 +672,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         settings = {**self.default_settings(), **settings}
         if not self.deterministic:
             settings |= {"seed": seed, "noise": noise}
+        slices = hide_missing(self, slices, settings.get("present_modalities"))
         results, volume_of = [], np.repeat(np.arange(len(volumes)), volumes)
         for rows in _rows_together(brain, volumes if self.looks_across_slices(**settings) else [len(slices)]):
             numbers, seen = [indices[row] for row in rows], slices[rows]

@@ -60,6 +60,8 @@ class AnomalyOutput(BaseOutput):
             masks.
         healthy_rank_map (`np.ndarray` of the input's shape, *optional*):
             float32, in [0, 1]: which share of healthy voxels has a lower score, at least; no probability of a lesion.
+        warnings (`list[str]`, *optional*):
+            What is to be known before the result is used, a sentence each: of a volume that lacks modalities.
     """
 
     anomaly_map: np.ndarray | torch.Tensor
@@ -74,6 +76,7 @@ class AnomalyOutput(BaseOutput):
     guarantee: dict | None = None
     probability_map: np.ndarray | torch.Tensor | None = None
     healthy_rank_map: np.ndarray | torch.Tensor | None = None
+    warnings: list[str] | None = None
 
     def save(self, folder: str | os.PathLike, draw: Callable[[Path], None] | None = None) -> None:
         """
@@ -106,6 +109,8 @@ class AnomalyOutput(BaseOutput):
         }
         if self.guarantee is not None:
             record["guarantee"] = self.guarantee
+        if self.warnings is not None:
+            record["warnings"] = self.warnings
         return record
 
 

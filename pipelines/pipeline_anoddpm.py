@@ -15,6 +15,7 @@ from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, Noise, SliceResults
 from .mahalanobis import MAHALANOBIS, mahalanobis_distance
+from .modalities import check_modalities, hide_missing
 from .output import AnomalyOutput
 
 
@@ -56,6 +57,12 @@ class AnoDDPMPipeline(AnomalyPipeline):
             `"squared"`: squared difference of slice and mean reconstruction. `"mahalanobis"` and
             `"mahalanobis_pixel"`: distance from the distribution of the reconstructions, of all levels and draws
             ([`~pipelines.mahalanobis.mahalanobis_distance`]).
+        optional_modalities (`list[str]`, *optional*):
+            Modalities that the network does without, where others are there; a training with
+            `objective.modality_dropout` names them. Of a volume that lacks some the network sees none of them, not even
+            noise, and the map is that of the others.
+        present_modalities (`list[str]`, *optional*):
+            Those that count as there; all that a volume has by default.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
         normalization, healthy_maps, calibration:
             See [`AnomalyPipeline`] and [`PostProcessing`]. AnoDDPM: threshold 0.5, no filter.
@@ -87,6 +94,8 @@ class AnoDDPMPipeline(AnomalyPipeline):
         weighting: str = "none",
         normalization: str = "none",
         calibration: dict | None = None,
+        optional_modalities: list[str] | None = None,
+        present_modalities: list[str] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -108,6 +117,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         num_draws: int | None = None,
         modality_reduction: str | None = None,
         map_type: str | None = None,
+        present_modalities: list[str] | None = None,
         threshold: float | None = None,
         brain_mask=None,
         generator: int | torch.Generator | None = None,
@@ -147,6 +157,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         num_draws: int,
         modality_reduction: str,
         map_type: str,
+        present_modalities: list[str] | None,
         seed: int = 0,
         batch_size: int = 16,
         noise: torch.Tensor | Callable | None = None,
@@ -185,7 +196,8 @@ class AnoDDPMPipeline(AnomalyPipeline):
                     drawn = drawing(partial(draw_noise, timesteps=known + offset), original)
                     sample = self.scheduler.add_noise(original, drawn, noised)
                     for step in range(1, steps + 1):
-                        model_output = self.predict_noise(sample, timesteps)
+                        seen = hide_missing(self, sample, present_modalities)
+                        model_output = self.predict_noise(seen, timesteps)
                         if mode == "one_shot":
                             sample = self.scheduler.predict_original_sample(model_output, timesteps, sample)
                         else:
@@ -201,15 +213,19 @@ class AnoDDPMPipeline(AnomalyPipeline):
                         kept[members.to(device), rows] = sample
         # Neighbours are denoised with the slices, and are no part of their maps.
         slices, reconstruction, kept = map(self.processor.middle, (slices, total / len(levels), kept))
+        reconstruction = hide_missing(self, reconstruction, present_modalities)
+        channels = self.modality_channels(present_modalities)
         if map_type in MAHALANOBIS:
-            maps = mahalanobis_distance(self.processor.to_unit(slices), self.processor.to_unit(kept), map_type)
+            seen, kept = self.processor.to_unit(slices[:, channels]), self.processor.to_unit(kept[:, :, channels])
+            maps = mahalanobis_distance(seen, kept, map_type)
         else:
-            maps = (slices - reconstruction).square()
+            maps = (slices - reconstruction)[:, channels].square()
         return SliceResults(maps.amax(1) if modality_reduction == "max" else maps.mean(1), reconstruction)
 
     def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""
         check_choices(settings, mode=MODES, modality_reduction=MODALITY_REDUCTIONS, map_type=MAP_TYPES)
+        check_modalities(self, settings["present_modalities"])
         check_integer("num_draws", settings["num_draws"], 1)
         lowest, highest = 1, self.scheduler.config.num_train_timesteps
         if settings["mode"] == "partial_offset":  # noises to t = L, and needs t = 1 to walk at all

@@ -138,6 +138,8 @@ def view_result(result: Result, scan: Scan, *, plane: str, leave_out: dict) -> S
         facts[mask.name] = f"{count} pixels" if source.is_picture else f"{volume:.2f} ml"
     if record.get("guarantee") is not None:
         facts["Guarantee"] = describe_claims(record["guarantee"])
+    if record.get("warnings") is not None:
+        facts["Warnings"] = " ".join(record["warnings"])
     facts |= {
         name: value if isinstance(value, (int, float)) else str(value)
         for name, value in settings.items()

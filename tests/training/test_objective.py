@@ -28,6 +28,10 @@ def test_a_typo_in_any_block_is_found_without_data(method, tmp_path):
             with pytest.raises(ValueError, match=f"^`{block}` has no key {key}; .* takes "):
                 fit(options, cls)
     wrong = [({"unet": {"_class_name": "Typo"}}, r"`unet._class_name` must be one of .*, got 'Typo'")]
+    if method == "autoddpm":
+        wrong.append(
+            ({"objective": {"modality_dropout": 0.2}}, "`objective.modality_dropout` must be 0 for the method")
+        )
     if not cls.unet_classes:
         wrong = [({"unet": {"_class_name": "Typo"}}, "`unet` has no key _class_name")]
     if "encoder" in cls.objective_keys:

@@ -44,14 +44,15 @@ UNET = {
 }
 
 
-def make_data(root: Path, seed: int = 0) -> Path:
+def make_data(root: Path, seed: int = 0, modalities: tuple[str, ...] = ("t1",)) -> Path:
     root.mkdir()
     subjects = []
     for number, split in enumerate(("train", "train", "validation")):
         volume = np.random.default_rng([seed, number]).uniform(1, 9, (8, 8, 5)).astype(np.float32)
         nib.save(nib.Nifti1Image(volume, np.eye(4)), root / f"{number}.nii.gz")
-        subjects.append(Subject(f"s{seed}{number}", {"t1": root / f"{number}.nii.gz"}, split=split, label=number % 2))
-    processor = VolumeProcessor(modalities=("t1",), size=(8, 8))
+        files = dict.fromkeys(modalities, root / f"{number}.nii.gz")
+        subjects.append(Subject(f"s{seed}{number}", files, split=split, label=number % 2))
+    processor = VolumeProcessor(modalities=modalities, size=(8, 8))
     assert prepare(subjects, processor, root / "set", recipe={"name": "tiny"}, progress=False) == {}
     return root / "set"
 
@@ -491,6 +492,23 @@ def test_a_run_begins_with_the_weights_of_a_pipeline(train, start, tmp_path):
     assert options["unet"]["norm_num_groups"] == 4 and options["scheduler"]["octaves"] == 2
     card = (run / "pipeline/README.md").read_text()
     assert "Begun with the weights of pipeline." in card and str(tmp_path) not in card
+
+
+def test_hidden_modalities_are_drawn_again_after_a_stop(train, tmp_path):
+    two = make_data(tmp_path / "two", modalities=("t1", "t2"))
+    given = {"data_path": two, "objective": {"modality_dropout": 0.5}}
+    for name, stops in (("whole", (4,)), ("stopped", (2, 4))):
+        for step in stops:
+            loop = {"output_dir": str(tmp_path / name), "resume": "latest" if step > stops[0] else None}
+            train(step, **loop, **given)
+    weights = [load_file(path) for path in sorted(tmp_path.glob("*/pipeline/unet/*.safetensors"))]
+    assert len(weights) == 2 and all(torch.equal(values, weights[1][name]) for name, values in weights[0].items())
+    pipe = AnomalyPipeline.from_pretrained(tmp_path / "whole" / "pipeline")
+    assert pipe.may_lack == ["t1", "t2"]
+    # What goes on from it without, may not do without any more.
+    start = str(tmp_path / "whole" / "pipeline")
+    run = train(1, data_path=two, init_from=start, unet={})
+    assert AnomalyPipeline.from_pretrained(run / "pipeline").may_lack == []
 
 
 def test_a_run_that_began_with_a_pipeline_goes_on_from_its_own_weights(train, start, tmp_path):
