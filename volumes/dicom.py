@@ -41,7 +41,7 @@ _LISTED = (
     " InversionTime"
 ).split()
 _REQUIRED = (
-    "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID Rows Columns BitsAllocated"
+    "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID Modality Rows Columns BitsAllocated"
 ).split()
 # Whose series it is: what results take over from it. Nobody else is named in them.
 PATIENT_AND_STUDY = (

@@ -12,7 +12,7 @@ from .dicom import PATIENT_AND_STUDY, DicomSeries
 
 _HEADER = (
     "SpecificCharacterSet SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID"
-    " PositionReferenceIndicator Rows Columns NumberOfFrames ImagePositionPatient SliceThickness LossyImageCompression"
+    " PositionReferenceIndicator Modality Rows Columns NumberOfFrames ImagePositionPatient SliceThickness LossyImageCompression"
     " LossyImageCompressionRatio LossyImageCompressionMethod"
 ).split()
 # Attributes that every object has, empty where nothing is known.
