@@ -10,11 +10,12 @@ import io
 import itertools
 import math
 import os
+import re
 import tempfile
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,8 @@ _ROUNDED = 0.011
 # Objects with pixels that are no scans: segmentations and their kin, parametric maps.
 _DERIVED = ("1.2.840.10008.5.1.4.1.1.66.", "1.2.840.10008.5.1.4.1.1.30")
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+# Files without suffix that lie on discs with images.
+_NO_SLICES = ("DICOMDIR", "README", "LICENSE", "VERSION", "LOCKFILE")
 # What the list of series needs; nothing else is read for it.
 _LISTED = (
     "SOPClassUID SeriesInstanceUID SeriesNumber Modality Rows Columns NumberOfFrames RepetitionTime EchoTime"
@@ -60,6 +63,21 @@ _PIXELS = (
     "Rows Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit"
     " PixelRepresentation PixelData"
 ).split()
+
+
+@dataclass(frozen=True)
+class _File:
+    """Names a file in a folder or an archive, and opens it."""
+
+    folder: str
+    name: str
+    open: Callable[[], io.IOBase]
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether its name is one that slices have: ends in .dcm or .ima, or in nothing that is a word."""
+        suffix = Path(self.name).suffix.lower()
+        return suffix in SUFFIXES[:2] or (not re.search("[a-z]", suffix) and self.name.upper() not in _NO_SLICES)
 
 
 @dataclass(frozen=True)
@@ -134,6 +152,15 @@ def is_dicom_file(path: str | os.PathLike) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
+def find_study(path: str | os.PathLike) -> str | None:
+    """Returns the UID of the examination that a file is of, for comparison; `None` if it cannot be read."""
+    with suppress(ImportError, ValueError), _reading(str(path), "the file"):
+        import pydicom
+
+        return str(pydicom.dcmread(path, specific_tags=["StudyInstanceUID"]).StudyInstanceUID)
+    return None
+
+
 def split_choice(path: str | os.PathLike) -> tuple[Path, str | None]:
     """Returns what is in front of the last `#` of a path, and the choice of a series behind it; or the path and `None`
     if there is no such choice."""
@@ -152,64 +179,82 @@ def find_series(source: str | os.PathLike | Sequence[Path]) -> DicomSeries:
             files. `path#4` chooses the series with the number 4 of several; its UID may stand there, too.
 
     Raises:
-        FileNotFoundError: There is no DICOM image.
         ImportError: The extra is not installed.
-        ValueError: There are several series; or the slices make no volume: one is missing or there twice, they differ
+        ValueError: There is no DICOM image, or there are several series; or the slices make no volume: one is missing or there twice, they differ
             in size, orientation or spacing, or lie askew. The message names the path and the slices' numbers.
     """
     try:
         import pydicom
     except ImportError as error:
         raise ImportError("Reading DICOM needs pydicom and highdicom: `pip install anodiff[dicom]`.") from error
-    path, choice = (Path(source[0]).parent, None) if isinstance(source, (list, tuple)) else split_choice(source)
-    openers = _openers(path) if not isinstance(source, (list, tuple)) else [partial(open, one, "rb") for one in source]
+    several = not isinstance(source, (str, os.PathLike))
+    path, choice = (Path(source[0]).parent, None) if several else split_choice(source)
+    files = [_file_at(one) for one in source] if several else _list_files(path)
     name = str(path) if choice is None else f"{path}#{choice}"
-    groups = defaultdict(list)
-    for number, opener in enumerate(openers, 1):
-        with _reading(str(path), f"file {number} in the order of names"), opener() as file:
-            if file.read(132)[128:] != b"DICM":
+    groups, strange = defaultdict(list), []
+    for number, file in enumerate(files, 1):
+        with _reading(name, f"file {number} in the order of names"), file.open() as stream:
+            if stream.read(132)[128:] != b"DICM":
+                strange.append((number, file))
                 continue
-            file.seek(0)
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_LISTED)
+            stream.seek(0)
+            header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=_LISTED)
         if header.get("Rows") and not str(header.get("SOPClassUID", "")).startswith(_DERIVED):
-            groups[str(header.get("SeriesInstanceUID", ""))].append((opener, header))
+            groups[str(header.get("SeriesInstanceUID", ""))].append((file, header))
     if not groups:
-        raise FileNotFoundError(f"{path} holds no DICOM image among its {len(openers)} files.")
-    chosen = _choose(path, choice, groups)
-    datasets = []
-    for opener, _ in chosen:
-        with _reading(name, "a file"), opener() as file:
-            wanted = [*_REQUIRED, *_READ, *PATIENT_AND_STUDY]
-            datasets.append(pydicom.dcmread(file, stop_before_pixels=True, specific_tags=wanted))
-    return _assemble(name, datasets, [opener for opener, _ in chosen])
-
-
-def _openers(path: Path) -> list[Callable[[], io.IOBase]]:
-    """Returns what opens each file of a folder, at every depth, or of an archive, sorted by name, without hidden
-    ones."""
-    if path.is_dir():
-        files = sorted(
-            Path(folder, file)
-            for folder, _, files in os.walk(path, followlinks=True)
-            for file in files
-            if not any(part.startswith(".") for part in Path(folder, file).relative_to(path).parts)
+        what = f"none of its {len(files)} files is an image of a scanner in DICOM" if len(files) != 1 else "it is no DICOM"
+        raise ValueError(f"{path} holds no scan: {what}.")
+    chosen = [file for file, _ in _choose(path, choice, groups)]
+    folders = {file.folder for file in chosen}
+    damaged = [str(number) for number, file in strange if file.folder in folders and file.is_slice]
+    if damaged:
+        raise ValueError(
+            f"{name}: {len(damaged)} of its files hold no DICOM, in the order of names {', '.join(damaged[:10])} of"
+            f" {len(files)}. They may be damaged or never have been fetched: get them again, or move them away."
         )
-        lost = sum(not file.exists() for file in files)
+    datasets = []
+    for file in chosen:
+        with _reading(name, "a file"), file.open() as stream:
+            wanted = [*_REQUIRED, *_READ, *PATIENT_AND_STUDY]
+            datasets.append(pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=wanted))
+    return _assemble(name, datasets, [file.open for file in chosen])
+
+
+def _file_at(path: Path) -> _File:
+    return _File(str(path.parent), path.name, partial(open, path, "rb"))
+
+
+def _list_files(path: Path) -> list[_File]:
+    """Returns the files of a folder, or of those below it if it holds none of DICOM itself, or of an archive, sorted
+    by name, without hidden ones."""
+    if path.is_dir():
+        own = sorted(file for file in path.iterdir() if not file.is_dir() and not file.name.startswith("."))
+        if not any(map(is_dicom_file, own)):
+            own = sorted(
+                Path(folder, file)
+                for folder, _, files in os.walk(path, followlinks=True)
+                for file in files
+                if not any(part.startswith(".") for part in Path(folder, file).relative_to(path).parts)
+            )
+        lost = sum(not file.exists() for file in own)
         if lost:
             raise FileNotFoundError(
                 f"{path} holds {lost} links to files that are not there. Fetch their content, or remove the links."
             )
-        return [partial(open, file, "rb") for file in files if file.name.upper() != "DICOMDIR"]
+        return [_file_at(file) for file in own]
     if path.suffix.lower() != ".zip":
-        return [partial(open, path, "rb")]
+        return [_file_at(path)]
     with _reading(str(path), "the archive"):
         archive = zipfile.ZipFile(path)
-        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        entries = sorted(archive.infolist(), key=lambda entry: entry.filename)
     if any(entry.flag_bits & 1 for entry in entries):
         raise ValueError(f"{path} is locked by a password. Unpack it, and give the folder.")
-    entries = sorted(entries, key=lambda entry: entry.filename)
-    wanted = [entry for entry in entries if not any(part.startswith(".") for part in Path(entry.filename).parts)]
-    return [partial(archive.open, entry) for entry in wanted if Path(entry.filename).name.upper() != "DICOMDIR"]
+    places = [(Path(entry.filename), entry) for entry in entries if not entry.is_dir()]
+    return [
+        _File(str(place.parent), place.name, partial(archive.open, entry))
+        for place, entry in places
+        if not any(part.startswith(".") or part == "__MACOSX" for part in place.parts)
+    ]
 
 
 def _choose(path: Path, choice: str | None, groups: dict[str, list]) -> list:

@@ -242,10 +242,11 @@ def _read_modalities(source: Mapping, labels: bool) -> InputVolume:
 
 
 def _read_file(path: Path, labels: bool) -> InputVolume:
-    if not split_choice(path)[0].is_dir():
-        check_fetched(split_choice(path)[0])
-    name = path.name.lower()
-    if not name.endswith(VOLUME_SUFFIXES + IMAGE_SUFFIXES) and names_dicom(path):
+    name, (base, _) = path.name.lower(), split_choice(path)
+    is_other = not name.endswith(VOLUME_SUFFIXES + IMAGE_SUFFIXES)
+    if not (is_other and base.is_dir()):
+        check_fetched(base)
+    if is_other and names_dicom(path):
         return _from_series(find_series(path))
     if name.endswith(IMAGE_SUFFIXES):
         return _from_picture(open_picture(path), str(path))
