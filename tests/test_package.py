@@ -22,7 +22,7 @@ ROOMS = (
     ("pipelines", "data"),
     ("reports",),
     ("training", "evaluation"),
-    ("apps", "convert", "ranking"),
+    ("apps", "cohorts", "convert", "ranking"),
     (
         "train",
         "eval",

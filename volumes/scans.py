@@ -52,12 +52,14 @@ _TEXT_NAMES = ("readme", "license", "licence", "changes", "citation", "notice", 
 
 @dataclass(frozen=True)
 class Scan:
-    """Names one scan: its name among the results, the volume and brain mask for the pipeline, the path as given."""
+    """Names one scan: its name among the results, the volume and brain mask for the pipeline, the path as given, and
+    the image of labels that its results are measured by."""
 
     name: str
     volume: dict | Path | DicomFiles
     brain: Path | None
     source: Path
+    atlas: Path | None = None
 
 
 @dataclass
@@ -74,7 +76,11 @@ class _Listing:
 
 
 def find_scans(
-    paths: list[str], modalities: list[str], brain: str | None = None, output: str | os.PathLike | None = None
+    paths: list[str],
+    modalities: list[str],
+    brain: str | None = None,
+    output: str | os.PathLike | None = None,
+    atlas: str | None = None,
 ) -> tuple[list[Scan], list[tuple[str, str]]]:
     """
     Finds the scans in files and folders.
@@ -89,6 +95,7 @@ def find_scans(
         modalities: Of the checkpoint, in its order.
         brain: Name of the brain mask beside each scan, in any case.
         output: Folder of results, which is not looked into.
+        atlas: Name of the image of labels beside each scan, in any case.
 
     Returns:
         scans with different names, and paths that are not taken with the reason: no text and no earlier result is
@@ -99,7 +106,7 @@ def find_scans(
     """
     found: list[tuple[Path, dict | Path | DicomFiles]] = []
     failed: list[tuple[str, str]] = []
-    reader = _Reader(modalities, brain, None if output is None else os.path.abspath(output))
+    reader = _Reader(modalities, (brain, atlas), None if output is None else os.path.abspath(output))
     slices: dict[Path, list[Path]] = {}
     for path in dict.fromkeys(map(Path, paths)):
         if not path.is_dir() and (path.suffix.lower() in SUFFIXES[:2] or is_dicom_file(path)):
@@ -139,7 +146,7 @@ def find_scans(
         except ValueError as error:
             failed.append((str(source), str(error)))
             continue
-        scans.append(Scan(name, volume, reader.brain_of(source), source))
+        scans.append(Scan(name, volume, reader.beside(source, brain), source, reader.beside(source, atlas)))
     return scans, failed
 
 
@@ -153,12 +160,17 @@ def name_modality(spelling: str) -> str:
     return line[0]
 
 
-def find_modality(paths: list[str], brain: str | None = None, output: str | os.PathLike | None = None) -> str | None:
+def find_modality(
+    paths: list[str],
+    brain: str | None = None,
+    output: str | os.PathLike | None = None,
+    atlas: str | None = None,
+) -> str | None:
     """
     Finds the modality that the names of scans say.
 
     Args:
-        paths, brain, output: As of [`find_scans`].
+        paths, brain, output, atlas: As of [`find_scans`].
 
     Returns:
         `str`: As of [`name_modality`]; `None` if no name says one.
@@ -166,7 +178,7 @@ def find_modality(paths: list[str], brain: str | None = None, output: str | os.P
     Raises:
         ValueError: They are of several modalities, or some name one and others, outside of its folder, do not.
     """
-    reader = _Reader([ALIASES[0][0]], brain, None if output is None else os.path.abspath(output))
+    reader = _Reader([ALIASES[0][0]], (brain, atlas), None if output is None else os.path.abspath(output))
     said: dict[str | None, Path] = {}
     groups: list[list[Path]] = []
     for path in map(Path, paths):
@@ -196,10 +208,11 @@ def find_modality(paths: list[str], brain: str | None = None, output: str | os.P
 
 
 class _Reader:
-    """Reads folders, each once, for the modalities of a checkpoint."""
+    """Reads folders, each once, for the modalities of a checkpoint; `others` are names of what lies beside scans."""
 
-    def __init__(self, modalities: list[str], brain: str | None, output: str | None):
-        self.modalities, self.brain, self.output = modalities, brain, output
+    def __init__(self, modalities: list[str], others: tuple[str | None, ...], output: str | None):
+        self.modalities, self.output = modalities, output
+        self.others = {name.casefold() for name in others if name is not None}
         self.listings: dict[Path, _Listing] = {}
         # Spelling to modality: those of the checkpoint by their own names, others by the first of their line.
         self.spellings = {alias: line[0] for line in ALIASES for alias in line}
@@ -260,7 +273,7 @@ class _Reader:
             elif entry.is_dir():
                 if os.path.abspath(path) != self.output:
                     listing.folders.append(path)
-            elif self.brain is not None and entry.name.casefold() == self.brain.casefold():
+            elif entry.name.casefold() in self.others:
                 pass
             elif entry.name.lower().endswith((*VOLUME_SUFFIXES, *IMAGE_SUFFIXES, ".zip")):
                 listing.files.append(path)
@@ -285,15 +298,16 @@ class _Reader:
         masks = MASKS | {"brain"}
         return bool(listing.slices) and all(masks & set(self.split(file)[1]) for file in listing.files)
 
-    def brain_of(self, source: Path) -> Path | None:
-        """Returns the path of the brain mask beside a scan, whether it is there or not."""
-        if self.brain is None:
+    def beside(self, source: Path, name: str | None) -> Path | None:
+        """Returns the path of the file of this name beside a scan, whether it is there or not."""
+        if name is None:
             return None
+        source, _ = split_choice(source)
         folder = source if source.is_dir() else source.parent
         try:
-            return self.contents(folder).names.get(self.brain.casefold(), folder / self.brain)
+            return self.contents(folder).names.get(name.casefold(), folder / name)
         except OSError:
-            return folder / self.brain
+            return folder / name
 
     def search(self, folder: Path) -> tuple[list, list]:
         """Returns the scans in a folder and its sub-folders, and what is none with the reason."""

@@ -52,7 +52,8 @@ def test_maps_of_several_scans_one_of_them_broken(workplace, trained):
     assert done.returncode == 1
     assert "2 scan(s) done" in done.stdout
     assert "FAILED broken" in done.stderr and "flair.nii.gz cannot be read" in done.stderr
-    assert sorted(path.name for path in (workplace.folder / "maps").iterdir()) == ["report.html", "test_1", "test_2"]
+    written = {path.name for path in (workplace.folder / "maps").iterdir()}
+    assert written == {"report.html", "test_1", "test_2", *TABLE}
 
     out = workplace.folder / "maps" / "test_1"
     source = nib.load(raw / "test_1" / "flair.nii.gz")
@@ -175,11 +176,13 @@ def place(tmp_path, monkeypatch):
 
 
 def files(folder, *without):
-    """Files below a folder but for those that mark a run."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".run.lock")
+    """Files below a folder but for those that mark a run, and its tables and record."""
+    of_run = re.compile(r"\.run\.lock|\.cohort\.lock|(cohort|regions)\.(tsv|json)|run(_.+)?\.json")
+    paths = (path for path in folder.rglob("*") if path.is_file() and not of_run.fullmatch(path.name))
     return {path.relative_to(folder).as_posix() for path in paths} - set(without)
 
 
+TABLE = {".cohort.lock", "cohort.json", "cohort.tsv", "run.json"}
 RESULT = {"anomaly_map.nii.gz", "reconstruction.nii.gz", "overview.png", "result.json"}
 
 
@@ -246,7 +249,7 @@ def test_what_is_not_predicted_is_listed_and_the_status_says_so(place, model, ca
     }.items():
         (line,) = [line for line in said.err.splitlines() if line.startswith(f"FAILED raw/{name}: ")]
         assert reason in line
-    assert {path.name for path in (folder / "out").iterdir()} == {"a_FLAIR", "b_flair", "report.html"}
+    assert {path.name for path in (folder / "out").iterdir()} == {"a_FLAIR", "b_flair", "report.html", *TABLE}
 
 
 def test_a_brain_mask_that_is_missing_is_said_of_each_scan(place, model, capsys):
@@ -255,7 +258,7 @@ def test_a_brain_mask_that_is_missing_is_said_of_each_scan(place, model, capsys)
     said = capsys.readouterr().err
     for name in ("p2", "p3"):
         assert f"FAILED raw/{name}: FileNotFoundError: There is no file raw/{name}/brain.nii.gz." in said
-    assert {path.name for path in (folder / "out").iterdir()} == {"p1", "report.html"}
+    assert {path.name for path in (folder / "out").iterdir()} == {"p1", "report.html", *TABLE}
 
 
 @pytest.mark.parametrize("scan", ["..", ".", "../in/", "/"])

@@ -1,0 +1,171 @@
+"""The tables of a cohort, `cohort.tsv` and `regions.tsv`, which several commands may write at once. No torch here.
+
+Both are tab-separated UTF-8 text with a first line of names, `n/a` where there is no value, and a `.json` beside them
+that says what the columns are, as BIDS has it. Every row begins with the scan. Who writes holds the tables
+([`hold_tables`]), reads them, puts its rows in place of those of the same scans, and replaces the file in one step: no
+row of another process is lost, whichever comes last, and a reader finds whole tables at any time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from ..files import read_text, write_json, write_text
+from ..volumes.results import is_whole
+
+
+COHORT, REGIONS = "cohort.tsv", "regions.tsv"
+_LOCK = ".cohort.lock"
+DONE, SKIPPED, FAILED = "done", "skipped", "failed"
+
+# Column to what `cohort.json` says of it.
+COHORT_COLUMNS = {
+    "scan": {"Description": "Name of the scan and of the folder of its result; n/a for a path that is no scan"},
+    "source": {"Description": "The scan as it was named: a path, or the line of a table"},
+    "status": {
+        "Description": "What the last command for this scan did. The other columns describe the result in the folder,"
+        " whichever command made it",
+        "Levels": {
+            DONE: "predicted",
+            SKIPPED: "left out, as its result was there (--skip_existing)",
+            FAILED: "not predicted; values are n/a unless an earlier result is still there",
+        },
+    },
+    "reason": {"Description": "Why it failed"},
+    "checkpoint": {"Description": "The checkpoint as it was named: a folder, an id of the Hub, or a shipped one"},
+    "revision": {
+        "Description": "Commit of the checkpoint on the Hub, or sha256: and the SHA-256 of its model_index.json, which"
+        " holds those of all its files"
+    },
+    "volume_score": {"Description": "Score of the scan by the rule of the checkpoint", "Units": "arbitrary"},
+    "max_slice_score": {"Description": "Largest score of a slice", "Units": "arbitrary"},
+    "threshold": {"Description": "What is above it in the anomaly map is marked", "Units": "arbitrary"},
+    "marked_voxels": {"Description": "Voxels (pixels of a picture) in the mask"},
+    "marked_ml": {"Description": "Volume of the mask; n/a for a picture", "Units": "mL"},
+    "components": {"Description": "Connected components of the mask; voxels are connected with corners"},
+    "largest_component_ml": {"Description": "Volume of the largest component; n/a for a picture", "Units": "mL"},
+    "atlas": {"Description": "Image of labels that regions.tsv is measured by"},
+    "seconds": {
+        "Description": "Time for reading, computing and writing, without waiting for other scans",
+        "Units": "s",
+    },
+    "warnings": {"Description": "What was warned of, separated by |"},
+}
+REGION_COLUMNS = {
+    "scan": {"Description": "Name of the scan, as in cohort.tsv"},
+    "region": {"Description": "Label of the region in the atlas; 0 is outside of all regions"},
+    "name": {"Description": "Name of the region"},
+    "region_voxels": {"Description": "Voxels of the region"},
+    "region_ml": {"Description": "Volume of the region; n/a for a picture", "Units": "mL"},
+    "marked_voxels": {"Description": "Voxels of the mask in the region"},
+    "marked_ml": {"Description": "Volume of the mask in the region; n/a for a picture", "Units": "mL"},
+    "components": {
+        "Description": "Connected components of the mask that reach into the region; one that lies in several counts"
+        " in each"
+    },
+}
+
+
+@contextmanager
+def hold_tables(folder: str | os.PathLike) -> Iterator[None]:
+    """Holds the tables of a folder, which is made if it is missing, for one process; others wait. The lock is the
+    system's, and ends with the process, however it ends."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / _LOCK):
+        yield
+
+
+def check_tables(folder: str | os.PathLike) -> None:
+    """Raises a `FileExistsError` if a folder holds files with the names of the tables that this library did not write.
+    To be called before anything is computed."""
+    for name, columns in ((COHORT, COHORT_COLUMNS), (REGIONS, REGION_COLUMNS)):
+        table = Path(folder) / name
+        sidecar = table.with_suffix(".json")
+        if os.path.lexists(table):
+            _read_lines(table, columns)
+        elif os.path.lexists(sidecar):
+            raise FileExistsError(
+                f"{sidecar} is there without {name}, so that it is none of this command: nothing is replaced. Move it"
+                " away, or choose another folder for the results."
+            )
+
+
+def read_rows(folder: str | os.PathLike) -> dict[str, dict[str, str | None]]:
+    """Returns the rows of `cohort.tsv` in a folder, values as text by column, `None` for `n/a`, by their scans; none if
+    there is no such file. Paths that are no scans are left out."""
+    table = Path(folder) / COHORT
+    lines = _read_lines(table, COHORT_COLUMNS) if table.exists() else []
+    rows = [
+        dict(zip(COHORT_COLUMNS, (None if cell == "n/a" else cell for cell in line), strict=True)) for line in lines
+    ]
+    return {row["scan"]: row for row in rows if row["scan"] is not None}
+
+
+def write_rows(folder: str | os.PathLike, rows: Sequence[tuple[dict, Sequence[dict] | None]]) -> None:
+    """
+    Puts rows into the tables of a folder, in place of earlier rows of the same scans. The caller holds the tables.
+
+    A scan that was skipped or has failed keeps the values that it has in the table, if its whole result is still there.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of the results, one folder per scan.
+        rows (sequence of `(row, regions)`):
+            Values by column, left out where there is none; and the rows of the regions without the scan, `None` to
+            keep those of the table.
+    """
+    folder, earlier = Path(folder), read_rows(folder)
+    entries = []
+    for row, regions in rows:
+        name = row.get("scan")
+        if row["status"] != DONE and name in earlier and is_whole(folder / name, ("result",)) and regions is None:
+            row = earlier[name] | {key: row.get(key) for key in ("source", "status", "reason")}
+        elif regions is None:
+            regions = []
+        entries.append((row, regions))
+    scans = {row["scan"] for row, _ in entries if row.get("scan") is not None}
+    paths = {_text(row["source"]) for row, _ in entries}
+
+    def is_old(cells: list[str]) -> bool:
+        return cells[0] in scans or (cells[0] == "n/a" and cells[1] in paths)
+
+    _replace(folder / COHORT, COHORT_COLUMNS, is_old, [row for row, _ in entries])
+    measured = {row["scan"]: regions for row, regions in entries if regions is not None and "scan" in row}
+    if any(measured.values()) or (folder / REGIONS).exists():
+        new = [{"scan": scan} | region for scan, regions in measured.items() for region in regions]
+        _replace(folder / REGIONS, REGION_COLUMNS, lambda cells: cells[0] in measured, new)
+
+
+def _replace(table: Path, columns: dict, is_old, rows: list[dict]) -> None:
+    """Writes a table with new rows in place of old ones, in the order of the scans."""
+    kept = [cells for cells in _read_lines(table, columns) if not is_old(cells)] if table.exists() else []
+    new = [[_text(row.get(column)) for column in columns] for row in rows]
+    order = sorted([*kept, *new], key=lambda cells: (cells[0] == "n/a", cells[0]))
+    sidecar = table.with_suffix(".json")
+    if not sidecar.exists():
+        write_json(sidecar, columns)
+    write_text(table, "".join("\t".join(cells) + "\n" for cells in ([*columns], *order)))
+
+
+def _read_lines(table: Path, columns: dict) -> list[list[str]]:
+    """Returns the cells of a table below its first line; raises a `FileExistsError` if it is none of this version."""
+    lines = [line.split("\t") for line in read_text(table).removesuffix("\n").split("\n")]
+    if lines[0] != [*columns] or any(len(cells) != len(columns) for cells in lines):
+        raise FileExistsError(
+            f"{table} is no table of this command, with the columns {', '.join(columns)}: nothing is replaced. Move it"
+            " away, or choose another folder for the results."
+        )
+    return lines[1:]
+
+
+def _text(value) -> str:
+    """Returns a cell: one line, and no quotation mark, which readers of tables would take for more than that."""
+    if value is None or value == "":
+        return "n/a"
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    return " ".join(str(value).split()).replace('"', "'")
