@@ -152,6 +152,12 @@ def is_dicom_file(path: str | os.PathLike) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
+def list_source_files(path: str | os.PathLike) -> list[Path]:
+    """Returns the files that a volume is read from: those of a folder of DICOM, or the file itself, or the archive."""
+    path, _ = split_choice(path)
+    return [Path(file.folder, file.name) for file in _list_files(path)] if path.is_dir() else [path]
+
+
 def find_study(path: str | os.PathLike) -> str | None:
     """Returns the UID of the examination that a file is of, for comparison; `None` if it cannot be read."""
     with suppress(ImportError, ValueError), _reading(str(path), "the file"):
@@ -202,7 +208,11 @@ def find_series(source: str | os.PathLike | Sequence[Path]) -> DicomSeries:
         if header.get("Rows") and not str(header.get("SOPClassUID", "")).startswith(_DERIVED):
             groups[str(header.get("SeriesInstanceUID", ""))].append((file, header))
     if not groups:
-        what = f"none of its {len(files)} files is an image of a scanner in DICOM" if len(files) != 1 else "it is no DICOM"
+        what = (
+            f"none of its {len(files)} files is an image of a scanner in DICOM"
+            if len(files) != 1
+            else "it is no DICOM"
+        )
         raise ValueError(f"{path} holds no scan: {what}.")
     chosen = [file for file, _ in _choose(path, choice, groups)]
     folders = {file.folder for file in chosen}
@@ -270,7 +280,9 @@ def _choose(path: Path, choice: str | None, groups: dict[str, list]) -> list:
     for uid, files in groups.items():
         if choice is not None and choice in (uid, labels[uid]):
             return files
-    listed = "; ".join(f"{label} ({_describe([header for _, header in groups[uid]])})" for uid, label in labels.items())
+    listed = "; ".join(
+        f"{label} ({_describe([header for _, header in groups[uid]])})" for uid, label in labels.items()
+    )
     what = f"{path} holds {len(groups)} series" if choice is None else f"{path} holds no series {choice}, but"
     example = f"{path}#{next(iter(labels.values()))}"
     raise ValueError(f"{what}: {listed}. Choose one by its number: {example}.")
@@ -290,7 +302,9 @@ def _assemble(name: str, datasets: list, openers: list) -> DicomSeries:
     """Checks that slices make one volume, and puts them in order."""
     several = [dataset for dataset in datasets if "PerFrameFunctionalGroupsSequence" in dataset]
     if several and len(datasets) > 1:
-        raise ValueError(f"{name}: the series is {len(datasets)} files that hold several slices each. Give one of them.")
+        raise ValueError(
+            f"{name}: the series is {len(datasets)} files that hold several slices each. Give one of them."
+        )
     frames = [
         frame for number, dataset in enumerate(datasets) for frame in _frames(name, number, dataset, len(several) > 0)
     ]
@@ -333,7 +347,9 @@ def _step(name: str, frames: list[_Frame], normal: np.ndarray, datasets: list) -
     positions = np.stack([frame.position for frame in frames])
     if len(frames) == 1:
         dataset = datasets[0]
-        groups = _groups(dataset, 0)("PixelMeasuresSequence") if "PerFrameFunctionalGroupsSequence" in dataset else dataset
+        groups = (
+            _groups(dataset, 0)("PixelMeasuresSequence") if "PerFrameFunctionalGroupsSequence" in dataset else dataset
+        )
         sizes = [groups.get("SpacingBetweenSlices"), dataset.get("SpacingBetweenSlices"), groups.get("SliceThickness")]
         size = next((float(size) for size in sizes if size), 0.0)
         if not (math.isfinite(size) and size > 0):

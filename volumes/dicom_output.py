@@ -19,14 +19,14 @@ _HEADER = (
 _EMPTY = "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber".split()
 
 
-def write_segmentation(path: str | os.PathLike, series: DicomSeries, mask: np.ndarray, label: str) -> None:
+def write_segmentation(path: str | os.PathLike, series: DicomSeries, array: np.ndarray, label: str) -> None:
     """
     Writes a mask as a DICOM segmentation with one segment, a lesion, in a series of its own in the study of its source.
 
     Args:
         path: File to write.
         series: Source of the mask; the segmentation refers to each of its slices, and lies where they lie.
-        mask (`np.ndarray` of shape `(columns, rows, slices)`): 0 or 1.
+        array (`np.ndarray` of shape `(columns, rows, slices)`): 0 or 1.
         label: What the mask is, 64 characters at most.
     """
     import highdicom
@@ -46,7 +46,7 @@ def write_segmentation(path: str | os.PathLike, series: DicomSeries, mask: np.nd
     )
     with config.disable_value_validation():
         segmentation = highdicom.seg.Segmentation(
-            pixel_array=_in_file_order(series, mask).astype(np.uint8),
+            pixel_array=_in_file_order(series, array).astype(np.uint8),
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=[segment],
             omit_empty_frames=False,  # it covers the whole series, also where nothing is marked
@@ -55,22 +55,27 @@ def write_segmentation(path: str | os.PathLike, series: DicomSeries, mask: np.nd
         _save(path, series, segmentation)
 
 
-def write_parametric_map(path: str | os.PathLike, series: DicomSeries, scores: np.ndarray, label: str) -> None:
+def write_parametric_map(path: str | os.PathLike, series: DicomSeries, array: np.ndarray, label: str) -> None:
     """
     Writes scores as a DICOM parametric map of float32, without unit, in a series of its own in the study of its source.
 
     Args:
         path, series, label: As of [`write_segmentation`].
-        scores (`np.ndarray` of shape `(columns, rows, slices)`): Finite numbers.
+        array (`np.ndarray` of shape `(columns, rows, slices)`): Finite numbers.
     """
     import highdicom
     from pydicom import config
     from pydicom.sr.codedict import codes
 
-    scores = _in_file_order(series, scores).astype(np.float32)
+    scores = _in_file_order(series, array).astype(np.float32)
     least, most = float(scores.min()), float(scores.max())
     mapping = highdicom.pm.RealWorldValueMapping(
-        lut_label="SCORE", lut_explanation=label, unit=codes.UCUM.NoUnits, value_range=(least, most), slope=1, intercept=0
+        lut_label="SCORE",
+        lut_explanation=label,
+        unit=codes.UCUM.NoUnits,
+        value_range=(least, most),
+        slope=1,
+        intercept=0,
     )
     window = highdicom.VOILUTTransformation(window_center=(least + most) / 2, window_width=max(most - least, 1e-6))
     with config.disable_value_validation():

@@ -279,7 +279,11 @@ class _Reader:
                 listing.files.append(path)
             elif is_dicom_file(path):
                 listing.slices.append(path)
-            elif entry.name.upper() != "DICOMDIR" and path.suffix.lower() not in _TEXTS and path.stem.lower() not in _TEXT_NAMES:
+            elif (
+                entry.name.upper() != "DICOMDIR"
+                and path.suffix.lower() not in _TEXTS
+                and path.stem.lower() not in _TEXT_NAMES
+            ):
                 listing.others.append(path)
         return listing
 
