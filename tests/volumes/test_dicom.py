@@ -281,8 +281,8 @@ def _jpeg_lossless(data, folder):
 
 
 def test_what_is_personal_goes_into_the_objects_as_it_was_and_nowhere_else(tmp_path, caplog, recwarn):
-    slices = make_slices()
     with pydicom.config.disable_value_validation():
+        slices = make_slices()
         for one in slices:
             one.PatientName, one.PatientBirthDate = "Doe", "1951-2-3, about"  # what libraries find odd, they quote
         folder = write(tmp_path / "series", slices)
