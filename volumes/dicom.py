@@ -167,6 +167,11 @@ def find_study(path: str | os.PathLike) -> str | None:
     return None
 
 
+def holds_dicom(folder: Path) -> bool:
+    """Tells whether a folder holds files of DICOM, not in folders below it."""
+    return any(is_dicom_file(file) for file in folder.iterdir() if not file.name.startswith("."))
+
+
 def split_choice(path: str | os.PathLike) -> tuple[Path, str | None]:
     """Returns what is in front of the last `#` of a path, and the choice of a series behind it; or the path and `None`
     if there is no such choice."""
@@ -239,7 +244,7 @@ def _list_files(path: Path) -> list[_File]:
     by name, without hidden ones."""
     if path.is_dir():
         own = sorted(file for file in path.iterdir() if not file.is_dir() and not file.name.startswith("."))
-        if not any(map(is_dicom_file, own)):
+        if not holds_dicom(path):
             own = sorted(
                 Path(folder, file)
                 for folder, _, files in os.walk(path, followlinks=True)

@@ -228,7 +228,9 @@ def test_a_series_of_dicom_comes_back_as_dicom_and_nothing_else_says_whose_it_is
     said = capsys.readouterr()
     assert "FAILED raw/p3: ValueError: raw/p3 holds 2 series: 3 (MR" in said.err and said.err.count("FAILED") == 1
     written = {"pred_mask.nii.gz", "pred_mask_seg.dcm", "anomaly_map_pm.dcm"}
-    assert files(folder / "out", "report.html") == {f"{scan}/{one}" for scan in ("p1", "p2") for one in RESULT | written}
+    assert files(folder / "out", "report.html") == {
+        f"{scan}/{one}" for scan in ("p1", "p2") for one in RESULT | written
+    }
     mask = nib.load(folder / "out" / "p1" / "pred_mask.nii.gz")
     marked = np.argwhere(np.asarray(mask.dataobj))
     assert 0 < len(marked) < np.prod(mask.shape)
