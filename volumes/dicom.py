@@ -81,12 +81,24 @@ class _File:
 
 
 @dataclass(frozen=True)
+class _Listed:
+    """Says of a file what the list of series does: number of its series, how many images it is, and what tells
+    sequences apart and is no free text."""
+
+    file: _File
+    number: str
+    images: int
+    facts: str
+
+
+@dataclass(frozen=True)
 class _Frame:
     """Describes one slice: where its pixels are, where it lies (mm, LPS), and what makes values of its pixels."""
 
     dataset: int
     index: int
     label: str
+    size: tuple[int, int]
     position: np.ndarray
     orientation: np.ndarray
     spacing: np.ndarray
@@ -186,13 +198,14 @@ def find_series(source: str | os.PathLike | Sequence[Path]) -> DicomSeries:
     Finds the one series in files, and reads and checks its headers.
 
     Args:
-        source: A folder, which is looked into at every depth, a ZIP archive, a file with all slices, or a sequence of
-            files. `path#4` chooses the series with the number 4 of several; its UID may stand there, too.
+        source: A folder (its own files, or, if none of them is DICOM, all below it), a ZIP archive, a file with all
+            slices, or a sequence of files. `path#4` chooses the series with the number 4 of several; its UID may stand there, too.
 
     Raises:
         ImportError: The extra is not installed.
-        ValueError: There is no DICOM image, or there are several series; or the slices make no volume: one is missing or there twice, they differ
-            in size, orientation or spacing, or lie askew. The message names the path and the slices' numbers.
+        ValueError: There is no DICOM image, or there are several series; or the slices make no volume: one is missing
+            or there twice, they differ in size, orientation or spacing, or lie askew. The message names the path and
+            the slices' numbers.
     """
     try:
         import pydicom
@@ -210,16 +223,14 @@ def find_series(source: str | os.PathLike | Sequence[Path]) -> DicomSeries:
                 continue
             stream.seek(0)
             header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=_LISTED)
-        if header.get("Rows") and not str(header.get("SOPClassUID", "")).startswith(_DERIVED):
-            groups[str(header.get("SeriesInstanceUID", ""))].append((file, header))
+            if header.get("Rows") and not str(header.get("SOPClassUID", "")).startswith(_DERIVED):
+                groups[str(header.get("SeriesInstanceUID", ""))].append(_list(file, header))
     if not groups:
-        what = (
-            f"none of its {len(files)} files is an image of a scanner in DICOM"
-            if len(files) != 1
-            else "it is no DICOM"
+        raise ValueError(
+            f"{path} holds no scan: of {len(files)} files, {len(files) - len(strange)} begin as those of DICOM do, and"
+            " none of these is an image of a scanner."
         )
-        raise ValueError(f"{path} holds no scan: {what}.")
-    chosen = [file for file, _ in _choose(path, choice, groups)]
+    chosen = [listed.file for listed in _choose(path, choice, groups)]
     folders = {file.folder for file in chosen}
     damaged = [str(number) for number, file in strange if file.folder in folders and file.is_slice]
     if damaged:
@@ -272,35 +283,36 @@ def _list_files(path: Path) -> list[_File]:
     ]
 
 
-def _choose(path: Path, choice: str | None, groups: dict[str, list]) -> list:
-    """Returns the files of the chosen series, or of the only one."""
-    numbers = {uid: str(files[0][1].get("SeriesNumber", "") or "none") for uid, files in groups.items()}
+def _list(file: _File, header) -> _Listed:
+    number, modality = header.get("SeriesNumber"), str(header.get("Modality"))
+    facts = [
+        modality if re.fullmatch("[A-Z]{2,4}", modality) else "unknown modality",
+        f"{int(header.get('Columns', 0))} x {int(header.Rows)}",
+    ]
+    times = (("TR", "RepetitionTime"), ("TE", "EchoTime"), ("TI", "InversionTime"))
+    facts += [f"{short} {float(header[name].value):g} ms" for short, name in times if header.get(name)]
+    number = "none" if number is None else str(int(number))
+    return _Listed(file, number, int(header.get("NumberOfFrames") or 1), ", ".join(facts))
+
+
+def _choose(path: Path, choice: str | None, groups: dict[str, list[_Listed]]) -> list[_Listed]:
+    """Returns the files of the chosen series, or of the only one. Series of one number are told apart by a second."""
+    if choice is None and len(groups) == 1:
+        return next(iter(groups.values()))
+    numbers = {uid: files[0].number for uid, files in groups.items()}
     count, seen, labels = Counter(numbers.values()), Counter(), {}
     for uid in sorted(groups, key=lambda uid: (len(numbers[uid]), numbers[uid], uid)):
         seen[numbers[uid]] += 1
-        twice = count[numbers[uid]] > 1
-        labels[uid] = f"{numbers[uid]}.{seen[numbers[uid]]}" if twice else numbers[uid]
-    if choice is None and len(groups) == 1:
-        return next(iter(groups.values()))
+        labels[uid] = numbers[uid] if count[numbers[uid]] == 1 else f"{numbers[uid]}.{seen[numbers[uid]]}"
     for uid, files in groups.items():
         if choice is not None and choice in (uid, labels[uid]):
             return files
     listed = "; ".join(
-        f"{label} ({_describe([header for _, header in groups[uid]])})" for uid, label in labels.items()
+        f"{label} ({sum(one.images for one in groups[uid])} images, {groups[uid][0].facts})"
+        for uid, label in labels.items()
     )
     what = f"{path} holds {len(groups)} series" if choice is None else f"{path} holds no series {choice}, but"
-    example = f"{path}#{next(iter(labels.values()))}"
-    raise ValueError(f"{what}: {listed}. Choose one by its number: {example}.")
-
-
-def _describe(headers: list) -> str:
-    """Says of a series what tells sequences apart and is no free text."""
-    first = headers[0]
-    images = sum(int(header.get("NumberOfFrames") or 1) for header in headers)
-    parts = [f"{first.get('Modality', 'unknown')}", f"{first.Columns} x {first.Rows}", f"{images} images"]
-    times = (("TR", "RepetitionTime"), ("TE", "EchoTime"), ("TI", "InversionTime"))
-    parts += [f"{short} {float(first[name].value):g} ms" for short, name in times if first.get(name)]
-    return ", ".join(parts)
+    raise ValueError(f"{what}: {listed}. Choose one by its number: {path}#{next(iter(labels.values()))}.")
 
 
 def _assemble(name: str, datasets: list, openers: list) -> DicomSeries:
@@ -314,9 +326,8 @@ def _assemble(name: str, datasets: list, openers: list) -> DicomSeries:
         frame for number, dataset in enumerate(datasets) for frame in _frames(name, number, dataset, len(several) > 0)
     ]
     first = frames[0]
-    sizes = [(datasets[frame.dataset].Columns, datasets[frame.dataset].Rows) for frame in frames]
     for what, values in (
-        ("size", sizes),
+        ("size", [frame.size for frame in frames]),
         ("orientation", [frame.orientation for frame in frames]),
         ("pixel spacing", [frame.spacing for frame in frames]),
     ):
@@ -341,7 +352,7 @@ def _assemble(name: str, datasets: list, openers: list) -> DicomSeries:
         name,
         tuple(datasets[frame.dataset] for frame in frames) if not several else tuple(datasets),
         tuple(frames),
-        (*sizes[0], len(frames)),
+        (*first.size, len(frames)),
         _LPS_TO_RAS @ affine,
         tuple(openers),
     )
@@ -352,11 +363,11 @@ def _step(name: str, frames: list[_Frame], normal: np.ndarray, datasets: list) -
     positions = np.stack([frame.position for frame in frames])
     if len(frames) == 1:
         dataset = datasets[0]
-        groups = (
-            _groups(dataset, 0)("PixelMeasuresSequence") if "PerFrameFunctionalGroupsSequence" in dataset else dataset
-        )
-        sizes = [groups.get("SpacingBetweenSlices"), dataset.get("SpacingBetweenSlices"), groups.get("SliceThickness")]
-        size = next((float(size) for size in sizes if size), 0.0)
+        with _reading(name, frames[0].label):
+            several = "PerFrameFunctionalGroupsSequence" in dataset
+            measures = _groups(dataset, 0)("PixelMeasuresSequence") if several else dataset
+            sizes = [one.get(key) for key in ("SpacingBetweenSlices", "SliceThickness") for one in (measures, dataset)]
+            size = next((float(size) for size in sizes if size), 0.0)
         if not (math.isfinite(size) and size > 0):
             raise ValueError(f"{name}: neither SpacingBetweenSlices nor SliceThickness says how thick its slice is.")
         return normal * size
@@ -392,26 +403,30 @@ def _step(name: str, frames: list[_Frame], normal: np.ndarray, datasets: list) -
 
 def _frames(name: str, number: int, dataset, several: bool) -> Iterator[_Frame]:
     """Yields the slices of a file, if it holds grey images with a place."""
-    image = f"image {dataset.get('InstanceNumber') or f'of file {number + 1}'}"
-    missing = [key for key in _REQUIRED if not dataset.get(key)]
+    image = f"file {number + 1}"
+    with _reading(name, image):
+        image = f"image {int(dataset.get('InstanceNumber') or 0) or f'of {image}'}"
+        missing = [key for key in _REQUIRED if not dataset.get(key)]
+        is_grey = dataset.get("PhotometricInterpretation") == "MONOCHROME2" and dataset.get("SamplesPerPixel", 1) == 1
+        count = int(dataset.get("NumberOfFrames") or 1)
     if missing:
         raise ValueError(f"{name}: {image} has no {', '.join(missing)}, which every image of a scanner has.")
-    if dataset.get("PhotometricInterpretation") != "MONOCHROME2" or int(dataset.get("SamplesPerPixel", 1)) != 1:
+    if not is_grey:
         raise ValueError(f"{name}: {image} must be grey (MONOCHROME2), as scans are.")
     if "ModalityLUTSequence" in dataset:
         raise ValueError(f"{name}: {image} has a table of values (ModalityLUTSequence), which is not read.")
-    count = int(dataset.get("NumberOfFrames") or 1)
     if count > 1 and not several:
         raise ValueError(f"{name}: {image} holds {count} slices, and does not say where they lie.")
     for index in range(count):
         label = f"frame {index + 1}" if several else image
-        group = _groups(dataset, index) if several else lambda _: dataset
         with _reading(name, label):
+            group = _groups(dataset, index) if several else lambda _: dataset
             values = group("PixelValueTransformationSequence")
             yield _Frame(
                 number,
                 index,
                 label,
+                (int(dataset.Columns), int(dataset.Rows)),
                 _numbers(group("PlanePositionSequence"), "ImagePositionPatient", 3),
                 _numbers(group("PlaneOrientationSequence"), "ImageOrientationPatient", 6),
                 _numbers(group("PixelMeasuresSequence"), "PixelSpacing", 2),
@@ -450,8 +465,8 @@ def _decode(dataset) -> np.ndarray:
     if not syntax.is_compressed or syntax.is_deflated or get_decoder(syntax).is_available:
         stored = dataset.pixel_array
     else:
-        # Lossless JPEG, which many archives use, is decoded by GDCM. It would apply the rescale slope by rules of its
-        # own, and the file is for everybody to see on a shared disk: it is given the pixels and nothing else.
+        # Lossless JPEG, which many archives use, is decoded by GDCM, which reads files. This one holds nothing but
+        # pixels: neither whose they are, nor a slope, which GDCM would apply.
         import SimpleITK
 
         bare = Dataset()

@@ -226,7 +226,10 @@ def test_a_series_of_dicom_comes_back_as_dicom_and_nothing_else_says_whose_it_is
     write_slices(folder / "raw" / "p3", [*make_slices(), *make_slices(number=7)])
     assert main(["--model", model, "raw", "-o", "out", "--threshold", "5e-4"]) == 1
     said = capsys.readouterr()
-    assert "FAILED raw/p3: ValueError: raw/p3 holds 2 series: 3 (MR" in said.err and said.err.count("FAILED") == 1
+    assert (
+        "FAILED raw/p3: ValueError: raw/p3 holds 2 series: 3 (4 images, MR" in said.err
+        and said.err.count("FAILED") == 1
+    )
     written = {"pred_mask.nii.gz", "pred_mask_seg.dcm", "anomaly_map_pm.dcm"}
     assert files(folder / "out", "report.html") == {
         f"{scan}/{one}" for scan in ("p1", "p2") for one in RESULT | written

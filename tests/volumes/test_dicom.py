@@ -36,6 +36,13 @@ def test_a_series_is_read_with_its_values_at_its_place(tmp_path, plane):
     volume = read_volume(write(tmp_path / "series", slices))
     np.testing.assert_array_equal(volume.arrays[""], stored_values(slices).astype(np.float32))
     np.testing.assert_allclose(volume.affine, expected_affine(plane), atol=1e-5)
+    # Another library's reader agrees.
+    files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path / "series"))
+    other = SimpleITK.ReadImage(files)
+    np.testing.assert_allclose(np.array(other.GetOrigin()) * (-1, -1, 1), volume.affine[:3, 3], atol=1e-5)
+    axes = np.reshape(other.GetDirection(), (3, 3)) * other.GetSpacing() * np.array([[-1], [-1], [1]])
+    np.testing.assert_allclose(axes, volume.affine[:3, :3], atol=1e-5)
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(other).T, volume.arrays[""])
     image = volume.image(volume.arrays[""])
     np.testing.assert_allclose(image.affine, expected_affine(plane), atol=1e-5)
 
@@ -123,7 +130,7 @@ def test_several_series_are_listed_and_one_is_chosen(tmp_path):
     for slices, name in ((first, "a"), (second, "b"), (third, "c")):
         write(tmp_path / "all" / name, slices)
     pattern = (
-        r"all holds 3 series: 3 \(MR, 7 x 5, 4 images, TR 9000 ms, TE 120 ms\); 12.1 \(.*\); 12.2 \(.*\)."
+        r"all holds 3 series: 3 \(4 images, MR, 7 x 5, TR 9000 ms, TE 120 ms\); 12.1 \(.*\); 12.2 \(.*\)."
         r" Choose one by its number: .*all#3\.$"
     )
     with pytest.raises(ValueError, match=pattern):
@@ -199,6 +206,24 @@ def test_slices_that_make_no_volume_are_named_by_number(tmp_path, alter, message
     assert not re.search("|".join([*PERSONAL, "IM0"]), "\n".join(said))
 
 
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ("SeriesNumber", r"series: file 4 in the order of names cannot be read: .*7x"),
+        ("InstanceNumber", r"series: file 4 cannot be read: .*7x"),
+        ("PixelSpacing", r"series: image 4 cannot be read: .*7x"),
+    ],
+)
+def test_numbers_that_are_none(tmp_path, keyword, message):
+    slices = make_slices()
+    setattr(slices[3], keyword, [77, 77] if keyword == "PixelSpacing" else 77)
+    folder = write(tmp_path / "series", slices, order=range(4))
+    content = (folder / "IM0003").read_bytes()
+    (folder / "IM0003").write_bytes(content.replace(b"77", b"7x"))
+    with pytest.raises(ValueError, match=message):
+        read_volume(folder)
+
+
 def test_rounded_positions_are_a_volume(tmp_path):
     slices = make_slices("oblique")
     for one in slices:
@@ -228,7 +253,7 @@ def test_damaged_slices_are_not_passed_over(tmp_path, name, content):
 
 def test_what_holds_no_series(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no scan: none of its 0 files"):
+    with pytest.raises(ValueError, match="empty holds no scan: of 0 files, 0 begin as"):
         read_volume(tmp_path / "empty")
     (tmp_path / "no.zip").write_bytes(b"text")
     with pytest.raises(ValueError, match=r"no.zip: the archive cannot be read: File is not a zip file"):
