@@ -459,14 +459,14 @@ def _numbers(dataset, keyword: str, count: int) -> np.ndarray:
 def _decode(dataset) -> np.ndarray:
     """Returns the stored pixels `(frames, rows, columns)` of a file."""
     from pydicom import Dataset
-    from pydicom.pixels import get_decoder
+    from pydicom.uid import JPEGTransferSyntaxes
 
     syntax = dataset.file_meta.TransferSyntaxUID
-    if not syntax.is_compressed or syntax.is_deflated or get_decoder(syntax).is_available:
+    if syntax not in JPEGTransferSyntaxes:
         stored = dataset.pixel_array
     else:
-        # Lossless JPEG, which many archives use, is decoded by GDCM, which reads files. This one holds nothing but
-        # pixels: neither whose they are, nor a slope, which GDCM would apply.
+        # Lossless JPEG, which many archives use, and JPEG of 12 bits are decoded by GDCM, which reads files. This one
+        # holds nothing but pixels: neither whose they are, nor a slope, which GDCM would apply.
         import SimpleITK
 
         bare = Dataset()

@@ -122,6 +122,9 @@ class DicomFiles(StoredVolume):
 
     files: tuple[Path, ...]
 
+    def __str__(self) -> str:
+        return str(self.files[0].parent)
+
     def read(self) -> InputVolume:
         return _from_series(find_series(self.files))
 
