@@ -46,51 +46,66 @@ def main(argv: list[str] | None = None) -> int:
     )
     options.check()
 
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
-    from tqdm.auto import tqdm
-
     from anodiff.checks import check_choice
-    from anodiff.cohorts.inputs import list_scans, read_inputs
-    from anodiff.cohorts.measures import read_region_names
-    from anodiff.cohorts.prediction import choose_model, find_device, load_pipeline, predict_scans, wanted_records
     from anodiff.cohorts.record import check_record, record_path
-    from anodiff.cohorts.run import CohortRun
     from anodiff.cohorts.tables import check_tables
     from anodiff.pipelines.base import PRECISIONS
     from anodiff.reports.page import check_replaceable
 
-    page = Path(options.output) / "report.html"
-    with_page = options.report == "html" and options.shard is None
-    if with_page:
-        check_replaceable(page)
+    if page_of(options) is not None:
+        check_replaceable(page_of(options))
     check_tables(options.output)
     check_record(record_path(options))
     if options.mixed_precision is not None:
         check_choice("mixed_precision", options.mixed_precision, PRECISIONS)
+    failed = predict_cohort(options, sys.argv[1:] if argv is None else argv)
+    for name, reason in failed:
+        print(f"FAILED {name}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def predict_cohort(options: PredictOptions, arguments: list[str]) -> list[tuple[str, str]]:
+    """Predicts the scans of a command, whose arguments are recorded; returns what has no result with the reason, in the
+    first of several processes."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+    from tqdm.auto import tqdm
+
+    from anodiff.cohorts.inputs import list_scans, read_inputs
+    from anodiff.cohorts.measures import read_region_names
+    from anodiff.cohorts.prediction import (
+        check_free,
+        choose_model,
+        find_device,
+        load_pipeline,
+        predict_scans,
+        wanted_records,
+        write_scan,
+    )
+    from anodiff.cohorts.run import CohortRun
+
     region_names = None if options.atlas_names is None else read_region_names(options.atlas_names)
     # Processes that are done wait for the others; by default not for long.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
+    is_first = accelerator.is_main_process
     device = find_device(options.device or (str(accelerator.device) if accelerator.num_processes > 1 else None))
     # One process looks for scans: others might see what it has begun to write, or take lines of standard input.
-    (inputs,) = broadcast_object_list([read_inputs(options.scans) if accelerator.is_main_process else None])
+    (inputs,) = broadcast_object_list([read_inputs(options.scans) if is_first else None])
     model, modality, record = (options.model, None, {}) if options.model else choose_model(options, inputs)
-    if record and accelerator.is_main_process:
+    if record and is_first:
         print("Model: {model}, as {model_chosen}.".format(**record))
     pipeline = load_pipeline(model, device, options)
     wanted = list(pipeline.processor.config.modalities) if modality is None else [modality]
     pipeline.set_progress_bar_config(leave=False, disable=not accelerator.is_local_main_process)
 
-    cohort = CohortRun(options, pipeline, model, record.get("model") or options.model, region_names)
-    listed = None
-    if accelerator.is_main_process:
+    cohort, listed = CohortRun(options, pipeline, model, record.get("model") or options.model, region_names), None
+    if is_first:
         listed = list_scans(inputs, options, wanted, wanted_records(options))
-        unread = cohort.begin(sys.argv[1:] if argv is None else argv, *listed, accelerator.num_processes)
-        listed[1].extend(unread)
-    scans, failed, finished = broadcast_object_list([listed])[0]
+        listed[1].extend(cohort.begin(arguments, *listed, accelerator.num_processes))
+    (scans, failed, finished), cohort.started = broadcast_object_list([listed, cohort.started])
     own, reasons = scans[accelerator.process_index :: accelerator.num_processes], []
     with tqdm(total=len(own), desc="scans", disable=len(own) < 2 or not accelerator.is_local_main_process) as bar:
-        for prediction in predict_scans(pipeline, own, options, record, region_names):
+        for prediction in predict_scans(pipeline, own, options, record, check_free, write_scan, region_names):
             cohort.add(prediction)
             reasons.append((prediction.scan.name, prediction.reason))
             if prediction.reason is None:
@@ -98,19 +113,21 @@ def main(argv: list[str] | None = None) -> int:
             bar.update()
     reasons = dict(gather_object(reasons))
     accelerator.end_training()  # takes the process group down
-    if not accelerator.is_main_process:
-        return 0
+    if not is_first:
+        return []
     failed += [(str(scan.source), reasons[scan.name]) for scan in scans if reasons[scan.name] is not None]
-    done = list(reasons.values()).count(None)
     shown = [*finished, *(scan for scan in scans if reasons[scan.name] is None)]
-    if with_page and shown:
-        failed += write_page(pipeline, page, shown, failed, record.get("model") or options.model)
+    if page_of(options) is not None and shown:
+        failed += write_page(pipeline, page_of(options), shown, failed, record.get("model") or options.model)
     cohort.end(1 if failed else 0)
     skipped = f", {len(finished)} finished before" if options.skip_existing else ""
-    print(f"{done} scan(s) done{skipped}, results in {options.output}")
-    for name, reason in failed:
-        print(f"FAILED {name}: {reason}", file=sys.stderr)
-    return 1 if failed else 0
+    print(f"{list(reasons.values()).count(None)} scan(s) done{skipped}, results in {options.output}")
+    return failed
+
+
+def page_of(options: PredictOptions) -> Path | None:
+    """Returns where the report goes; `None` without one, as of a part, whose page would replace those of the others."""
+    return Path(options.output) / "report.html" if options.report == "html" and options.shard is None else None
 
 
 def write_page(pipeline, page: Path, scans: list, failed: list[tuple[str, str]], model: str) -> list[tuple[str, str]]:

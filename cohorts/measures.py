@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
 from ..files import read_json, read_text
+from ..pipelines.output import AnomalyOutput, CIMDOutput
 from ..volumes.volume import InputVolume, read_volume
 
 
@@ -16,33 +19,48 @@ from ..volumes.volume import InputVolume, read_volume
 _LARGEST_LABEL = 2**24
 
 
-def measure_folder(
-    folder: str | os.PathLike, labels: np.ndarray | None = None, names: dict[int, str] | None = None
+def measure_result(
+    result: AnomalyOutput | CIMDOutput, labels: np.ndarray | None = None, names: dict[int, str] | None = None
 ) -> tuple[dict, list[dict]]:
     """
-    Measures a result from its files.
+    Measures the result of a volume.
 
     Args:
-        folder (`str` or `os.PathLike`): That [`AnomalyOutput.save`] or [`CIMDOutput.save`] has written.
+        result ([`AnomalyOutput`] or [`CIMDOutput`]): What a pipeline has found; of an ensemble the majority counts.
         labels, names: As of [`measure_mask`].
 
     Returns:
         the columns of `cohort.tsv` that say what was found, and the rows of `regions.tsv`, none without a mask.
     """
-    folder = Path(folder)
-    record = read_json(folder / "result.json")
-    is_ensemble = "num_members" in record
-    scores = record.get("pred_score") or [None]
-    values = {
-        "volume_score": record.get("volume_score"),
-        "max_slice_score": max(scores, key=lambda score: -np.inf if score is None else score),
-        "threshold": 0.5 if is_ensemble else (record.get("settings") or {}).get("threshold"),
-    }
-    mask = read_mask(folder)
+    source = result.source
+    if isinstance(result, AnomalyOutput):
+        values, array = _scores(result.volume_score, result.pred_score, result.settings["threshold"]), result.pred_mask
+    else:
+        values, array = _scores(None, (), 0.5), result.majority_mask
+    if array is None:
+        return values, []
+    # As the input came, to (X, Y, Z).
+    array = (array.T if source.is_picture else array).reshape(source.shape)
+    found, regions = measure_mask(dataclasses.replace(source, arrays={"": array}), labels, names)
+    return values | found, regions
+
+
+def measure_folder(
+    folder: str | os.PathLike, labels: np.ndarray | None = None, names: dict[int, str] | None = None
+) -> tuple[dict, list[dict]]:
+    """Measures a result by the files that its `save` has written, as [`measure_result`] does."""
+    record, mask = read_json(Path(folder) / "result.json"), read_mask(folder)
+    threshold = 0.5 if "num_members" in record else (record["settings"] or {}).get("threshold")
+    values = _scores(record.get("volume_score"), record.get("pred_score") or (), threshold)
     if mask is None:
         return values, []
     found, regions = measure_mask(mask, labels, names)
     return values | found, regions
+
+
+def _scores(volume_score: float | None, slice_scores: Sequence[float], threshold: float | None) -> dict:
+    largest = float(max(slice_scores)) if len(slice_scores) else None
+    return {"volume_score": volume_score, "max_slice_score": largest, "threshold": threshold}
 
 
 def read_mask(folder: str | os.PathLike) -> InputVolume | None:

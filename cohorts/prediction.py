@@ -39,7 +39,7 @@ from ..volumes.results import (
 from ..volumes.scans import Scan, name_modality
 from ..volumes.volume import StoredVolume
 from .inputs import Inputs, find_input_modality
-from .measures import measure_folder, read_atlas
+from .measures import measure_result, read_atlas
 from .options import PredictOptions
 
 
@@ -157,29 +157,22 @@ def predict_scans(
     scans: list[Scan],
     options: PredictOptions,
     record: dict,
+    check: Callable[[AnomalyPipeline, Scan, PredictOptions], None],
+    write: Callable[..., str],
     region_names: dict[int, str] | None = None,
-    check: Callable | None = None,
-    write: Callable | None = None,
 ) -> Iterator[Prediction]:
     """
     Predicts scans. While the network works on one of them, a thread reads the next one, and another thread writes the
     result of the last one; memory holds no more than these three.
 
     Args:
-        pipeline ([`AnomalyPipeline`]): The checkpoint.
-        scans (`list[Scan]`): Which ones.
-        options ([`PredictOptions`]): How.
         record (`dict`): What goes into the settings of the results.
+        check, write (callable): Like [`check_free`] and [`write_scan`].
         region_names (`dict[int, str]`, *optional*): Names of the labels of an atlas.
-        check (callable, *optional*): `check(pipeline, scan, options)` raises if a result may not be written; by default
-            [`check_free`].
-        write (callable, *optional*): `write(pipeline, prediction, options, result, spread, labels, region_names)`
-            writes a result and completes the prediction; by default [`write_scan`].
 
     Yields:
         what became of each scan, when it is done.
     """
-    check, write = check or check_free, write or write_scan
     with _noting_warnings(), ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
 
         def read(scan: Scan | None) -> tuple[Prediction, Future] | None:
@@ -188,10 +181,16 @@ def predict_scans(
             prediction = Prediction(scan)
             return prediction, reader.submit(read_scan, pipeline, prediction, options, check)
 
+        def finish(prediction: Prediction, result, spread, labels: np.ndarray | None) -> None:
+            with prediction.working():
+                prediction.told = write(pipeline, prediction.scan, options, result, spread)
+                prediction.row, prediction.regions = measure_result(result, labels, region_names)
+            if labels is not None and not prediction.regions:
+                prediction.warnings.append("nothing is measured by region, as there is no mask: give `--threshold`")
+
         def ended(prediction: Prediction, writing: Future) -> Prediction:
             error = writing.exception()
-            if error is not None:
-                prediction.reason = describe_error(error)
+            prediction.reason = None if error is None else describe_error(error)
             return prediction
 
         ahead, behind = read(next(iter(scans), None)), None
@@ -210,8 +209,7 @@ def predict_scans(
                 continue
             if behind is not None:
                 yield ended(*behind)
-            arguments = (pipeline, prediction, options, result, spread, labels, region_names)
-            behind = prediction, writer.submit(write, *arguments)
+            behind = prediction, writer.submit(finish, prediction, result, spread, labels)
         if behind is not None:
             yield ended(*behind)
 
@@ -311,31 +309,19 @@ def compute_scan(pipeline, volume, options: PredictOptions) -> tuple:
     return spread.first, spread
 
 
-def write_scan(
-    pipeline: AnomalyPipeline,
-    prediction: Prediction,
-    options: PredictOptions,
-    result,
-    spread,
-    labels: np.ndarray | None,
-    region_names: dict[int, str] | None,
-) -> None:
-    """Writes the result of a scan, and its pictures, into a folder of its own, and measures it. Says in the prediction
-    how its brain mask came about, and what a calibrated checkpoint says of it."""
-    name, plane = prediction.scan.name, pipeline.processor.config.plane
-    folder = Path(options.output) / name
+def write_scan(pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions, result, spread) -> str:
+    """Writes the result of a scan, and its pictures, into a folder of its own. Returns how its brain mask came about, and
+    what a calibrated checkpoint says of it, in words."""
+    folder, plane = Path(options.output) / scan.name, pipeline.processor.config.plane
     draw = overview.draw_overview if isinstance(result, AnomalyOutput) else overview.draw_members
-    with prediction.working():
-        # The record of the result, which marks the scan as done, comes last.
-        with lock_folder(folder):
-            if spread is not None or (folder / "dispersion.json").exists():
-                remove_results(folder)  # of a call with other options, which wrote other files
-            if spread is not None:
-                spread.save(folder, lambda path: overview.draw_members(spread, path, name, plane=plane))
-            result.save(folder, lambda path: draw(result, path, name, plane=plane), dicom=options.dicom_output)
-        prediction.row, prediction.regions = measure_folder(folder, labels, region_names)
-    if labels is not None and not prediction.regions:
-        prediction.warnings.append("nothing is measured by region, as there is no mask: `--threshold` makes one")
-    prediction.told = _ORIGINS[result.settings["brain"]]
+    # The record of the result, which marks the scan as done, comes last.
+    with lock_folder(folder):
+        if spread is not None or (folder / "dispersion.json").exists():
+            remove_results(folder)  # of a call with other options, which wrote other files
+        if spread is not None:
+            spread.save(folder, lambda path: overview.draw_members(spread, path, scan.name, plane=plane))
+        result.save(folder, lambda path: draw(result, path, scan.name, plane=plane), dicom=options.dicom_output)
+    told = _ORIGINS[result.settings["brain"]]
     if isinstance(result, AnomalyOutput) and result.guarantee is not None:
-        prediction.told = f"{prediction.told}; {describe_claims(result.guarantee)}"
+        told = f"{told}; {describe_claims(result.guarantee)}"
+    return told

@@ -44,9 +44,10 @@ def begin_record(
     settings: dict,
     hardware: dict,
     counts: dict,
-) -> None:
+) -> str:
     """
-    Writes the record of a command that begins. That of an earlier one is kept beside it, with its time in the name.
+    Writes the record of a command that begins. That of an earlier one, which may still be running, is kept beside it,
+    with its time in the name. The caller holds the tables.
 
     Args:
         path (`Path`): As of [`record_path`].
@@ -56,10 +57,13 @@ def begin_record(
         settings (`dict`): The inference values.
         hardware (`dict`): The device, and in how many processes.
         counts (`dict`): Of scans, by what becomes of them.
+
+    Returns:
+        when it began, by which the other functions know it.
     """
     if path.exists():
-        started = read_json(path)["started"].replace(":", "")
-        path.rename(path.with_name(f"{path.stem}_{started}.json"))
+        path.rename(_earlier(path, read_json(path)["started"]))
+    started = datetime.now(UTC).isoformat()
     options = dataclasses.asdict(options)
     del options["scans"]  # the command names them
     record = {
@@ -75,18 +79,20 @@ def begin_record(
             "cores": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         },
-        "started": _now(),
+        "started": started,
         "ended": None,
         "status": None,
         "scans": counts,
         "inputs": {},
     }
     write_json(path, record)
+    return started
 
 
-def update_record(path: Path, done: int, failed: int, inputs: dict[str, dict[str, str]]) -> None:
+def update_record(path: Path, started: str, done: int, failed: int, inputs: dict[str, dict[str, str]]) -> None:
     """Adds scans that are done or have failed to the record, and the SHA-256 of their files, by scan and path. The
     caller holds the tables."""
+    path = _find(path, started)
     record = read_json(path)
     record["scans"]["done"] += done
     record["scans"]["failed"] += failed
@@ -94,13 +100,19 @@ def update_record(path: Path, done: int, failed: int, inputs: dict[str, dict[str
     write_json(path, record)
 
 
-def end_record(path: Path, status: int) -> None:
+def end_record(path: Path, started: str, status: int) -> None:
     """Notes the end of a command, and its exit status. The caller holds the tables."""
-    write_json(path, read_json(path) | {"ended": _now(), "status": status})
+    path = _find(path, started)
+    write_json(path, read_json(path) | {"ended": datetime.now(UTC).isoformat(), "status": status})
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _earlier(path: Path, started: str) -> Path:
+    return path.with_name(f"{path.stem}_{started.replace(':', '').removesuffix('+0000')}.json")
+
+
+def _find(path: Path, started: str) -> Path:
+    """Returns where the record of a command is, which another one may have put aside."""
+    return path if read_json(path)["started"] == started else _earlier(path, started)
 
 
 def _is_record(path: Path) -> bool:

@@ -38,7 +38,7 @@ class CohortRun:
     ):
         self.options, self.pipeline, self.region_names = options, pipeline, region_names
         self.folder, self.record = Path(options.output), record_path(options)
-        self.checkpoint = {"checkpoint": name, "revision": find_revision(model)}
+        self.checkpoint, self.started = {"checkpoint": name, "revision": find_revision(model)}, ""
 
     def begin(
         self,
@@ -49,7 +49,8 @@ class CohortRun:
         processes: int,
     ) -> list[tuple[str, str]]:
         """Writes the record of a command that begins, and the rows of what it does not predict; returns finished scans
-        that cannot be measured, with the reason. Other arguments as of [`~cohorts.inputs.list_scans`]."""
+        that cannot be measured, with the reason. Of several processes one does it, and tells the others `started`. Other
+        arguments as of [`~cohorts.inputs.list_scans`]."""
         rows = [({"source": source, "status": FAILED, "reason": reason}, None) for source, reason in failed]
         skipped, unread = self.describe_finished(finished)
         device = self.pipeline.device
@@ -64,7 +65,9 @@ class CohortRun:
             "failed": len(failed) + len(unread),
         }
         with hold_tables(self.folder):
-            begin_record(self.record, arguments, self.options, self.checkpoint, settings, hardware, counts)
+            self.started = begin_record(
+                self.record, arguments, self.options, self.checkpoint, settings, hardware, counts
+            )
             write_rows(self.folder, [*rows, *skipped])
         return unread
 
@@ -99,9 +102,11 @@ class CohortRun:
         row |= {"atlas": None if scan.atlas is None else str(scan.atlas)}
         with hold_tables(self.folder):
             write_rows(self.folder, [(row, None if has_failed else prediction.regions)])
-            update_record(self.record, int(not has_failed), int(has_failed), {scan.name: prediction.inputs})
+            update_record(
+                self.record, self.started, int(not has_failed), int(has_failed), {scan.name: prediction.inputs}
+            )
 
     def end(self, status: int) -> None:
         """Notes the end of the command and its exit status."""
         with hold_tables(self.folder):
-            end_record(self.record, status)
+            end_record(self.record, self.started, status)

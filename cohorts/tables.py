@@ -14,7 +14,7 @@ from pathlib import Path
 
 import filelock
 
-from ..files import read_text, write_json, write_text
+from ..files import read_json, read_text, write_json, write_text
 from ..volumes.results import is_whole
 
 
@@ -88,10 +88,10 @@ def check_tables(folder: str | os.PathLike) -> None:
         sidecar = table.with_suffix(".json")
         if os.path.lexists(table):
             _read_lines(table, columns)
-        elif os.path.lexists(sidecar):
+        elif os.path.lexists(sidecar) and not _is_sidecar(sidecar, columns):
             raise FileExistsError(
-                f"{sidecar} is there without {name}, so that it is none of this command: nothing is replaced. Move it"
-                " away, or choose another folder for the results."
+                f"{sidecar} is none of this command: nothing is replaced. Move it away, or choose another folder for the"
+                " results."
             )
 
 
@@ -160,6 +160,13 @@ def _read_lines(table: Path, columns: dict) -> list[list[str]]:
             " away, or choose another folder for the results."
         )
     return lines[1:]
+
+
+def _is_sidecar(path: Path, columns: dict) -> bool:
+    try:
+        return read_json(path) == columns
+    except (OSError, ValueError):
+        return False
 
 
 def _text(value) -> str:

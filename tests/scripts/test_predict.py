@@ -2,14 +2,18 @@
 
 import base64
 import gzip
+import hashlib
 import json
 import os
 import re
 import signal
+import warnings
+from pathlib import Path
 
 import highdicom
 import nibabel as nib
 import numpy as np
+import pandas
 import PIL.Image
 import pytest
 import torch
@@ -107,6 +111,13 @@ def test_two_processes_do_what_one_does(workplace, monkeypatch, capsys):
         contents = [(workplace.folder / folder / name).read_bytes() for folder in ("by-one", "by-two")]
         first, second = map(gzip.decompress, contents) if name.endswith(".gz") else contents
         assert first == second, name
+    tables = [table_of(workplace.folder / folder).drop(columns="seconds") for folder in ("by-one", "by-two")]
+    pandas.testing.assert_frame_equal(*tables)
+    records = [read_json(workplace.folder / folder / "run.json") for folder in ("by-one", "by-two")]
+    assert [record["hardware"].pop("processes") for record in records] == [1, 2]
+    for record in records:
+        assert record["scans"] == {"named": 3, "done": 2, "skipped": 0, "failed": 1}
+        assert [len(paths) for paths in record["inputs"].values()] == [1, 0, 1]
 
 
 def test_a_folder_of_subjects(workplace, trained):
@@ -480,6 +491,14 @@ def test_a_gpu_where_there_is_none(place, capsys):
         (["--model", "m", "--modality", "t1", "s.nii"], "`--modality` chooses a model where none is named"),
         (["--modality", "x-ray", "s.nii"], "`modality` must be one of t1, t1ce, t2, flair, "),
         (["--model", "m"], "no scan given"),
+        (
+            ["--model", "m", "s.nii", "--shard", "3/2"],
+            "`--shard` must be NUMBER/COUNT, from 1/COUNT to COUNT/COUNT, got",
+        ),
+        (
+            ["--model", "m", "s.nii", "--atlas_names", "n.tsv"],
+            "`--atlas_names` names the regions of `--atlas`: give b",
+        ),
         (["--model", "m", "s.nii", "--overwrite", "--skip_existing"], "`--overwrite` replaces results, and `--skip_e"),
         (
             ["--model", "m", "s.nii", "--mixed_precision", "int8"],
@@ -496,6 +515,173 @@ def test_wrong_options_are_one_line(place, capsys, options, message):
     assert run_script(lambda: main(options)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+# --- the tables and the record of a cohort
+
+
+def table_of(folder, name="cohort.tsv"):
+    return pandas.read_csv(folder / name, sep="\t")
+
+
+def test_the_table_says_what_became_of_every_scan(place, model, capsys):
+    folder = place("raw/a.nii.gz", "raw/b.nii.gz", "raw/c.nii.gz", "raw/d_seg.nii.gz")
+    (folder / "raw" / "b.nii.gz").write_bytes(b"no scan")
+    labels = (np.indices((16, 16, 2))[0] > 7).astype(np.int16)
+    (folder / "atlas").mkdir()
+    nib.save(nib.Nifti1Image(labels, np.eye(4)), folder / "atlas" / "halves.nii.gz")
+    (folder / "names.tsv").write_text("index\tname\n1\tleft half\n")
+    command = ["--model", model, "raw", "-o", "out", "--threshold", "0.001"]
+    assert main([*command, "--atlas", "atlas/halves.nii.gz", "--atlas_names", "names.tsv"]) == 1
+
+    frame = table_of(folder / "out")
+    assert frame["scan"].fillna("").tolist() == ["a", "b", "c", ""]
+    assert frame["status"].tolist() == ["done", "failed", "done", "failed"]
+    assert frame["source"].tolist() == [f"raw/{name}.nii.gz" for name in ("a", "b", "c", "d_seg")]
+    assert "raw/b.nii.gz cannot be read" in frame["reason"][1] and "a mask" in frame["reason"][3]
+    assert set(frame["checkpoint"][[0, 2]]) == {model}
+    digest = hashlib.sha256(Path(model, "model_index.json").read_bytes()).hexdigest()
+    assert set(frame["revision"][[0, 2]]) == {f"sha256:{digest}"}
+    for row in (0, 2):
+        scan = folder / "out" / frame["scan"][row]
+        record, mask = read_json(scan / "result.json"), nib.load(scan / "pred_mask.nii.gz").get_fdata() > 0
+        assert frame["volume_score"][row] == pytest.approx(record["volume_score"])
+        assert frame["max_slice_score"][row] == pytest.approx(max(record["pred_score"]))
+        assert frame["threshold"][row] == 0.001 and frame["marked_voxels"][row] == mask.sum() > 0
+        assert frame["marked_ml"][row] == pytest.approx(mask.sum() / 1000)
+        assert 0 < frame["largest_component_ml"][row] <= frame["marked_ml"][row] and frame["components"][row] >= 1
+        assert frame["seconds"][row] > 0 and frame["atlas"][row] == "atlas/halves.nii.gz"
+    assert frame.loc[1, "checkpoint":"largest_component_ml"].isna().all()
+    regions = table_of(folder / "out", "regions.tsv")
+    assert (
+        regions["scan"].tolist() == ["a", "a", "c", "c"] and regions["name"].tolist() == ["outside", "left half"] * 2
+    )
+    mask = nib.load(folder / "out" / "a" / "pred_mask.nii.gz").get_fdata() > 0
+    assert regions["marked_voxels"].tolist()[:2] == [mask[:8].sum(), mask[8:].sum()]
+    assert regions["region_ml"].tolist()[:2] == [0.256, 0.256]
+
+    # The table has lost its rows, or never had the regions: they are measured again.
+    text = read_text(folder / "out" / "cohort.tsv")
+    before = [line for line in text.splitlines() if line.startswith(("a\t", "c\t"))]
+    (folder / "out" / "regions.tsv").unlink()
+    (folder / "out" / "cohort.tsv").write_text(text.splitlines()[0] + "\n" + before[0] + "\n")
+    capsys.readouterr()
+    assert main([*command, "--skip_existing"]) == 1
+    assert "0 scan(s) done, 2 finished before" in capsys.readouterr().out
+    again = table_of(folder / "out")
+    assert again["status"].tolist() == ["skipped", "failed", "skipped", "failed"]
+    values = ["volume_score", "max_slice_score", "threshold", "marked_voxels", "marked_ml", "components"]
+    pandas.testing.assert_frame_equal(again[values], frame[values])
+    assert again["seconds"][0] == frame["seconds"][0] and again["checkpoint"].isna().tolist() == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    named = ["--atlas", "atlas/halves.nii.gz", "--atlas_names", "names.tsv"]
+    (folder / "names.tsv").write_text("index\tname\n1\tright half\n")
+    (folder / "atlas" / "others.nii.gz").write_bytes((folder / "atlas" / "halves.nii.gz").read_bytes())
+    assert main([*command, "--skip_existing", *named[:1], "atlas/others.nii.gz", *named[2:]]) == 1
+    assert table_of(folder / "out", "regions.tsv")["name"].tolist() == ["outside", "right half"] * 2
+    assert table_of(folder / "out")["checkpoint"].tolist()[0] == model
+
+
+def test_an_atlas_on_another_grid_fails_before_anything_is_computed(place, model, capsys):
+    folder = place("raw/p1/flair.nii.gz", "raw/p2/flair.nii.gz")
+    for name, affine in (("p1", np.eye(4)), ("p2", np.diag([1, 1, 2, 1]))):
+        nib.save(nib.Nifti1Image(np.ones((16, 16, 2), np.uint8), affine), folder / "raw" / name / "parcels.nii.gz")
+    assert main(["--model", model, "raw", "-o", "out", "--atlas", "parcels.nii.gz"]) == 1
+    assert "FAILED raw/p2: ValueError: The atlas raw/p2/parcels.nii.gz must lie on the grid" in capsys.readouterr().err
+    assert not (folder / "out" / "p2").exists() and not (folder / "out" / "regions.tsv").exists()
+    assert "nothing is measured by region, as there is no mask" in table_of(folder / "out")["warnings"][0]
+
+
+def test_warnings_stand_beside_their_scan(place, model):
+    folder = place("raw/b.nii.gz")
+    image = nib.MGHImage(make_volume((16, 16, 2)), np.eye(4))
+    image.header["goodRASFlag"] = 0
+    for name in "ac":
+        nib.save(image, folder / "raw" / f"{name}.mgz")
+    for _ in range(2):
+        with warnings.catch_warnings(record=True):
+            assert main(["--model", model, "raw", "-o", "out", "--overwrite"]) == 0
+        frame = table_of(folder / "out")
+        for row, name in ((0, "a"), (2, "c")):
+            assert frame["warnings"][row].startswith(f"raw/{name}.mgz has no usable affine")
+            assert frame["warnings"][row].count("has no usable affine") == 1
+        assert frame["warnings"].isna().tolist() == [False, True, False]
+
+
+def test_the_record_says_how_the_results_came_about(place, model):
+    folder = place("raw/a.nii.gz", "raw/b.nii.gz", "raw/c.nii.gz")
+    (folder / "raw" / "b.nii.gz").write_bytes(b"no scan")
+    command = ["--model", model, "raw", "-o", "out", "--inference.noise_level", "2", "--device", "cpu"]
+    assert main(command) == 1
+    record = read_json(folder / "out" / "run.json")
+    assert record["command"] == ["anodiff", "predict", *command] and record["status"] == 1
+    assert record["scans"] == {"named": 3, "done": 2, "skipped": 0, "failed": 1}
+    assert record["settings"]["noise_level"] == 2 and record["options"]["inference"] == {"noise_level": 2}
+    assert record["checkpoint"] == model and record["revision"].startswith("sha256:")
+    assert record["hardware"]["processes"] == 1 and record["hardware"]["memory_gb"] > 0
+    paths = [folder / "raw" / "a.nii.gz", folder / "raw" / "c.nii.gz"]
+    sums = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    assert record["inputs"]["a"] | record["inputs"]["c"] == sums and record["inputs"]["b"] == {}
+    assert record["started"] < record["ended"] and str(folder) not in json.dumps(record)
+    # That of an earlier command is kept.
+    assert main([*command, "--skip_existing"]) == 1
+    older, newer = sorted(
+        (read_json(path) for path in (folder / "out").glob("run*.json")), key=lambda one: one["started"]
+    )
+    assert older == record and newer["scans"] == {"named": 3, "done": 0, "skipped": 2, "failed": 1}
+
+
+def test_a_table_of_the_user_in_the_output_stays(place, model):
+    folder = place("a.nii.gz")
+    (folder / "cohort.tsv").write_text("subject\tflair\na\ta.nii.gz\n")
+    with pytest.raises(FileExistsError, match="cohort.tsv is no table of this command"):
+        main(["--model", model, "cohort.tsv", "-o", "."])
+    assert {path.name for path in folder.iterdir()} == {"cohort.tsv", "a.nii.gz"}
+    assert main(["--model", model, "cohort.tsv", "-o", "out"]) == 0
+    assert table_of(folder / "out")["source"].tolist() == ["cohort.tsv, line 2"]
+
+
+def test_parts_fill_one_table_and_each_has_its_status(place, model, capsys):
+    folder = place(*(f"raw/{name}.nii.gz" for name in "abcde"), "raw/f_seg.nii.gz")
+    (folder / "raw" / "b.nii.gz").write_bytes(b"no scan")
+    command = ["--model", model, "raw", "-o", "out"]
+    # a, d and what is no scan; b, e; c.
+    assert [main([*command, "--shard", f"{number}/3"]) for number in (3, 1, 2)] == [0, 1, 1]
+    said = capsys.readouterr()
+    assert [line.split(": ")[0] for line in said.err.splitlines() if line.startswith("FAILED")] == [
+        "FAILED raw/f_seg.nii.gz",
+        "FAILED raw/b.nii.gz",
+    ]
+    frame = table_of(folder / "out")
+    assert frame["scan"].fillna("").tolist() == ["a", "b", "c", "d", "e", ""]
+    assert frame["status"].tolist() == ["done", "failed", "done", "done", "done", "failed"]
+    assert {path.name for path in (folder / "out").glob("run*")} == {f"run_{number}-of-3.json" for number in (1, 2, 3)}
+    assert not (folder / "out" / "report.html").exists()
+    # A part that is started again does what is missing.
+    nib.save(nib.Nifti1Image(make_volume((16, 16, 2)), np.eye(4)), folder / "raw" / "b.nii.gz")
+    assert main([*command, "--shard", "2/3", "--skip_existing"]) == 0
+    assert "1 scan(s) done, 1 finished before" in capsys.readouterr().out
+    # In the end one command says whether all is there, and makes the page.
+    assert main([*command, "--skip_existing"]) == 1
+    said = capsys.readouterr()
+    assert "0 scan(s) done, 5 finished before" in said.out and said.err.count("FAILED") == 1
+    assert (folder / "out" / "report.html").exists()
+    assert table_of(folder / "out")["status"].tolist() == ["skipped"] * 5 + ["failed"]
+
+
+def test_the_revision_of_a_checkpoint_on_the_hub_is_its_commit(place, model, near_hub):
+    folder = place("a.nii.gz")
+    content = {
+        path.relative_to(model).as_posix(): path.read_bytes() for path in Path(model).rglob("*") if path.is_file()
+    }
+    commit = near_hub.put("owner/tiny", content)
+    assert main(["--model", "owner/tiny", "a.nii.gz", "-o", "out"]) == 0
+    assert table_of(folder / "out")["revision"].tolist() == [commit]
+    assert read_json(folder / "out" / "run.json")["revision"] == commit
 
 
 # --- without `--model`, with checkpoints that come with the package
