@@ -6,12 +6,14 @@ UID, a description, or the name of a file in a folder, which exports often make 
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 import math
 import os
 import re
 import tempfile
+import threading
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,7 @@ import numpy as np
 
 SUFFIXES = (".dcm", ".ima", ".zip")
 
+_ONE_THREAD = threading.Lock()
 # DICOM's axes run to the patient's left, posterior and superior; ours to right, anterior and superior.
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Tolerances: of unit vectors; of a step between slices, as a share of the step; of a shift between slices along their
@@ -63,6 +66,18 @@ _PIXELS = (
     "Rows Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit"
     " PixelRepresentation PixelData"
 ).split()
+
+
+@contextmanager
+def quoting_nothing() -> Iterator[None]:
+    """Keeps pydicom, in the block, from warning of values that it finds odd, which it quotes. Its settings are those of
+    the process, so one thread at a time is in such a block. Raises an `ImportError` that names the extra."""
+    if not all(map(importlib.util.find_spec, ("pydicom", "highdicom", "SimpleITK"))):
+        raise ImportError("DICOM needs pydicom, highdicom and SimpleITK: `pip install anodiff[dicom]`.")
+    from pydicom import config
+
+    with _ONE_THREAD, config.disable_value_validation():
+        yield
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,7 @@ class DicomSeries:
     affine: np.ndarray
     _openers: tuple[Callable[[], io.IOBase], ...] = field(repr=False)
 
+    @quoting_nothing()
     def read(self) -> nib.Nifti1Image:
         """Reads the pixels: an image `(columns, rows, slices)` of float32, after each slice's rescale slope and
         intercept; raises a `ValueError` if they cannot be decoded."""
@@ -172,7 +188,7 @@ def list_source_files(path: str | os.PathLike) -> list[Path]:
 
 def find_study(path: str | os.PathLike) -> str | None:
     """Returns the UID of the examination that a file is of, for comparison; `None` if it cannot be read."""
-    with suppress(ImportError, ValueError), _reading(str(path), "the file"):
+    with suppress(ImportError, ValueError), _reading(str(path), "the file"), quoting_nothing():
         import pydicom
 
         return str(pydicom.dcmread(path, specific_tags=["StudyInstanceUID"]).StudyInstanceUID)
@@ -193,6 +209,7 @@ def split_choice(path: str | os.PathLike) -> tuple[Path, str | None]:
     return Path(base), choice
 
 
+@quoting_nothing()
 def find_series(source: str | os.PathLike | Sequence[Path]) -> DicomSeries:
     """
     Finds the one series in files, and reads and checks its headers.
@@ -207,10 +224,8 @@ def find_series(source: str | os.PathLike | Sequence[Path]) -> DicomSeries:
             or there twice, they differ in size, orientation or spacing, or lie askew. The message names the path and
             the slices' numbers.
     """
-    try:
-        import pydicom
-    except ImportError as error:
-        raise ImportError("Reading DICOM needs pydicom and highdicom: `pip install anodiff[dicom]`.") from error
+    import pydicom
+
     several = not isinstance(source, (str, os.PathLike))
     path, choice = (Path(source[0]).parent, None) if several else split_choice(source)
     files = [_file_at(one) for one in source] if several else _list_files(path)

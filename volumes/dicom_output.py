@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from .. import __version__
-from .dicom import PATIENT_AND_STUDY, DicomSeries
+from .dicom import PATIENT_AND_STUDY, DicomSeries, quoting_nothing
 
 
 _HEADER = (
@@ -30,7 +30,6 @@ def write_segmentation(path: str | os.PathLike, series: DicomSeries, array: np.n
         label: What the mask is, 64 characters at most.
     """
     import highdicom
-    from pydicom import config
     from pydicom.sr.codedict import codes
 
     algorithm = highdicom.AlgorithmIdentificationSequence(
@@ -44,7 +43,7 @@ def write_segmentation(path: str | os.PathLike, series: DicomSeries, array: np.n
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=algorithm,
     )
-    with config.disable_value_validation():
+    with quoting_nothing():
         segmentation = highdicom.seg.Segmentation(
             pixel_array=_in_file_order(series, array).astype(np.uint8),
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
@@ -64,7 +63,6 @@ def write_parametric_map(path: str | os.PathLike, series: DicomSeries, array: np
         array (`np.ndarray` of shape `(columns, rows, slices)`): Finite numbers.
     """
     import highdicom
-    from pydicom import config
     from pydicom.sr.codedict import codes
 
     scores = _in_file_order(series, array).astype(np.float32)
@@ -78,7 +76,7 @@ def write_parametric_map(path: str | os.PathLike, series: DicomSeries, array: np
         intercept=0,
     )
     window = highdicom.VOILUTTransformation(window_center=(least + most) / 2, window_width=max(most - least, 1e-6))
-    with config.disable_value_validation():
+    with quoting_nothing():
         parametric_map = highdicom.pm.ParametricMap(
             pixel_array=scores,
             contains_recognizable_visual_features=False,

@@ -1,5 +1,6 @@
 """Series of DICOM become volumes at the right place, or one error; masks and maps go back to where they came from."""
 
+import importlib.util
 import logging
 import re
 import warnings
@@ -209,19 +210,22 @@ def test_slices_that_make_no_volume_are_named_by_number(tmp_path, alter, message
 @pytest.mark.parametrize(
     ("keyword", "message"),
     [
-        ("SeriesNumber", r"series: file 4 in the order of names cannot be read: .*7x"),
-        ("InstanceNumber", r"series: file 4 cannot be read: .*7x"),
-        ("PixelSpacing", r"series: image 4 cannot be read: .*7x"),
+        ("SeriesNumber", r"series: file 4 in the order of names cannot be read: .*777x"),
+        ("InstanceNumber", r"series: file 4 cannot be read: .*777x"),
+        ("PixelSpacing", r"series: image 4 cannot be read: .*777x"),
     ],
 )
-def test_numbers_that_are_none(tmp_path, keyword, message):
+def test_numbers_that_are_none(tmp_path, keyword, message, recwarn):
     slices = make_slices()
-    setattr(slices[3], keyword, [77, 77] if keyword == "PixelSpacing" else 77)
+    setattr(slices[3], keyword, [7777, 7777] if keyword == "PixelSpacing" else 7777)
     folder = write(tmp_path / "series", slices, order=range(4))
     content = (folder / "IM0003").read_bytes()
-    (folder / "IM0003").write_bytes(content.replace(b"77", b"7x"))
+    wrong = re.sub(rb"((?:IS|DS)..)7777", rb"\g<1>777x", content, flags=re.DOTALL)
+    (folder / "IM0003").write_bytes(wrong)
+    assert wrong != content
     with pytest.raises(ValueError, match=message):
         read_volume(folder)
+    assert not recwarn.list  # pydicom's quote values
 
 
 def test_rounded_positions_are_a_volume(tmp_path):
@@ -265,9 +269,11 @@ def test_what_holds_no_series(tmp_path):
         read_volume(tmp_path / "empty")
 
 
-def test_an_extra_that_is_missing_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("missing", ["pydicom", "highdicom", "SimpleITK"])
+def test_an_extra_that_is_missing_is_named(tmp_path, monkeypatch, missing):
     folder = write(tmp_path / "series", make_slices())
-    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     with pytest.raises(ImportError, match=r"pip install anodiff\[dicom\]"):
         read_volume(folder)
 
