@@ -7,6 +7,7 @@ python predict.py --model owner/two-modalities patient1/ patient2/ -o out    # f
 python predict.py --model owner/anoddpm-flair "data/*/anat/*_FLAIR.nii.gz" -o out    # a pattern, in quotes
 python predict.py --model owner/two-modalities subjects.tsv -o out    # a table with the columns subject, flair, t1
 find data -name "*_FLAIR.nii.gz" | python predict.py --model owner/anoddpm-flair - -o out    # a list, one per line
+python predict.py --model owner/anoddpm-flair "export.zip#4" -o out    # a series of DICOM: a folder, or one of several
 python predict.py --model owner/anoddpm-flair scan.nii.gz -o out --dispersion 8    # also how far eight draws lie apart
 python predict.py --model owner/anoddpm-flair scans/ -o out --atlas aparc.nii.gz    # also by region, regions.tsv
 accelerate launch predict.py --model owner/anoddpm-flair cohort/ -o out --skip_existing    # many scans on several GPUs

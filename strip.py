@@ -82,15 +82,17 @@ def strip_scan(extractor, scan, options: StripOptions) -> str:
     from anodiff.pipelines.brain import find_brain
     from anodiff.volumes.volume import read_volume
 
-    path = Path(scan.volume["image"] if isinstance(scan.volume, dict) else scan.volume)
-    folder, name = path.parent, path.name[: path.name.lower().rfind(".nii" if ".nii" in path.name.lower() else ".")]
+    source = scan.volume["image"] if isinstance(scan.volume, dict) else scan.volume
+    path = Path(str(source))
+    end = path.name.lower().rfind(".nii" if ".nii" in path.name.lower() else ".")
+    folder, name = path.parent, path.name[:end] if end > 0 else path.name  # a folder of DICOM has no suffix
     if options.output is not None:
         folder, name = Path(options.output), scan.name
     targets = [folder / f"{name}_brain.nii.gz", folder / f"{name}_brain_mask.nii.gz"]
     there = [str(target) for target in targets if target.exists()]
     if there and not options.overwrite:
         raise FileExistsError(f"{', '.join(there)} exists; `--overwrite` replaces it.")
-    volume = read_volume(path, labels=False)
+    volume = read_volume(source, labels=False)
     brain, origin = find_brain(extractor, volume)
     kept = [np.where(brain, image, np.float32(0)) for image in volume.arrays.values()]
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..files import check_name, read_text
+from ..volumes.dicom import split_choice
 from ..volumes.results import is_whole
 from ..volumes.scans import ALIASES, Scan, find_modality, find_scans, name_modality
 from .options import PredictOptions
@@ -235,7 +236,7 @@ def _table_scans(
                 others[name] = folder / row[name]
             elif name not in row and beside_name is not None:
                 others[name] = next(iter(files.values())).parent / beside_name
-        absent = [str(path) for path in (*files.values(), *others.values()) if not os.path.exists(path)]
+        absent = [str(path) for path in (*files.values(), *others.values()) if not split_choice(path)[0].exists()]
         if absent:
             failed.append((source, f"{row[_SUBJECT]}: there is no file {', '.join(absent)}."))
             continue

@@ -54,6 +54,8 @@ class PredictOptions:
     """Leave out scans whose results are there and whole, whatever options they were made with."""
     shard: str | None = None
     """The part of the scans that this command takes, such as 2/8, for job arrays; all parts go into one folder."""
+    dicom_output: bool = True
+    """Write masks and maps of DICOM series as DICOM objects, too; they hold the patient's name as the series does."""
     report: str = "html"
     """html for report.html, a page with all scans in a viewer, or none."""
 

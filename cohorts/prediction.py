@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,8 +25,10 @@ from ..hub.model_index import SUMS
 from ..pipelines.dispersion import check_dispersion, disperse
 from ..pipelines.guarantee import describe_claims
 from ..pipelines.output import AnomalyOutput
+from ..volumes.dicom import list_source_files
 from ..volumes.results import (
     CALIBRATED_ARRAYS,
+    DICOM_STEMS,
     DISPERSION_ARRAYS,
     ENSEMBLE_ARRAYS,
     MAP_ARRAYS,
@@ -249,7 +252,7 @@ def check_free(pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions) -
         stems.discard("brain_mask")
     if pipeline.task != "segmentation" and pipeline.config.calibration is None:
         stems -= {*CALIBRATED_ARRAYS}
-    check_place(folder, stems, records)
+    check_place(folder, stems | DICOM_STEMS, records)
     if (folder / "result.json").exists() and not (options.overwrite or options.skip_existing):
         raise FileExistsError(
             f"{folder} already holds a result; `--overwrite` replaces it, `--skip_existing` leaves it as it is."
@@ -280,15 +283,17 @@ def read_scan(
 
 
 def hash_files(scan: Scan) -> dict[str, str]:
-    """Returns the SHA-256 of the files of a scan, its brain mask and its atlas, by their paths."""
+    """Returns the SHA-256 of the files of a scan, its brain mask and its atlas, by their paths; of several files, as of
+    a DICOM series, that of their digests in the order of names."""
     images = [*(scan.volume.values() if isinstance(scan.volume, dict) else [scan.volume]), scan.brain, scan.atlas]
-    paths = [
-        path
-        for image in images
-        if image is not None
-        for path in (image.files if isinstance(image, StoredVolume) else [image])
-    ]
-    return {str(path): sha256(path) for path in paths}
+    digests = {}
+    for image in images:
+        if image is not None:
+            files = image.files if isinstance(image, StoredVolume) else list_source_files(image)
+            several = "".join(map(sha256, files)).encode()
+            # Names of slices are not kept: they may be made of what is known about a patient.
+            digests[str(image)] = hashlib.sha256(several).hexdigest() if len(files) > 1 else sha256(files[0])
+    return digests
 
 
 def compute_scan(pipeline, volume, options: PredictOptions) -> tuple:
@@ -317,7 +322,7 @@ def write_scan(pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions, r
             remove_results(folder)  # of a call with other options, which wrote other files
         if spread is not None:
             spread.save(folder, lambda path: overview.draw_members(spread, path, scan.name, plane=plane))
-        result.save(folder, lambda path: draw(result, path, scan.name, plane=plane))
+        result.save(folder, lambda path: draw(result, path, scan.name, plane=plane), dicom=options.dicom_output)
     told = _ORIGINS[result.settings["brain"]]
     if isinstance(result, AnomalyOutput) and result.guarantee is not None:
         told = f"{told}; {describe_claims(result.guarantee)}"

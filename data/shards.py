@@ -34,7 +34,8 @@ from .readers.subjects import Subject
 
 # The modules that produce prepared data, phantoms included, from the package's root. A test finds one that is missing.
 PRODUCERS = (
-    *("volumes/geometry.py", "volumes/processor.py", "volumes/results.py", "volumes/scans.py", "volumes/volume.py"),
+    *("volumes/dicom.py", "volumes/geometry.py", "volumes/processor.py", "volumes/results.py", "volumes/scans.py"),
+    "volumes/volume.py",
     *("data/correction.py", "data/layout.py", "data/prepare.py", "data/raters.py", "data/rules.py", "data/shards.py"),
     *("data/participants.py", "data/slicing.py", "data/smooth_fields.py"),
     *("data/readers/arrays.py", "data/readers/files.py", "data/readers/listing.py", "data/readers/subjects.py"),
@@ -75,7 +76,9 @@ def code_digest() -> str:
 def piece_name(settings: list, subject: Subject, training: bool) -> str:
     """Returns the name of a subject's piece: a hash of the settings, of what the reader says of the subject, and of
     the size and time of its files."""
-    states = [[file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else [] for file in subject.files]
+    # A folder of DICOM stands for the files in it.
+    files = [one for file in subject.files for one in (sorted(file.rglob("*")) if file.is_dir() else [file])]
+    states = [[file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else [] for file in files]
     key = json.dumps([settings, repr(subject), training, states], sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 

@@ -14,7 +14,9 @@ import torch
 from diffusers.utils import BaseOutput
 
 from ..hub.configuration import plain
+from ..volumes.dicom_output import write_parametric_map, write_segmentation
 from ..volumes.results import (
+    DICOM_FILES,
     DISPERSION_ARRAYS,
     ENSEMBLE_ARRAYS,
     IMAGE,
@@ -78,7 +80,9 @@ class AnomalyOutput(BaseOutput):
     healthy_rank_map: np.ndarray | torch.Tensor | None = None
     warnings: list[str] | None = None
 
-    def save(self, folder: str | os.PathLike, draw: Callable[[Path], None] | None = None) -> None:
+    def save(
+        self, folder: str | os.PathLike, draw: Callable[[Path], None] | None = None, *, dicom: bool = True
+    ) -> None:
         """
         Writes the result into `folder` (made if missing): `anomaly_map`, `pred_mask`, `reconstruction`, `brain_mask`,
         `probability_map` and `healthy_rank_map` as NIfTI with the affine of the input, or as PNG for a picture, and `result.json` with scores and
@@ -92,12 +96,15 @@ class AnomalyOutput(BaseOutput):
         Args:
             folder (`str` or `os.PathLike`): Where to.
             draw (callable, *optional*): Writes a picture to the path that it is given: `overview.png` of the result.
+            dicom (`bool`):
+                Whether mask and maps of a DICOM series are written as DICOM objects of the same patient and study,
+                too: `pred_mask_seg.dcm`, `anomaly_map_pm.dcm` and `probability_map_pm.dcm`.
 
         Raises:
             FileExistsError: A file that no earlier result wrote has a name that one of these would get.
             ValueError: A value of the record is none that JSON has, or this is the result of a tensor.
         """
-        _write(folder, self.source, self, MAP_ARRAYS, "result", self.record(), draw)
+        _write(folder, self.source, self, MAP_ARRAYS, "result", self.record(), draw, dicom)
 
     def record(self) -> dict:
         """Returns the scores, details of slices, settings and guarantee of the result, for its record."""
@@ -149,16 +156,19 @@ class CIMDOutput(BaseOutput):
     settings: dict | None = None
     source: InputVolume | None = None
 
-    def save(self, folder: str | os.PathLike, draw: Callable[[Path], None] | None = None) -> None:
+    def save(
+        self, folder: str | os.PathLike, draw: Callable[[Path], None] | None = None, *, dicom: bool = True
+    ) -> None:
         """
         Writes the result into `folder` (made if missing), one file per array as NIfTI with the affine of the input,
         members along the fourth axis; or as PNG for a picture, one file per member (`member_masks_00.png`, ...); and
         `result.json` with the settings.
 
-        PNG maps have 16 bits: 65535 is 1. Arguments and errors as of [`AnomalyOutput.save`].
+        PNG maps have 16 bits: 65535 is 1. Arguments and errors as of [`AnomalyOutput.save`]; in DICOM it is
+        `majority_mask_seg.dcm` and `probability_map_pm.dcm`.
         """
         record = {"num_members": len(self.member_masks), "settings": self.settings}
-        _write(folder, self.source, self, ENSEMBLE_ARRAYS, "result", record, draw)
+        _write(folder, self.source, self, ENSEMBLE_ARRAYS, "result", record, draw, dicom)
 
 
 @dataclass
@@ -217,6 +227,7 @@ def _write(
     file: str,
     record: dict,
     draw: Callable[[Path], None] | None,
+    dicom: bool = False,
 ) -> None:
     """
     Writes the arrays of a result that there are, as NIfTI or pictures, its picture and its record, `file`.json.
@@ -233,6 +244,10 @@ def _write(
         if not source.is_picture:
             image = source.image(np.moveaxis(array, 0, -1) if of_members else array)
             writers[f"{name}.nii.gz"] = partial(nib.save, image)
+            if dicom and source.series is not None and name in DICOM_FILES:
+                write = write_segmentation if kind == MASK else write_parametric_map
+                label = name.replace("_", " ")
+                writers[DICOM_FILES[name]] = partial(write, series=source.series, array=array, label=label)
             continue
         if kind == SCORES:
             record[f"{name}_per_grey_level"] = float(array.max()) / 65535 or 1.0

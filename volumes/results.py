@@ -39,16 +39,25 @@ ENSEMBLE_ARRAYS = {
 }
 DISPERSION_ARRAYS = {"member_maps": SCORES, "mean_map": SCORES, "dispersion": SCORES}
 
+# What is written for a scan in DICOM, too: masks as segmentations, maps as parametric maps.
+DICOM_FILES = {
+    "pred_mask": "pred_mask_seg.dcm",
+    "majority_mask": "majority_mask_seg.dcm",
+    "anomaly_map": "anomaly_map_pm.dcm",
+    "probability_map": "probability_map_pm.dcm",
+}
+DICOM_STEMS = {name.partition(".")[0] for name in DICOM_FILES.values()}
+
 # Record to the name of the picture beside it.
 PICTURES = {"result": "overview", "dispersion": "dispersion"}
 _STEMS = {
-    "result": {*MAP_ARRAYS, *ENSEMBLE_ARRAYS, PICTURES["result"]},
+    "result": {*MAP_ARRAYS, *ENSEMBLE_ARRAYS, *DICOM_STEMS, PICTURES["result"]},
     "dispersion": {*DISPERSION_ARRAYS, PICTURES["dispersion"]},
 }
 # Files of a result in a BIDS data set, whose record is named after the scan, too.
 _DERIVATIVE = re.compile(r"sub-[^/]+_space-orig_[^/]+\.(nii\.gz|json)")
 # Of a picture each member, and the reconstruction of each of several modalities, is a file of its own.
-_FILE = re.compile(r"(reconstruction)_[^/]+\.png|(member_masks|member_maps)_\d+\.png|(\w+)\.(?:nii\.gz|png)")
+_FILE = re.compile(r"(reconstruction)_[^/]+\.png|(member_masks|member_maps)_\d+\.png|(\w+)\.(?:nii\.gz|png|dcm)")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..files import check_name
+from .dicom import SUFFIXES, find_study, is_dicom_file, split_choice
 from .results import result_files
-from .volume import IMAGE_SUFFIXES, VOLUME_SUFFIXES
+from .volume import IMAGE_SUFFIXES, VOLUME_SUFFIXES, DicomFiles
 
 
 # What files call a modality, without separators and in lower case; ends of BIDS and BraTS among them. A checkpoint's
@@ -56,7 +57,7 @@ class Scan:
     the image of labels that its results are measured by."""
 
     name: str
-    volume: dict | Path
+    volume: dict | Path | DicomFiles
     brain: Path | None
     source: Path
     atlas: Path | None = None
@@ -64,10 +65,11 @@ class Scan:
 
 @dataclass
 class _Listing:
-    """What lies in a folder: files that are read, others that may be scans, folders; links count as what they point
-    to, and as files of their name where there is nothing."""
+    """What lies in a folder: files that are read, those of DICOM, others that may be scans, folders; links count as
+    what they point to, and as files of their name where there is nothing."""
 
     files: list[Path] = field(default_factory=list)
+    slices: list[Path] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
     names: dict[str, Path] = field(default_factory=dict)
@@ -89,7 +91,9 @@ def find_scans(
         paths: Files (one scan each), or folders: one scan with a file per modality, or several scans in files, or in
             sub-folders. The file of a modality has its name or an alias (`ALIASES`) as a word of its own, in any
             case: `flair.nii.gz`, `patient1_FLAIR.nii.gz`, `sub-01_ce-gad_T1w.nii.gz`. Where no file of a folder names
-            a modality each is a scan, of a sub-folder its only one.
+            a modality each is a scan, of a sub-folder its only one. A folder that holds files of DICOM, or a ZIP
+            archive, is a file in this sense; files of DICOM that are named one by one are a scan for each folder that
+            they are in. `PATH#4` is the series with this number.
         modalities: Of the checkpoint, in its order.
         brain: Name of the brain mask beside each scan, in any case.
         output: Folder of results, which is not looked into.
@@ -104,10 +108,14 @@ def find_scans(
     Raises:
         ValueError: The results of several scans would go into one folder.
     """
-    found: list[tuple[Path, dict | Path]] = []
+    found: list[tuple[Path, dict | Path | DicomFiles]] = []
     failed: list[tuple[str, str]] = []
     reader = _Reader(modalities, (brain, atlas), None if output is None else os.path.abspath(output), optional)
+    slices: dict[Path, list[Path]] = {}
     for path in dict.fromkeys(map(Path, paths)):
+        if not path.is_dir() and (path.suffix.lower() in SUFFIXES[:2] or is_dicom_file(path)):
+            slices.setdefault(path.parent, []).append(path)
+            continue
         if not path.is_dir():
             reason = reader.contradiction(path)
             if reason:
@@ -126,8 +134,15 @@ def find_scans(
             reasons = [(path, f"holds no scan: neither {wanted}, nor scans in files or sub-folders.")]
         found += scans
         failed += [(str(source), reason) for source, reason in reasons]
+    for folder, files in slices.items():
+        source, volume = (files[0], files[0]) if len(files) == 1 else (folder, DicomFiles(tuple(files)))
+        reason = reader.contradiction(source)
+        if reason:
+            failed.append((str(source), reason))
+        else:
+            found.append((source, volume))
     # A file that is named by itself and by its folder is one scan.
-    different: dict[str, tuple[Path, dict | Path]] = {}
+    different: dict[str, tuple[Path, dict | Path | DicomFiles]] = {}
     for source, volume in found:
         different.setdefault(os.path.abspath(source), (source, volume))
     found, scans = list(different.values()), []
@@ -178,9 +193,7 @@ def find_modality(
             continue
         # A folder that may not be read is listed by `find_scans`.
         with suppress(OSError):
-            listing = reader.contents(path)
-            groups.append(listing.files)
-            groups += [reader.contents(folder).files for folder in listing.folders]
+            groups += [reader.images(folder) for folder in (path, *reader.contents(path).folders)]
     for files in groups:
         found: dict[str | None, Path] = {}
         for file in files:
@@ -238,7 +251,7 @@ class _Reader:
     def split(self, path: Path) -> tuple[str | None, list[str]]:
         """Returns the modality that a name says, if any, and its other words. The end of the name counts; without one
         there, all of it: names of two modalities are then given as both."""
-        words = re.findall(r"[^\W_]+", _stem(path).casefold())
+        words = re.findall(r"[^\W_]+", _stem(split_choice(path)[0]).casefold())
         said, rest, end = [], list(words), len(words)
         while end > 0:
             for start in range(max(0, end - _LONGEST), end):
@@ -256,9 +269,9 @@ class _Reader:
     def contents(self, folder: Path) -> _Listing:
         if folder in self.listings:
             return self.listings[folder]
-        listing = self.listings[folder] = _Listing()
         with os.scandir(folder) as entries:
             entries = sorted(entries, key=lambda entry: entry.name)
+        listing = self.listings[folder] = _Listing()
         ours = (
             result_files(folder) if any(entry.name in ("result.json", "dispersion.json") for entry in entries) else ()
         )
@@ -274,16 +287,38 @@ class _Reader:
                     listing.folders.append(path)
             elif entry.name.casefold() in self.others:
                 pass
-            elif entry.name.lower().endswith(VOLUME_SUFFIXES + IMAGE_SUFFIXES):
+            elif entry.name.lower().endswith((*VOLUME_SUFFIXES, *IMAGE_SUFFIXES, ".zip")):
                 listing.files.append(path)
-            elif path.suffix.lower() not in _TEXTS and path.stem.lower() not in _TEXT_NAMES:
+            elif is_dicom_file(path):
+                listing.slices.append(path)
+            elif (
+                entry.name.upper() != "DICOMDIR"
+                and path.suffix.lower() not in _TEXTS
+                and path.stem.lower() not in _TEXT_NAMES
+            ):
                 listing.others.append(path)
         return listing
+
+    def images(self, folder: Path) -> list[Path]:
+        """Returns what may be a scan, or a modality of one, in a folder: files, and folders that are a series; the
+        folder itself, if it is one."""
+        series = [folder] if self.is_series(folder) else []
+        for child in self.contents(folder).folders:
+            with suppress(OSError):  # who looks into all folders says so
+                series += [child] if self.is_series(child) else []
+        return self.contents(folder).files + series
+
+    def is_series(self, folder: Path) -> bool:
+        """Tells whether a folder holds DICOM, and no other scans."""
+        listing = self.contents(folder)
+        masks = MASKS | {"brain"}
+        return bool(listing.slices) and all(masks & set(self.split(file)[1]) for file in listing.files)
 
     def beside(self, source: Path, name: str | None) -> Path | None:
         """Returns the path of the file of this name beside a scan, whether it is there or not."""
         if name is None:
             return None
+        source, _ = split_choice(source)
         folder = source if source.is_dir() else source.parent
         try:
             return self.contents(folder).names.get(name.casefold(), folder / name)
@@ -296,6 +331,9 @@ class _Reader:
         scans, failed = self.choose(folder, flat=True)
         whole = len(scans) == 1 and scans[0][0] == folder
         for child in listing.folders:
+            with suppress(OSError):
+                if self.is_series(child):
+                    continue  # one of the scans above
             try:
                 more, reasons = self.choose(child, flat=False)
                 below = self.contents(child)
@@ -323,9 +361,9 @@ class _Reader:
             folder (`Path`): Where.
             flat (`bool`): Whether it may hold several scans, or is one, as every sub-folder is.
         """
-        listing, single = self.contents(folder), len(self.modalities) == 1
+        listing, files, single = self.contents(folder), self.images(folder), len(self.modalities) == 1
         masks, unnamed, foreign, named = [], [], [], {name: [] for name in self.modalities}
-        split = {path: self.split(path) for path in listing.files}
+        split = {path: self.split(path) for path in files}
         whole_names = {(modality, *rest) for modality, rest in split.values()}
         for path, (modality, rest) in split.items():
             shorter = (modality, *(word for word in rest if word != "brain"))
@@ -336,6 +374,8 @@ class _Reader:
             else:
                 named.get(modality, foreign).append(path)
         failed = [(path, _foreign(path)) for path in listing.others] if flat else []
+        if listing.slices and folder not in files:
+            failed.append((folder, "holds DICOM beside other scans, which is left out: give it a folder of its own."))
 
         chosen = {name: files[0] for name, files in named.items() if len(files) == 1}
         missing = [name for name, files in named.items() if not files]
@@ -363,10 +403,16 @@ class _Reader:
             reason = f"has {' and '.join(filter(None, parts))}; its files are {_some(present)}."
             return [], [*failed, (folder, reason)]
         if flat:
-            return [(path, path) for path in unnamed], failed + [(path, _MASK) for path in masks]
+            studies = self.studies(unnamed)
+            failed += [(folder, _several_series(folder, series)) for series in studies if len(series) > 1]
+            several = {path for series in studies if len(series) > 1 for path in series}
+            scans = [(path, path) for path in unnamed if path not in several]
+            return scans, failed + [(path, _MASK) for path in masks]
         if len(unnamed) == 1:
             return [(folder, unnamed[0])], failed
-        if unnamed:
+        if unnamed and all(path.is_dir() for path in unnamed):
+            failed.append((folder, _several_series(folder, unnamed)))
+        elif unnamed:
             wanted = ", ".join(self.modalities)
             failed.append((folder, f"has several files, and none is named after {wanted}: {_some(unnamed)}."))
         elif masks:
@@ -376,6 +422,14 @@ class _Reader:
     def may_lack(self, missing: list[str]) -> bool:
         """Tells whether a scan may lack these modalities, some but not all of the checkpoint's."""
         return bool(missing) and len(missing) < len(self.modalities) and self.optional.issuperset(missing)
+
+    def studies(self, paths: list[Path]) -> list[list[Path]]:
+        """Returns the series among paths, those of one examination together: they are no scans of the same kind."""
+        studies: dict[str, list[Path]] = {}
+        for path in paths:
+            if path.is_dir():
+                studies.setdefault(find_study(self.contents(path).slices[0]) or str(path), []).append(path)
+        return list(studies.values())
 
     def reason(self, modality: str | None) -> str:
         """Returns why a file beside scans is none."""
@@ -387,10 +441,17 @@ class _Reader:
 _MASK = "its name says that it is a mask; rename it if it is a scan."
 
 
+def _several_series(folder: Path, series: list[Path]) -> str:
+    return (
+        f"holds several series, {_some(series)}, and their names do not say which is meant. Name the one, or choose it"
+        f" by its number: {folder}#4."
+    )
+
+
 def _foreign(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return f"is a link to {os.readlink(path)}, and there is no such file."
-    return f"is none of {', '.join(VOLUME_SUFFIXES + IMAGE_SUFFIXES)}."
+    return f"is none of {', '.join(VOLUME_SUFFIXES + IMAGE_SUFFIXES)}, and no DICOM."
 
 
 def _share(first: list[str], second: list[str]) -> bool:
@@ -408,8 +469,9 @@ def _names(sources: list[Path]) -> list[str]:
     """Returns different names of scans, also where case does not count: the file's or folder's own, or with as many of
     the folders above it in front as it takes."""
     parts = []
-    for source in map(Path, map(os.path.abspath, sources)):
+    for source, choice in map(split_choice, map(os.path.abspath, sources)):
         own = _stem(source) if not source.is_dir() else source.name
+        own = own if choice is None else f"{own}_{choice}"
         parts.append([part for part in (*source.parts[1:-1], own.strip(". ") and own) if part] or ["scan"])
     lengths = [1] * len(parts)
     while True:
@@ -436,7 +498,7 @@ def _joined(name: str) -> str:
 
 
 def _stem(path: Path) -> str:
-    for suffix in sorted(VOLUME_SUFFIXES + IMAGE_SUFFIXES, key=len, reverse=True):
+    for suffix in sorted(VOLUME_SUFFIXES + IMAGE_SUFFIXES + SUFFIXES, key=len, reverse=True):
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
     return path.name

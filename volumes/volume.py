@@ -8,13 +8,15 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+
+from .dicom import SUFFIXES, DicomSeries, find_series, names_dicom, split_choice
 
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
@@ -59,6 +61,7 @@ class InputVolume:
         is_picture: Whether the input is a 2-D picture, whose results are pictures too.
         ndim: Dimensions of one modality as it came, 2 or 3.
         name: What messages call it.
+        series: The series of DICOM that it is (the first of several modalities), which results may refer to.
     """
 
     arrays: dict[str, np.ndarray]
@@ -67,6 +70,7 @@ class InputVolume:
     is_picture: bool
     ndim: int
     name: str
+    series: DicomSeries | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -112,9 +116,23 @@ class StoredVolume(ABC):
         """Reads the volume; errors as in [`read_volume`]."""
 
 
+@dataclass(frozen=True)
+class DicomFiles(StoredVolume):
+    """Stands for a series of DICOM whose files are named one by one."""
+
+    files: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        return str(self.files[0].parent)
+
+    def read(self) -> InputVolume:
+        return _from_series(find_series(self.files))
+
+
 def read_volume(source, *, labels: bool = True) -> InputVolume:
-    """Reads a path, nibabel image, array or tensor `(X, Y)` or `(X, Y, Z)`, PIL image, [`StoredVolume`], or a dict of
-    those, into an [`InputVolume`]. `labels` says whether a file may be used whose header says that it holds labels.
+    """Reads a path (of DICOM, a folder, an archive, or `folder#4` for the series with that number), nibabel image,
+    array or tensor `(X, Y)` or `(X, Y, Z)`, PIL image, [`StoredVolume`], or a dict of those, into an [`InputVolume`].
+    `labels` says whether a file may be used whose header says that it holds labels.
 
     Raises:
         FileNotFoundError: There is no such file, or its content was never fetched.
@@ -223,16 +241,21 @@ def _read_modalities(source: Mapping, labels: bool) -> InputVolume:
                 " Resample them to one grid first."
             )
     arrays = {name: next(iter(volume.arrays.values())) for name, volume in volumes.items()}
-    return InputVolume(arrays, first.affine, first.header, first.is_picture, first.ndim, first.name)
+    return InputVolume(arrays, first.affine, first.header, first.is_picture, first.ndim, first.name, first.series)
 
 
 def _read_file(path: Path, labels: bool) -> InputVolume:
-    check_fetched(path)
-    name = path.name.lower()
+    name, (base, _) = path.name.lower(), split_choice(path)
+    is_other = not name.endswith(VOLUME_SUFFIXES + IMAGE_SUFFIXES)
+    if not (is_other and base.is_dir()):
+        check_fetched(base)
+    if is_other and names_dicom(path):
+        return _from_series(find_series(path))
     if name.endswith(IMAGE_SUFFIXES):
         return _from_picture(open_picture(path), str(path))
     if not name.endswith(VOLUME_SUFFIXES):
-        raise ValueError(f"{path} must end in one of {', '.join(VOLUME_SUFFIXES + IMAGE_SUFFIXES)}.")
+        wanted = ", ".join(VOLUME_SUFFIXES + IMAGE_SUFFIXES + SUFFIXES)
+        raise ValueError(f"{path} must end in one of {wanted}, or hold DICOM.")
     with _reading(path):
         has_place = _check_start(path)
         image = nib.load(path)
@@ -244,6 +267,11 @@ def _read_file(path: Path, labels: bool) -> InputVolume:
     if needed > held * (1 if name.endswith((".nii", ".mgh")) else _GZIP_RATIO):
         raise _unreadable(path, f"its header claims {needed} bytes of voxels, the file has {held} bytes")
     return _from_nibabel(image, str(path), labels, has_place)
+
+
+def _from_series(series: DicomSeries) -> InputVolume:
+    check_voxels(math.prod(series.shape), f"{series.name} (shape {series.shape})")
+    return replace(_from_nibabel(series.read(), series.name, labels=False), series=series)
 
 
 def _check_start(path: Path) -> bool:

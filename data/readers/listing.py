@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...files import read_text
+from ...volumes.dicom import holds_dicom
 from ...volumes.volume import IMAGE_SUFFIXES, VOLUME_SUFFIXES, InputVolume, StoredVolume, check_fetched
 from ..layout import SPLITS
 
@@ -173,7 +174,7 @@ def match_files(folder: Path, pattern: str) -> list[Path]:
 def match_fields(root: Path, pattern: str, **known: str) -> list[tuple[dict[str, str], Path]]:
     """Returns the files below `root` that match a glob pattern with fields, sorted, with the fields' values: `{name}`
     is a part of one name in the path, and the same wherever it stands; of those that are `known` it is the value.
-    Hidden files and folders do not match."""
+    Folders match if they hold DICOM, hidden files and folders do not."""
     expression, wildcard, end, seen = "", "", 0, set()
     for token in _TOKEN.finditer(pattern):
         literal = pattern[end : token.start()]
@@ -193,7 +194,11 @@ def match_fields(root: Path, pattern: str, **known: str) -> list[tuple[dict[str,
     for path in find_files(root, wildcard):
         relative = path.relative_to(root)
         match = re.fullmatch(expression, relative.as_posix())
-        if match and not path.is_dir() and not any(part.startswith(".") for part in relative.parts):
+        if (
+            match
+            and not (path.is_dir() and not holds_dicom(path))
+            and not any(part.startswith(".") for part in relative.parts)
+        ):
             found.append((match.groupdict(), path))
     return found
 

@@ -8,6 +8,7 @@ import pytest
 
 from anodiff.data.prepare import prepare
 from anodiff.data.prepared import load_prepared
+from anodiff.data.readers.files import read_file_patterns
 from anodiff.data.readers.subjects import (
     Subject,
     read_annotated_folders,
@@ -15,7 +16,12 @@ from anodiff.data.readers.subjects import (
     read_split_tables,
     read_volume_folders,
 )
+from anodiff.data.shards import piece_name
 from anodiff.volumes.processor import VolumeProcessor
+from anodiff.volumes.volume import read_volume
+
+from ..dicom_series import make_slices
+from ..dicom_series import write as write_slices
 
 
 def touch(root, *files):
@@ -266,6 +272,34 @@ def test_annotations_survive_preparation(tmp_path, monkeypatch):
         else:
             prepare([subject], processor, tmp_path / f"set-of-{highest}", recipe={}, progress=False)
             assert load_prepared(tmp_path / f"set-of-{highest}", "train")[0]["mask"].sum() == 12
+
+
+@pytest.mark.parametrize(
+    ("place", "reader", "options"),
+    [
+        ("{name}", read_volume_folders, {"modalities": {"flair": "."}}),
+        ("{name}/FLAIR", read_volume_folders, {"modalities": {"flair": "FLAIR"}}),
+        ("{name}/FLAIR", read_file_patterns, {"modalities": {"flair": "{subject}/FLAIR"}}),
+    ],
+)
+def test_a_series_of_dicom_is_prepared_and_a_slice_that_changes_is_read_again(tmp_path, place, reader, options):
+    series = {"p1": make_slices("oblique", (6, 8, 3), seed=1), "p2": make_slices("sagittal", (6, 8, 3), seed=2)}
+    for name, slices in series.items():
+        write_slices(tmp_path / "raw" / place.format(name=name), slices)
+    write_slices(tmp_path / "raw" / place.format(name="p3"), make_slices("axial", (6, 8, 3))[::2])
+    subjects = reader(tmp_path / "raw", **options)
+    subjects = [Subject(**{**vars(subject), "split": "train"}) for subject in subjects]
+    processor = VolumeProcessor(("flair",), size=(8, 8), brain_mask="none", intensity="given", input_range=(0, 9000))
+    assert prepare(subjects, processor, tmp_path / "set", recipe={}, progress=False) == {}
+    split = load_prepared(tmp_path / "set", "train")
+    assert sorted(split.subject_info) == ["p1", "p2", "p3"]
+    names = [piece_name([], subject, True) for subject in subjects]
+    changed = tmp_path / "raw" / place.format(name="p2") / "IM0001"
+    os.utime(changed, (0, 0))
+    again = [piece_name([], subject, True) for subject in subjects]
+    assert [one == other for one, other in zip(names, again, strict=True)] == [True, False, True]
+    volume = read_volume(subjects[1].volume)
+    np.testing.assert_allclose(split.subject_info["p2"]["affine"], volume.affine.ravel(), atol=1e-5)
 
 
 COLUMNS = ["", "img_name", "age", "label", "img_path", "mask_path", "seg_path"]

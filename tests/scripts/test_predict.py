@@ -10,6 +10,7 @@ import signal
 import warnings
 from pathlib import Path
 
+import highdicom
 import nibabel as nib
 import numpy as np
 import pandas
@@ -28,6 +29,8 @@ from anodiff.running import run_script
 from anodiff.ship import main as ship
 from anodiff.strip import main as strip
 
+from ..dicom_series import PERSONAL, make_slices
+from ..dicom_series import write as write_slices
 from ..tiny import make_extractor, make_pipeline, make_raw_scan, make_volume
 
 
@@ -225,6 +228,39 @@ def test_a_call_without_dispersion_removes_an_earlier_one(place, model):
     assert files(folder / "out", "report.html") == {f"p1/{name}" for name in RESULT}
     record = json.loads((folder / "out" / "p1" / "result.json").read_text())
     assert record["files"] == sorted(RESULT - {"result.json"})
+
+
+def test_a_series_of_dicom_comes_back_as_dicom_and_nothing_else_says_whose_it_is(place, model, capsys):
+    folder = place()
+    write_slices(folder / "raw" / "p1", make_slices("oblique", (16, 17, 3)))
+    write_slices(folder / "raw" / "p2", make_slices("axial", (16, 17, 3))[::2])
+    write_slices(folder / "raw" / "p3", [*make_slices(), *make_slices(number=7)])
+    assert main(["--model", model, "raw", "-o", "out", "--threshold", "5e-4"]) == 1
+    said = capsys.readouterr()
+    assert (
+        "FAILED raw/p3: ValueError: raw/p3 holds 2 series: 3 (4 images, MR" in said.err
+        and said.err.count("FAILED") == 1
+    )
+    written = {"pred_mask.nii.gz", "pred_mask_seg.dcm", "anomaly_map_pm.dcm"}
+    assert files(folder / "out", "report.html") == {
+        f"{scan}/{one}" for scan in ("p1", "p2") for one in RESULT | written
+    }
+    mask = nib.load(folder / "out" / "p1" / "pred_mask.nii.gz")
+    marked = np.argwhere(np.asarray(mask.dataobj))
+    assert 0 < len(marked) < np.prod(mask.shape)
+    back = highdicom.seg.segread(folder / "out" / "p1" / "pred_mask_seg.dcm").get_volume(combine_segments=True)
+    place_of = np.diag([-1, -1, 1, 1]) @ back.affine
+    there = nib.affines.apply_affine(np.linalg.inv(mask.affine) @ place_of, np.argwhere(back.array))
+    np.testing.assert_allclose(there, there.round(), atol=1e-3)
+    assert sorted(map(tuple, there.round().astype(int))) == sorted(map(tuple, marked))
+    texts = [said.out, said.err, *(str(path) for path in (folder / "out").rglob("*"))]
+    texts += [read_text(path) for path in (folder / "out").rglob("*") if path.suffix in (".json", ".tsv", ".html")]
+    assert not re.search("|".join([*PERSONAL, "IM000"]), "\n".join(texts))
+    assert set(read_json(folder / "out" / "run.json")["inputs"]["p1"]) == {"raw/p1"}
+    # What is not wanted is not written, and what an earlier call wrote of it is removed.
+    options = ["-o", "out", "--overwrite", "--dicom_output", "false"]
+    assert main(["--model", model, "raw/p1#3", "raw/p1", *options]) == 0
+    assert not list((folder / "out" / "p1").glob("*.dcm")) and not list((folder / "out" / "p1_3").glob("*.dcm"))
 
 
 @pytest.mark.parametrize(

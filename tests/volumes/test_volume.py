@@ -200,8 +200,11 @@ def test_paths_that_are_no_volumes(tmp_path):
     with pytest.raises(FileNotFoundError, match="folder.nii.gz is a folder"):
         read_volume(tmp_path / "folder.nii.gz")
     (tmp_path / "scan.dcm").write_bytes(b"DICM")
-    with pytest.raises(ValueError, match=r"scan.dcm must end in one of .nii, .nii.gz, .mgz, .mgh, .png"):
+    with pytest.raises(ValueError, match=r"scan.dcm holds no scan: of 1 files, 0 begin as those of DICOM"):
         read_volume(tmp_path / "scan.dcm")
+    (tmp_path / "scan.mat").write_bytes(b"MATLAB")
+    with pytest.raises(ValueError, match=r"scan.mat must end in one of .nii, .nii.gz, .mgz, .mgh, .png"):
+        read_volume(tmp_path / "scan.mat")
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mgz", ".png", ".jpg"])
