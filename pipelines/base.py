@@ -92,7 +92,8 @@ class Noise:
     Draw k of slice i has the key `make_keys(seed, i, k)`, whatever else is in the batch; those after the first of a
     chain are folded from it. Given noise has one form for all pipelines: a tensor `(K, N, C, H, W)`, whose entry
     `[k, i]` is draw k of slice i, or a callable `noise(draws, indices, shape)` with a list of numbers below K, a list
-    of slice numbers as long, and the shape `(B, C, H, W)` that it must return. Each pipeline says what its draws are.
+    of slice numbers as long, and the shape `(B, C, H, W)` that it must return, C the channels that the network sees.
+    Each pipeline says what its draws are.
 
     Args:
         seed (`int`): Of the call.
@@ -159,7 +160,8 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     Args:
         volume:
             Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, dict of modalities, tensor `(N, C,
-            H, W)` that is already processed, or a list of volumes, which gives a list of results.
+            H, W)` of the slices of one volume in their order, already processed, or a list of volumes, which gives a
+            list of results.
         threshold (`float`, *optional*):
             Of `pred_mask`, instead of the checkpoint's; it also replaces masks that the method makes itself.
         brain_mask (*optional*): Mask of the volume, same kinds as the volume.
@@ -644,8 +646,10 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         """
         Computes the maps of slices: the only way to them, for calls, evaluations and calibrations alike.
 
-        The method sees the slices that hold brain. The others have the map 0, their own image as reconstruction, an
-        empty mask, and NaN or -1 as details. Maps are weighted and filtered as the configuration says
+        The method sees the slices that hold brain, with the `context` of the processor each beside its neighbours
+        among them ([`~volumes.context.find_neighbours`]), whose channels are then part of what `compute_maps` takes,
+        and not of what it returns. The others have the map 0, their own image as reconstruction, an empty mask, and
+        NaN or -1 as details. Maps are weighted and filtered as the configuration says
         ([`PostProcessing`]), volume by volume, and are 0 outside the brain. What a method adds to filtered maps has
         the same weights, and its own masks hold no pixel whose weight is 0.
 

@@ -427,6 +427,18 @@ def test_settings_survive_saving(tmp_path):
     assert VolumeProcessor(**SETTINGS).settings() == VolumeProcessor.from_dict(SETTINGS).settings()
 
 
+def test_the_context_is_saved_and_no_matter_of_the_slices(tmp_path):
+    one = VolumeProcessor(modalities=("flair", "t1"), size=(8, 8))
+    wide = VolumeProcessor(modalities=("flair", "t1"), size=(8, 8), context=2)
+    wide.save_pretrained(tmp_path)
+    assert VolumeProcessor.from_pretrained(tmp_path).config.context == 2
+    assert (one.channels, wide.channels) == (2, 10) and one.settings() == wide.settings()
+    wide.check_equal(one.settings(), "a network")
+    images = torch.arange(10.0)[:, None, None].expand(3, 10, 8, 8)
+    assert wide.middle(images)[0, :, 0, 0].tolist() == [4.0, 5.0]
+    assert torch.equal(one.middle(images[:, :2]), images[:, :2])
+
+
 def test_settings_of_numpy_are_plain_when_saved(tmp_path):
     numpy = VolumeProcessor(
         modalities=np.array(["a", "b"]),
@@ -504,6 +516,8 @@ def test_an_unknown_setting_is_an_error():
             "`quantile` must be .* above 0.5 and at most 1, got 0.5",
         ),
         ({"curvature_flow": 0.5}, "`curvature_flow` must be an integer of at least 0, got 0.5"),
+        ({"context": -1}, "`context` must be an integer of at least 0, got -1"),
+        ({"context": True}, "`context` must be an integer of at least 0, got True"),
         ({"crop": "head"}, "`crop` must be 'brain'"),
         ({"crop": [10]}, "`crop` must be 'brain'"),
         ({"crop": [10, 0]}, "`crop` must be 'brain'"),
