@@ -9,11 +9,12 @@ import platform
 import shutil
 import tempfile
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from .brain import find_brain
 from .guarantee import add_claims, check_calibration
 from .output import AnomalyOutput
 from .postprocessing import PostProcessing, brightness_weights
+from .progress import Progress
 
 
 # N slices of one or several volumes, C modalities, H x W pixels, B items of a batch, K draws of a slice.
@@ -42,7 +44,7 @@ NOT_FINITE = (
     "The network gave NaN or infinite values: the checkpoint is damaged, or float16 overflowed (use bf16 or float32)."
 )
 # What every call takes; anything else is an argument of the method.
-CALL_ARGUMENTS = ("volume", "threshold", "brain_mask", "generator", "batch_size", "noise", "return_dict")
+CALL_ARGUMENTS = ("volume", "threshold", "brain_mask", "generator", "batch_size", "noise", "callback", "return_dict")
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Class labels of conditional networks, and of the classifier that guides one: no lesion, and no label; 1 is unhealthy.
 HEALTHY, NULL = 0, 2
@@ -157,7 +159,9 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     Args:
         volume:
             Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, dict of modalities, tensor `(N, C,
-            H, W)` that is already processed, or a list of volumes, which gives a list of results.
+            H, W)` that is already processed; or several of these. A list gives a list of results. An iterator or
+            generator, a `torch.utils.data.Dataset` or a column of a `datasets.Dataset` gives an iterator, which reads a
+            volume and finds its result when it is asked for it: all of them never are in memory.
         threshold (`float`, *optional*):
             Of `pred_mask`, instead of the checkpoint's; it also replaces masks that the method makes itself.
         brain_mask (*optional*): Mask of the volume, same kinds as the volume.
@@ -167,6 +171,9 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             a GPU as many as fill it, which is measured once for a shape; where its memory does not suffice, fewer.
         noise (`torch.Tensor` or callable, *optional*):
             Replaces every draw: `(K, N, C, H, W)`, or `noise(draws, indices, shape)`; see [`Noise`].
+        callback (callable, *optional*):
+            `callback(done, total)` after every step of a volume ([`~pipelines.progress.Progress`] says what counts). What
+            it raises ends the call.
         return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
     """
 
@@ -184,6 +191,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     def __init__(self):
         super().__init__()
         self.batches = Batches()
+        self.progress = Progress()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -555,21 +563,38 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         device = self._execution_device
         return PreparedSlices(slices.to(device), brain.to(device), processed, origin, made_mask)
 
-    def run(self, call: dict) -> AnomalyOutput | tuple | list:
+    @contextmanager
+    def progress_bar(self, total: int) -> Iterator[Progress]:
+        """Opens diffusers' bar for `total` more steps, which `update` of what it gives counts."""
+        with super().progress_bar(total=total) as self.progress.bar:
+            self.progress.total += total
+            yield self.progress
+
+    def run(self, call: dict) -> AnomalyOutput | tuple | list | Iterator:
         """
-        Does what `__call__` of every pipeline does, from the volume to the result.
+        Does what `__call__` of every pipeline does, from the volume or volumes to the results.
 
         Args:
             call (`dict`):
                 The arguments of `__call__`, its `locals()`: what all pipelines take, and the method's own, `None` for
                 the checkpoint's value.
         """
+        several = each_volume(call["volume"], call["brain_mask"], lambda volume: self.run({**call, "volume": volume}))
+        if several is not None:
+            return several
+        self.progress = Progress(call["callback"])
+        try:
+            output = self.find_anomalies(call)
+        finally:
+            # Also where it ends halfway.
+            self.progress = Progress()
+            self.maybe_free_model_hooks()
+        return output if call["return_dict"] else output.to_tuple()
+
+    def find_anomalies(self, call: dict) -> AnomalyOutput:
+        """Does what [`run`] says for one volume."""
         given = {name: value for name, value in call.items() if name not in ("self", *CALL_ARGUMENTS)}
-        volume, threshold, brain_mask, generator, batch_size, noise, return_dict = map(call.get, CALL_ARGUMENTS)
-        if isinstance(volume, list):
-            if brain_mask is not None:
-                raise ValueError("Masks of a list of volumes go into dicts, under the key 'brain'.")
-            return [self.run({**call, "volume": item}) for item in volume]
+        volume, threshold, brain_mask, generator, batch_size, noise = map(call.get, CALL_ARGUMENTS[:6])
 
         # 0. Resolve defaults: what the checkpoint was tuned to.
         defaults = self.default_settings()
@@ -604,8 +629,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         output = self.finish_volume(prepared, results, threshold, record)
         if self.config.get("calibration") is not None:
             add_claims(output, self, prepared, results.maps, settings, None if noise is not None else seed)
-        self.maybe_free_model_hooks()
-        return output if return_dict else output.to_tuple()
+        return output
 
     @torch.no_grad()
     def map_slices(
@@ -765,6 +789,31 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             source=source,
             brain_mask=None if prepared.made_mask is None else prepared.made_mask.astype(np.uint8),
         )
+
+
+def each_volume(volume, brain_mask, find: Callable[[Any], Any]) -> list | Iterator | None:
+    """
+    Applies `find` to several volumes: to a list at once, to whatever gives them one by one when the next result is
+    asked for.
+
+    Returns:
+        a list or an iterator of what `find` gives; `None` for what is no several volumes.
+
+    Raises:
+        ValueError: There is a `brain_mask`, which can be that of one volume only.
+    """
+    named = isinstance(volume, (str, bytes, tuple))  # sequences, but not of volumes
+    dataset = isinstance(volume, torch.utils.data.Dataset)
+    if named or not (dataset or isinstance(volume, (Iterator, Sequence))):
+        return None
+    if brain_mask is not None:
+        raise ValueError("Masks of several volumes go into dicts, under the key 'brain'.")
+    if isinstance(volume, list):
+        return [find(item) for item in volume]
+    if dataset and not isinstance(volume, torch.utils.data.IterableDataset):
+        # It need not say by an error where it ends.
+        volume = map(volume.__getitem__, range(len(volume)))
+    return map(find, volume)
 
 
 def read_sample(network: Callable, *inputs: torch.Tensor) -> torch.Tensor:

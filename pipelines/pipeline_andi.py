@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -128,15 +128,16 @@ class ANDiPipeline(AnomalyPipeline):
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> AnomalyOutput | tuple | list | Iterator:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
         Draws of a slice: the noise of each of the K timesteps, or of the chains' first ones, the highest first.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is `None`.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either. `reconstruction` is `None`.
 
         Example:
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -112,8 +112,9 @@ class AnoDDPMPipeline(AnomalyPipeline):
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> AnomalyOutput | tuple | list | Iterator:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
@@ -121,7 +122,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         with, then that of its reverse steps but the last, which adds none. Members are ordered by level, then by draw.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is the mean of the members.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either. `reconstruction` is the mean of the members.
 
         Example:
 

@@ -163,8 +163,9 @@ class AnoFPDMPipeline(AnomalyPipeline):
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> AnomalyOutput | tuple | list | Iterator:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
@@ -172,7 +173,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
         timestep first.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is `None`.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either. `reconstruction` is `None`.
 
         Example:
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 
@@ -116,8 +116,9 @@ class AutoDDPMPipeline(AnomalyPipeline):
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> AnomalyOutput | tuple | list | Iterator:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
@@ -131,7 +132,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
                 `(B, 1, H, W)` >= 0.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either.
 
         Example:
 

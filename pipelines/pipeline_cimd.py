@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -87,8 +87,9 @@ class CIMDPipeline(AnomalyPipeline):
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> CIMDOutput | tuple | list:
+    ) -> CIMDOutput | tuple | list | Iterator:
         """
         Segments a volume several times, slice by slice; arguments as of this class and of [`AnomalyPipeline`]. Nothing
         is marked outside the brain.
@@ -97,7 +98,7 @@ class CIMDPipeline(AnomalyPipeline):
         the last one unused.
 
         Returns:
-            [`CIMDOutput`], a tuple, or a list of either.
+            [`CIMDOutput`], a tuple, or a list or an iterator of either.
 
         Example:
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from diffusers.configuration_utils import register_to_config
 
@@ -90,14 +92,15 @@ class DAEPipeline(AnomalyPipeline):
         brain_mask=None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> AnomalyOutput | tuple | list | Iterator:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`]. Nothing is drawn:
         `generator` changes nothing.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either.
 
         Example:
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
@@ -94,13 +96,14 @@ class DDIBPipeline(AnomalyPipeline):
         brain_mask=None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> AnomalyOutput | tuple | list | Iterator:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`]. Nothing is drawn.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is the translation.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either. `reconstruction` is the translation.
 
         Example:
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers import UNet2DModel
@@ -115,8 +115,9 @@ class SADMPipeline(AnomalyPipeline):
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> AnomalyOutput | tuple | list | Iterator:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
@@ -124,7 +125,7 @@ class SADMPipeline(AnomalyPipeline):
         are drawn only.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either.
 
         Example:
 

@@ -143,7 +143,7 @@ def read_volume(source, *, labels: bool = True) -> InputVolume:
         return _from_array(source)
     raise TypeError(
         "A volume must be a path, a nibabel image, an array, a tensor, a PIL image or a dict of modalities,"
-        f" got {type(source).__name__}."
+        f" got {type(source).__name__}. A pipeline takes several as a list, or one by one as an iterator, `iter(...)`."
     )
 
 
