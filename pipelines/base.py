@@ -38,6 +38,10 @@ from .postprocessing import PostProcessing, brightness_weights
 from .progress import Progress
 
 
+if typing.TYPE_CHECKING:
+    from typing import Self
+
+
 # N slices of one or several volumes, C modalities, H x W pixels, B items of a batch, K draws of a slice.
 
 NOT_FINITE = (
@@ -194,7 +198,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         self.progress = Progress()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
         Loads a pipeline as `DiffusionPipeline.from_pretrained`; on this base class, the subclass that the checkpoint
         names.
@@ -528,7 +532,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         # What follows reads it together with contiguous tensors.
         return output.to(sample.dtype, memory_format=torch.contiguous_format)
 
-    def prepare_volume(self, volume, brain_mask=None) -> PreparedSlices:
+    def prepare_volume(self, volume: Any, brain_mask: Any = None) -> PreparedSlices:
         """Brings whatever a volume may be to slices on the device. A tensor `(N, C, H, W)` counts as processed: all of
         it is brain unless `brain_mask`, a bool tensor `(N, H, W)`, says otherwise; one `(X, Y)` or `(X, Y, Z)` is a
         volume as an array is. [`PreparedSlices`] are returned, so that several calls can share them."""
@@ -569,6 +573,15 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         with super().progress_bar(total=total) as self.progress.bar:
             self.progress.total += total
             yield self.progress
+
+    def __call__(self, volume: Any, **arguments: Any) -> Any:
+        """
+        Finds anomalies in a volume. Every pipeline lists its own arguments beside those of all.
+
+        Returns:
+            [`AnomalyOutput`], or with `return_dict=False` a tuple; of several volumes a list or an iterator of either.
+        """
+        raise NotImplementedError
 
     def run(self, call: dict) -> AnomalyOutput | tuple | list | Iterator:
         """
@@ -791,7 +804,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         )
 
 
-def each_volume(volume, brain_mask, find: Callable[[Any], Any]) -> list | Iterator | None:
+def each_volume(volume: Any, brain_mask: Any, find: Callable[[Any], Any]) -> list | Iterator | None:
     """
     Applies `find` to several volumes: to a list at once, to whatever gives them one by one when the next result is
     asked for.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -13,13 +13,13 @@ from .output import DispersionOutput
 
 def disperse(
     pipe: AnomalyPipeline,
-    volume,
+    volume: Any,
     num_members: int = 8,
     *,
     generator: int | torch.Generator | None = None,
-    brain_mask=None,
-    **arguments,
-) -> DispersionOutput | list[DispersionOutput] | Iterator[DispersionOutput]:
+    brain_mask: Any = None,
+    **arguments: Any,
+) -> Any:
     """
     Calls a pipeline with one seed after the other. Member k is the call with the seed `generator` + k, so that it is
     the same however many members there are, and member 0 is the plain call; ensembles of disjoint draws have seeds at

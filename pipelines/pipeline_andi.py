@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -14,7 +15,6 @@ from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_andi import NOISE_TYPES, ANDiScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, Noise, SliceResults
-from .output import AnomalyOutput
 
 
 AGGREGATIONS = ("geometric", "arithmetic", "prob")
@@ -112,7 +112,7 @@ class ANDiPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         start: int | None = None,
         stop: int | None = None,
@@ -124,13 +124,13 @@ class ANDiPipeline(AnomalyPipeline):
         block_length: int | None = None,
         zero_background: bool | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list | Iterator:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -15,7 +16,6 @@ from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, Noise, SliceResults
 from .mahalanobis import MAHALANOBIS, mahalanobis_distance
-from .output import AnomalyOutput
 
 
 MODES = ("partial", "one_shot", "partial_offset")
@@ -100,7 +100,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         noise_level: int | list[int] | None = None,
         mode: str | None = None,
@@ -108,13 +108,13 @@ class AnoDDPMPipeline(AnomalyPipeline):
         modality_reduction: str | None = None,
         map_type: str | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list | Iterator:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import count
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -16,7 +17,6 @@ from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, Noise, SliceResults
 from .batches import CPU_ITEMS
-from .output import AnomalyOutput
 
 
 MASK_DISTANCES = ("lpips", "residual")
@@ -102,7 +102,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         noise_level: int | None = None,
         inpainting_level: int | None = None,
@@ -112,13 +112,13 @@ class AutoDDPMPipeline(AnomalyPipeline):
         mask_distance: str | None = None,
         perceptual_distance: Callable | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list | Iterator:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 

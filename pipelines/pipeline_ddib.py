@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -13,7 +14,6 @@ from ..models.unet_2d_anofpdm import AnoFPDMUNet2DModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import HEALTHY, NULL, AnomalyPipeline, SliceResults
-from .output import AnomalyOutput
 
 
 # N slices, B of them in a batch, C modalities, H x W pixels.
@@ -87,18 +87,18 @@ class DDIBPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         forward_steps: int | None = None,
         guidance_scale: float | None = None,
         modalities: list[str] | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list | Iterator:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`]. Nothing is drawn.
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -14,7 +15,6 @@ from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, SliceResults
 from .one_step import check_timesteps, draw_fields
-from .output import AnomalyOutput
 
 
 OVERLAPS = ("none", "cut", "average")
@@ -101,20 +101,20 @@ class PDDPMPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         timesteps: list[int] | None = None,
         patch_size: int | None = None,
         overlap: str | None = None,
         shared_noise: bool | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
         callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list | Iterator:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
