@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import get_device
 
 from ..checks import check_choice, check_integer, check_number
 from ..files import read_text, replacing
@@ -210,17 +211,23 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
                 that name wins.
             kwargs:
                 As of diffusers: components, `dtype` (float32 by default, whatever the weights are stored in),
-                `device_map`, `revision`, `token`, `local_files_only`, ...
+                `device_map` (one device, `"cuda"` or `"cpu"`), `revision`, `token`, `local_files_only`, ...
 
         Raises:
             FileNotFoundError: There is no such folder, repository or shipped checkpoint, or no pipeline in it.
             ValueError:
                 The checkpoint is no pipeline of this library, has no processor, was made by a newer version, or holds
-                a file that is not the one that was saved.
+                a file that is not the one that was saved; there is no such device.
             ConnectionError: The download broke off again and again.
         """
         import anodiff
 
+        device_map, devices = kwargs.get("device_map"), sorted({"cpu", get_device()})
+        if device_map is not None and device_map not in devices:
+            raise ValueError(
+                f"`device_map` must be a device of this machine, {' or '.join(devices)}, got {device_map!r}: the networks"
+                " of a pipeline share one. `.to(...)` moves a pipeline to any other, such as cuda:1."
+            )
         known = ("cache_dir", "force_download", "token", "local_files_only", "revision")
         hub_arguments = {key: kwargs[key] for key in known if key in kwargs}
         index = read_model_index(pretrained_model_name_or_path, **hub_arguments)

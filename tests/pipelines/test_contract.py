@@ -66,6 +66,15 @@ def test_saved_and_loaded_it_gives_the_same_map(pipe, tmp_path):
     assert index["processor"] == ["anodiff", "VolumeProcessor"]
 
 
+@pytest.mark.parametrize("device_map", ["balanced", "auto", "tpu", {"unet": 0}], ids=str)
+def test_a_pipeline_lies_on_one_device(device_map):
+    """One with a component of its own, and one that it shares with other checkpoints."""
+    pipe = AnomalyPipeline.from_pretrained("anoddpm-flair", device_map="cpu")
+    assert {component.device.type for component in (pipe.unet, pipe.brain_extractor)} == {"cpu"}
+    with pytest.raises(ValueError, match=r"`device_map` must be a device of this machine, cpu.*`.to\(...\)` moves"):
+        AnomalyPipeline.from_pretrained("anoddpm-flair", device_map=device_map)
+
+
 def test_every_kind_of_volume_gives_the_same_map(pipe, tmp_path):
     volume = make_volume()
     expected = map_of(pipe(volume))
