@@ -4,10 +4,12 @@ maps, and the way of maps back to the volume."""
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import platform
 import shutil
 import tempfile
+import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +43,9 @@ from .progress import Progress
 
 if typing.TYPE_CHECKING:
     from typing import Self
+
+
+logger = logging.getLogger(__name__)
 
 
 # N slices of one or several volumes, C modalities, H x W pixels, B items of a batch, K draws of a slice.
@@ -602,9 +607,17 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         several = each_volume(call["volume"], call["brain_mask"], lambda volume: self.run({**call, "volume": volume}))
         if several is not None:
             return several
-        self.progress = Progress(call["callback"])
+        self.progress, start = Progress(call["callback"]), time.perf_counter()
         try:
             output = self.find_anomalies(call)
+            logger.info(
+                "%s: score %.4g after %d steps and %.3g s; brain mask: %s.",
+                type(self).__name__,
+                output.volume_score,
+                self.progress.done,
+                time.perf_counter() - start,
+                output.settings["brain"],
+            )
         finally:
             # Also where it ends halfway.
             self.progress = Progress()

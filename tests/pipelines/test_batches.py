@@ -1,5 +1,6 @@
 """How many items share an evaluation of the network: of a device, where memory does not suffice, and compiled."""
 
+import logging
 from functools import partial
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(name, monkeypatch):
         assert asked[0] > 1
 
 
-def test_what_is_computed_is_kept(monkeypatch):
+def test_what_is_computed_is_kept(monkeypatch, caplog):
     pipe = make_pipeline("DAEPipeline")
     asked = limit_memory(pipe, monkeypatch, 2)
     pipe(make_slices(9, value_range=(0.0, 1.0)))
@@ -89,8 +90,10 @@ def test_what_is_computed_is_kept(monkeypatch):
         return forward(sample)
 
     monkeypatch.setattr(pipe.unet, "forward", tighter)
-    pipe(make_slices(9, value_range=(0.0, 1.0)))
+    with caplog.at_level(logging.WARNING, logger="anodiff"):
+        pipe(make_slices(9, value_range=(0.0, 1.0)))
     assert batches == [2, 2, 2, 1, 1, 1, 1, 1]
+    assert caplog.messages == ["The memory does not hold a batch of 2: 1 from now on."]
 
 
 def test_a_batch_that_was_given_is_not_changed(monkeypatch):

@@ -1,6 +1,8 @@
 """What every pipeline keeps, whatever its method is."""
 
 import json
+import logging
+import re
 from collections import deque
 from collections.abc import Iterator
 
@@ -238,6 +240,21 @@ def test_results_of_a_stream_are_found_when_they_are_asked_for():
         TypeError, match=r"got tuple. A pipeline takes several as a list, or one by one as an iterator"
     ):
         pipe(tuple(given))
+
+
+def test_a_call_is_logged_without_the_name_of_the_scan(tmp_path, caplog):
+    pipe, scan = make_pipeline("DAEPipeline"), tmp_path / "Doe_Jane.nii.gz"
+    nib.save(nib.Nifti1Image(make_volume(), np.eye(4)), scan)
+    with caplog.at_level(logging.INFO, logger="anodiff"):
+        result = pipe(scan)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("anodiff.pipelines.base", "INFO")
+    said = rf"DAEPipeline: score {result.volume_score:.4g} after 1 steps and [\d.e+-]+ s; brain mask: nonzero\."
+    assert re.fullmatch(said, record.getMessage())
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="anodiff"):
+        pipe(scan)
+    assert not caplog.records
 
 
 def test_a_callback_is_told_of_every_step_and_may_end_the_call(pipe):
