@@ -255,7 +255,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         if name not in pipelines:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {name}, which is no pipeline of anodiff {anodiff.__version__}"
-                f" ({', '.join(pipelines)})."
+                f" ({', '.join(pipelines)}). Load it with the library that made it, or update anodiff."
             )
         return getattr(anodiff, name).from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -557,7 +557,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
                     f"A tensor must have the shape (N, {channels}, H, W) with N >= 1, got {tuple(volume.shape)}."
                 )
             if not torch.isfinite(volume).all():
-                raise ValueError("The tensor holds NaN or infinite values.")
+                raise ValueError("The tensor holds NaN or infinite values: replace them first.")
             origin = "none" if brain_mask is None else "given"
             if brain_mask is None:
                 brain_mask = torch.ones(volume.shape[0], *volume.shape[2:], dtype=torch.bool)

@@ -88,5 +88,7 @@ def check_dispersion(pipe: AnomalyPipeline, num_members: int) -> None:
     if pipe.task == "segmentation":
         raise ValueError(f"{name} makes an ensemble by itself: call it with `num_ensemble`.")
     if pipe.deterministic:
-        raise ValueError(f"{name} draws nothing, so that all members would be one map: it has no dispersion.")
+        raise ValueError(
+            f"{name} draws nothing, so that all members would be one map: it has no dispersion. Call it once."
+        )
     check_integer("num_members", num_members, 2)
