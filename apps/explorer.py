@@ -175,11 +175,13 @@ def reconstruct(pipeline: AnomalyPipeline, slices: torch.Tensor, timestep: int, 
     """
     scheduler = pipeline.scheduler
     check_integer("timestep", timestep, 0, scheduler.config.num_train_timesteps - 1)
+    # A slice without neighbours is its own neighbour.
+    slices = slices.repeat(1, pipeline.processor.channels, 1, 1)
     noise = scheduler.draw_noise(make_keys(seed, [0]), slices.shape[1:], timestep)
     noised = scheduler.add_noise(slices, noise, timestep)
     output = pipeline.predict_noise(noised, torch.tensor([timestep]))
     estimate = scheduler.predict_original_sample(output, timestep, noised)
-    return Reconstruction(*(values[0, 0].numpy() for values in (slices, noised, estimate)))
+    return Reconstruction(*(pipeline.processor.middle(values)[0, 0].numpy() for values in (slices, noised, estimate)))
 
 
 def radial_spectrum(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,32 +1,53 @@
-"""Everything that is promised of a GPU, in at most four minutes: one command, one line of JSON for each row.
+"""Everything that is promised of a GPU, in about five minutes: one command, one line of JSON for each row.
 
     python benchmarks/gpu.py                 # all parts on the GPU; then a Markdown table
     python benchmarks/gpu.py --parts networks volume
     python benchmarks/gpu.py --quick         # tiny sizes, on a CPU too: shows that every part runs
 
-Each part is a process of its own with a time limit, so that one that fails or hangs leaves the others' rows.
+Each part is a process of its own with a time limit, so that one that fails or hangs leaves the others' rows. The first
+ones compile their networks side by side, and take turns on the device for all that is measured; a training step and the
+start of a command, which the processor's load would disturb, come after them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+
+from filelock import FileLock
 
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds that a part may take.
-LIMIT = 75
+LIMIT = 200
+# Names the file that the process holds which measures, and the processes of a compilation.
+TURN, COMPILERS = "GPU_BENCHMARK_TURN", 4
+turn = FileLock(os.environ.get(TURN, Path(tempfile.gettempdir()) / "gpu_benchmark.lock"))
 Row = dict[str, object]
 
 
-def networks(quick: bool, device: str) -> Iterator[Row]:
-    """TFLOP/s of networks of the papers' sizes, as `enable_fast_inference()` makes them."""
+def network_of_andi(quick: bool, device: str) -> Iterator[Row]:
+    yield network("ANDi", "andi_brats21.yaml", 4, 4, 256, 150, quick, device)
+
+
+def network_of_anofpdm(quick: bool, device: str) -> Iterator[Row]:
+    yield network("AnoFPDM", "anofpdm_brats21.yaml", 1, 1, 64, 350, quick, device)
+
+
+def network_of_cimd(quick: bool, device: str) -> Iterator[Row]:
+    yield network("CIMD", "cimd_lidc.yaml", 2, 2, 64, 350, quick, device)
+
+
+def network(name: str, config: str, inputs: int, outputs: int, items: int, goal: int, quick: bool, device: str) -> Row:
+    """TFLOP/s of a network of a paper's size, as `enable_fast_inference()` makes it."""
     import torch
     import yaml
     from diffusers import UNet2DModel
@@ -35,31 +56,25 @@ def networks(quick: bool, device: str) -> Iterator[Row]:
     from anodiff import UNet2DHeadsModel
     from anodiff.configs import packaged_config
 
-    cases = (
-        ("ANDi", "andi_brats21.yaml", UNet2DModel, 4, 4, 256, 150),
-        ("AnoFPDM", "anofpdm_brats21.yaml", UNet2DModel, 1, 1, 64, 350),
-        ("CIMD", "cimd_lidc.yaml", UNet2DHeadsModel, 2, 2, 64, 350),
-    )
-    for name, config, network_class, inputs, outputs, items, goal in cases:
-        settings = yaml.safe_load(packaged_config(config).read_text(encoding="utf-8"))["unet"]
-        settings.pop("_class_name", None)
-        if quick:
-            settings["block_out_channels"], items = [64] * len(settings["block_out_channels"]), 2
-        size = 32 if quick else 128
-        unet = network_class(**settings, sample_size=size, in_channels=inputs, out_channels=outputs).eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            unet(torch.zeros(1, inputs, size, size), torch.zeros(1))
-        gflop = counter.get_total_flops() / 1e9
-        if device == "cuda":
-            unet = unet.to(device, torch.bfloat16, memory_format=torch.channels_last)
-            unet = torch.compile(unet, fullgraph=True, dynamic=False)
-        sample = torch.randn(items, inputs, size, size, device=device, dtype=next(unet.parameters()).dtype)
-        sample = sample.to(memory_format=torch.channels_last)
-        timesteps = torch.full((items,), 100, device=device)
-        with torch.no_grad():
-            seconds = best(lambda unet=unet, sample=sample, t=timesteps: unet(sample, t), device)
-        rate = round(items * gflop / 1e3 / seconds, 1)
-        yield {"what": f"{name}, {gflop:.0f} GFLOP, {items} items, TFLOP/s", "goal": f">= {goal}", "measured": rate}
+    settings = yaml.safe_load(packaged_config(config).read_text(encoding="utf-8"))["unet"]
+    network_class = UNet2DHeadsModel if settings.pop("_class_name", None) == "UNet2DHeadsModel" else UNet2DModel
+    if quick:
+        settings["block_out_channels"], items = [64] * len(settings["block_out_channels"]), 2
+    size = 32 if quick else 128
+    unet = network_class(**settings, sample_size=size, in_channels=inputs, out_channels=outputs).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unet(torch.zeros(1, inputs, size, size), torch.zeros(1))
+    gflop = counter.get_total_flops() / 1e9
+    if device == "cuda":
+        unet = unet.to(device, torch.bfloat16, memory_format=torch.channels_last)
+        unet = torch.compile(unet, fullgraph=True, dynamic=False)
+    sample = torch.randn(items, inputs, size, size, device=device, dtype=next(unet.parameters()).dtype)
+    sample = sample.to(memory_format=torch.channels_last)
+    timesteps = torch.full((items,), 100, device=device)
+    with torch.no_grad():
+        seconds = best(lambda: unet(sample, timesteps), device)
+    rate = round(items * gflop / 1e3 / seconds, 1)
+    return {"what": f"{name}, {gflop:.0f} GFLOP, {items} items, TFLOP/s", "goal": f">= {goal}", "measured": rate}
 
 
 def volume(quick: bool, device: str) -> Iterator[Row]:
@@ -77,9 +92,11 @@ def volume(quick: bool, device: str) -> Iterator[Row]:
     def call():
         pipe(slices, start=75, stop=75 + timesteps)
 
-    before = best(call, device, 1)
+    pipe(slices, start=75, stop=76)  # finds the size of batches
+    before = best(call, device, 1, warm=False)
     yield {"what": f"ANDi, {count} slices, {timesteps} timesteps, default call, s", "measured": round(before, 2)}
-    pipe.enable_fast_inference()
+    pipe.enable_fast_inference(**({"compile": False} if quick else {}))
+    take_turns(pipe)
     fast = best(call, device, 2)
     name = f"ANDi, {count} slices, {timesteps} timesteps, fast, s"
     yield {"what": name, "goal": "<= 1.5", "measured": round(fast, 3)}
@@ -88,52 +105,73 @@ def volume(quick: bool, device: str) -> Iterator[Row]:
     yield {"what": "of it the 5 x 5 x 5 median", "goal": "<= 0.05", "measured": round(share, 4)}
 
 
-def overhead(quick: bool, device: str) -> Iterator[Row]:
-    """Time of calls over time of their evaluations alone, filter included, of the fast network."""
+def andi_calls(quick: bool, device: str) -> Iterator[Row]:
     import andi
-    import anofpdm
+
+    size, steps = sizes(quick)
+    pipe, _ = andi.make_pipeline(1, size, device)
+    yield overhead("ANDi", pipe, {"start": 75, "stop": 75 + steps}, quick, device)
+
+
+def anoddpm_calls(quick: bool, device: str) -> Iterator[Row]:
     import overhead as anoddpm
+
+    size, steps = sizes(quick)
+    pipe, _ = anoddpm.make_pipeline(size, device)
+    yield overhead("AnoDDPM, chain", pipe, {"noise_level": steps, "mode": "partial"}, quick, device)
+
+
+def anofpdm_calls(quick: bool, device: str) -> Iterator[Row]:
+    import anofpdm
+
+    size, steps = sizes(quick)
+    pipe, _ = anofpdm.make_pipeline(size, device)
+    yield overhead("AnoFPDM", pipe, {"forward_steps": steps}, quick, device)
+
+
+def sizes(quick: bool) -> tuple[int, int]:
+    """Size of a slice and evaluations of it."""
+    return (32, 2) if quick else (128, 50)
+
+
+def overhead(name: str, bare_pipe, settings: dict, quick: bool, device: str) -> Row:
+    """Time of a call over time of its evaluations alone, filter included, of the fast network."""
     import torch
 
-    size, count, steps = (32, 4, 2) if quick else (128, 128, 50)
-    cases: tuple[tuple[str, Callable, dict], ...] = (
-        ("ANDi", lambda: andi.make_pipeline(1, size, device)[0], {"start": 75, "stop": 75 + steps}),
-        ("AnoDDPM, chain", lambda: anoddpm.make_pipeline(size, device)[0], {"noise_level": steps, "mode": "partial"}),
-        ("AnoFPDM", lambda: anofpdm.make_pipeline(size, device)[0], {"forward_steps": steps}),
-    )
-    slices = make_brains(count, 1, size, device)
-    for name, make, settings in cases:
-        bare_pipe = make()
-        pipe = quiet(type(bare_pipe)(**bare_pipe.components, median_size=5))
-        pipe.enable_fast_inference(**({"compile": False} if quick else {}))
-        calls: list[tuple] = []
-        evaluate = pipe.batches.evaluate
+    size, _ = sizes(quick)
+    slices = make_brains(4 if quick else 128, 1, size, device)
+    pipe = quiet(type(bare_pipe)(**bare_pipe.components, median_size=5))
+    pipe.enable_fast_inference(**({"compile": False} if quick else {}))
+    calls: list[tuple] = []
+    evaluate = pipe.batches.evaluate
 
-        def record(network, call, *inputs, evaluate=evaluate, calls=calls, **options):
-            calls.append((network, call, inputs, options))
-            return evaluate(network, call, *inputs, **options)
+    def record(network, call, *inputs, **options):
+        calls.append((network, call, inputs, options))
+        return evaluate(network, call, *inputs, **options)
 
-        pipe.batches.evaluate = record
+    take_turns(pipe)
+    pipe.batches.evaluate = record
 
-        def whole(pipe=pipe, settings=settings):
-            pipe(slices, **settings)
+    def whole():
+        pipe(slices, **settings)
 
-        whole()
-        pipe.batches.evaluate = evaluate
+    whole()
+    pipe.batches.evaluate = evaluate
 
-        @torch.no_grad()
-        def bare(evaluate=evaluate, calls=calls):
-            for network, call, inputs, options in calls:
-                evaluate(network, call, *inputs, **options)
+    @torch.no_grad()
+    def bare():
+        for network, call, inputs, options in calls:
+            evaluate(network, call, *inputs, **options)
 
-        bare()
+    bare()
+    with turn:
         pairs = [(best(whole, device, 1), best(bare, device, 1)) for _ in range(2)]
-        ratio = min(first for first, _ in pairs) / min(second for _, second in pairs)
-        yield {
-            "what": f"call over its {len(calls)} evaluations, {name}",
-            "goal": "<= 1.05",
-            "measured": round(ratio, 3),
-        }
+    ratio = min(first for first, _ in pairs) / min(second for _, second in pairs)
+    return {
+        "what": f"call over its {len(calls)} evaluations, {name}",
+        "goal": "<= 1.05",
+        "measured": round(ratio, 3),
+    }
 
 
 def draws(quick: bool, device: str) -> Iterator[Row]:
@@ -175,7 +213,7 @@ def start(quick: bool, device: str) -> Iterator[Row]:
     """Start of a command: import of torch and diffusers, and what `predict.py` imports."""
     times = {}
     for name in ("torch, diffusers", "anodiff.predict, anodiff.pipelines.pipeline_andi"):
-        rounds = 1 if quick else 3
+        rounds = 1 if quick else 2
         command = [sys.executable, "-c", f"import {name}"]
         times[name] = min(timed(lambda command=command: subprocess.run(command, check=True)) for _ in range(rounds))
     first, second = times.values()
@@ -191,6 +229,17 @@ def start(quick: bool, device: str) -> Iterator[Row]:
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def take_turns(pipe) -> None:
+    """Lets the pipeline wait for its turn where it measures the size of its batches."""
+    grow = pipe.batches._grow
+
+    def wait(*inputs):
+        with turn:
+            grow(*inputs)
+
+    pipe.batches._grow = wait
 
 
 def make_brains(count: int, channels: int, size: int, device: str):
@@ -210,8 +259,8 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def best(function: Callable[[], object], device: str, rounds: int = 5) -> float:
-    """Seconds of the fastest of some rounds after one that warms up."""
+def best(function: Callable[[], object], device: str, rounds: int = 5, warm: bool = True) -> float:
+    """Seconds of the fastest of some rounds, which no other part disturbs, after one that warms up (`warm`)."""
     import torch
 
     def synchronized() -> None:
@@ -219,16 +268,30 @@ def best(function: Callable[[], object], device: str, rounds: int = 5) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    synchronized()
-    return min(timed(synchronized) for _ in range(rounds))
+    if warm:
+        synchronized()
+    with turn:
+        return min(timed(synchronized) for _ in range(rounds))
 
 
-PARTS = {part.__name__: part for part in (networks, volume, overhead, draws, training, start)}
+TOGETHER = (
+    network_of_andi,
+    network_of_anofpdm,
+    network_of_cimd,
+    volume,
+    andi_calls,
+    anoddpm_calls,
+    anofpdm_calls,
+    draws,
+)
+ALONE = (training, start)
+PARTS = {part.__name__: part for part in (*TOGETHER, *ALONE)}
 
 
 def run_part(name: str, options: argparse.Namespace) -> list[Row]:
     """Runs a part in a process of its own; a failure is a row, too."""
     command = [sys.executable, __file__, "--part", name, "--device", options.device]
+    settings = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(COMPILERS)}
     with tempfile.TemporaryFile("w+") as output:
         try:
             process = subprocess.run(
@@ -236,6 +299,7 @@ def run_part(name: str, options: argparse.Namespace) -> list[Row]:
                 stdout=output,
                 stderr=subprocess.PIPE,
                 text=True,
+                env=settings,
                 timeout=options.limit,
             )
             failure = process.stderr.strip().splitlines()[-1:] if process.returncode else []
@@ -244,6 +308,12 @@ def run_part(name: str, options: argparse.Namespace) -> list[Row]:
         output.seek(0)
         rows = [json.loads(line) for line in output if line.startswith("{")]
     return rows + [{"part": name, "what": name, "failed": reason} for reason in failure]
+
+
+def show(rows: list[Row]) -> list[Row]:
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    return rows
 
 
 def main() -> int:
@@ -263,10 +333,17 @@ def main() -> int:
             print(json.dumps({"part": options.part, **row}), flush=True)
         return 0
     rows = []
-    for name in options.parts:
-        for row in run_part(name, options):
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+    together = [name for name in options.parts if PARTS[name] in TOGETHER]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(len(TOGETHER) if options.device == "cuda" else 1) as pool,
+    ):
+        os.environ.setdefault(TURN, str(Path(folder) / "turn"))
+        running = [pool.submit(run_part, name, options) for name in together]
+        rows += [row for part in as_completed(running) for row in show(part.result())]
+        for name in options.parts:
+            if name not in together:
+                rows += show(run_part(name, options))
     print("\n| what | goal | measured |\n|---|---|---|")
     for row in rows:
         print(f"| {row['what']} | {row.get('goal', '')} | {row.get('measured', row.get('failed'))} |")

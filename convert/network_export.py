@@ -260,7 +260,7 @@ def _draw_noise(pipeline: AnomalyPipeline, size: tuple[int, int], slices: int) -
             f" a {type(pipeline).__name__}. Leave it out."
         )
     numbers = torch.arange(slices)
-    like = torch.empty(slices, len(pipeline.processor.config.modalities), *size)
+    like = torch.empty(slices, pipeline.processor.channels, *size)
     make = partial(pipeline.scheduler.draw_noise, size=like.shape[1:], timesteps=torch.full((slices,), level - 1))
     draws = range(settings["num_draws"])
     return np.stack([Noise(0, None, numbers, draw, torch.device("cpu"))(make, like).numpy() for draw in draws])

@@ -371,6 +371,11 @@ def read_rules(
             _check_block(key, recipe[key], [field.name for field in dataclasses.fields(rule)])
             rules[key] = rule(**recipe[key])
     processor = VolumeProcessor.from_dict(recipe["processor"])
+    if processor.config.context:
+        raise ValueError(
+            f"`processor.context` must be left out of a recipe, got {processor.config.context}: slices are prepared one"
+            " by one, and a training finds their neighbours. Give it to train.py."
+        )
     if "correction" in recipe or template is not None or reference is not None:
         _check_block("correction", recipe.get("correction", {}), Correction.rules())
         files = {"template": template, "reference": reference, "modalities": tuple(processor.config.modalities)}

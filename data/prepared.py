@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from ..checks import check_integer
 from ..configs import read_yaml
 from ..files import check_name, read_json
+from ..volumes.context import find_neighbours
 from ..volumes.volume import check_voxels
 from .layout import COLUMNS, PROCESSOR, RECIPE, SHARDS, SPLITS, SUBJECTS, SUBJECTS_SCHEMA
 from .phantoms.sets import PHANTOMS, cached_phantom
@@ -40,7 +41,9 @@ class _DescribedSplit:
         settings = read_json(folder / _SETTINGS)
         if not isinstance(settings, dict) or not isinstance(settings.get("modalities"), list):
             raise ValueError(f"{folder / _SETTINGS} must hold the settings of a processor with its `modalities`.")
-        self.processor_settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+        self.processor_settings = {
+            key: value for key, value in settings.items() if not key.startswith("_") and key != "context"
+        }
         self.modalities = tuple(self.processor_settings["modalities"])
         for name in self.modalities:
             check_name(f"a modality in {folder / _SETTINGS}", name)
@@ -89,10 +92,19 @@ class PreparedSplit(_DescribedSplit):
         self.annotations = np.array(counts, dtype=np.int64)[self._subject_of_row]
         self.labels = dataset.data.column("label").to_numpy().astype(np.int64)
         self.slices = dataset.data.column("slice").to_numpy().astype(np.int64)
+        self._neighbours: np.ndarray | None = None
         self._map_columns()
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def add_neighbours(self, context: int, population: str = "all") -> None:
+        """Gives every `image` that is read from now on the channels of its neighbours, `context` on either side, of those
+        that are rows of this split and of one of `POPULATIONS`, as [`~volumes.context.find_neighbours`] says."""
+        rows = self.rows_of(population)
+        own = np.arange(len(self))
+        self._neighbours = np.repeat(own[:, None], 2 * context + 1, 1)
+        self._neighbours[rows] = rows[find_neighbours(self._subject_of_row[rows], self.slices[rows], context)]
 
     def __getitem__(self, index) -> dict:
         if isinstance(index, (int, np.integer)):
@@ -118,16 +130,19 @@ class PreparedSplit(_DescribedSplit):
         if rows.size and (rows.min() < -len(self) or rows.max() >= len(self)):
             raise IndexError(f"An index is outside the {len(self)} rows: {rows.min()} to {rows.max()}.")
         rows = rows % max(len(self), 1)
-        chunks = np.searchsorted(self._chunk_ends, rows, side="right")
-        places = list(zip(chunks.tolist(), (rows - self._chunk_starts[chunks]).tolist(), strict=True))
         batch = {}
         for name, dtype in (("image", np.float32), ("mask", np.uint8), ("brain", bool)):
             if name not in columns:
                 continue
+            read = self._neighbours[rows] if name == "image" and self._neighbours is not None else rows[:, None]
+            chunks = np.searchsorted(self._chunk_ends, read.ravel(), side="right")
+            places = zip(chunks.tolist(), (read.ravel() - self._chunk_starts[chunks]).tolist(), strict=True)
             views, shape = self._views[name], self._views[name][0].shape[1:]
-            batch[name] = np.empty((len(rows), *shape), dtype)
+            batch[name] = np.empty((read.size, *shape), dtype)
             for target, (chunk, place) in zip(batch[name], places, strict=True):
                 target[...] = views[chunk][place]
+            if name == "image":
+                batch[name] = batch[name].reshape(len(rows), read.shape[1] * shape[0], *shape[1:])
         for name, values in (("label", self.labels), ("slice", self.slices), ("annotations", self.annotations)):
             if name in columns:
                 batch[name] = values[rows]

@@ -164,8 +164,14 @@ class _Evaluation:
         if options.calibrate and options.calibrate != "conformal":
             slices = LabelledSlices(self.splits["validation"], options.calibration_slices)
             for model in options.model:
+                pipeline = load_pipeline(model, options, self.accelerator.device, self.splits["validation"])
+                if options.calibration_slices is not None and pipeline.processor.config.context:
+                    raise ValueError(
+                        f"`calibration_slices` must not be given for {model}, which sees the neighbours of a slice:"
+                        " they would be left out. Leave `calibration_slices` out."
+                    )
                 record = calibrate(
-                    load_pipeline(model, options, self.accelerator.device, self.splits["validation"]),
+                    pipeline,
                     slices,
                     options.calibrate,
                     guidance_scales=options.guidance_scales,

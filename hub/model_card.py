@@ -83,7 +83,9 @@ def make_card(
     class_name = type(pipeline).__name__
     name = repo_id.split("/")[-1] if repo_id else class_name
     method, paper = _method_text(type(pipeline))
-    processor = pipeline.processor.settings()
+    processor, context = pipeline.processor.settings(), pipeline.processor.config.context
+    if context:
+        processor["context"] = context
     modalities = processor["modalities"]
     strips = pipeline.components.get("brain_extractor") is not None
     inference = {

@@ -32,6 +32,7 @@ from ..hub.shipped import load_shared, locate
 from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..schedulers.draws import DRAWS_VERSION, fold_in, make_keys
+from ..volumes.context import find_neighbours
 from ..volumes.processor import ProcessedVolume
 from .batches import Batches, choose_batch_size
 from .brain import find_brain
@@ -191,6 +192,8 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     task = "anomaly-detection"
     # Whether a call draws nothing: `noise` is then no argument, and a seed changes nothing.
     deterministic = False
+    # Whether its network can see the neighbours of a slice, too (`context` of the processor).
+    sees_neighbours = False
     _optional_components = ["brain_extractor", "healthy_maps"]
     # Of pipelines that take no such components.
     brain_extractor: BrainExtractor | None = None
@@ -391,21 +394,27 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         Checks what `__init__` was given: channels of the UNet, and every value as in a call.
 
         Args:
-            inputs (`int`, *optional*): Channels that the UNet must take; as many as there are modalities by default.
-            outputs (sequence of `int`, *optional*):
-                Numbers of channels that it may give; as many as there are modalities by default.
+            inputs (`int`, *optional*): Channels that the UNet must take; by default those of the slices, for each
+                modality one, and of their neighbours.
+            outputs (sequence of `int`, *optional*): Numbers of channels that it may give; by default the same.
 
         Raises:
             ValueError: The channels or a value do not fit.
         """
-        modalities = self.processor.config.modalities
-        inputs, outputs = inputs or len(modalities), outputs or (len(modalities),)
+        modalities, context = self.processor.config.modalities, self.processor.config.context
+        if context and not self.sees_neighbours:
+            raise ValueError(
+                f"`processor` must have the `context` 0 for a {type(self).__name__}, which sees slices one by one, got"
+                f" {context}."
+            )
+        inputs, outputs = inputs or self.processor.channels, outputs or (self.processor.channels,)
         unet = self.unet.config
         for name, allowed in (("in_channels", (inputs,)), ("out_channels", outputs)):
             if unet[name] not in allowed:
+                seen = f" of {2 * context + 1} slices" if context else ""
                 raise ValueError(
-                    f"`unet` must have {' or '.join(map(str, allowed))} `{name}` for the modalities {', '.join(modalities)}, got"
-                    f" {unet[name]}."
+                    f"`unet` must have {' or '.join(map(str, allowed))} `{name}` for the modalities"
+                    f" {', '.join(modalities)}{seen}, got {unet[name]}."
                 )
         self.check_inputs(**self.default_settings())
         self.check_threshold(self.config.threshold)
@@ -704,14 +713,17 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         """
         volumes = [len(slices)] if volumes is None else list(volumes)
         self.batches.automatic = batch_size is None
-        batch_size = batch_size or choose_batch_size(slices.shape[1:], slices.device)
+        batch_size = batch_size or choose_batch_size((self.processor.channels, *slices.shape[2:]), slices.device)
         settings = {**self.default_settings(), **settings}
         if not self.deterministic:
             settings |= {"seed": seed, "noise": noise}
-        results = [
-            self.compute_maps(slices[rows], [indices[row] for row in rows], batch_size=batch_size, **settings)
-            for rows in _rows_together(brain, volumes if self.looks_across_slices(**settings) else [len(slices)])
-        ]
+        results, volume_of = [], np.repeat(np.arange(len(volumes)), volumes)
+        for rows in _rows_together(brain, volumes if self.looks_across_slices(**settings) else [len(slices)]):
+            numbers, seen = [indices[row] for row in rows], slices[rows]
+            if self.processor.config.context:
+                near = find_neighbours(volume_of[rows], np.array(numbers), self.processor.config.context)
+                seen = seen[torch.from_numpy(near)].flatten(1, 2)
+            results.append(self.compute_maps(seen, numbers, batch_size=batch_size, **settings))
         rows = torch.nonzero(brain.flatten(1).any(1)).flatten()
 
         def to_all(values: Sequence[torch.Tensor | None], fill: torch.Tensor | float) -> torch.Tensor | None:

@@ -70,6 +70,7 @@ class ANDiPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    sees_neighbours = True
 
     @register_to_config
     def __init__(
@@ -209,6 +210,8 @@ class ANDiPipeline(AnomalyPipeline):
                     # Running sums only: memory does not depend on the number of timesteps.
                     total.index_add_(0, rows, deviation)
 
+        # Neighbours are compared with the slices, and are no part of their maps.
+        slices, total = self.processor.middle(slices), self.processor.middle(total)
         if aggregation == "prob":
             maps = -torch.expm1(-total)
         else:

@@ -62,6 +62,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    sees_neighbours = True
 
     @register_to_config
     def __init__(
@@ -199,7 +200,8 @@ class AnoDDPMPipeline(AnomalyPipeline):
                     total.index_add_(0, rows, sample)
                     if len(kept):
                         kept[members.to(device), rows] = sample
-        reconstruction = total / len(levels)
+        # Neighbours are denoised with the slices, and are no part of their maps.
+        slices, reconstruction, kept = map(self.processor.middle, (slices, total / len(levels), kept))
         if map_type in MAHALANOBIS:
             maps = mahalanobis_distance(self.processor.to_unit(slices), self.processor.to_unit(kept), map_type)
         else:

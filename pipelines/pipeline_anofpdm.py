@@ -98,6 +98,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    sees_neighbours = True
 
     @register_to_config
     def __init__(
@@ -219,7 +220,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
         self.scheduler.set_timesteps(forward_steps, slices.device, stride=stride)
         num_steps = len(self.scheduler.timesteps)
         channels = self.modality_channels(modalities)
-        running = RunningMaps(slices[:, channels], num_steps)
+        running = RunningMaps(self.processor.middle(slices)[:, channels], num_steps)
         batches = range(0, len(slices), batch_size)
         with self.progress_bar(total=len(batches) * num_steps) as progress:
             for start in batches:
@@ -275,9 +276,9 @@ class AnoFPDMPipeline(AnomalyPipeline):
         grid = self.scheduler.timesteps.flip(0)
         draw_noise = partial(self.scheduler.draw_noise, size=slices.shape[1:])
         # On the device once: no step of an encoding waits for the host. All channels need no copy.
-        everything = channels == list(range(slices.shape[1]))
+        everything = channels == self.modality_channels(None)
         compared = slice(None) if everything else torch.tensor(channels, device=slices.device)
-        random = forward_process == "random"
+        random, middle = forward_process == "random", self.processor.middle
         # Steps of the random process do not wait for each other: several share a batch if the slices leave room.
         together = max(1, batch_size // len(slices)) if random else 1
         sample = null_output = previous = None
@@ -306,8 +307,8 @@ class AnoFPDMPipeline(AnomalyPipeline):
             guided = torch.sub((1.0 + guidance_scale) * healthy_output, null_output, alpha=guidance_scale)
             unguided = healthy_output if unguided_branch == "healthy" else null_output
             guided, unguided = (
-                self.scheduler.predict_original_sample(output[:, compared], timesteps, sample[:, compared])
-                for output in (guided, unguided)
+                self.scheduler.predict_original_sample(own[:, compared], timesteps, middle(sample)[:, compared])
+                for own in map(middle, (guided, unguided))
             )
             yield from zip(*(part.split(len(slices)) for part in (sample, guided, unguided)), strict=True)
 
@@ -328,7 +329,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
             `(N,)`, the means of the modalities' quantiles.
         """
         levels = quantile_levels(gap, gap_scale, quantile_range)
-        inside = slices.mean(1) > -0.95
+        inside = self.processor.middle(slices).mean(1) > -0.95
         if quantile_region == "image":
             inside = torch.ones_like(inside)
         thresholds = map_quantiles(modality_maps, levels, inside).mean(1)

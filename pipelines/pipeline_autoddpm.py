@@ -61,6 +61,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    sees_neighbours = True
     _lpips: torch.nn.Module | None = None
 
     @register_to_config
@@ -200,8 +201,9 @@ class AutoDDPMPipeline(AnomalyPipeline):
                     slices[rows], pseudo_healthy[rows], masks[rows], inpainting_level, resample, drawing, progress
                 )
 
-        # 3. Map: limited to the range of images as the reconstruction is, so that values above it always differ.
+        # 3. Map, without the neighbours: limited to the range of images as the reconstruction is, so that values above it always differ.
         reconstruction = inpainted.clamp(-1.0, 1.0)
+        slices, reconstruction, mask_maps = map(self.processor.middle, (slices, reconstruction, mask_maps))
         return SliceResults(((slices - reconstruction).abs() * mask_maps).amax(1), reconstruction)
 
     def reconstruct(self, images: torch.Tensor, noise_level: int, drawing: Noise, progress) -> torch.Tensor:

@@ -50,6 +50,7 @@ class DDIBPipeline(AnomalyPipeline):
 
     deterministic = True
     model_cpu_offload_seq = "unet"
+    sees_neighbours = True
 
     @register_to_config
     def __init__(
@@ -158,6 +159,7 @@ class DDIBPipeline(AnomalyPipeline):
                     sample = self.scheduler.step(model_output, timesteps[: len(sample)], sample, return_dict=False)[0]
                     progress.update()
                 translated[start : start + batch_size] = sample
+        slices, translated = map(self.processor.middle, (slices, translated))
         channels = self.modality_channels(modalities)
         return SliceResults((slices - translated).square()[:, channels].mean(1), translated)
 

@@ -181,8 +181,9 @@ def _store_normals(drawn: list[torch.Tensor], out: torch.Tensor) -> None:
     for first in (0, 2):
         radius = drawn[first].float().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
         angle = drawn[first + 1].float().mul_(math.tau * 2.0**-32)
-        torch.mul(radius, angle.cos(), out=out[..., first])
-        torch.mul(radius, angle.sin_(), out=out[..., first + 1])
+        # Not `torch.mul(..., out=...)`: the compiler would end its launch before an `out` with gaps.
+        out[..., first] = radius * angle.cos()
+        out[..., first + 1] = radius * angle.sin_()
 
 
 def _fill(keys: torch.Tensor, counter: torch.Tensor, values: torch.Tensor, finish: Callable) -> None:
@@ -197,7 +198,7 @@ def _fold(keys: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
 def _on_device(function: Callable, device_type: str) -> Callable:
     """The function, on a CUDA device compiled into one launch: as tensor operations it would be a hundred. Not on a
     CPU: in C++, which it would be compiled to there, signed products need not wrap."""
-    return torch.compile(function, dynamic=True) if device_type == "cuda" else function
+    return torch.compile(function, dynamic=True, fullgraph=True) if device_type == "cuda" else function
 
 
 def _as_numpy(values: torch.Tensor) -> np.ndarray:

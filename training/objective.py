@@ -95,6 +95,16 @@ class Objective:
                 f"`train.gradient_checkpointing` must be false for the method {options.method} with this network, which"
                 " keeps its activations."
             )
+        if options.processor.get("context") and not (cls.pipeline_class and cls.pipeline_class.sees_neighbours):
+            raise ValueError(
+                f"`processor.context` must be 0 for the method {options.method}, which sees slices one by one, got"
+                f" {options.processor['context']!r}."
+            )
+        if options.processor.get("context") and options.data.streaming:
+            raise ValueError(
+                "`processor.context` needs the neighbours of a slice, which `data.streaming` does not bring together:"
+                " leave `data.streaming` out."
+            )
         if cls.part is not None and cls.part[0] not in options.objective:
             raise ValueError(f"`objective.{cls.part[0]}` must be the folder or Hub id of {cls.part[1]}.")
 
@@ -109,9 +119,10 @@ class Objective:
     def make_network(cls, options: TrainOptions, processor: VolumeProcessor) -> torch.nn.Module:
         """Builds the network of the block `unet`. What the data decide is filled in, and another value is an error."""
         network, unet = cls._choose_network(options)
-        for key, (value, reason) in cls.network_arguments(network, len(processor.config.modalities)).items():
+        for key, (value, reason) in cls.network_arguments(network, processor.channels).items():
             if unet.setdefault(key, value) != value:
-                raise ValueError(f"`unet.{key}` must be {value}, {reason}, got {unet[key]}.")
+                seen = " of the slice and of its neighbours" if processor.config.context and "channels" in key else ""
+                raise ValueError(f"`unet.{key}` must be {value}, {reason}{seen}, got {unet[key]}.")
         size = processor.config.size
         if size is not None and "sample_size" in argument_names(network):
             unet.setdefault("sample_size", size[0] if size[0] == size[1] else tuple(size))

@@ -25,10 +25,11 @@ MAY_CHANGE = (
     *("train.checkpoint_every", "train.checkpoint_limit"),
     *("train.push_to_hub", "train.hub_strategy", "train.hub_private", "train.hub_licence", "train.hub_picture"),
 )
-# Of them those that pDDPM draws the patches of its training with.
-_TRAINED_INFERENCE = ("inference.patch_size", "inference.overlap")
+# Of them those that have shaped it nevertheless: pDDPM draws the patches of its training with the first two, and what a
+# network sees is no matter of the data.
+_TRAINED = ("inference.patch_size", "inference.overlap", "processor.context")
 # Blocks whose keys are not always all there.
-_OPEN_BLOCKS = ("unet", "scheduler", "inference", "objective")
+_OPEN_BLOCKS = ("unet", "scheduler", "processor", "inference", "objective")
 _ENDLESS = ("constant", "constant_with_warmup", "piecewise_constant")
 
 
@@ -239,7 +240,7 @@ def _fixed(options: dict) -> dict:
         name, value = pending.pop(0)
         if isinstance(value, dict):
             pending = [(f"{name}.{key}", inner) for key, inner in value.items()] + pending
-        elif name in _TRAINED_INFERENCE or not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE):
+        elif name in _TRAINED or not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE):
             flat[name] = value
     optim = options["optim"]
     total = optim["lr_total_steps"] or options["train"]["max_steps"]

@@ -12,6 +12,7 @@ import torch
 import torch.utils.data
 from accelerate import Accelerator
 
+from ..checks import check_integer
 from ..data.phantoms.drawn_heads import DRAWN, DrawnHeads
 from ..data.phantoms.label_maps import find_label_maps, split_maps
 from ..data.phantoms.sets import PHANTOMS, locate_label_maps
@@ -198,9 +199,16 @@ def load_splits(
                 f"The split `{data.train_split}` of {data.path} holds no {objective_class.trains_on} slice, which"
                 " this method learns from: name another with `--data.train_split`, or prepare other data."
             )
+        context = options.processor.get("context", 0)
+        check_integer("processor.context", context, 0)
+        if context:
+            train_split.add_neighbours(context, objective_class.trains_on)
         if not validates:
             return train_split, None
         validation_split = load_prepared(data.path, data.validation_split)
+        if context:
+            labelled = objective_class.validates_on == "labelled"
+            validation_split.add_neighbours(context, "all" if labelled else objective_class.validates_on)
     if not validation_rows(validation_split, objective_class).size:
         raise ValueError(
             f"The split `{data.validation_split}` holds no {objective_class.validates_on} slice to validate on: name"

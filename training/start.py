@@ -42,11 +42,16 @@ def take_start(options: TrainOptions, objective_class: type[Objective]) -> tuple
             if key not in own or own[key] != value
         ]
         blocks[block] = own
+    context = pipeline.processor.config.context
+    if options.processor.get("context", context) != context:
+        differences.append(f"`processor.context` is {context} there and {options.processor['context']!r} here")
     if differences:
         raise ValueError(
             f"`train.init_from` {name} differs from the configuration: {'; '.join(differences)}. Leave these out:"
             " network and scheduler are those of the pipeline."
         )
+    if context:
+        blocks["processor"] = {**options.processor, "context": context}
     left_out = {*COMPONENTS, "threshold", "normalization"}
     settings = {key: pipeline.config[key] for key in argument_names(wanted) if key not in left_out}
     blocks["inference"] = {**_plain(settings), **options.inference}

@@ -247,7 +247,8 @@ def make_run(
     pipeline `start`."""
     loop = options.train
     train_split, validation_split = load_splits(accelerator, options, objective_class)
-    processor = VolumeProcessor.from_dict(train_split.processor_settings)
+    context = options.processor.get("context", 0)
+    processor = VolumeProcessor.from_dict({**train_split.processor_settings, "context": context})
     VolumeProcessor.from_dict({**processor.settings(), **options.processor})  # checks the values
     processor.check_equal(options.processor, "the block `processor` of the configuration asks for")
 

@@ -53,7 +53,7 @@ def _draw_preview(run: Run, rows: dict[str, torch.Tensor]) -> None:
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (title, images) in zip(axes, rows.items(), strict=True):
         row[0].set_title(title, loc="left", fontsize=8)
-        for axis, image in zip(row, images.float().cpu().numpy(), strict=True):
+        for axis, image in zip(row, run.objective.processor.middle(images).float().cpu().numpy(), strict=True):
             axis.imshow(image[0], cmap="gray", vmin=low, vmax=high)
             axis.set_axis_off()
     samples = run.folder / "samples"

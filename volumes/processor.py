@@ -104,6 +104,8 @@ class VolumeProcessor(PlainConfigMixin):
         brain_mask: `"nonzero"`: where any modality is above `background`, holes filled per slice. `"given"`: a mask
             comes with every volume. `"none"`: the whole slice counts. A mask that is given wins over `"nonzero"`.
         strip: Set voxels outside of the brain mask to 0 first: scans with a skull look as stripped ones do.
+        context: Neighbours on either side that the network sees with every slice, as further channels ("2.5-D"); the
+            slices themselves do not depend on it. [`~volumes.context.find_neighbours`] says which they are.
         background: Of the rule `"nonzero"`, in the input's units.
         curvature_flow: Smooth every image first, at its own resolution: iterations of SimpleITK's `CurvatureFlow` with
             steps of 0.125. cDDPM and SADM 3. Needs the extra `preprocess`.
@@ -130,6 +132,7 @@ class VolumeProcessor(PlainConfigMixin):
         background: float = 0.0,
         curvature_flow: int = 0,
         strip: bool = False,
+        context: int = 0,
     ):
         check_choices(
             self.config, plane=PLANES, resize=RESIZE_RULES, intensity=INTENSITY_RULES, brain_mask=BRAIN_RULES
@@ -167,6 +170,7 @@ class VolumeProcessor(PlainConfigMixin):
         # The rule brain_percentiles takes the quantile and its mirror image.
         check_number("quantile", quantile, above=0.5 if intensity == "brain_percentiles" else 0, most=1)
         check_integer("curvature_flow", curvature_flow, 0)
+        check_integer("context", context, 0)
         check_number("background", background)
         for name, pair in (("input_range", input_range), ("value_range", value_range)):
             if not _is_list(pair, 2):
@@ -200,9 +204,23 @@ class VolumeProcessor(PlainConfigMixin):
         low, high = self.config.value_range
         return slices * (high - low) + low
 
+    @property
+    def channels(self) -> int:
+        """Returns the number of channels that a network sees: the modalities of a slice and of its neighbours."""
+        return len(self.config.modalities) * (2 * self.config.context + 1)
+
+    def middle(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the channels of the slices themselves, `(..., C, H, W)`, of images with those of their neighbours,
+        `(..., channels, H, W)`: those of the lowest slice first, of each in the order of the modalities."""
+        count = len(self.config.modalities)
+        return images[..., self.config.context * count : (self.config.context + 1) * count, :, :]
+
     def settings(self) -> dict:
-        """Returns the settings as plain JSON values, which are equal before and after saving: they can be compared."""
-        return {key: _lists(value) for key, value in self.config.items() if not key.startswith("_")}
+        """Returns the settings that decide what slices are, so without `context`, as plain JSON values, which are equal
+        before and after saving: they can be compared."""
+        return {
+            key: _lists(value) for key, value in self.config.items() if not key.startswith("_") and key != "context"
+        }
 
     def check_equal(self, settings: dict, what: str) -> None:
         """Raises a `ValueError` that names every setting in which `what`, with these `settings`, differs."""

@@ -40,7 +40,10 @@ class DrawnHeads:
 
     Args:
         folder: Of label maps, see [`~data.phantoms.label_maps.read_label_maps`].
-        processor ([`VolumeProcessor`]): Its modalities name the contrasts, of `CONTRASTS`; each is a channel.
+        processor ([`VolumeProcessor`]):
+            Its modalities name the contrasts, of `CONTRASTS`; each is a channel, and with its `context` those of the
+            neighbouring slices are, too. Slices lie side by side; one without brain is replaced by the next one towards
+            the middle.
         split (`str`): `"train"`, `"validation"` or `"test"`.
         seed (`int`): Of the heads.
         count (`int`): Slices that there are, numbered from 0; a training draws as many as it takes.
@@ -116,29 +119,35 @@ class DrawnHeads:
 
         Returns:
             `dict` with those of `columns` that there are, on the device: `image (N, C, H, W)` float32 in the
-            processor's value range, `mask (N, 1, H, W)` uint8 without any lesion, `brain (N, H, W)` bool, `label (N,)`
-            int64, 0.
+            processor's value range, C its `channels`, `mask (N, 1, H, W)` uint8 without any lesion, `brain (N, H, W)`
+            bool, `label (N,)` int64, 0.
         """
-        config, count = self.processor.config, len(numbers)
+        config, count, context = self.processor.config, len(numbers), self.processor.config.context
         keys = make_keys(self.seed, list(numbers), _STREAMS[self.split], self.device)
         chosen = self._first + integers(fold_in(keys, _CHOICE), self._count)
         options = {"contrasts": self.modalities, "mask_errors": True}
         positions, spacing, centre, median = self._measure(chosen, keys, options)
-        u = uniform(fold_in(fold_in(keys, _PLACE), 1), (1,))[:, 0]
+        u = uniform(fold_in(fold_in(keys, _PLACE), 1), (1,))
+        thickness = _THINNEST + (_THICKEST - _THINNEST) * u
         heads = make_slices(
             self.maps,
             chosen,
             keys,
-            positions[:, None],
+            positions[:, None] + torch.arange(-context, context + 1, device=self.device) * thickness,
             size=tuple(config.size),
             spacing=spacing,
             centre=centre,
-            thickness=_THINNEST + (_THICKEST - _THINNEST) * u,
+            thickness=thickness[:, 0],
             samples=_SAMPLES,
             **options,
         )
-        brain = heads.brain[:, 0]
-        images = heads.images[:, :, 0] * brain[:, None] / median[..., None, None] * BRAIN_LEVEL
+        images = heads.images * heads.brain[:, None] / median[..., None, None, None] * BRAIN_LEVEL
+        planes, brain = list(images.unbind(2)), heads.brain[:, context]
+        for step in (-1, 1):
+            for plane in range(context + step, context + step * (context + 1), step):
+                empty = ~heads.brain[:, plane].flatten(1).any(1)
+                planes[plane] = torch.where(empty[:, None, None, None], planes[plane - step], planes[plane])
+        images = torch.cat(planes, 1)
         made = {
             "image": self.processor.from_unit(images.clamp(0, 1) if config.clip else images),
             "mask": torch.zeros(count, 1, *config.size, dtype=torch.uint8, device=self.device),

@@ -161,6 +161,18 @@ def test_neighbours_are_not_correlated(neighbours):
     assert abs(correlation.square().sum() / (64 * 63) - 1 / 4096) < 3e-5
 
 
+@pytest.mark.parametrize("finish", [draws._store_words, draws._store_normals])
+def test_what_a_gpu_draws_with_is_one_graph(finish):
+    compiled = torch.compile(draws._fill, backend="eager", dynamic=True, fullgraph=True)
+    dtype = torch.int64 if finish is draws._store_words else torch.float32
+    values, expected = torch.empty(2, len(KEYS), 9, 4, dtype=dtype)
+    for function, out in ((compiled, values), (draws._fill, expected)):
+        function(KEYS, torch.arange(9)[None], out, finish)
+    assert torch.equal(values, expected)
+    keys = torch.compile(draws._fold, backend="eager", dynamic=True, fullgraph=True)(KEYS, torch.arange(len(KEYS)))
+    assert torch.equal(keys, fold_in(KEYS, torch.arange(len(KEYS))))
+
+
 @pytest.mark.gpu
 def test_a_gpu_draws_the_same_words_in_one_launch():
     keys = make_keys(7, range(6), 3, "cuda")
