@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -15,7 +16,6 @@ from ..schedulers.scheduling_andi import NOISE_TYPES, ANDiScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, Noise, SliceResults
 from .modalities import check_modalities, hide_missing
-from .output import AnomalyOutput
 
 
 AGGREGATIONS = ("geometric", "arithmetic", "prob")
@@ -122,7 +122,7 @@ class ANDiPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         start: int | None = None,
         stop: int | None = None,
@@ -135,19 +135,20 @@ class ANDiPipeline(AnomalyPipeline):
         zero_background: bool | None = None,
         present_modalities: list[str] | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
         Draws of a slice: the noise of each of the K timesteps, or of the chains' first ones, the highest first.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is `None`.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either. `reconstruction` is `None`.
 
         Example:
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -16,7 +17,6 @@ from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, Noise, SliceResults
 from .mahalanobis import MAHALANOBIS, mahalanobis_distance
 from .modalities import check_modalities, hide_missing
-from .output import AnomalyOutput
 
 
 MODES = ("partial", "one_shot", "partial_offset")
@@ -110,7 +110,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         noise_level: int | list[int] | None = None,
         mode: str | None = None,
@@ -119,12 +119,13 @@ class AnoDDPMPipeline(AnomalyPipeline):
         map_type: str | None = None,
         present_modalities: list[str] | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
@@ -132,7 +133,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         with, then that of its reverse steps but the last, which adds none. Members are ordered by level, then by draw.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is the mean of the members.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either. `reconstruction` is the mean of the members.
 
         Example:
 

@@ -256,6 +256,7 @@ class VolumeProcessor(PlainConfigMixin):
             if array.min() == array.max():
                 raise ValueError(
                     f"{volume.name}: modality `{name}` is constant ({array.min():g}): there is nothing to see in it."
+                    " Leave it out, or convert it again from its source."
                 )
         if not brain.any():
             raise ValueError(
@@ -434,7 +435,9 @@ class VolumeProcessor(PlainConfigMixin):
     def _read(self, volume, brain_mask, optional: Collection[str]) -> tuple[InputVolume, np.ndarray]:
         if isinstance(volume, Mapping) and "brain" in volume:
             if brain_mask is not None:
-                raise ValueError("The brain mask is given twice: as `brain_mask` and under the key 'brain'.")
+                raise ValueError(
+                    "The brain mask is given twice: as `brain_mask` and under the key 'brain'. Leave one out."
+                )
             brain_mask = volume["brain"]
             volume = {name: image for name, image in volume.items() if name != "brain"}
         volume = self.read(volume, optional)
@@ -467,13 +470,19 @@ class VolumeProcessor(PlainConfigMixin):
             for index, array in enumerate(arrays):
                 positive = array[array > 0]
                 if positive.size == 0:
-                    raise ValueError(f"{name}: modality `{modalities[index]}` has no value above 0.")
+                    raise ValueError(
+                        f"{name}: modality `{modalities[index]}` has no value above 0. Add"
+                        " a constant to it, so that the background is 0."
+                    )
                 scale[index] = np.quantile(positive, self.config.quantile)
         elif rule == "brain_median":
             for index, array in enumerate(arrays):
                 positive = array[brain & (array > 0)]
                 if positive.size == 0:
-                    raise ValueError(f"{name}: modality `{modalities[index]}` has no value above 0 in the brain mask.")
+                    raise ValueError(
+                        f"{name}: modality `{modalities[index]}` has no value above 0 in the brain mask."
+                        " Look at whether both lie over each other."
+                    )
                 scale[index] = np.median(positive) / BRAIN_LEVEL
         elif rule == "brain_percentiles":
             width, height, count = geometry.network_shape

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from anodiff.__main__ import main
+from anodiff.__main__ import COMMANDS, main
 from anodiff.configs import parse_options
 from anodiff.train import main as train
 from anodiff.training.options import TrainOptions
@@ -61,6 +61,37 @@ def test_console_command(capsys):
     with pytest.raises(SystemExit):
         main(["models", "--help"])
     assert "usage: models" in capsys.readouterr().out
+
+
+def test_a_shell_completes_commands_options_and_files(tmp_path):
+    """In a real bash, by a script that was made without torch."""
+    made = python("-X", "importtime", "-m", "anodiff", "completion", "bash")
+    assert made.returncode == 0 and not re.search(r"\| +(torch|numpy)\n", made.stderr)
+    (tmp_path / "scan of one.nii.gz").touch()
+    ask = """
+        complete_line() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_anodiff; (IFS=,; echo "${COMPREPLY[*]}"); }
+        complete_line anodiff p
+        complete_line anodiff predict --sk
+        complete_line anodiff predict --fast sc
+        complete_line anodiff train --train.max
+        complete_line anodiff train --config sc
+        complete_line anodiff completion b
+        complete -p anodiff
+    """
+    done = subprocess.run(["bash"], input=made.stdout + ask, cwd=tmp_path, text=True, capture_output=True)
+    *lines, registered = done.stdout.splitlines()
+    assert registered.endswith("-F _shtab_anodiff anodiff")
+    scan = "scan of one.nii.gz"
+    assert lines == ["preprocess,predict", "--skip_existing", scan, "--train.max_steps", scan, "bash"]
+
+
+def test_every_command_is_completed_in_other_shells(capsys):
+    assert main(["completion", "zsh"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("#compdef anodiff") and all(f"    {name}:'{COMMANDS[name]}'" in said for name in COMMANDS)
+    with pytest.raises(SystemExit) as stopped:
+        main(["completion", "dash"])
+    assert stopped.value.code == 2 and "'dash' (choose from 'bash', 'zsh', 'fish', 'tcsh')" in capsys.readouterr().err
 
 
 def options(*arguments) -> TrainOptions:

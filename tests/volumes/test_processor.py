@@ -245,10 +245,10 @@ def constant(value):
         ({"modalities": ["a"]}, {"a": random_scan(), "b": random_scan()}, "missing: none, unknown: b"),
         ({"modalities": ["a", "b"]}, random_scan(), r"has 1 channel\(s\), this checkpoint needs 2: a, b. Give a dict"),
         ({}, nifti(np.stack([random_scan()] * 3, -1)), r"has 3 channel\(s\), this checkpoint needs 1: image"),
-        ({}, constant(3), r"modality `image` is constant \(3\)"),
+        ({}, constant(3), r"modality `image` is constant \(3\).*Leave it out"),
         ({"modalities": ["a", "b"]}, {"a": random_scan((4, 5, 2)), "b": constant(0)}, "modality `b` is constant"),
         ({"background": 1000.0}, random_scan(), "the brain mask is empty"),
-        ({"brain_mask": "none"}, -random_scan(), "modality `image` has no value above 0"),
+        ({"brain_mask": "none"}, -random_scan(), "modality `image` has no value above 0. Add a constant"),
         ({"brain_mask": "none", "intensity": "brain_median"}, -random_scan(), "no value above 0 in the brain mask"),
         ({"brain_mask": "given"}, random_scan(), "needs a brain mask"),
         ({}, {"brain": random_scan()}, "dict of modalities is empty"),
@@ -328,7 +328,7 @@ def test_bad_masks(mask, message):
 def test_two_masks_and_a_brain_that_is_cut_off():
     mask = np.zeros((8, 10, 3), dtype=np.uint8)
     mask[1, 2] = 1
-    with pytest.raises(ValueError, match="brain mask is given twice"):
+    with pytest.raises(ValueError, match="brain mask is given twice.*Leave one out"):
         plain().preprocess({"image": nifti(random_scan()), "brain": mask}, mask)
     with pytest.raises(
         ValueError, match="no voxel of the brain is left in the slices. Check the brain mask, and `crop`"
