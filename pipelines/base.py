@@ -172,9 +172,10 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     Args:
         volume:
             Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, dict of modalities, tensor `(N, C,
-            H, W)` of the slices of one volume in their order, already processed; or several of these. A list gives a list of results. An iterator or
-            generator, a `torch.utils.data.Dataset` or a column of a `datasets.Dataset` gives an iterator, which reads a
-            volume and finds its result when it is asked for it: all of them never are in memory.
+            H, W)` of the slices of one volume in their order, already processed; or several of these. A list gives a
+            list of results. An iterator or generator, a `torch.utils.data.Dataset` or a column of a `datasets.Dataset`
+            gives an iterator, which reads a volume and finds its result when it is asked for it: all of them never are
+            in memory.
         threshold (`float`, *optional*):
             Of `pred_mask`, instead of the checkpoint's; it also replaces masks that the method makes itself.
         brain_mask (*optional*): Mask of the volume, same kinds as the volume.
