@@ -346,9 +346,8 @@ class AnomalyPipeline(CheckpointPipeline):
         try:
             output = self.find_anomalies(call)
             logger.info(
-                "%s: score %.4g after %d steps and %.3g s; brain mask: %s.",
+                "%s: %d steps in %.3g s; brain mask: %s.",
                 type(self).__name__,
-                output.volume_score,
                 self.progress.done,
                 time.perf_counter() - start,
                 output.settings["brain"],
