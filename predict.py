@@ -100,7 +100,7 @@ def predict_cohort(options: PredictOptions, arguments: list[str]) -> list[tuple[
 
     cohort, listed = CohortRun(options, pipeline, model, record.get("model") or options.model, region_names), None
     if is_first:
-        listed = list_scans(inputs, options, wanted, wanted_records(options))
+        listed = list_scans(inputs, options, wanted, wanted_records(options), pipeline.may_lack)
         listed[1].extend(cohort.begin(arguments, *listed, accelerator.num_processes))
     (scans, failed, finished), cohort.started = broadcast_object_list([listed, cohort.started])
     own, reasons = scans[accelerator.process_index :: accelerator.num_processes], []

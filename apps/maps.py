@@ -98,9 +98,9 @@ def find_anomalies(
     say(f"Loading {model}")
     pipeline = load_pipeline(model)
     own = list(pipeline.processor.config.modalities)
-    scan = _find_scan(paths, given, own if modality is None else [modality])
+    scan = _find_scan(paths, given, own if modality is None else [modality], pipeline.may_lack)
     volume = scan.volume
-    if isinstance(volume, dict):
+    if isinstance(volume, dict) and len(own) == 1:
         # A network for any contrast has another name for it.
         volume = dict(zip(own, volume.values(), strict=True))
     say("Looking at the scan")
@@ -119,9 +119,9 @@ def find_anomalies(
     return Findings(_describe(result, model, seconds), read_text(results / "report.html"), Path(archive))
 
 
-def _find_scan(paths: list[str], folder: Path, modalities: list[str]) -> Scan:
+def _find_scan(paths: list[str], folder: Path, modalities: list[str], optional: list[str]) -> Scan:
     """The one scan in the files of a folder."""
-    scans, failed = find_scans(paths if len(paths) == 1 else [str(folder)], modalities)
+    scans, failed = find_scans(paths if len(paths) == 1 else [str(folder)], modalities, optional=optional)
     if failed:
         source, reason = failed[0]
         raise ValueError(f"{Path(source).name}: {reason}")
@@ -142,6 +142,8 @@ def _describe(result: AnomalyOutput | CIMDOutput, model: str, seconds: float) ->
         facts["Highest score of a slice"] = f"{float(result.pred_score[highest]):.4g}, slice {highest}"
         facts["Threshold"] = "none in the checkpoint" if threshold is None else f"{threshold:.4g}"
         mask, what = result.pred_mask, "Above the threshold"
+        if result.warnings is not None:
+            facts["Warnings"] = " ".join(result.warnings)
     else:
         mask, what = result.majority_mask, f"In most of {len(result.member_masks)} members"
     if mask is not None:

@@ -7,6 +7,7 @@ import glob
 import os
 import sys
 import unicodedata
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -127,7 +128,9 @@ def find_input_modality(inputs: Inputs, options: PredictOptions) -> str | None:
         for name in table.modalities:
             said.setdefault(_key(name), f"{table.path}, column {name}")
     if inputs.paths or not said:
-        said.setdefault(find_modality(inputs.paths, options.brain, options.output, beside(options.atlas)), "files")
+        said.setdefault(
+            find_modality(inputs.paths, options.brain, options.output, atlas=beside(options.atlas)), "files"
+        )
     if len(said) > 1:
         names = " and ".join(f"{modality or 'unknown'} ({place})" for modality, place in said.items())
         raise ValueError(
@@ -139,7 +142,11 @@ def find_input_modality(inputs: Inputs, options: PredictOptions) -> str | None:
 
 
 def list_scans(
-    inputs: Inputs, options: PredictOptions, modalities: list[str], records: tuple[str, ...]
+    inputs: Inputs,
+    options: PredictOptions,
+    modalities: list[str],
+    records: tuple[str, ...],
+    optional: Collection[str] = (),
 ) -> tuple[list[Scan], list[tuple[str, str]], list[Scan]]:
     """
     Lists the scans of a command, or of its part (`options.shard`).
@@ -151,14 +158,17 @@ def list_scans(
     Args:
         modalities: Of the checkpoint, in its order.
         records: Of a whole result.
+        optional: Modalities that a scan may lack, if it has others.
 
     Returns:
         scans to predict; what is not taken, with the reason; and scans that are left out, as their results are there.
     """
-    scans, failed = find_scans(inputs.paths, modalities, options.brain, options.output, beside(options.atlas))
+    scans, failed = find_scans(
+        inputs.paths, modalities, options.brain, options.output, atlas=beside(options.atlas), optional=optional
+    )
     failed = [*inputs.failed, *failed]
     for table in inputs.tables:
-        more, reasons = _table_scans(table, modalities, options)
+        more, reasons = _table_scans(table, modalities, options, optional)
         scans += more
         failed += reasons
     places: dict[str, Scan] = {}
@@ -188,14 +198,16 @@ def beside(atlas: str | None) -> str | None:
     return atlas if atlas is not None and os.path.basename(atlas) == atlas else None
 
 
-def _table_scans(table: Table, modalities: list[str], options: PredictOptions) -> tuple[list[Scan], list]:
+def _table_scans(
+    table: Table, modalities: list[str], options: PredictOptions, optional: Collection[str]
+) -> tuple[list[Scan], list]:
     """Returns the scans of a table, and the subjects that lack a file, with the reason."""
     known = {line[0] for line in ALIASES}
     wanted, columns = {_key(name): name for name in modalities}, {_key(name): name for name in table.modalities}
     if len(wanted) == len(columns) == 1 and not wanted.keys() & known:
         columns = {next(iter(wanted)): next(iter(columns.values()))}  # a checkpoint for any contrast
     unknown = [name for key, name in columns.items() if key not in known and key not in wanted]
-    missing = [name for key, name in wanted.items() if key not in columns]
+    missing = [name for key, name in wanted.items() if key not in columns and name not in optional]
     if unknown or missing:
         problem = (
             f"has no column for {', '.join(missing)}" if missing else f"has unknown columns, {', '.join(unknown)}"
@@ -208,11 +220,16 @@ def _table_scans(table: Table, modalities: list[str], options: PredictOptions) -
     scans, failed, folder = [], [], table.path.parent
     for number, row in table.rows:
         source = f"{table.path}, line {number}"
-        empty = [columns[key] for key in wanted if row[columns[key]] in _NONE]
+        given = {name: row[columns[key]] for key, name in wanted.items() if key in columns}
+        files = {name: folder / cell for name, cell in given.items() if cell not in _NONE}
+        empty = [
+            columns.get(key, name)
+            for key, name in wanted.items()
+            if name not in files and not (files and name in optional)
+        ]
         if empty:
             failed.append((source, f"{row[_SUBJECT]} has no file for {', '.join(empty)}."))
             continue
-        files = {name: folder / row[columns[key]] for key, name in wanted.items()}
         others = {}
         for name, beside_name in ((_BRAIN, options.brain), (_ATLAS, beside(options.atlas))):
             if row.get(name, "") not in _NONE:
@@ -223,7 +240,7 @@ def _table_scans(table: Table, modalities: list[str], options: PredictOptions) -
         if absent:
             failed.append((source, f"{row[_SUBJECT]}: there is no file {', '.join(absent)}."))
             continue
-        volume = files if len(files) > 1 else next(iter(files.values()))
+        volume = files if len(modalities) > 1 else next(iter(files.values()))
         scans.append(Scan(row[_SUBJECT], volume, others.get(_BRAIN), Path(source), others.get(_ATLAS)))
     return scans, failed
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
-from ..files import read_json, read_text
+from ..files import read_text
 from ..pipelines.output import AnomalyOutput, CIMDOutput
+from ..volumes.results import Result, read_result
 from ..volumes.volume import InputVolume, read_volume
 
 
@@ -49,7 +49,14 @@ def measure_folder(
     folder: str | os.PathLike, labels: np.ndarray | None = None, names: dict[int, str] | None = None
 ) -> tuple[dict, list[dict]]:
     """Measures a result by the files that its `save` has written, as [`measure_result`] does."""
-    record, mask = read_json(Path(folder) / "result.json"), read_mask(folder)
+    return measure_saved(read_result(folder, "result"), labels, names)
+
+
+def measure_saved(
+    saved: Result, labels: np.ndarray | None = None, names: dict[int, str] | None = None
+) -> tuple[dict, list[dict]]:
+    """Measures a result by its files, wherever they are, as [`measure_result`] does."""
+    record, mask = saved.record, _read_mask(saved)
     threshold = 0.5 if "num_members" in record else (record["settings"] or {}).get("threshold")
     values = _scores(record.get("volume_score"), record.get("pred_score") or (), threshold)
     if mask is None:
@@ -65,9 +72,12 @@ def _scores(volume_score: float | None, slice_scores: Sequence[float], threshold
 
 def read_mask(folder: str | os.PathLike) -> InputVolume | None:
     """Returns the mask of a result, that of the majority of an ensemble; `None` if it has none."""
-    files = read_json(Path(folder) / "result.json")["files"]
-    masks = [name for name in files if name.split(".")[0] in ("pred_mask", "majority_mask")]
-    return read_volume(Path(folder) / masks[0]) if masks else None
+    return _read_mask(read_result(folder, "result"))
+
+
+def _read_mask(saved: Result) -> InputVolume | None:
+    masks = [path for name, path in saved.files.items() if name.split(".")[0] in ("pred_mask", "majority_mask")]
+    return read_volume(masks[0]) if masks else None
 
 
 def measure_mask(

@@ -81,3 +81,41 @@ class PredictOptions:
         if not 1 <= number <= count:
             raise ValueError(f"`--shard` must be NUMBER/COUNT, from 1/COUNT to COUNT/COUNT, got {self.shard!r}.")
         return number, count
+
+
+@dataclass
+class BidsOptions:
+    """Which data set, where to, which scans, which model."""
+
+    places: list[str] = field(default_factory=list)
+    participant_label: list[str] = field(default_factory=list)
+    """Participants, with or without sub-; all by default."""
+    session_label: list[str] = field(default_factory=list)
+    """Sessions, with or without ses-; all by default."""
+    run_label: list[str] = field(default_factory=list)
+    """Runs, of images that have a run."""
+    acquisition_label: list[str] = field(default_factory=list)
+    """Acquisitions (acq), of images that have one."""
+    model: str = ""
+    """Pipeline folder, Hub id, or name of a checkpoint that comes with the package (`anodiff models` lists them); by
+    default the one of these that fits the modality."""
+    modality: str | None = None
+    """Which images are meant, flair, t1, t2, ..., where no model says it and the data set has several."""
+    brain: str | None = None
+    """Data set of derivatives with the brain mask of each scan on its grid, NAME_desc-brain_mask.nii.gz."""
+    threshold: float | None = None
+    """Threshold of the mask instead of the checkpoint's."""
+    seed: int = 0
+    """Seed of the draws."""
+    batch_size: int | None = None
+    """Slices and draws that share one evaluation of the network; by default 16 on a CPU, and on a GPU as many as fill
+    it."""
+    fast: bool = False
+    """What is fastest on this device: on a GPU bf16 weights and a compiled network, which pays for many scans, on a CPU
+    another memory format."""
+    device: str | None = None
+    """cuda, cuda:1, cpu, ...; a GPU where there is one."""
+    overwrite: bool = False
+    """Replace results that are already there."""
+    skip_existing: bool = False
+    """Leave out scans whose results are there and whole, whatever options they were made with."""

@@ -185,6 +185,8 @@ def predict_scans(
             with prediction.working():
                 prediction.told = write(pipeline, prediction.scan, options, result, spread)
                 prediction.row, prediction.regions = measure_result(result, labels, region_names)
+            if isinstance(result, AnomalyOutput):
+                prediction.warnings.extend(result.warnings or [])
             if labels is not None and not prediction.regions:
                 prediction.warnings.append("nothing is measured by region, as there is no mask: give `--threshold`")
 
@@ -266,12 +268,12 @@ def read_scan(
     with prediction.working():
         check(pipeline, scan, options)
         volume = scan.volume
-        if isinstance(volume, dict):
+        if isinstance(volume, dict) and len(pipeline.processor.config.modalities) == 1:
             # A network for any contrast has another name for it.
             volume = dict(zip(pipeline.processor.config.modalities, volume.values(), strict=True))
         if pipeline.brain_extractor is not None and scan.brain is None:
             # Two networks at once might not fit into the memory of a GPU: this one waits for its turn.
-            prepared = source = pipeline.processor.read(volume)
+            prepared = source = pipeline.processor.read(volume, pipeline.may_lack)
         else:
             prepared = pipeline.prepare_volume(volume, scan.brain)
             source = prepared.processed.source
@@ -310,8 +312,8 @@ def compute_scan(pipeline, volume, options: PredictOptions) -> tuple:
 
 
 def write_scan(pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions, result, spread) -> str:
-    """Writes the result of a scan, and its pictures, into a folder of its own. Returns how its brain mask came about, and
-    what a calibrated checkpoint says of it, in words."""
+    """Writes the result of a scan, and its pictures, into a folder of its own. Returns how its brain mask came about,
+    what a calibrated checkpoint says of it, and the warnings of the result, in words."""
     folder, plane = Path(options.output) / scan.name, pipeline.processor.config.plane
     draw = overview.draw_overview if isinstance(result, AnomalyOutput) else overview.draw_members
     # The record of the result, which marks the scan as done, comes last.
@@ -324,4 +326,6 @@ def write_scan(pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions, r
     told = _ORIGINS[result.settings["brain"]]
     if isinstance(result, AnomalyOutput) and result.guarantee is not None:
         told = f"{told}; {describe_claims(result.guarantee)}"
+    if isinstance(result, AnomalyOutput) and result.warnings is not None:
+        told = f"{told}. {' '.join(result.warnings)}"
     return told

@@ -76,8 +76,8 @@ class CohortRun:
         that cannot be measured."""
         earlier, rows, unread = read_rows(self.folder), [], []
         for scan in scans:
-            row, regions = {"scan": scan.name, "source": str(scan.source), "status": SKIPPED}, None
-            there = earlier.get(scan.name)
+            row = {"scan": scan.name, "source": str(scan.source), "status": SKIPPED, "reason": None}
+            regions, there = None, earlier.get(scan.name)
             atlas = None if scan.atlas is None else str(scan.atlas)
             if there is None or there["checkpoint"] is None or atlas not in (None, there["atlas"]):
                 try:

@@ -86,9 +86,8 @@ def check_tables(folder: str | os.PathLike) -> None:
     for name, columns in ((COHORT, COHORT_COLUMNS), (REGIONS, REGION_COLUMNS)):
         table = Path(folder) / name
         sidecar = table.with_suffix(".json")
-        if os.path.lexists(table):
-            _read_lines(table, columns)
-        elif os.path.lexists(sidecar) and not _is_sidecar(sidecar, columns):
+        _read_lines(table, columns)
+        if not table.exists() and os.path.lexists(sidecar) and not _is_sidecar(sidecar, columns):
             raise FileExistsError(
                 f"{sidecar} is none of this command: nothing is replaced. Move it away, or choose another folder for the"
                 " results."
@@ -98,12 +97,12 @@ def check_tables(folder: str | os.PathLike) -> None:
 def read_rows(folder: str | os.PathLike) -> dict[str, dict[str, str | None]]:
     """Returns the rows of `cohort.tsv` in a folder, values as text by column, `None` for `n/a`, by their scans; none if
     there is no such file. Paths that are no scans are left out."""
-    table = Path(folder) / COHORT
-    lines = _read_lines(table, COHORT_COLUMNS) if table.exists() else []
-    rows = [
-        dict(zip(COHORT_COLUMNS, (None if cell == "n/a" else cell for cell in line), strict=True)) for line in lines
-    ]
-    return {row["scan"]: row for row in rows if row["scan"] is not None}
+    rows = {}
+    for line in _read_lines(Path(folder) / COHORT, COHORT_COLUMNS):
+        cells = [None if cell == "n/a" else cell for cell in line.split("\t")]
+        if cells[0] is not None:
+            rows[cells[0]] = dict(zip(COHORT_COLUMNS, cells, strict=True))
+    return rows
 
 
 def write_rows(folder: str | os.PathLike, rows: Sequence[tuple[dict, Sequence[dict] | None]]) -> None:
@@ -116,50 +115,65 @@ def write_rows(folder: str | os.PathLike, rows: Sequence[tuple[dict, Sequence[di
         folder (`str` or `os.PathLike`): Of the results, one folder per scan.
         rows (sequence of `(row, regions)`):
             Values by column, left out where there is none; and the rows of the regions without the scan, `None` to
-            keep those of the table.
+            keep those of the table with the values.
     """
-    folder, earlier = Path(folder), read_rows(folder)
-    entries = []
+    folder, scans, others, regions_of = Path(folder), {}, {}, {}
+    for line in _read_lines(folder / COHORT, COHORT_COLUMNS):
+        scan, source, _ = line.split("\t", 2)
+        if scan == "n/a":
+            others[source] = line
+        else:
+            scans[scan] = line
     for row, regions in rows:
-        name = row.get("scan")
-        if row["status"] != DONE and name in earlier and is_whole(folder / name, ("result",)) and regions is None:
-            row = earlier[name] | {key: row.get(key) for key in ("source", "status", "reason")}
-        elif regions is None:
-            regions = []
-        entries.append((row, regions))
-    scans = {row["scan"] for row, _ in entries if row.get("scan") is not None}
-    paths = {_text(row["source"]) for row, _ in entries}
-
-    def is_old(cells: list[str]) -> bool:
-        return cells[0] in scans or (cells[0] == "n/a" and cells[1] in paths)
-
-    _replace(folder / COHORT, COHORT_COLUMNS, is_old, [row for row, _ in entries])
-    measured = {row["scan"]: regions for row, regions in entries if regions is not None and "scan" in row}
-    if any(measured.values()) or (folder / REGIONS).exists():
-        new = [{"scan": scan} | region for scan, regions in measured.items() for region in regions]
-        _replace(folder / REGIONS, REGION_COLUMNS, lambda cells: cells[0] in measured, new)
-
-
-def _replace(table: Path, columns: dict, is_old, rows: list[dict]) -> None:
-    """Writes a table with new rows in place of old ones, in the order of the scans."""
-    kept = [cells for cells in _read_lines(table, columns) if not is_old(cells)] if table.exists() else []
-    new = [[_text(row.get(column)) for column in columns] for row in rows]
-    order = sorted([*kept, *new], key=lambda cells: (cells[0] == "n/a", cells[0]))
-    sidecar = table.with_suffix(".json")
-    if not sidecar.exists():
-        write_json(sidecar, columns)
-    write_text(table, "".join("\t".join(cells) + "\n" for cells in ([*columns], *order)))
+        name, source = row.get("scan"), _text(row["source"])
+        others.pop(source, None)  # it may have become a scan
+        if name is None:
+            others[source] = _line(row, COHORT_COLUMNS)
+            continue
+        if regions is None and name in scans and row["status"] != DONE and is_whole(folder / name, ("result",)):
+            earlier = dict(zip(COHORT_COLUMNS, scans[name].split("\t"), strict=True))
+            row = earlier | {key: row.get(key) for key in ("source", "status", "reason")}
+        else:
+            regions_of[name] = regions or []
+        scans[name] = _line(row, COHORT_COLUMNS)
+    _write_lines(folder / COHORT, COHORT_COLUMNS, [scans[name] for name in sorted(scans)] + sorted(others.values()))
+    lines = _read_lines(folder / REGIONS, REGION_COLUMNS)
+    if not any(regions_of.values()) and not lines:
+        return
+    kept = [line for line in lines if line[: line.index("\t")] not in regions_of]
+    new = [_line({"scan": name} | one, REGION_COLUMNS) for name, regions in regions_of.items() for one in regions]
+    _write_lines(folder / REGIONS, REGION_COLUMNS, kept + new)
 
 
-def _read_lines(table: Path, columns: dict) -> list[list[str]]:
-    """Returns the cells of a table below its first line; raises a `FileExistsError` if it is none of this version."""
-    lines = [line.split("\t") for line in read_text(table).removesuffix("\n").split("\n")]
-    if lines[0] != [*columns] or any(len(cells) != len(columns) for cells in lines):
+def write_table(table: Path, columns: dict, rows: list[dict]) -> None:
+    """Writes a table anew, in place of an earlier one of the same `columns`, with their descriptions beside it; raises a
+    `FileExistsError` if another table is there."""
+    _read_lines(table, columns)
+    _write_lines(table, columns, sorted(_line(row, columns) for row in rows))
+
+
+def _read_lines(table: Path, columns: dict) -> list[str]:
+    """Returns the lines of a table below its first one, none if it is missing; raises a `FileExistsError` if it is none
+    of this version."""
+    if not os.path.lexists(table):
+        return []
+    first, *lines = read_text(table).removesuffix("\n").split("\n")
+    if first.split("\t") != [*columns] or any(line.count("\t") != len(columns) - 1 for line in lines):
         raise FileExistsError(
             f"{table} is no table of this command, with the columns {', '.join(columns)}: nothing is replaced. Move it"
             " away, or choose another folder for the results."
         )
-    return lines[1:]
+    return lines
+
+
+def _write_lines(table: Path, columns: dict, lines: list[str]) -> None:
+    write_text(table, "\n".join(["\t".join(columns), *lines, ""]))
+    if not table.with_suffix(".json").exists():
+        write_json(table.with_suffix(".json"), columns)
+
+
+def _line(row: dict, columns: dict) -> str:
+    return "\t".join(_text(row.get(column)) for column in columns)
 
 
 def _is_sidecar(path: Path, columns: dict) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ def parse_options(
     description: str,
     positional: str | None = None,
     shorthands: dict[str, str] | None = None,
+    lists: Collection[str] = (),
     default_config: str | None = None,
 ) -> Options:
     """
@@ -38,6 +40,7 @@ def parse_options(
         description (`str`): First lines of `--help`.
         positional (`str`, *optional*): A list-valued field that takes the arguments without a flag.
         shorthands (`dict[str, str]`, *optional*): Flags that stand for others, such as `{"--data": "--data.path"}`.
+        lists (collection of `str`): List-valued fields whose flags take all arguments up to the next flag.
         default_config (`str`, *optional*): File that is read where no `--config` is given.
     """
     import jsonargparse
@@ -69,6 +72,7 @@ def parse_options(
         f"{flag}=true" if flag in switches and following.startswith("-") else flag
         for flag, following in zip(flags, [*flags[1:], "-"], strict=False)
     ]
+    flags = list(_expand_lists(flags, {f"--{name}" for name in lists}))
     if default_config and not files:
         files = [_read_config(default_config)]
     try:
@@ -82,6 +86,21 @@ def parse_options(
         print(f"error: {reason} (`{prog} --help` lists the options.)", file=sys.stderr)
         raise SystemExit(2) from None
     return options_class(**{field.name: options[field.name] for field in dataclasses.fields(options_class)})
+
+
+def _expand_lists(flags: list[str], lists: Collection[str]) -> Iterator[str]:
+    """Yields arguments, with a flag of its own for each value of a list: `--x 01 02` is `--x+=01`, `--x+=02`."""
+    current = None
+    for argument in flags:
+        flag, equals, value = argument.partition("=")
+        if flag in lists:
+            current = flag
+            yield from [f"{flag}+={value}"] if equals else []
+        elif argument.startswith("-"):
+            current = None
+            yield argument
+        else:
+            yield argument if current is None else f"{current}+={argument}"
 
 
 def read_yaml(path: str | Path) -> dict:

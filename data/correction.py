@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lazy_loader
 import nibabel as nib
@@ -21,7 +22,10 @@ from ..volumes.volume import InputVolume, read_volume
 from .readers.subjects import Subject
 
 
-sitk = lazy_loader.load("SimpleITK")  # an extra; `Correction.check` says if it is missing
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+else:
+    sitk = lazy_loader.load("SimpleITK")  # an extra; `Correction.check` says if it is missing
 
 # Arrays are (X, Y, Z), affines lead to RAS+ as in nibabel; ITK's world is LPS, and its arrays run backwards.
 

@@ -241,7 +241,7 @@ def _read_rows(
 def _check_rows(rows: list[dict], slices: SliceRule) -> None:
     for name in {row["split"] for row in rows}:
         if not any(row["rows"] for row in rows if row["split"] == name):
-            raise ValueError(f"`slices` keeps no slice of the split {name}: {slices}.")
+            raise ValueError(f"`slices` keeps no slice of the split {name}: {slices}. Loosen it.")
 
 
 def _write_rows(

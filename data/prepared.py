@@ -305,7 +305,9 @@ def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> P
         shards = sorted(f"hf://{name}" for name in found)
     count = int(re.search(r"-of-(\d+)\.parquet$", shards[0])[1]) if shards else 1
     if len(shards) != count:
-        raise ValueError(f"{path} is incomplete: the split {split} has {len(shards)} of {count} files in data/.")
+        raise ValueError(
+            f"{path} is incomplete: the split {split} has {len(shards)} of {count} files in data/. Prepare or fetch it again."
+        )
     if streaming:
         return StreamedSplit(shards, folder, split)
     _check_shards(shards, _DescribedSplit(folder, split))
@@ -353,16 +355,22 @@ def _read_subjects(folder: Path) -> list[dict]:
         metadata = pq.read_metadata(path)
         size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated or damaged: {error!s:.300}") from None
+        raise ValueError(
+            f"{path} cannot be read, it may be truncated or damaged: prepare or fetch it again. ({error!s:.300})"
+        ) from None
     if metadata.num_rows > _MOST_SUBJECTS or size > _MOST_BYTES:
-        raise ValueError(f"{path} claims {metadata.num_rows} subjects in {size} bytes: it is none of ours.")
+        raise ValueError(
+            f"{path} claims {metadata.num_rows} subjects in {size} bytes: it is none of ours. Prepare it again."
+        )
     missing = [name for name in SUBJECTS_SCHEMA.names if name not in metadata.schema.to_arrow_schema().names]
     if missing:
         raise ValueError(f"{path} is of no prepared data set: column {', '.join(missing)} is missing.")
     try:
         rows = pq.read_table(path).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated or damaged: {error!s:.300}") from None
+        raise ValueError(
+            f"{path} cannot be read, it may be truncated or damaged: prepare or fetch it again. ({error!s:.300})"
+        ) from None
     for row in rows:
         check_name(f"a subject in {path}", row["subject"])
         if row["split"] not in SPLITS:
@@ -381,7 +389,9 @@ def _check_shards(shards: list[str], described: _DescribedSplit) -> None:
         metadata = [pq.read_metadata(shard) for shard in shards]
         features = datasets.Features.from_arrow_schema(metadata[0].schema.to_arrow_schema()) if shards else {}
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{shards[0]} cannot be read, it may be truncated or damaged: {error!s:.300}") from None
+        raise ValueError(
+            f"{shards[0]} cannot be read, it may be truncated or damaged: prepare or fetch it again. ({error!s:.300})"
+        ) from None
     rows = sum(file.num_rows for file in metadata)
     if rows != expected:
         raise ValueError(

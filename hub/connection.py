@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,6 +11,8 @@ import httpx2
 from huggingface_hub import errors, set_client_factory
 from huggingface_hub.utils import _http
 
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -34,7 +37,9 @@ def persist(call: Callable[..., T], *arguments, **named) -> T:
             if cause is None or isinstance(error, errors.LocalEntryNotFoundError):
                 raise
             asked = cause.response.headers.get("Retry-After", "") if isinstance(cause, errors.HfHubHTTPError) else ""
-        time.sleep(min(max(wait, float(asked)), LONGEST_WAIT) if asked.isdigit() else wait)
+        seconds = min(max(wait, float(asked)), LONGEST_WAIT) if asked.isdigit() else wait
+        logger.warning("The Hub stumbles (%s): it is asked again in %g s.", type(cause).__name__, seconds)
+        time.sleep(seconds)
     return call(*arguments, **named)
 
 

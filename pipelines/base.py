@@ -4,20 +4,24 @@ maps, and the way of maps back to the volume."""
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import platform
 import shutil
 import tempfile
+import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import get_device
 
 from ..checks import check_choice, check_integer, check_number
 from ..files import read_text, replacing
@@ -33,8 +37,17 @@ from ..volumes.processor import ProcessedVolume
 from .batches import Batches, choose_batch_size
 from .brain import find_brain
 from .guarantee import add_claims, check_calibration
+from .modalities import describe_missing, find_present, hide_missing
 from .output import AnomalyOutput
 from .postprocessing import PostProcessing, brightness_weights
+from .progress import Progress
+
+
+if typing.TYPE_CHECKING:
+    from typing import Self
+
+
+logger = logging.getLogger(__name__)
 
 
 # N slices of one or several volumes, C modalities, H x W pixels, B items of a batch, K draws of a slice.
@@ -43,7 +56,7 @@ NOT_FINITE = (
     "The network gave NaN or infinite values: the checkpoint is damaged, or float16 overflowed (use bf16 or float32)."
 )
 # What every call takes; anything else is an argument of the method.
-CALL_ARGUMENTS = ("volume", "threshold", "brain_mask", "generator", "batch_size", "noise", "return_dict")
+CALL_ARGUMENTS = ("volume", "threshold", "brain_mask", "generator", "batch_size", "noise", "callback", "return_dict")
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Class labels of conditional networks, and of the classifier that guides one: no lesion, and no label; 1 is unhealthy.
 HEALTHY, NULL = 0, 2
@@ -91,7 +104,8 @@ class Noise:
     Draw k of slice i has the key `make_keys(seed, i, k)`, whatever else is in the batch; those after the first of a
     chain are folded from it. Given noise has one form for all pipelines: a tensor `(K, N, C, H, W)`, whose entry
     `[k, i]` is draw k of slice i, or a callable `noise(draws, indices, shape)` with a list of numbers below K, a list
-    of slice numbers as long, and the shape `(B, C, H, W)` that it must return. Each pipeline says what its draws are.
+    of slice numbers as long, and the shape `(B, C, H, W)` that it must return, C the channels that the network sees.
+    Each pipeline says what its draws are.
 
     Args:
         seed (`int`): Of the call.
@@ -158,7 +172,10 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     Args:
         volume:
             Path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image, dict of modalities, tensor `(N, C,
-            H, W)` that is already processed, or a list of volumes, which gives a list of results.
+            H, W)` of the slices of one volume in their order, already processed; or several of these. A list gives a
+            list of results. An iterator or generator, a `torch.utils.data.Dataset` or a column of a `datasets.Dataset`
+            gives an iterator, which reads a volume and finds its result when it is asked for it: all of them never are
+            in memory.
         threshold (`float`, *optional*):
             Of `pred_mask`, instead of the checkpoint's; it also replaces masks that the method makes itself.
         brain_mask (*optional*): Mask of the volume, same kinds as the volume.
@@ -168,6 +185,9 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             a GPU as many as fill it, which is measured once for a shape; where its memory does not suffice, fewer.
         noise (`torch.Tensor` or callable, *optional*):
             Replaces every draw: `(K, N, C, H, W)`, or `noise(draws, indices, shape)`; see [`Noise`].
+        callback (callable, *optional*):
+            `callback(done, total)` after every step of a volume ([`~pipelines.progress.Progress`] says what counts). What
+            it raises ends the call.
         return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
     """
 
@@ -187,9 +207,10 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
     def __init__(self):
         super().__init__()
         self.batches = Batches()
+        self.progress = Progress()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
         Loads a pipeline as `DiffusionPipeline.from_pretrained`; on this base class, the subclass that the checkpoint
         names.
@@ -201,17 +222,23 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
                 that name wins.
             kwargs:
                 As of diffusers: components, `dtype` (float32 by default, whatever the weights are stored in),
-                `device_map`, `revision`, `token`, `local_files_only`, ...
+                `device_map` (one device, `"cuda"` or `"cpu"`), `revision`, `token`, `local_files_only`, ...
 
         Raises:
             FileNotFoundError: There is no such folder, repository or shipped checkpoint, or no pipeline in it.
             ValueError:
                 The checkpoint is no pipeline of this library, has no processor, was made by a newer version, or holds
-                a file that is not the one that was saved.
+                a file that is not the one that was saved; there is no such device.
             ConnectionError: The download broke off again and again.
         """
         import anodiff
 
+        device_map, devices = kwargs.get("device_map"), sorted({"cpu", get_device()})
+        if device_map is not None and device_map not in devices:
+            raise ValueError(
+                f"`device_map` must be a device of this machine, {' or '.join(devices)}, got {device_map!r}: the networks"
+                " of a pipeline share one. `.to(...)` moves a pipeline to any other, such as cuda:1."
+            )
         known = ("cache_dir", "force_download", "token", "local_files_only", "revision")
         hub_arguments = {key: kwargs[key] for key in known if key in kwargs}
         index = read_model_index(pretrained_model_name_or_path, **hub_arguments)
@@ -234,7 +261,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         if name not in pipelines:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {name}, which is no pipeline of anodiff {anodiff.__version__}"
-                f" ({', '.join(pipelines)})."
+                f" ({', '.join(pipelines)}). Load it with the library that made it, or update anodiff."
             )
         return getattr(anodiff, name).from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -415,15 +442,20 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
                 f"`processor` must have the `value_range` (-1, 1), which the predictions are limited to, got {value_range}."
             )
 
-    def modality_channels(self, modalities: Sequence[str] | None) -> list[int]:
-        """Returns the channels of the named modalities, in that order; of all for `None`. Raises a `ValueError` unless
-        they are different ones of the processor's."""
+    @property
+    def may_lack(self) -> list[str]:
+        """Returns the modalities that a volume may lack, if it has others."""
+        return list(self.config.get("optional_modalities") or ())
+
+    def modality_channels(self, modalities: Sequence[str] | None, what: str = "modalities") -> list[int]:
+        """Returns the channels of the named modalities, in that order; of all for `None`. Raises a `ValueError` that
+        calls them `what`, unless they are different ones of the processor's."""
         known = list(self.processor.config.modalities)
         if modalities is None:
             return list(range(len(known)))
         repeated = isinstance(modalities, str) or len(set(modalities)) < len(modalities)
         if repeated or not modalities or set(modalities) - set(known):
-            raise ValueError(f"`modalities` must be different ones of {', '.join(known)}, got {modalities!r}.")
+            raise ValueError(f"`{what}` must be different ones of {', '.join(known)}, got {modalities!r}.")
         return [known.index(name) for name in modalities]
 
     def check_inputs(self, **settings) -> None:
@@ -529,7 +561,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         # What follows reads it together with contiguous tensors.
         return output.to(sample.dtype, memory_format=torch.contiguous_format)
 
-    def prepare_volume(self, volume, brain_mask=None) -> PreparedSlices:
+    def prepare_volume(self, volume: Any, brain_mask: Any = None) -> PreparedSlices:
         """Brings whatever a volume may be to slices on the device. A tensor `(N, C, H, W)` counts as processed: all of
         it is brain unless `brain_mask`, a bool tensor `(N, H, W)`, says otherwise; one `(X, Y)` or `(X, Y, Z)` is a
         volume as an array is. [`PreparedSlices`] are returned, so that several calls can share them."""
@@ -542,7 +574,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
                     f"A tensor must have the shape (N, {channels}, H, W) with N >= 1, got {tuple(volume.shape)}."
                 )
             if not torch.isfinite(volume).all():
-                raise ValueError("The tensor holds NaN or infinite values.")
+                raise ValueError("The tensor holds NaN or infinite values: replace them first.")
             origin = "none" if brain_mask is None else "given"
             if brain_mask is None:
                 brain_mask = torch.ones(volume.shape[0], *volume.shape[2:], dtype=torch.bool)
@@ -556,29 +588,63 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             given = brain_mask is not None or (isinstance(volume, Mapping) and "brain" in volume)
             origin, made_mask = "given" if given else self.processor.config.brain_mask, None
             if not given and origin == "given" and self.brain_extractor is not None:
-                volume = self.processor.read(volume)
+                volume = self.processor.read(volume, self.may_lack)
                 brain_mask, origin = find_brain(self.brain_extractor, volume)
                 made_mask = brain_mask if origin == "extracted" else None
-            processed = self.processor.preprocess(volume, brain_mask)
+            processed = self.processor.preprocess(volume, brain_mask, self.may_lack)
             slices, brain = processed.slices, processed.brain
         device = self._execution_device
         return PreparedSlices(slices.to(device), brain.to(device), processed, origin, made_mask)
 
-    def run(self, call: dict) -> AnomalyOutput | tuple | list:
+    @contextmanager
+    def progress_bar(self, total: int) -> Iterator[Progress]:
+        """Opens diffusers' bar for `total` more steps, which `update` of what it gives counts."""
+        with super().progress_bar(total=total) as self.progress.bar:
+            self.progress.total += total
+            yield self.progress
+
+    def __call__(self, volume: Any, **arguments: Any) -> Any:
         """
-        Does what `__call__` of every pipeline does, from the volume to the result.
+        Finds anomalies in a volume. Every pipeline lists its own arguments beside those of all.
+
+        Returns:
+            [`AnomalyOutput`], or with `return_dict=False` a tuple; of several volumes a list or an iterator of either.
+        """
+        raise NotImplementedError
+
+    def run(self, call: dict) -> AnomalyOutput | tuple | list | Iterator:
+        """
+        Does what `__call__` of every pipeline does, from the volume or volumes to the results.
 
         Args:
             call (`dict`):
                 The arguments of `__call__`, its `locals()`: what all pipelines take, and the method's own, `None` for
                 the checkpoint's value.
         """
+        several = each_volume(call["volume"], call["brain_mask"], lambda volume: self.run({**call, "volume": volume}))
+        if several is not None:
+            return several
+        self.progress, start = Progress(call["callback"]), time.perf_counter()
+        try:
+            output = self.find_anomalies(call)
+            logger.info(
+                "%s: score %.4g after %d steps and %.3g s; brain mask: %s.",
+                type(self).__name__,
+                output.volume_score,
+                self.progress.done,
+                time.perf_counter() - start,
+                output.settings["brain"],
+            )
+        finally:
+            # Also where it ends halfway.
+            self.progress = Progress()
+            self.maybe_free_model_hooks()
+        return output if call["return_dict"] else output.to_tuple()
+
+    def find_anomalies(self, call: dict) -> AnomalyOutput:
+        """Does what [`run`] says for one volume."""
         given = {name: value for name, value in call.items() if name not in ("self", *CALL_ARGUMENTS)}
-        volume, threshold, brain_mask, generator, batch_size, noise, return_dict = map(call.get, CALL_ARGUMENTS)
-        if isinstance(volume, list):
-            if brain_mask is not None:
-                raise ValueError("Masks of a list of volumes go into dicts, under the key 'brain'.")
-            return [self.run({**call, "volume": item}) for item in volume]
+        volume, threshold, brain_mask, generator, batch_size, noise = map(call.get, CALL_ARGUMENTS[:6])
 
         # 0. Resolve defaults: what the checkpoint was tuned to.
         defaults = self.default_settings()
@@ -602,6 +668,9 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         # 2. Prepare: slices (N, C, H, W), brain (N, H, W).
         prepared = self.prepare_volume(volume, brain_mask)
         record["brain"] = prepared.brain_origin
+        present = find_present(self, prepared, settings.get("present_modalities"))
+        if "present_modalities" in settings:
+            settings["present_modalities"] = record["present_modalities"] = present
 
         # 3., 4. The maps of its slices, filtered.
         indices = list(range(len(prepared.slices)))
@@ -611,10 +680,12 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
 
         # 5. Scores and masks, back onto the grid of the input.
         output = self.finish_volume(prepared, results, threshold, record)
+        notes = describe_missing(self, present, threshold if call["threshold"] is None else None)
+        if notes:
+            output.warnings = notes
         if self.config.get("calibration") is not None:
             add_claims(output, self, prepared, results.maps, settings, None if noise is not None else seed)
-        self.maybe_free_model_hooks()
-        return output if return_dict else output.to_tuple()
+        return output
 
     @torch.no_grad()
     def map_slices(
@@ -632,8 +703,10 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         """
         Computes the maps of slices: the only way to them, for calls, evaluations and calibrations alike.
 
-        The method sees the slices that hold brain. The others have the map 0, their own image as reconstruction, an
-        empty mask, and NaN or -1 as details. Maps are weighted and filtered as the configuration says
+        The method sees the slices that hold brain, with the `context` of the processor each beside its neighbours
+        among them ([`~volumes.context.find_neighbours`]), whose channels are then part of what `compute_maps` takes,
+        and not of what it returns. The others have the map 0, their own image as reconstruction, an empty mask, and
+        NaN or -1 as details. Maps are weighted and filtered as the configuration says
         ([`PostProcessing`]), volume by volume, and are 0 outside the brain. What a method adds to filtered maps has
         the same weights, and its own masks hold no pixel whose weight is 0.
 
@@ -660,6 +733,7 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
         settings = {**self.default_settings(), **settings}
         if not self.deterministic:
             settings |= {"seed": seed, "noise": noise}
+        slices = hide_missing(self, slices, settings.get("present_modalities"))
         results, volume_of = [], np.repeat(np.arange(len(volumes)), volumes)
         for rows in _rows_together(brain, volumes if self.looks_across_slices(**settings) else [len(slices)]):
             numbers, seen = [indices[row] for row in rows], slices[rows]
@@ -777,6 +851,31 @@ class AnomalyPipeline(PlainConfigMixin, DiffusionPipeline):
             source=source,
             brain_mask=None if prepared.made_mask is None else prepared.made_mask.astype(np.uint8),
         )
+
+
+def each_volume(volume: Any, brain_mask: Any, find: Callable[[Any], Any]) -> list | Iterator | None:
+    """
+    Applies `find` to several volumes: to a list at once, to whatever gives them one by one when the next result is
+    asked for.
+
+    Returns:
+        a list or an iterator of what `find` gives; `None` for what is no several volumes.
+
+    Raises:
+        ValueError: There is a `brain_mask`, which can be that of one volume only.
+    """
+    named = isinstance(volume, (str, bytes, tuple))  # sequences, but not of volumes
+    dataset = isinstance(volume, torch.utils.data.Dataset)
+    if named or not (dataset or isinstance(volume, (Iterator, Sequence))):
+        return None
+    if brain_mask is not None:
+        raise ValueError("Masks of several volumes go into dicts, under the key 'brain'.")
+    if isinstance(volume, list):
+        return [find(item) for item in volume]
+    if dataset and not isinstance(volume, torch.utils.data.IterableDataset):
+        # It need not say by an error where it ends.
+        volume = map(volume.__getitem__, range(len(volume)))
+    return map(find, volume)
 
 
 def read_sample(network: Callable, *inputs: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from math import ceil
 
 import torch
 import torch.nn.functional as F
+
+
+logger = logging.getLogger(__name__)
 
 
 # B items of a batch, each of any shape.
@@ -121,6 +125,7 @@ class Batches:
                 self._check_memory(len(part[0]))
             # Not in the handler, whose error would hold what the network had computed.
             limit.items, limit.growing = max(1, min(size, len(part[0])) // 2), False
+            logger.warning("The memory does not hold a batch of %d: %d from now on.", len(part[0]), limit.items)
             self.graphs.pop(key, None)
             if sample.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..checks import check_integer
-from .base import AnomalyPipeline, resolve_seed
+from .base import AnomalyPipeline, each_volume, resolve_seed
 from .output import DispersionOutput
 
 
 def disperse(
     pipe: AnomalyPipeline,
-    volume,
+    volume: Any,
     num_members: int = 8,
     *,
     generator: int | torch.Generator | None = None,
-    brain_mask=None,
-    **arguments,
-) -> DispersionOutput | list[DispersionOutput]:
+    brain_mask: Any = None,
+    **arguments: Any,
+) -> Any:
     """
     Calls a pipeline with one seed after the other. Member k is the call with the seed `generator` + k, so that it is
     the same however many members there are, and member 0 is the plain call; ensembles of disjoint draws have seeds at
@@ -29,15 +31,15 @@ def disperse(
     Args:
         pipe ([`AnomalyPipeline`]): Any that draws. Members cost what as many calls cost; the volume is prepared once.
         volume:
-            What the pipeline takes: a volume, a tensor `(N, C, H, W)`, or a list of volumes, which gives a list of
-            results.
+            What the pipeline takes: a volume, a tensor `(N, C, H, W)`, or several volumes, whose results are a list or
+            an iterator as those of the pipeline.
         num_members (`int`, defaults to 8): E, at least 2.
         generator (`int` or `torch.Generator`, *optional*): Seed of member 0; `None` is 0.
         brain_mask (*optional*): As in a call.
-        arguments: Of the call: `threshold`, `batch_size`, and the method's own.
+        arguments: Of the calls: `threshold`, `batch_size`, `callback`, and the method's own.
 
     Returns:
-        [`DispersionOutput`], or a list of them.
+        [`DispersionOutput`], or a list or an iterator of them.
 
     Raises:
         ValueError: The pipeline draws nothing, makes an ensemble by itself, or there are fewer than two members.
@@ -53,10 +55,11 @@ def disperse(
     ```
     """
     check_dispersion(pipe, num_members)
-    if isinstance(volume, list):
-        if brain_mask is not None:
-            raise ValueError("Masks of a list of volumes go into dicts, under the key 'brain'.")
-        return [disperse(pipe, item, num_members, generator=generator, **arguments) for item in volume]
+    several = each_volume(
+        volume, brain_mask, lambda item: disperse(pipe, item, num_members, generator=generator, **arguments)
+    )
+    if several is not None:
+        return several
     seed = resolve_seed(generator)
     seeds = list(range(seed, seed + num_members))
     prepared = pipe.prepare_volume(volume, brain_mask)
@@ -85,5 +88,7 @@ def check_dispersion(pipe: AnomalyPipeline, num_members: int) -> None:
     if pipe.task == "segmentation":
         raise ValueError(f"{name} makes an ensemble by itself: call it with `num_ensemble`.")
     if pipe.deterministic:
-        raise ValueError(f"{name} draws nothing, so that all members would be one map: it has no dispersion.")
+        raise ValueError(
+            f"{name} draws nothing, so that all members would be one map: it has no dispersion. Call it once."
+        )
     check_integer("num_members", num_members, 2)

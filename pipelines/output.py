@@ -62,6 +62,8 @@ class AnomalyOutput(BaseOutput):
             masks.
         healthy_rank_map (`np.ndarray` of the input's shape, *optional*):
             float32, in [0, 1]: which share of healthy voxels has a lower score, at least; no probability of a lesion.
+        warnings (`list[str]`, *optional*):
+            What is to be known before the result is used, a sentence each: of a volume that lacks modalities.
     """
 
     anomaly_map: np.ndarray | torch.Tensor
@@ -76,6 +78,7 @@ class AnomalyOutput(BaseOutput):
     guarantee: dict | None = None
     probability_map: np.ndarray | torch.Tensor | None = None
     healthy_rank_map: np.ndarray | torch.Tensor | None = None
+    warnings: list[str] | None = None
 
     def save(
         self, folder: str | os.PathLike, draw: Callable[[Path], None] | None = None, *, dicom: bool = True
@@ -101,6 +104,10 @@ class AnomalyOutput(BaseOutput):
             FileExistsError: A file that no earlier result wrote has a name that one of these would get.
             ValueError: A value of the record is none that JSON has, or this is the result of a tensor.
         """
+        _write(folder, self.source, self, MAP_ARRAYS, "result", self.record(), draw, dicom)
+
+    def record(self) -> dict:
+        """Returns the scores, details of slices, settings and guarantee of the result, for its record."""
         record = {
             "volume_score": self.volume_score,
             "pred_score": self.pred_score,
@@ -109,7 +116,9 @@ class AnomalyOutput(BaseOutput):
         }
         if self.guarantee is not None:
             record["guarantee"] = self.guarantee
-        _write(folder, self.source, self, MAP_ARRAYS, "result", record, draw, dicom)
+        if self.warnings is not None:
+            record["warnings"] = self.warnings
+        return record
 
 
 @dataclass

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -14,7 +15,7 @@ from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_andi import NOISE_TYPES, ANDiScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, Noise, SliceResults
-from .output import AnomalyOutput
+from .modalities import check_modalities, hide_missing
 
 
 AGGREGATIONS = ("geometric", "arithmetic", "prob")
@@ -64,6 +65,12 @@ class ANDiPipeline(AnomalyPipeline):
         zero_background (`bool`, defaults to `False`):
             Set pixels that have exactly the lowest value of the processor's range to 0 before modalities are reduced
             (UAD-IMAG).
+        optional_modalities (`list[str]`, *optional*):
+            Modalities that the network does without, where others are there; a training with
+            `objective.modality_dropout` names them. Of a volume that lacks some the network sees none of them, not even
+            noise, and the map is that of the others.
+        present_modalities (`list[str]`, *optional*):
+            Those that count as there; all that a volume has by default.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
         normalization, healthy_maps, calibration:
             See [`AnomalyPipeline`] and [`PostProcessing`]. ANDi: median of 5 x 5 x 5.
@@ -99,6 +106,8 @@ class ANDiPipeline(AnomalyPipeline):
         weighting: str = "none",
         normalization: str = "none",
         calibration: dict | None = None,
+        optional_modalities: list[str] | None = None,
+        present_modalities: list[str] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -113,7 +122,7 @@ class ANDiPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         start: int | None = None,
         stop: int | None = None,
@@ -124,20 +133,22 @@ class ANDiPipeline(AnomalyPipeline):
         normative_blocks: bool | None = None,
         block_length: int | None = None,
         zero_background: bool | None = None,
+        present_modalities: list[str] | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
         Draws of a slice: the noise of each of the K timesteps, or of the chains' first ones, the highest first.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is `None`.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either. `reconstruction` is `None`.
 
         Example:
 
@@ -166,6 +177,7 @@ class ANDiPipeline(AnomalyPipeline):
         normative_blocks: bool,
         block_length: int,
         zero_background: bool,
+        present_modalities: list[str] | None,
         seed: int = 0,
         batch_size: int = 16,
         noise: torch.Tensor | Callable | None = None,
@@ -198,7 +210,9 @@ class ANDiPipeline(AnomalyPipeline):
                     drawing = Noise(seed, noise, numbers[rows], draws, device)
                     rows, timesteps = rows.to(device), tops[draws].to(device)
                     original = slices[rows]
-                    error = self.chain_error(original, drawing(draw_noise, original), timesteps, steps, progress)
+                    error = self.chain_error(
+                        original, drawing(draw_noise, original), timesteps, steps, present_modalities, progress
+                    )
 
                     # d_t = (mu_q - mu_theta)^2, (B, C, H, W)
                     deviation = self.scheduler.deviation(error)
@@ -218,23 +232,31 @@ class ANDiPipeline(AnomalyPipeline):
             maps = maps.exp() if aggregation == "geometric" else maps
         if zero_background:
             maps = maps.masked_fill(slices == self.processor.config.value_range[0], 0.0)
+        maps = maps[:, self.modality_channels(present_modalities)]
         return SliceResults(maps.amax(1) if modality_reduction == "max" else maps.mean(1))
 
     def chain_error(
-        self, original: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, steps: int, progress
+        self,
+        original: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        steps: int,
+        present: list[str] | None,
+        progress,
     ) -> torch.Tensor:
         """Computes mu_q - mu_theta, `(B, C, H, W)`, at the end of a chain of `steps` steps without noise, which begins
-        at t = `timesteps`, `(B,)`, with slices `original` that are noised to it."""
+        at t = `timesteps`, `(B,)`, with slices `original` that are noised to it. The network sees the modalities that
+        are `present`; the values of the others mean nothing."""
         # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n
         sample = self.scheduler.add_noise(original, noise, timesteps)
-        model_output = self.predict_noise(sample, timesteps)
+        model_output = self.predict_noise(hide_missing(self, sample, present), timesteps)
         error = self.scheduler.mean_error(model_output, timesteps, sample, original, noise)
         progress.update()
         for _ in range(steps - 1):
             # The predicted chain, and its distance from the true one.
             sample = self.scheduler.predicted_mean(model_output, timesteps, sample)
             timesteps = timesteps - 1
-            model_output = self.predict_noise(sample, timesteps)
+            model_output = self.predict_noise(hide_missing(self, sample, present), timesteps)
             error = self.scheduler.carry_error(error, timesteps)
             error = error + self.scheduler.mean_error(model_output, timesteps, sample, original)
             progress.update()
@@ -243,6 +265,7 @@ class ANDiPipeline(AnomalyPipeline):
     def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""
         start, stop, steps = settings["start"], settings["stop"], self.scheduler.config.num_train_timesteps
+        check_modalities(self, settings["present_modalities"])
         check_integer("start", start, 1, steps - 1)
         check_integer("stop", stop, start + 1, steps)
         check_choices(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -15,7 +16,7 @@ from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, Noise, SliceResults
 from .mahalanobis import MAHALANOBIS, mahalanobis_distance
-from .output import AnomalyOutput
+from .modalities import check_modalities, hide_missing
 
 
 MODES = ("partial", "one_shot", "partial_offset")
@@ -56,6 +57,12 @@ class AnoDDPMPipeline(AnomalyPipeline):
             `"squared"`: squared difference of slice and mean reconstruction. `"mahalanobis"` and
             `"mahalanobis_pixel"`: distance from the distribution of the reconstructions, of all levels and draws
             ([`~pipelines.mahalanobis.mahalanobis_distance`]).
+        optional_modalities (`list[str]`, *optional*):
+            Modalities that the network does without, where others are there; a training with
+            `objective.modality_dropout` names them. Of a volume that lacks some the network sees none of them, not even
+            noise, and the map is that of the others.
+        present_modalities (`list[str]`, *optional*):
+            Those that count as there; all that a volume has by default.
         threshold, median_size, median_dimensions, erosion, min_component_size, slice_score, sign, weighting,
         normalization, healthy_maps, calibration:
             See [`AnomalyPipeline`] and [`PostProcessing`]. AnoDDPM: threshold 0.5, no filter.
@@ -87,6 +94,8 @@ class AnoDDPMPipeline(AnomalyPipeline):
         weighting: str = "none",
         normalization: str = "none",
         calibration: dict | None = None,
+        optional_modalities: list[str] | None = None,
+        present_modalities: list[str] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -101,20 +110,22 @@ class AnoDDPMPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         noise_level: int | list[int] | None = None,
         mode: str | None = None,
         num_draws: int | None = None,
         modality_reduction: str | None = None,
         map_type: str | None = None,
+        present_modalities: list[str] | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
@@ -122,7 +133,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         with, then that of its reverse steps but the last, which adds none. Members are ordered by level, then by draw.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is the mean of the members.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either. `reconstruction` is the mean of the members.
 
         Example:
 
@@ -147,6 +158,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
         num_draws: int,
         modality_reduction: str,
         map_type: str,
+        present_modalities: list[str] | None,
         seed: int = 0,
         batch_size: int = 16,
         noise: torch.Tensor | Callable | None = None,
@@ -185,7 +197,8 @@ class AnoDDPMPipeline(AnomalyPipeline):
                     drawn = drawing(partial(draw_noise, timesteps=known + offset), original)
                     sample = self.scheduler.add_noise(original, drawn, noised)
                     for step in range(1, steps + 1):
-                        model_output = self.predict_noise(sample, timesteps)
+                        seen = hide_missing(self, sample, present_modalities)
+                        model_output = self.predict_noise(seen, timesteps)
                         if mode == "one_shot":
                             sample = self.scheduler.predict_original_sample(model_output, timesteps, sample)
                         else:
@@ -201,15 +214,19 @@ class AnoDDPMPipeline(AnomalyPipeline):
                         kept[members.to(device), rows] = sample
         # Neighbours are denoised with the slices, and are no part of their maps.
         slices, reconstruction, kept = map(self.processor.middle, (slices, total / len(levels), kept))
+        reconstruction = hide_missing(self, reconstruction, present_modalities)
+        channels = self.modality_channels(present_modalities)
         if map_type in MAHALANOBIS:
-            maps = mahalanobis_distance(self.processor.to_unit(slices), self.processor.to_unit(kept), map_type)
+            seen, kept = self.processor.to_unit(slices[:, channels]), self.processor.to_unit(kept[:, :, channels])
+            maps = mahalanobis_distance(seen, kept, map_type)
         else:
-            maps = (slices - reconstruction).square()
+            maps = (slices - reconstruction)[:, channels].square()
         return SliceResults(maps.amax(1) if modality_reduction == "max" else maps.mean(1), reconstruction)
 
     def check_inputs(self, **settings) -> None:
         """Raises a `ValueError` that names the argument."""
         check_choices(settings, mode=MODES, modality_reduction=MODALITY_REDUCTIONS, map_type=MAP_TYPES)
+        check_modalities(self, settings["present_modalities"])
         check_integer("num_draws", settings["num_draws"], 1)
         lowest, highest = 1, self.scheduler.config.num_train_timesteps
         if settings["mode"] == "partial_offset":  # noises to t = L, and needs t = 1 to walk at all

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from ..models.unet_2d_anofpdm import AnoFPDMUNet2DModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import HEALTHY, NOT_FINITE, NULL, AnomalyPipeline, Noise, SliceResults
-from .output import AnomalyOutput
 from .postprocessing import median_filter, remove_small_components
 from .running_maps import RunningMaps, map_quantiles, quantile_levels, similarity_threshold
 
@@ -145,7 +145,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         forward_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -160,12 +160,13 @@ class AnoFPDMPipeline(AnomalyPipeline):
         quantile_region: str | None = None,
         gate_by_label: bool | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
@@ -173,7 +174,7 @@ class AnoFPDMPipeline(AnomalyPipeline):
         timestep first.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is `None`.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either. `reconstruction` is `None`.
 
         Example:
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import count
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -16,7 +17,6 @@ from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, Noise, SliceResults
 from .batches import CPU_ITEMS
-from .output import AnomalyOutput
 
 
 MASK_DISTANCES = ("lpips", "residual")
@@ -103,7 +103,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         noise_level: int | None = None,
         inpainting_level: int | None = None,
@@ -113,12 +113,13 @@ class AutoDDPMPipeline(AnomalyPipeline):
         mask_distance: str | None = None,
         perceptual_distance: Callable | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
@@ -132,7 +133,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
                 `(B, 1, H, W)` >= 0.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either.
 
         Example:
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,19 +77,20 @@ class CIMDPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         num_ensemble: int | None = None,
         num_inference_steps: int | None = None,
         sampler: str | None = None,
         median_size: int | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> CIMDOutput | tuple | list:
+    ) -> Any:
         """
         Segments a volume several times, slice by slice; arguments as of this class and of [`AnomalyPipeline`]. Nothing
         is marked outside the brain.
@@ -97,7 +99,7 @@ class CIMDPipeline(AnomalyPipeline):
         the last one unused.
 
         Returns:
-            [`CIMDOutput`], a tuple, or a list of either.
+            [`CIMDOutput`], a tuple, or a list or an iterator of either.
 
         Example:
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -14,7 +15,6 @@ from ..models.healthy_maps import HealthyMapsModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import HEALTHY, AnomalyPipeline, Noise, SliceResults
-from .output import AnomalyOutput
 
 
 # N slices, B of them in a batch, C modalities, H x W pixels.
@@ -97,26 +97,27 @@ class ClassifierGuidedPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         noise_level: int | None = None,
         guidance_scale: float | None = None,
         clip_after_guidance: bool | None = None,
         modalities: list[str] | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
         Draws of a slice: one (K = 1), the noise of its highest timestep.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either.
 
         Example:
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import register_to_config
 
@@ -10,7 +13,6 @@ from ..models.unet_2d_dae import DAEUNet2DModel
 from ..schedulers.scheduling_dae import DAEScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, SliceResults
-from .output import AnomalyOutput
 
 
 # A window of the foreground that is filled by more than this counts as its inside (the ANDi authors' value).
@@ -83,21 +85,22 @@ class DAEPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         rim_window: int | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`]. Nothing is drawn:
         `generator` changes nothing.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either.
 
         Example:
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
@@ -11,7 +14,6 @@ from ..models.unet_2d_anofpdm import AnoFPDMUNet2DModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import HEALTHY, NULL, AnomalyPipeline, SliceResults
-from .output import AnomalyOutput
 
 
 # N slices, B of them in a batch, C modalities, H x W pixels.
@@ -86,22 +88,23 @@ class DDIBPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         forward_steps: int | None = None,
         guidance_scale: float | None = None,
         modalities: list[str] | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`]. Nothing is drawn.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either. `reconstruction` is the translation.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either. `reconstruction` is the translation.
 
         Example:
 

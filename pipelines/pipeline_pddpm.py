@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -14,7 +15,6 @@ from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, SliceResults
 from .one_step import check_timesteps, draw_fields
-from .output import AnomalyOutput
 
 
 OVERLAPS = ("none", "cut", "average")
@@ -101,19 +101,20 @@ class PDDPMPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         timesteps: list[int] | None = None,
         patch_size: int | None = None,
         overlap: str | None = None,
         shared_noise: bool | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
@@ -121,7 +122,7 @@ class PDDPMPipeline(AnomalyPipeline):
         `shared_noise` those of slice 0 are drawn only.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either.
         """
         return self.run(locals())
 

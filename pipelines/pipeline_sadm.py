@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -17,7 +18,6 @@ from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline, SliceResults, read_logits
 from .mahalanobis import MAHALANOBIS
 from .one_step import check_encoder, check_map_type, check_timesteps, difference_maps, iterate_reconstructions
-from .output import AnomalyOutput
 
 
 # N slices, C modalities, H x W pixels, K timesteps, B items (a timestep of a slice) of a batch.
@@ -104,19 +104,20 @@ class SADMPipeline(AnomalyPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        volume,
+        volume: Any,
         *,
         timesteps: list[int] | None = None,
         map_type: str | None = None,
         shared_noise: bool | None = None,
         residual_weight: float | None = None,
         threshold: float | None = None,
-        brain_mask=None,
+        brain_mask: Any = None,
         generator: int | torch.Generator | None = None,
         batch_size: int | None = None,
         noise: torch.Tensor | Callable | None = None,
+        callback: Callable[[int, int], None] | None = None,
         return_dict: bool = True,
-    ) -> AnomalyOutput | tuple | list:
+    ) -> Any:
         """
         Finds anomalies in a volume; arguments as of this class and of [`AnomalyPipeline`].
 
@@ -124,7 +125,7 @@ class SADMPipeline(AnomalyPipeline):
         are drawn only.
 
         Returns:
-            [`AnomalyOutput`], a tuple, or a list of either.
+            [`AnomalyOutput`], a tuple, or a list or an iterator of either.
 
         Example:
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -11,9 +11,8 @@ import numpy as np
 import PIL.Image
 from tqdm.auto import tqdm
 
-from ..files import read_json
 from ..pipelines.guarantee import describe_claims
-from ..volumes.results import MASK, SCORES, SHARE
+from ..volumes.results import MASK, SCORES, SHARE, Result, read_result
 from ..volumes.scans import Scan
 from ..volumes.volume import InputVolume, read_volume
 from .page import Column, Layer, ScanView, Section, Table, write_report
@@ -46,6 +45,7 @@ def write_predictions(
     *,
     plane: str,
     model: str,
+    results: Mapping[str, Result] | None = None,
 ) -> list[tuple[str, str]]:
     """
     Writes the report of the scans whose results lie beside it, those with the highest score first.
@@ -56,14 +56,15 @@ def write_predictions(
         failed (sequence): What was not predicted, with the reason.
         plane (`str`): Of the slices that the checkpoint's processor makes.
         model (`str`): What the page calls the checkpoint.
+        results (mapping, *optional*): The result of each scan by its name, where that is in no folder of this name.
 
     Returns:
         list: Scans that could not be read any more, with the reason; the page names them.
     """
     path, unread = Path(path), []
-    records = {scan.name: read_json(path.parent / scan.name / "result.json") for scan in scans}
-    scores = {name: record.get("volume_score") for name, record in records.items()}
-    settings = [record["settings"] or {} for record in records.values()]
+    results = results or {scan.name: read_result(path.parent / scan.name, "result") for scan in scans}
+    scores = {name: result.record.get("volume_score") for name, result in results.items()}
+    settings = [result.record["settings"] or {} for result in results.values()]
     common = {
         name: value
         for name, value in settings[0].items()
@@ -75,7 +76,7 @@ def write_predictions(
         ordered = sorted(scans, key=lambda scan: (-(scores[scan.name] or 0), scan.name))
         for scan in tqdm(ordered, desc="report", disable=len(ordered) < 2, leave=False):
             try:
-                yield view_result(path.parent / scan.name, scan, plane=plane, leave_out=common)
+                yield view_result(results[scan.name], scan, plane=plane, leave_out=common)
             except (OSError, ValueError) as error:
                 unread.append((str(scan.source), f"its result is there, but not in the report: {error}"))
                 # The tables are written after the last scan.
@@ -99,7 +100,7 @@ def write_predictions(
             folded=True,
         ),
     ]
-    what = "Segmentations" if "num_members" in next(iter(records.values())) else "Anomaly maps"
+    what = "Segmentations" if "num_members" in next(iter(results.values())).record else "Anomaly maps"
     write_report(
         path,
         f"{what} of {scans[0].name if len(scans) == 1 else f'{len(scans)} scans'}",
@@ -110,24 +111,24 @@ def write_predictions(
     return unread
 
 
-def view_result(folder: Path, scan: Scan, *, plane: str, leave_out: dict) -> ScanView:
-    """Returns the result in a folder with its scan; `leave_out` are settings that its facts do not name."""
-    record, source = read_json(folder / "result.json"), read_volume(scan.volume)
+def view_result(result: Result, scan: Scan, *, plane: str, leave_out: dict) -> ScanView:
+    """Returns a result with its scan; `leave_out` are settings that its facts do not name."""
+    record, source = result.record, read_volume(scan.volume)
     layers = [
         Layer(name or "Scan", "scan", nib.Nifti1Image(array, source.affine)) for name, array in source.arrays.items()
     ]
-    layers += _layers(folder, record, _MAPS, source)
+    layers += _layers(result, _MAPS, source)
     if not any(layer.name != "Brain" and layer.kind == "mask" for layer in layers):
         layers = [layer for layer in layers if layer.name != "Brain"]  # it is no mask of a threshold
     several = len(source.arrays) > 1
     first = next(iter(source.arrays))
     stem = f"reconstruction_{first}" if several and source.is_picture else "reconstruction"
-    for array in _read_arrays(folder, record, stem, source):
+    for array in _read_arrays(result, stem, source):
         array = array[..., 0] if array.ndim > 3 else array
         name = f"Reconstruction ({first})" if several else "Reconstruction"
         layers.append(Layer(name, "reconstruction", nib.Nifti1Image(array, source.affine)))
-    if (folder / "dispersion.json").exists():
-        layers += _layers(folder, read_json(folder / "dispersion.json"), _SPREAD, source)
+    if (result.folder / "dispersion.json").exists():
+        layers += _layers(read_result(result.folder, "dispersion"), _SPREAD, source)
     settings = record["settings"] or {}
     facts = {}
     mask = next((layer for layer in layers if layer.kind == "mask"), None)
@@ -137,6 +138,8 @@ def view_result(folder: Path, scan: Scan, *, plane: str, leave_out: dict) -> Sca
         facts[mask.name] = f"{count} pixels" if source.is_picture else f"{volume:.2f} ml"
     if record.get("guarantee") is not None:
         facts["Guarantee"] = describe_claims(record["guarantee"])
+    if record.get("warnings") is not None:
+        facts["Warnings"] = " ".join(record["warnings"])
     facts |= {
         name: value if isinstance(value, (int, float)) else str(value)
         for name, value in settings.items()
@@ -154,26 +157,29 @@ def view_result(folder: Path, scan: Scan, *, plane: str, leave_out: dict) -> Sca
     )
 
 
-def _layers(folder: Path, record: dict, wanted: dict, source: InputVolume) -> list[Layer]:
+def _layers(result: Result, wanted: dict, source: InputVolume) -> list[Layer]:
     layers = []
     for stem, (name, kind, stored) in wanted.items():
-        for array in _read_arrays(folder, record, stem, source):
+        for array in _read_arrays(result, stem, source):
             if source.is_picture:
-                array = array * {SCORES: record.get(f"{stem}_per_grey_level"), SHARE: 1 / 65535, MASK: 1 / 255}[stored]
+                array = (
+                    array
+                    * {SCORES: result.record.get(f"{stem}_per_grey_level"), SHARE: 1 / 65535, MASK: 1 / 255}[stored]
+                )
             layers.append(Layer(name, kind, nib.Nifti1Image(array.astype(np.float32), source.affine)))
     return layers
 
 
-def _read_arrays(folder: Path, record: dict, stem: str, source: InputVolume) -> list[np.ndarray]:
+def _read_arrays(result: Result, stem: str, source: InputVolume) -> list[np.ndarray]:
     """The array of a result, `(X, Y, Z)` or with members last, in a list that is empty if there is none."""
-    files = record["files"]
+    files = result.files
     if f"{stem}.nii.gz" in files:
-        array = np.asanyarray(nib.load(folder / f"{stem}.nii.gz").dataobj, dtype=np.float32)
+        array = np.asanyarray(nib.load(files[f"{stem}.nii.gz"]).dataobj, dtype=np.float32)
         return [array.reshape(*array.shape, *(1,) * (3 - array.ndim))]
     pictures = sorted(
         name for name in files if name == f"{stem}.png" or (name.startswith("member_") and name.startswith(f"{stem}_"))
     )
     if not pictures:
         return []
-    arrays = [np.asarray(PIL.Image.open(folder / name), dtype=np.float32).T[..., None] for name in pictures]
+    arrays = [np.asarray(PIL.Image.open(files[name]), dtype=np.float32).T[..., None] for name in pictures]
     return [arrays[0] if pictures[0] == f"{stem}.png" else np.stack(arrays, -1)]

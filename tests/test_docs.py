@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -25,7 +26,7 @@ CODE = [
     path
     for folder in (
         ".",
-        *"apps convert data evaluation hub models pipelines ranking reports schedulers training volumes tests benchmarks configs".split(),
+        *"apps cohorts convert data evaluation hub models pipelines ranking reports schedulers training volumes tests benchmarks configs".split(),
     )
     for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
 ]
@@ -194,3 +195,32 @@ def test_the_paper_index_names_what_there_is_and_all_of_it():
 
 def read_config(name: str) -> dict:
     return yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def told_by(notebook) -> list[str]:
+    """What the cells of a notebook print and give, each as one text."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    printed = [
+        output.text if output.output_type == "stream" else output.data["text/plain"] + "\n"
+        for output in outputs
+        if output.get("name") != "stderr"
+    ]
+    # Of a line that is written again and again the last state.
+    return re.split(r"\n+", re.sub(r"[^\n]*\r", "", "".join(printed)).strip())
+
+
+def test_the_notebook_runs_and_shows_what_it_gives(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    path = ROOT / "docs/quickstart.ipynb"
+    stored = nbformat.read(path, 4)
+    assert path.stat().st_size < 300_000
+    assert not re.search(r"/(home|root|tmp|work|usr)/", path.read_text(encoding="utf-8"))
+    run = nbformat.read(path, 4)
+    nbclient.NotebookClient(run, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert (tmp_path / "quickstart/report.html").stat().st_size > 1_000_000
+    shown, given = told_by(stored), told_by(run)
+    number = r"\d+\.?\d*"
+    assert [re.sub(number, "#", line) for line in given] == [re.sub(number, "#", line) for line in shown]
+    for line, expected in zip(given, shown, strict=True):
+        for one, other in zip(re.findall(number, line), re.findall(number, expected), strict=True):
+            assert math.isclose(float(one), float(other), rel_tol=0.05, abs_tol=0.02), (line, expected)

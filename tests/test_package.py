@@ -27,6 +27,7 @@ ROOMS = (
         "train",
         "eval",
         "predict",
+        "bids",
         "preprocess",
         "strip",
         "list_models",

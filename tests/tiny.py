@@ -185,7 +185,7 @@ def make_pipeline(
             **(processor_settings or {}),
         }
     )
-    parts = {**make_components(name, len(modalities)), "processor": made}
+    parts = {**make_components(name, made.channels), "processor": made}
     pipe: AnomalyPipeline = getattr(anodiff, name)(**{**parts, **SETTINGS[name], **settings})
     pipe.set_progress_bar_config(disable=True)
     return pipe

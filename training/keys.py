@@ -5,4 +5,4 @@ samples, and `fold_in(keys, DRAW)` those of one draw for each."""
 TRAINING, VALIDATION, PREVIEW = range(3)
 
 # Draws of one sample. `UPDATE` starts anew for every update on a batch.
-AFFINE, INTENSITY, ANOMALY, ANNOTATION, UPDATE, TIMESTEP, NOISE, LABEL, BOX, CELLS = range(10)
+AFFINE, INTENSITY, ANOMALY, ANNOTATION, UPDATE, TIMESTEP, NOISE, LABEL, BOX, CELLS, MODALITY = range(11)

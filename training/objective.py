@@ -21,10 +21,10 @@ Batch = dict[str, torch.Tensor]
 
 MODALITIES = "the number of modalities"
 
-# Arguments of pipelines that are components, or measured with trained weights, not inference values.
+# Arguments of pipelines that are components, or follow from trained weights, not inference values.
 COMPONENTS = {
     *("unet", "scheduler", "processor", "encoder", "classifier", "segmentation_network"),
-    *("brain_extractor", "healthy_maps", "calibration"),
+    *("brain_extractor", "healthy_maps", "calibration", "optional_modalities"),
 }
 
 

@@ -121,7 +121,7 @@ class StreamedSamples(torch.utils.data.IterableDataset):
             yield {**stacked, "image": stacked["image"].astype(np.float32), "position": np.array(positions)}
 
 
-# Slices of heads that are made at once on a GPU, which is busy with starting the work of a smaller number.
+# Heads whose slices are made at once on a GPU, which is busy with starting the work of a smaller number.
 _DRAWN_AT_ONCE = 512
 
 

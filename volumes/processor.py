@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import scipy.ndimage
@@ -52,7 +52,8 @@ class ProcessedVolume:
             `value_range`.
         brain (`torch.Tensor` of shape `(N, H, W)`): bool, where maps count. All `True` without a brain rule.
         geometry: The way back to the input's grid.
-        units_offset, units_scale (`np.ndarray` of shape `(N, C)`): `value * scale + offset` is in the input's units.
+        units_offset, units_scale (`np.ndarray` of shape `(N, P)`): `value * scale + offset` is in the input's units, of
+            the modalities that the input has, in the processor's order.
         source: The input.
     """
 
@@ -232,7 +233,7 @@ class VolumeProcessor(PlainConfigMixin):
                 f"The data was prepared with other settings than {what}: {differences}. Prepare the data again."
             )
 
-    def preprocess(self, volume, brain_mask=None) -> ProcessedVolume:
+    def preprocess(self, volume, brain_mask=None, optional: Collection[str] = ()) -> ProcessedVolume:
         """
         Makes the slices of a volume: a path, nibabel image, `(X, Y)` or `(X, Y, Z)` array or tensor, PIL image,
         [`InputVolume`], or a dict of them by modality (key `"brain"`: the brain mask). A 4-D file holds the modalities
@@ -241,17 +242,21 @@ class VolumeProcessor(PlainConfigMixin):
         `brain_mask` is of the same kinds, on the grid of the volume; voxels > 0 are brain. An array has no affine of
         its own and takes the volume's; a picture's is `(rows, columns)`.
 
+        Modalities that are `optional` may be missing, but not all of them: their slices have the lowest value of
+        `value_range` everywhere.
+
         Raises a `ValueError` for a missing or unknown modality, a wrong number of channels, different grids, a
         constant image or an empty brain.
         """
-        volume, brain = self._read(volume, brain_mask)
+        volume, brain = self._read(volume, brain_mask, optional)
         arrays = np.stack([volume.arrays[key] for key in volume.arrays])
         if self.config.strip:
             arrays = arrays * brain
-        for name, array in zip(self.config.modalities, arrays, strict=True):
+        for name, array in zip(volume.arrays, arrays, strict=True):
             if array.min() == array.max():
                 raise ValueError(
                     f"{volume.name}: modality `{name}` is constant ({array.min():g}): there is nothing to see in it."
+                    " Leave it out, or convert it again from its source."
                 )
         if not brain.any():
             raise ValueError(
@@ -259,13 +264,13 @@ class VolumeProcessor(PlainConfigMixin):
                 " `background`."
             )
 
-        # 1. Intensities of the whole volume: (C, X, Y, Z) to about [0, 1]; offset + scale * value is in its units.
+        # 1. Intensities of the whole volume: (P, X, Y, Z) to about [0, 1]; offset + scale * value is in its units.
         if self.config.curvature_flow:
             arrays = _curvature_flow(arrays, volume.affine, self.config.curvature_flow)
         geometry = self.geometry(volume.shape, volume.affine, brain)
-        arrays, offset, scale = self._volume_intensity(arrays, brain, geometry, volume.name)
+        arrays, offset, scale = self._volume_intensity(arrays, brain, geometry, volume)
 
-        # 2. Geometry: (C, X, Y, Z) to (N, C, H, W). Padding is background: 0, of the input with "brain_percentiles",
+        # 2. Geometry: (P, X, Y, Z) to (N, P, H, W). Padding is background: 0, of the input with "brain_percentiles",
         # and with "mean_std" the darkest value.
         padding = np.zeros(len(arrays), np.float32)
         if self.config.intensity == "mean_std":
@@ -277,7 +282,7 @@ class VolumeProcessor(PlainConfigMixin):
         if not network_brain.any():
             raise ValueError(_NO_BRAIN_LEFT.format(name=volume.name))
 
-        # 3. Intensities of each slice: offset and scale become (N, C).
+        # 3. Intensities of each slice: offset and scale become (N, P).
         offset = np.broadcast_to(offset, slices.shape[:2]).astype(np.float64)
         scale = np.broadcast_to(scale, slices.shape[:2]).astype(np.float64)
         if self.config.intensity == "slice_minmax":
@@ -287,9 +292,13 @@ class VolumeProcessor(PlainConfigMixin):
         if self.config.clip:
             slices = np.clip(slices, 0.0, 1.0)
 
-        # 4. Value range.
+        # 4. Value range, and the channels of modalities that are missing: (N, C, H, W).
         low, high = self.config.value_range
         slices = slices * (high - low) + low
+        if len(volume.arrays) < len(self.config.modalities):
+            given = slices
+            slices = np.full((len(given), len(self.config.modalities), *given.shape[2:]), low, np.float32)
+            slices[:, self._channels(volume)] = given
         return ProcessedVolume(
             slices=torch.from_numpy(np.ascontiguousarray(slices, dtype=np.float32)),
             brain=torch.from_numpy(network_brain),
@@ -310,8 +319,9 @@ class VolumeProcessor(PlainConfigMixin):
         return processed.geometry.to_input(maps.detach().float().cpu().numpy())
 
     def postprocess_image(self, slices: torch.Tensor, processed: ProcessedVolume) -> np.ndarray:
-        """Brings network images `(N, C, H, W)` onto the input's grid in the input's units, `(C, X, Y, Z)` float32."""
-        values = slices.detach().float().cpu().numpy()
+        """Brings network images `(N, C, H, W)` onto the input's grid in the input's units, those of the P modalities
+        that the input has: `(P, X, Y, Z)` float32."""
+        values = slices.detach().float().cpu().numpy()[:, self._channels(processed.source)]
         values = values * processed.units_scale[..., None, None] + processed.units_offset[..., None, None]
         return np.stack([processed.geometry.to_input(channel.astype(np.float32)) for channel in values.swapaxes(0, 1)])
 
@@ -389,9 +399,13 @@ class VolumeProcessor(PlainConfigMixin):
             " brought to the `spacing`, `crop` and `size` of the processor,",
         )
 
-    def read(self, volume) -> InputVolume:
+    def _channels(self, volume: InputVolume) -> list[int]:
+        """Returns the channels of the modalities that a volume has."""
+        return [self.config.modalities.index(name) for name in volume.arrays]
+
+    def read(self, volume, optional: Collection[str] = ()) -> InputVolume:
         """Reads a volume, kinds as of [`preprocess`] but without a brain mask, with its modalities in the processor's
-        order; raises a `ValueError` for a missing or unknown one."""
+        order; raises a `ValueError` for an unknown one, and for a missing one that is not `optional`."""
         volume = read_volume(volume, labels=False)
         modalities = tuple(self.config.modalities)
         if all(key == "" or key.isdigit() for key in volume.arrays):
@@ -399,26 +413,34 @@ class VolumeProcessor(PlainConfigMixin):
                 raise ValueError(
                     f"{volume.name} has {len(volume.arrays)} channel(s), this checkpoint needs {len(modalities)}:"
                     f" {', '.join(modalities)}. Give a dict of these names, or a 4-D file in this order."
+                    + (f" A dict may lack {_or(optional)}." if optional else "")
                 )
             arrays = dict(zip(modalities, volume.arrays.values(), strict=True))
         else:
-            missing = [name for name in modalities if name not in volume.arrays]
+            present = [name for name in modalities if name in volume.arrays]
+            missing = [name for name in modalities if name not in present and not (present and name in optional)]
             unknown = [name for name in volume.arrays if name not in modalities]
             if missing or unknown:
+                hint = "Training with `objective.modality_dropout` makes checkpoints that do without some."
+                if optional:
+                    hint = f"It does without {_or(optional)}, but not without all of its modalities."
                 raise ValueError(
                     f"This checkpoint needs the modalities {', '.join(modalities)}; missing:"
                     f" {', '.join(missing) or 'none'}, unknown: {', '.join(unknown) or 'none'}."
+                    + (f" {hint}" if missing else "")
                 )
-            arrays = {name: volume.arrays[name] for name in modalities}
+            arrays = {name: volume.arrays[name] for name in present}
         return dataclasses.replace(volume, arrays=arrays)
 
-    def _read(self, volume, brain_mask) -> tuple[InputVolume, np.ndarray]:
+    def _read(self, volume, brain_mask, optional: Collection[str]) -> tuple[InputVolume, np.ndarray]:
         if isinstance(volume, Mapping) and "brain" in volume:
             if brain_mask is not None:
-                raise ValueError("The brain mask is given twice: as `brain_mask` and under the key 'brain'.")
+                raise ValueError(
+                    "The brain mask is given twice: as `brain_mask` and under the key 'brain'. Leave one out."
+                )
             brain_mask = volume["brain"]
             volume = {name: image for name, image in volume.items() if name != "brain"}
-        volume = self.read(volume)
+        volume = self.read(volume, optional)
         arrays = volume.arrays
         if brain_mask is not None:
             if volume.is_picture and isinstance(brain_mask, (np.ndarray, torch.Tensor)) and brain_mask.ndim == 2:
@@ -438,24 +460,28 @@ class VolumeProcessor(PlainConfigMixin):
         return volume, np.stack(filled, slice_axis)
 
     def _volume_intensity(
-        self, arrays: np.ndarray, brain: np.ndarray, geometry: Geometry, name: str
+        self, arrays: np.ndarray, brain: np.ndarray, geometry: Geometry, volume: InputVolume
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Applies the rule of the whole volume to `(C, X, Y, Z)`; returns also the offset and scale of each
-        channel."""
-        rule = self.config.intensity
+        """Applies the rule of the whole volume to `(P, X, Y, Z)`; returns also the offset and scale of each
+        modality."""
+        rule, name, modalities = self.config.intensity, volume.name, list(volume.arrays)
         offset, scale = np.zeros(len(arrays)), np.ones(len(arrays))
         if rule in ("percentile", "slice_minmax"):
             for index, array in enumerate(arrays):
                 positive = array[array > 0]
                 if positive.size == 0:
-                    raise ValueError(f"{name}: modality `{self.config.modalities[index]}` has no value above 0.")
+                    raise ValueError(
+                        f"{name}: modality `{modalities[index]}` has no value above 0. Add"
+                        " a constant to it, so that the background is 0."
+                    )
                 scale[index] = np.quantile(positive, self.config.quantile)
         elif rule == "brain_median":
             for index, array in enumerate(arrays):
                 positive = array[brain & (array > 0)]
                 if positive.size == 0:
                     raise ValueError(
-                        f"{name}: modality `{self.config.modalities[index]}` has no value above 0 in the brain mask."
+                        f"{name}: modality `{modalities[index]}` has no value above 0 in the brain mask."
+                        " Look at whether both lie over each other."
                     )
                 scale[index] = np.median(positive) / BRAIN_LEVEL
         elif rule == "brain_percentiles":
@@ -467,7 +493,7 @@ class VolumeProcessor(PlainConfigMixin):
                 low, high = np.quantile(array[seen], (1 - self.config.quantile, self.config.quantile))
                 if low == high:
                     raise ValueError(
-                        f"{name}: modality `{self.config.modalities[index]}` is constant ({low:g}) in the brain mask."
+                        f"{name}: modality `{modalities[index]}` is constant ({low:g}) in the brain mask."
                     )
                 offset[index], scale[index] = low, high - low
             arrays = np.clip(arrays, _per_channel(offset), _per_channel(offset + scale))
@@ -496,6 +522,10 @@ def _curvature_flow(arrays: np.ndarray, affine: np.ndarray, iterations: int) -> 
         flowed = sitk.CurvatureFlow(image, timeStep=_FLOW_STEP, numberOfIterations=iterations)
         smoothed.append(sitk.GetArrayFromImage(flowed).T)
     return np.stack(smoothed).astype(np.float32)
+
+
+def _or(names: Collection[str]) -> str:
+    return " or ".join(names)
 
 
 def _per_channel(values: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import read_json, replacing, write_json
@@ -53,8 +54,27 @@ _STEMS = {
     "result": {*MAP_ARRAYS, *ENSEMBLE_ARRAYS, *DICOM_STEMS, PICTURES["result"]},
     "dispersion": {*DISPERSION_ARRAYS, PICTURES["dispersion"]},
 }
+# Files of a result in a BIDS data set, whose record is named after the scan, too.
+_DERIVATIVE = re.compile(r"sub-[^/]+_space-orig_[^/]+\.(nii\.gz|json)")
 # Of a picture each member, and the reconstruction of each of several modalities, is a file of its own.
 _FILE = re.compile(r"(reconstruction)_[^/]+\.png|(member_masks|member_maps)_\d+\.png|(\w+)\.(?:nii\.gz|png|dcm)")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Says where a result lies: its record, its folder, and the paths of its files by the names that `predict.py` gives
+    them."""
+
+    record: dict
+    folder: Path
+    files: dict[str, Path]
+
+
+def read_result(folder: str | os.PathLike, record: str) -> Result:
+    """Reads the record of a result in a folder, `"result"` or `"dispersion"`."""
+    folder = Path(folder)
+    values = read_json(folder / f"{record}.json")
+    return Result(values, folder, {name: folder / name for name in values["files"]})
 
 
 def result_files(folder: str | os.PathLike, records: Iterable[str] = tuple(PICTURES)) -> set[str]:
@@ -64,7 +84,8 @@ def result_files(folder: str | os.PathLike, records: Iterable[str] = tuple(PICTU
 
     Args:
         folder (`str` or `os.PathLike`): It may be missing.
-        records (iterable of `str`): Which results, `"result"` and `"dispersion"`.
+        records (iterable of `str`): Which results, `"result"` and `"dispersion"`, or the name of one in a BIDS data
+            set.
     """
     folder, names = Path(folder), set()
     for record in records:
@@ -74,7 +95,7 @@ def result_files(folder: str | os.PathLike, records: Iterable[str] = tuple(PICTU
             except (OSError, ValueError):  # there is none, or it is not ours
                 continue
             if isinstance(values, dict) and isinstance(values.get("files"), list):
-                files, stems = values["files"], _STEMS[record]
+                files, stems = values["files"], _STEMS.get(record)
             elif isinstance(values, dict) and "settings" in values and {"pred_score", "num_members"} & set(values):
                 # Of a version that did not name them, and made no brain mask and no calibrated maps.
                 maps = {*MAP_ARRAYS} - {"brain_mask", *CALIBRATED_ARRAYS}
@@ -84,7 +105,9 @@ def result_files(folder: str | os.PathLike, records: Iterable[str] = tuple(PICTU
             else:
                 continue
             # A record that somebody else wrote must not name other files.
-            names |= {path.name, *(name for name in files if isinstance(name, str) and _stem(name) in stems)}
+            files = [name for name in files if isinstance(name, str)]
+            belong = _DERIVATIVE.fullmatch if stems is None else lambda name, stems=stems: _stem(name) in stems
+            names |= {path.name, *filter(belong, files)}
     return names
 
 
@@ -139,7 +162,7 @@ def write_result(
 
     Args:
         folder (`str` or `os.PathLike`): Where to.
-        record (`str`): `"result"` or `"dispersion"`.
+        record (`str`): `"result"` or `"dispersion"`, or the name of one in a BIDS data set.
         values (`dict`): What the record holds, but for `files`.
         writers (mapping): Names of files to functions that write them to a path.
 

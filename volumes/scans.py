@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,7 @@ def find_scans(
     brain: str | None = None,
     output: str | os.PathLike | None = None,
     atlas: str | None = None,
+    optional: Collection[str] = (),
 ) -> tuple[list[Scan], list[tuple[str, str]]]:
     """
     Finds the scans in files and folders.
@@ -96,6 +98,8 @@ def find_scans(
         brain: Name of the brain mask beside each scan, in any case.
         output: Folder of results, which is not looked into.
         atlas: Name of the image of labels beside each scan, in any case.
+        optional: Modalities of the checkpoint that a scan may lack, if it has others. A single file is then a scan of
+            the modality that its name says.
 
     Returns:
         scans with different names, and paths that are not taken with the reason: no text and no earlier result is
@@ -106,7 +110,7 @@ def find_scans(
     """
     found: list[tuple[Path, dict | Path | DicomFiles]] = []
     failed: list[tuple[str, str]] = []
-    reader = _Reader(modalities, (brain, atlas), None if output is None else os.path.abspath(output))
+    reader = _Reader(modalities, (brain, atlas), None if output is None else os.path.abspath(output), optional)
     slices: dict[Path, list[Path]] = {}
     for path in dict.fromkeys(map(Path, paths)):
         if not path.is_dir() and (path.suffix.lower() in SUFFIXES[:2] or is_dicom_file(path)):
@@ -117,7 +121,9 @@ def find_scans(
             if reason:
                 failed.append((str(path), reason))
             else:
-                found.append((path, path))
+                modality, _ = reader.split(path)
+                alone = modality in modalities and reader.may_lack([name for name in modalities if name != modality])
+                found.append((path, {modality: path} if alone else path))
             continue
         try:
             scans, reasons = reader.search(path)
@@ -210,8 +216,14 @@ def find_modality(
 class _Reader:
     """Reads folders, each once, for the modalities of a checkpoint; `others` are names of what lies beside scans."""
 
-    def __init__(self, modalities: list[str], others: tuple[str | None, ...], output: str | None):
-        self.modalities, self.output = modalities, output
+    def __init__(
+        self,
+        modalities: list[str],
+        others: tuple[str | None, ...],
+        output: str | None,
+        optional: Collection[str] = (),
+    ):
+        self.modalities, self.output, self.optional = modalities, output, set(optional)
         self.others = {name.casefold() for name in others if name is not None}
         self.listings: dict[Path, _Listing] = {}
         # Spelling to modality: those of the checkpoint by their own names, others by the first of their line.
@@ -365,20 +377,26 @@ class _Reader:
         if listing.slices and folder not in files:
             failed.append((folder, "holds DICOM beside other scans, which is left out: give it a folder of its own."))
 
-        if all(len(files) == 1 for files in named.values()):
+        chosen = {name: files[0] for name, files in named.items() if len(files) == 1}
+        missing = [name for name, files in named.items() if not files]
+        # Without some of them, names that say different subjects are no scan.
+        words = [split[path][1] for path in chosen.values()]
+        if len(chosen) + len(missing) == len(named) and (
+            not missing or (self.may_lack(missing) and all(_share(words[0], other) for other in words))
+        ):
             # One scan; other files belong to it unless their names say another subject.
-            own = split[named[self.modalities[0]][0]][1]
+            own = words[0]
             failed += [(path, self.reason(split[path][0])) for path in foreign + unnamed]
             failed = [(path, reason) for path, reason in failed if not _share(own, self.split(path)[1])]
-            return [(folder, {name: files[0] for name, files in named.items()})], failed
+            return [(folder, chosen)], failed
         if flat and single and named[self.modalities[0]]:
             failed += [(path, self.reason(split[path][0])) for path in foreign + unnamed]
             return [(path, path) for path in named[self.modalities[0]]], failed + [(path, _MASK) for path in masks]
         if foreign or any(named.values()):
-            missing = [name for name, files in named.items() if not files]
             several = [f"{name} ({_some(files)})" for name, files in named.items() if len(files) > 1]
+            needed = [name for name in missing if name not in self.optional] or missing
             parts = [
-                f"no file for {', '.join(missing)}" if missing else "",
+                f"no file for {', '.join(needed)}" if needed else "",
                 *(f"several for {one}" for one in several),
             ]
             present = [path for files in named.values() for path in files] + foreign + unnamed
@@ -400,6 +418,10 @@ class _Reader:
         elif masks:
             failed.append((folder, f"has no scan, only masks: {_some(masks)}."))
         return [], failed
+
+    def may_lack(self, missing: list[str]) -> bool:
+        """Tells whether a scan may lack these modalities, some but not all of the checkpoint's."""
+        return bool(missing) and len(missing) < len(self.modalities) and self.optional.issuperset(missing)
 
     def studies(self, paths: list[Path]) -> list[list[Path]]:
         """Returns the series among paths, those of one examination together: they are no scans of the same kind."""

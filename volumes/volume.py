@@ -161,7 +161,7 @@ def read_volume(source, *, labels: bool = True) -> InputVolume:
         return _from_array(source)
     raise TypeError(
         "A volume must be a path, a nibabel image, an array, a tensor, a PIL image or a dict of modalities,"
-        f" got {type(source).__name__}."
+        f" got {type(source).__name__}. A pipeline takes several as a list, or one by one as an iterator, `iter(...)`."
     )
 
 
@@ -322,10 +322,14 @@ def _unreadable(name, reason: str) -> ValueError:
 def _from_nibabel(image, name: str, labels: bool, has_place: bool = True) -> InputVolume:
     if image.ndim not in (2, 3, 4):
         raise ValueError(
-            f"{name} must have 2, 3 or 4 dimensions (the fourth being modalities), got shape {image.shape}."
+            f"{name} must have 2, 3 or 4 dimensions (the fourth being modalities), got shape {image.shape}. Save one"
+            " volume of it."
         )
     if image.get_data_dtype().fields is not None or np.issubdtype(image.get_data_dtype(), np.complexfloating):
-        raise ValueError(f"{name} must hold one real number per voxel, got data type {image.get_data_dtype()}.")
+        raise ValueError(
+            f"{name} must hold one real number per voxel, got data type {image.get_data_dtype()}. Save"
+            " its brightness or magnitude."
+        )
     if 0 in image.shape:
         raise ValueError(f"{name} holds no voxels, got shape {image.shape}.")
     check_voxels(math.prod(image.shape), f"{name} (shape {image.shape})")

@@ -78,8 +78,9 @@ def test_the_third_coordinate_as_it_is_written():
     assert [explorer.read_depth(text) for text in ("27", " none ", "", "timestep")] == [27.0, None, None, "timestep"]
 
 
-def test_a_reconstruction_is_that_of_the_pipeline():
-    pipe = make_pipeline("AnoDDPMPipeline")
+@pytest.mark.parametrize("context", [0, 1])
+def test_a_reconstruction_is_that_of_the_pipeline(context):
+    pipe = make_pipeline("AnoDDPMPipeline", processor_settings={"context": context})
     slices = make_slices(1)
     made = explorer.reconstruct(pipe, slices, 30, seed=5)
     result = pipe(slices, mode="one_shot", noise_level=31, num_draws=1, generator=5)

@@ -19,10 +19,13 @@ from ..tiny import make_pipeline, make_volume
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Folder of tiny pipelines: `one` modality, `two`, and `several` segmentations."""
+    """Folder of tiny pipelines: `one` modality, `two`, `fewer` than two if need be, and `several` segmentations."""
     folder = tmp_path_factory.mktemp("models")
     make_pipeline("AnoDDPMPipeline", ("flair",), noise_level=2, threshold=0.5).save_pretrained(folder / "one")
     make_pipeline("AnoDDPMPipeline", ("flair", "t1"), noise_level=2).save_pretrained(folder / "two")
+    make_pipeline("AnoDDPMPipeline", ("flair", "t1"), noise_level=2, optional_modalities=["t1"]).save_pretrained(
+        folder / "fewer"
+    )
     make_pipeline("CIMDPipeline", ("t1",)).save_pretrained(folder / "several")
     return folder
 
@@ -56,6 +59,8 @@ def test_modalities_by_their_names_and_segmentations(models, tmp_path):
     files = [write_scan(tmp_path / folder / f"p1_{name}.nii.gz", 1) for folder, name in (("a", "t1"), ("b", "FLAIR"))]
     found = find_anomalies(files, str(models / "two"), tmp_path / "two")
     assert found.facts["Threshold"] == "none in the checkpoint" and "Above the threshold" not in found.facts
+    found = find_anomalies(files[1:], str(models / "fewer"), tmp_path / "fewer")
+    assert found.facts["Warnings"] == "Without t1: the map is made of flair alone."
     found = find_anomalies(files[:1], str(models / "several"), tmp_path / "several")
     assert found.facts["In most of 3 members"].endswith(" ml")
 

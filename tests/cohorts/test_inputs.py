@@ -29,11 +29,13 @@ def table(path, *rows):
     path.write_text("".join("\t".join(row.split()) + "\n" for row in rows), encoding="utf-8")
 
 
-def find(*arguments, modalities="flair", **options):
+def find(*arguments, modalities="flair", optional=(), **options):
     """Names of the scans to their volumes as text, what is not taken, and the names of finished scans."""
     options = PredictOptions(scans=list(arguments), **options)
     options.check()
-    scans, failed, finished = list_scans(read_inputs(options.scans), options, modalities.split(), ("result",))
+    scans, failed, finished = list_scans(
+        read_inputs(options.scans), options, modalities.split(), ("result",), optional
+    )
     volumes = {
         scan.name: " ".join(map(str, scan.volume.values() if isinstance(scan.volume, dict) else [scan.volume]))
         for scan in scans
@@ -84,6 +86,13 @@ def test_a_table_has_a_row_per_subject_and_a_column_per_modality(make, tmp_path)
         "in/cohort.tsv, line 4": "sub-c: there is no file in/c/no.nii.gz.",
     }
     assert set(find("in/cohort.tsv")[0]) == {"sub-a", "sub-b", "sub-c"}
+    # What the checkpoint does without may have no file, or no column.
+    scans, failed, _ = find("in/cohort.tsv", modalities="t1 flair pd", optional=["t1", "pd"])
+    assert scans == {"sub-a": "in/a/y.nii.gz in/a/x.nii.gz", "sub-b": "in/b/x.nii.gz"}
+    assert failed == {"in/cohort.tsv, line 4": "sub-c: there is no file in/c/no.nii.gz."}
+    assert set(find("in/cohort.tsv", modalities="t2", optional=["t2"])[1]) == {
+        f"in/cohort.tsv, line {number}" for number in (2, 3, 4)
+    }
     options = PredictOptions(scans=["in/cohort.tsv"])
     scans = list_scans(read_inputs(options.scans), options, ["flair"], ("result",))[0]
     assert [scan.brain and str(scan.brain) for scan in scans] == ["in/a/mask.nii.gz", None, None]

@@ -84,6 +84,14 @@ def test_the_program_of_the_guide_makes_the_map_of_the_pipeline_without_torch(tm
     assert np.corrcoef(made[brain], wanted[brain])[0, 1] > 0.95
 
 
+def test_a_network_that_sees_neighbours_is_exported_with_their_channels(tmp_path):
+    pipeline = make_pipeline("AnoDDPMPipeline", mode="one_shot", num_draws=2, processor_settings={"context": 1})
+    record = export_networks(pipeline, tmp_path / "out", "torch_export", noise_slices=4)
+    assert record["processor"]["context"] == 1 and record["noise"]["shape"] == [2, 4, 3, SIZE, SIZE]
+    described = record["networks"]["unet"]
+    assert described["inputs"]["sample"]["shape"] == described["output"] == ["B", 3, SIZE, SIZE]
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path):
     pipeline = make_pipeline("ANDiPipeline")
     with pytest.raises(ValueError, match="`format` must be"):

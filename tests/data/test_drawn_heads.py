@@ -46,6 +46,31 @@ def test_a_slice_is_the_same_in_any_batch(folder):
     assert not torch.equal(DrawnHeads(folder, processor(), "train", seed=1).draw([0])["image"], together["image"][:1])
 
 
+def test_neighbours_are_slices_of_the_same_head_side_by_side(folder):
+    alone = DrawnHeads(folder, processor(), "train").draw(range(12), ("image", "brain", "label"))
+    wide = DrawnHeads(folder, processor(context=1), "train").draw(range(12), ("image", "brain", "label"))
+    assert wide["image"].shape == (12, 6, 24, 20)
+    torch.testing.assert_close(wide["image"][:, 2:4], alone["image"], atol=1e-5, rtol=0)
+    assert torch.equal(wide["brain"], alone["brain"]) and torch.equal(wide["label"], alone["label"])
+    # 1 to 6.5 mm away: another slice of a brain of 140 mm, alike and not the same.
+    low, own, high = wide["image"].split(2, 1)
+    for near in (low, high):
+        difference = (near - own).abs().flatten(1)
+        assert (difference.mean(1) > 1e-3).all() and difference.mean() < 0.5 * (own.flip(0) - own).abs().mean()
+    # As far apart as slices are thick: the middle of wider ones is that of narrower ones.
+    wider = DrawnHeads(folder, processor(context=2), "train").draw(range(12))["image"]
+    torch.testing.assert_close(wider[:, 2:8], wide["image"], atol=1e-5, rtol=0)
+
+
+def test_a_slice_beyond_the_brain_is_no_neighbour(folder):
+    """A slice is drawn where there is brain, but 40 slices up or down there is none."""
+    far = DrawnHeads(folder, processor(modalities=("flair",), context=60), "train").draw([0], ("image", "brain"))
+    image = far["image"][0]
+    assert far["brain"].any() and (image > -1).flatten(1).any(1).all()
+    assert torch.equal(image[0], image[1]) and torch.equal(image[-1], image[-2])
+    assert not torch.equal(image[59], image[60]) and not torch.equal(image[61], image[60])
+
+
 def test_slices_are_those_of_the_processor(folder):
     """Brightness by the median of the brain, 0 around it, and the widest slices fill the field of view."""
     drawn = DrawnHeads(folder, processor(), "train").draw(range(24), ("image", "brain"))

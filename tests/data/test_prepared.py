@@ -129,6 +129,26 @@ def test_any_rows_in_any_order(tmp_path):
     np.testing.assert_array_equal(np.concatenate([batch["image"] for batch in loader]), everything["image"])
 
 
+def test_images_come_with_their_neighbours(tmp_path):
+    make_set(tmp_path / "raw", tmp_path / "set", shard_rows=5)
+    alone, split = (load_prepared(tmp_path / "set", "train") for _ in range(2))
+    split.add_neighbours(1)
+    # s0 and s1 have six slices each, in files of five rows.
+    rows = [6, 3, 11, 5]
+    batch = pickle.loads(pickle.dumps(split)).read_rows(rows, COLUMNS)
+    expected = [
+        np.concatenate([alone[row]["image"] for row in near])
+        for near in ((6, 6, 7), (2, 3, 4), (10, 11, 11), (4, 5, 5))
+    ]
+    np.testing.assert_array_equal(batch["image"], expected)
+    for name in set(COLUMNS) - {"image"}:
+        np.testing.assert_array_equal(batch[name], alone[rows][name])
+    # Rows 1 and 2 have lesions: they are no neighbours of healthy slices.
+    split.add_neighbours(1, "healthy")
+    expected = [np.concatenate([alone[row]["image"] for row in near]) for near in ((0, 0, 0), (3, 3, 4))]
+    np.testing.assert_array_equal(split.read_rows([0, 3], ("image",))["image"], expected)
+
+
 def test_any_name_of_a_folder(tmp_path):
     out = tmp_path / "a [1] *, ü" / "set{1}"
     make_set(tmp_path / "raw", out)
@@ -602,6 +622,10 @@ def recipe(**changes):
             r"`split.fractions` must give splits their shares, .* got \[0.5, 0.5\]",
         ),
         ({"processor": {"shape": 3}}, "`processor` has no key shape; it takes modalities, plane"),
+        (
+            {"processor": {"context": 1}},
+            "`processor.context` must be left out of a recipe, got 1: .* Give it to train",
+        ),
         ({"dtype": "int8"}, "`dtype` must be one of float32, float16, got 'int8'"),
     ],
 )

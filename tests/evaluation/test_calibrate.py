@@ -23,6 +23,8 @@ from anodiff.evaluation.run import evaluate
 from anodiff.evaluation.thresholds import otsu_threshold, threshold_for_fpr, yen_threshold
 from anodiff.pipelines.running_maps import similarity_threshold
 
+from .. import tiny
+
 
 SIZE = 16
 MODALITIES = ("flair", "t1")
@@ -236,6 +238,14 @@ def test_some_of_the_slices(prepared):
     np.testing.assert_array_equal(first["image"], split.read_subject(split.subjects[0])["image"][rows])
     with pytest.raises(ValueError, match="`max_slices` must be an integer of at least 1, got 0"):
         LabelledSlices(split, 0)
+
+
+def test_slices_whose_neighbours_are_left_out_are_no_calibration(prepared, tmp_path):
+    pipe = tiny.make_pipeline("AnoFPDMPipeline", MODALITIES, processor_settings={"context": 1})
+    pipe.save_pretrained(tmp_path / "model")
+    options = {"model": [str(tmp_path / "model")], "data": str(prepared / "set"), "calibration_slices": 5}
+    with pytest.raises(ValueError, match="`calibration_slices` must not be given for .*/model, which sees the neighb"):
+        evaluate(EvalOptions(**options, output_dir=str(tmp_path / "report"), calibrate="labels"))
 
 
 def test_similarity_threshold_needs_both_classes():

@@ -20,6 +20,7 @@ from anodiff.data.prepare import prepare
 from anodiff.data.prepared import PreparedSplit, load_prepared
 from anodiff.data.readers.subjects import Subject
 from anodiff.data.rules import SliceRule
+from anodiff.eval import main
 from anodiff.evaluation import run
 from anodiff.evaluation.baselines import inverted_map
 from anodiff.evaluation.calibration import LabelledSlices
@@ -29,7 +30,7 @@ from anodiff.evaluation.options import EvalOptions
 from anodiff.evaluation.protocols import PROTOCOLS, pooled
 from anodiff.evaluation.report import describe_intervals
 from anodiff.evaluation.run import evaluate
-from anodiff.files import lock_folder
+from anodiff.files import lock_folder, read_json
 from anodiff.hub import shipped
 from anodiff.hub.model_card import PROTOCOL_FIELDS
 from anodiff.hub.publishing import PublishingError
@@ -38,6 +39,7 @@ from anodiff.schedulers.draws import DRAWS_VERSION
 from anodiff.ship import main as ship
 
 from ..test_docs import find_undefined
+from ..tiny import make_pipeline
 
 
 SIZE = 16
@@ -102,6 +104,35 @@ def options(place, data, out, **others):
 
 def load_cases(folder):
     return [Case.load(path) for path in sorted(folder.glob("*.npz"))]
+
+
+def test_models_are_scored_with_some_of_their_modalities(tmp_path):
+    random = np.random.default_rng(0)
+    mask = np.zeros((SIZE, SIZE, SLICES), np.uint8)
+    mask[4:9, 5:10, 1:4] = 1
+    files = {name: tmp_path / f"{name}.nii.gz" for name in ("t1", "flair", "mask")}
+    for name, array in (("t1", mask + 0.1), ("flair", random.uniform(0.2, 0.6, mask.shape)), ("mask", mask)):
+        nib.save(nib.Nifti1Image(array.astype(np.float32 if name != "mask" else np.uint8), np.eye(4)), files[name])
+    images = {name: files[name] for name in ("t1", "flair")}
+    subjects = [Subject(split, images, (files["mask"],), split=split) for split in ("validation", "test")]
+    pipe = make_pipeline(
+        "ANDiPipeline",
+        ("t1", "flair"),
+        processor_settings={"brain_mask": "none"},
+        **{"stop": 77, "optional_modalities": ["t1"]},
+    )
+    pipe.save_pretrained(tmp_path / "model")
+    prepare(subjects, pipe.processor, tmp_path / "data", recipe={}, slices=SliceRule(min_brain=0.0), progress=False)
+    given = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--report", "none", "--keep_maps"]
+    given += ["true", "--baselines", "false", "--output_dir"]
+    main([*given, str(tmp_path / "flair"), "--inference.present_modalities", "[flair]"])
+    (row,) = read_json(tmp_path / "flair" / "report.json")["results"]
+    assert row["settings"]["present_modalities"] == ["flair"]
+    (case,) = load_cases(tmp_path / "flair" / "maps" / "00" / "test")
+    expected = pipe({"flair": files["flair"]}).anomaly_map
+    np.testing.assert_allclose(case.maps, pipe.processor.preprocess(images).geometry.to_network(expected), atol=1e-6)
+    with pytest.raises(ValueError, match="`present_modalities` must hold flair, which this checkpoint does not do"):
+        main([*given, str(tmp_path / "t1"), "--inference.present_modalities", "[t1]"])
 
 
 def test_every_picture_has_noise_of_its_own(place):

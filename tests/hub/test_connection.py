@@ -95,10 +95,11 @@ def test_a_hub_that_refuses_is_asked_once(near_hub, folder, status):
     assert count(near_hub, "POST", "/commit/") == 1 and near_hub.waited == []
 
 
-def test_a_server_asks_for_minutes_at_most(near_hub):
+def test_a_server_asks_for_minutes_at_most(near_hub, caplog):
     near_hub.fail("POST", "/api/repos/create", status=429, headers={"Retry-After": "100000000"}, times=1)
     open_repository("owner/tiny")
     assert near_hub.waited == [connection.LONGEST_WAIT]
+    assert caplog.messages == ["The Hub stumbles (HfHubHTTPError): it is asked again in 300 s."]
 
 
 @pytest.mark.parametrize("request_name", ["create", "right to write", "visibility", "card", "commit"])

@@ -75,7 +75,7 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(name, monkeypatch):
         assert asked[0] > 1
 
 
-def test_what_is_computed_is_kept(monkeypatch):
+def test_what_is_computed_is_kept(monkeypatch, caplog):
     pipe = make_pipeline("DAEPipeline")
     asked = limit_memory(pipe, monkeypatch, 2)
     pipe(make_slices(9, value_range=(0.0, 1.0)))
@@ -91,6 +91,8 @@ def test_what_is_computed_is_kept(monkeypatch):
     monkeypatch.setattr(pipe.unet, "forward", tighter)
     pipe(make_slices(9, value_range=(0.0, 1.0)))
     assert batches == [2, 2, 2, 1, 1, 1, 1, 1]
+    said = [(9, 4), (4, 2), (2, 1)]
+    assert caplog.messages == [f"The memory does not hold a batch of {a}: {b} from now on." for a, b in said]
 
 
 def test_a_batch_that_was_given_is_not_changed(monkeypatch):

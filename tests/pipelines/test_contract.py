@@ -1,6 +1,10 @@
 """What every pipeline keeps, whatever its method is."""
 
 import json
+import logging
+import re
+from collections import deque
+from collections.abc import Iterator
 
 import nibabel as nib
 import numpy as np
@@ -62,6 +66,15 @@ def test_saved_and_loaded_it_gives_the_same_map(pipe, tmp_path):
     for name in SETTINGS[type(pipe).__name__]:
         assert name in index
     assert index["processor"] == ["anodiff", "VolumeProcessor"]
+
+
+@pytest.mark.parametrize("device_map", ["balanced", "auto", "tpu", {"unet": 0}], ids=str)
+def test_a_pipeline_lies_on_one_device(device_map):
+    """One with a component of its own, and one that it shares with other checkpoints."""
+    pipe = AnomalyPipeline.from_pretrained("anoddpm-flair", device_map="cpu")
+    assert {component.device.type for component in (pipe.unet, pipe.brain_extractor)} == {"cpu"}
+    with pytest.raises(ValueError, match=r"`device_map` must be a device of this machine, cpu.*`.to\(...\)` moves"):
+        AnomalyPipeline.from_pretrained("anoddpm-flair", device_map=device_map)
 
 
 def test_every_kind_of_volume_gives_the_same_map(pipe, tmp_path):
@@ -168,8 +181,100 @@ def test_a_list_gives_a_list_and_a_tuple_is_the_output(pipe):
     values = pipe(volumes[0], return_dict=False)
     assert isinstance(values, tuple) and len(values) == len(outputs[0].to_tuple())
     assert_same_map(values[0], outputs[0].to_tuple()[0])
-    with pytest.raises(ValueError, match="Masks of a list of volumes go into dicts"):
+    with pytest.raises(ValueError, match="Masks of several volumes go into dicts"):
         pipe(volumes, brain_mask=volumes[0])
+
+
+class _Keyed(torch.utils.data.Dataset):
+    """Volumes that are told by their number and their count, as in the pipelines of transformers."""
+
+    def __init__(self, volumes):
+        self.volumes = volumes
+
+    def __len__(self):
+        return len(self.volumes)
+
+    def __getitem__(self, index):
+        return self.volumes[index % len(self.volumes)]
+
+
+@pytest.mark.parametrize("give", [iter, _Keyed, deque], ids=["iterator", "dataset", "sequence"])
+def test_volumes_that_come_one_by_one_give_results_one_by_one(give):
+    pipe, volumes = make_pipeline("DAEPipeline"), [make_volume((18, 20, 2), seed) for seed in range(2)]
+    results = pipe(give(volumes))
+    assert isinstance(results, Iterator)
+    for result, volume in zip(results, volumes, strict=True):
+        assert_same_map(map_of(result), map_of(pipe(volume)))
+
+
+def test_a_column_of_a_data_set_is_several_volumes():
+    datasets = pytest.importorskip("datasets")
+    volumes = np.stack([make_volume((18, 20, 2), seed) for seed in range(2)])
+    column = datasets.Dataset.from_dict({"scan": volumes}).with_format("numpy")["scan"]
+    pipe = make_pipeline("DAEPipeline")
+    for result, volume in zip(pipe(column), volumes, strict=True):
+        assert_same_map(map_of(result), map_of(pipe(volume)))
+
+
+def test_results_of_a_stream_are_found_when_they_are_asked_for():
+    pipe, given = make_pipeline("DAEPipeline"), []
+
+    def volumes():
+        for volume in (make_volume((18, 20, 2)), np.full((18, 20, 2), np.nan), make_volume((18, 20, 2))):
+            given.append(volume)
+            yield volume
+
+    results = pipe(volumes())
+    assert not given
+    next(results)
+    assert len(given) == 1
+    with pytest.raises(ValueError, match="NaN"):
+        next(results)
+    # What cannot be read does not end the stream.
+    assert_same_map(map_of(next(results)), map_of(pipe(given[0])))
+    with pytest.raises(StopIteration):
+        next(results)
+    with pytest.raises(ValueError, match="Masks of several volumes"):
+        pipe(volumes(), brain_mask=given[0])
+    with pytest.raises(
+        TypeError, match=r"got tuple. A pipeline takes several as a list, or one by one as an iterator"
+    ):
+        pipe(tuple(given))
+
+
+def test_a_call_is_logged_without_the_name_of_the_scan(tmp_path, caplog):
+    pipe, scan = make_pipeline("DAEPipeline"), tmp_path / "Doe_Jane.nii.gz"
+    nib.save(nib.Nifti1Image(make_volume(), np.eye(4)), scan)
+    with caplog.at_level(logging.INFO, logger="anodiff"):
+        result = pipe(scan)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("anodiff.pipelines.base", "INFO")
+    said = rf"DAEPipeline: score {result.volume_score:.4g} after 1 steps and [\d.e+-]+ s; brain mask: nonzero\."
+    assert re.fullmatch(said, record.getMessage())
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="anodiff"):
+        pipe(scan)
+    assert not caplog.records
+
+
+def test_a_callback_is_told_of_every_step_and_may_end_the_call(pipe):
+    volume, told = make_volume(), []
+    expected = map_of(pipe(volume, batch_size=2, callback=lambda done, total: told.append((done, total))))
+    numbers, totals = zip(*told, strict=True)
+    assert numbers == tuple(range(1, len(told) + 1)) and totals == tuple(sorted(totals)) and totals[-1] == len(told)
+    assert len(told) > 1
+    ended = []
+
+    def end(done, total):
+        ended.append(done)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe(volume, batch_size=2, callback=end)
+    assert ended == [1]
+    # Nobody is told of the next call, which is as if nothing had happened.
+    assert_same_map(map_of(pipe(volume, batch_size=2)), expected, 0.0)
+    assert ended == [1] and len(told) == len(numbers)
 
 
 def test_a_call_records_what_it_depends_on_and_changes_nothing(pipe):

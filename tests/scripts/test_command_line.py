@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from anodiff.__main__ import main
+from anodiff.__main__ import COMMANDS, main
 from anodiff.configs import parse_options
 from anodiff.train import main as train
 from anodiff.training.options import TrainOptions
@@ -23,6 +23,7 @@ SCRIPTS = (
     "eval",
     "benchmark",
     "predict",
+    "bids",
     "convert",
     "list_models",
     "ship",
@@ -60,6 +61,37 @@ def test_console_command(capsys):
     with pytest.raises(SystemExit):
         main(["models", "--help"])
     assert "usage: models" in capsys.readouterr().out
+
+
+def test_a_shell_completes_commands_options_and_files(tmp_path):
+    """In a real bash, by a script that was made without torch."""
+    made = python("-X", "importtime", "-m", "anodiff", "completion", "bash")
+    assert made.returncode == 0 and not re.search(r"\| +(torch|numpy)\n", made.stderr)
+    (tmp_path / "scan of one.nii.gz").touch()
+    ask = """
+        complete_line() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_anodiff; (IFS=,; echo "${COMPREPLY[*]}"); }
+        complete_line anodiff p
+        complete_line anodiff predict --sk
+        complete_line anodiff predict --fast sc
+        complete_line anodiff train --train.max
+        complete_line anodiff train --config sc
+        complete_line anodiff completion b
+        complete -p anodiff
+    """
+    done = subprocess.run(["bash"], input=made.stdout + ask, cwd=tmp_path, text=True, capture_output=True)
+    *lines, registered = done.stdout.splitlines()
+    assert registered.endswith("-F _shtab_anodiff anodiff")
+    scan = "scan of one.nii.gz"
+    assert lines == ["preprocess,predict", "--skip_existing", scan, "--train.max_steps", scan, "bash"]
+
+
+def test_every_command_is_completed_in_other_shells(capsys):
+    assert main(["completion", "zsh"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("#compdef anodiff") and all(f"    {name}:'{COMMANDS[name]}'" in said for name in COMMANDS)
+    with pytest.raises(SystemExit) as stopped:
+        main(["completion", "dash"])
+    assert stopped.value.code == 2 and "'dash' (choose from 'bash', 'zsh', 'fish', 'tcsh')" in capsys.readouterr().err
 
 
 def options(*arguments) -> TrainOptions:
@@ -240,3 +272,16 @@ def test_switches_stand_alone_or_take_a_value():
 
     assert overwrite("--overwrite") and overwrite("--overwrite", "--seed", "1") and overwrite("--overwrite", "true")
     assert overwrite("--overwrite=true") and not overwrite("--overwrite", "false") and not overwrite("a.nii")
+
+
+def test_flags_of_lists_take_all_that_follows():
+    from anodiff.cohorts.options import BidsOptions
+
+    def parsed(*arguments):
+        lists = ("participant_label", "run_label")
+        return parse_options(BidsOptions, list(arguments), prog="", description="", positional="places", lists=lists)
+
+    options = parsed("in", "out", "group", "--participant_label", "01", "1e3", "--fast", "--run_label=1", "2")
+    assert options.places == ["in", "out", "group"] and options.participant_label == ["01", "1e3"]
+    assert options.run_label == ["1", "2"] and options.fast
+    assert parsed("in").participant_label == []

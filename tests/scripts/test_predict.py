@@ -282,6 +282,30 @@ def test_what_is_fast_is_recorded(place, model, options, expected):
     assert settings.get("fast") == expected
 
 
+def test_a_scan_that_lacks_modalities_is_predicted_and_said_to(place, tmp_path, capsys):
+    optional = {"threshold": 0.5, "optional_modalities": ["flair", "t1"]}
+    make_pipeline("AnoDDPMPipeline", ("flair", "t1", "t2"), **optional).save_pretrained(tmp_path / "model")
+    folder = place("in/p1/flair.nii.gz", "in/p1/t1.nii.gz", "in/p1/t2.nii.gz", "in/p2/t2.nii.gz", "in/p3/t1.nii.gz")
+    place("x_t2.nii.gz")
+    assert main(["--model", "model", "in", "x_t2.nii.gz", "-o", "out"]) == 1
+    told = capsys.readouterr()
+    without = "Without flair, t1: the map is made of t2 alone. The threshold 0.5 was set with all modalities: "
+    assert f"p2: brain taken as what is above the background. {without}" in told.out
+    assert f"x_t2: brain taken as what is above the background. {without}" in told.out
+    assert "p1: brain taken as what is above the background\n" in told.out
+    assert re.search(r"FAILED in.p3: has no file for t2; its files are t1.nii.gz.", told.err)
+    records = {name: read_json(folder / "out" / name / "result.json") for name in ("p1", "p2", "x_t2")}
+    assert "warnings" not in records["p1"] and records["p1"]["settings"]["present_modalities"] is None
+    for name in ("p2", "x_t2"):
+        assert " ".join(records[name]["warnings"]).startswith(without)
+        assert records[name]["settings"]["present_modalities"] == ["t2"]
+    assert nib.load(folder / "out" / "p2" / "reconstruction.nii.gz").shape == (16, 16, 2)
+    table = [line.split("\t") for line in read_text(folder / "out" / "cohort.tsv").splitlines()]
+    warned = {row[0]: row[table[0].index("warnings")] for row in table[1:]}
+    assert warned["p1"] == "n/a" and warned["p2"] == warned["x_t2"] == " | ".join(records["p2"]["warnings"])
+    assert read_text(folder / "out" / "report.html").count("Without flair, t1: the map is made of t2 alone.") == 2
+
+
 def test_what_is_not_predicted_is_listed_and_the_status_says_so(place, model, capsys):
     folder = place("raw/a_FLAIR.nii.gz", "raw/b_flair.nii.gz", "raw/a_T1w.nii.gz", "raw/a_seg.nii.gz", "raw/p1/t1.nii")
     os.symlink(".git/annex/objects/x", folder / "raw" / "c_flair.nii.gz")
@@ -560,16 +584,18 @@ def test_the_table_says_what_became_of_every_scan(place, model, capsys):
     assert regions["marked_voxels"].tolist()[:2] == [mask[:8].sum(), mask[8:].sum()]
     assert regions["region_ml"].tolist()[:2] == [0.256, 0.256]
 
-    # The table has lost its rows, or never had the regions: they are measured again.
+    # The table has no values of a result: it is measured again.
     text = read_text(folder / "out" / "cohort.tsv")
-    before = [line for line in text.splitlines() if line.startswith(("a\t", "c\t"))]
+    header, first, failed = text.splitlines()[:3]
     (folder / "out" / "regions.tsv").unlink()
-    (folder / "out" / "cohort.tsv").write_text(text.splitlines()[0] + "\n" + before[0] + "\n")
+    lines = [header, first, failed.replace("b\t", "c\t", 1), ""]
+    (folder / "out" / "cohort.tsv").write_text("\n".join(lines))
     capsys.readouterr()
     assert main([*command, "--skip_existing"]) == 1
     assert "0 scan(s) done, 2 finished before" in capsys.readouterr().out
     again = table_of(folder / "out")
     assert again["status"].tolist() == ["skipped", "failed", "skipped", "failed"]
+    assert again["reason"].isna().tolist() == [True, False, True, False]
     values = ["volume_score", "max_slice_score", "threshold", "marked_voxels", "marked_ml", "components"]
     pandas.testing.assert_frame_equal(again[values], frame[values])
     assert again["seconds"][0] == frame["seconds"][0] and again["checkpoint"].isna().tolist() == [

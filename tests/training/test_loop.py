@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from anodiff import AnoDDPMScheduler, VolumeProcessor
+from anodiff import VolumeProcessor
 from anodiff.schedulers.draws import DRAWS_VERSION, fold_in, make_keys
 from anodiff.training import keys
-from anodiff.training.objective_noise import NoiseObjective
+from anodiff.training.objective_noise import ANDiObjective, NoiseObjective, draw_present
 from anodiff.training.samples import PositionBatches, SampleStream
 from anodiff.training.state import Progress
 
@@ -76,10 +76,10 @@ def test_several_updates_of_a_batch_see_its_samples():
 def test_every_draw_has_keys_of_its_own():
     names = [name for name in vars(keys) if name.isupper()]
     streams, draws = names[:3], [vars(keys)[name] for name in names[3:]]
-    assert streams == ["TRAINING", "VALIDATION", "PREVIEW"] and len(set(draws)) == len(draws) == 10
+    assert streams == ["TRAINING", "VALIDATION", "PREVIEW"] and len(set(draws)) == len(draws) == 11
     drawn = [make_keys(0, range(50), vars(keys)[stream]) for stream in streams]
     drawn += [fold_in(one, draw) for one in drawn for draw in draws]
-    assert len(torch.cat(drawn).unique(dim=0)) == 50 * 3 * 11
+    assert len(torch.cat(drawn).unique(dim=0)) == 50 * 3 * 12
 
 
 def test_only_the_same_training_goes_on():
@@ -102,12 +102,12 @@ def test_only_the_same_training_goes_on():
         Progress(16, 1).load_state_dict(state)
 
 
-def objective(**options):
+def objective(modalities=("image",), kind=NoiseObjective, context=0, **options):
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
-        in_channels=1,
-        out_channels=1,
+        in_channels=len(modalities) * (2 * context + 1),
+        out_channels=len(modalities) * (2 * context + 1),
         layers_per_block=1,
         block_out_channels=(4,),
         norm_num_groups=4,
@@ -115,13 +115,14 @@ def objective(**options):
         up_block_types=("UpBlock2D",),
         add_attention=False,
     )
-    return NoiseObjective(unet, AnoDDPMScheduler(), VolumeProcessor(size=(8, 8)), **options)
+    processor = VolumeProcessor(modalities=modalities, size=(8, 8), context=context)
+    return kind(unet, kind.scheduler_class(), processor, **options)
 
 
-@pytest.mark.parametrize("loss", ["l2", "l1", "hybrid"])
-def test_loss_of_a_sample_does_not_depend_on_the_batch(loss):
-    built = objective(loss=loss)
-    images = torch.rand(6, 1, 8, 8) * 2 - 1
+@pytest.mark.parametrize(("loss", "dropout"), [("l2", 0.0), ("l1", 0.0), ("hybrid", 0.0), ("l2", 0.5)])
+def test_loss_of_a_sample_does_not_depend_on_the_batch(loss, dropout):
+    built = objective(("t1", "t2") if dropout else ("image",), loss=loss, modality_dropout=dropout)
+    images = torch.rand(6, built.model.config.in_channels, 8, 8) * 2 - 1
     with torch.no_grad():
         together = built.loss(built.model, {"image": images}, make_keys(0, range(6)))
         alone = torch.cat([built.loss(built.model, {"image": images[i : i + 1]}, make_keys(0, [i])) for i in range(6)])
@@ -151,7 +152,61 @@ def test_timesteps_are_uniform_below_the_limit():
     assert sorted(counts) == [0, 1, 2, 3, 4] and min(counts.values()) > 150
 
 
+def test_a_modality_is_hidden_as_often_as_asked_for_and_never_all():
+    drawn = draw_present(make_keys(0, range(4000)), 3, 0.4)
+    assert drawn.shape == (4000, 3) and drawn.any(1).all()
+    # All three would be hidden in 0.4^3 of the samples: there each stays once in three.
+    torch.testing.assert_close(drawn.float().mean(0), torch.full((3,), 0.6 + 0.4**3 / 3), rtol=0, atol=0.03)
+    assert torch.equal(drawn[7:9], draw_present(make_keys(0, [7, 8]), 3, 0.4))
+    assert draw_present(make_keys(0, range(50)), 3, 0.0).all()
+
+
+@pytest.mark.parametrize("kind", [NoiseObjective, ANDiObjective])
+@pytest.mark.parametrize("loss", ["l2", "l1"])
+def test_the_loss_is_that_of_the_modalities_that_are_seen(kind, loss):
+    built = objective(("t1", "t2", "flair"), kind, loss=loss, modality_dropout=0.5)
+    keys, images = make_keys(0, range(20)), torch.rand(20, 3, 8, 8) * 2 - 1
+    present, seen = draw_present(keys, 3, 0.5), []
+    built.model.register_forward_hook(lambda _, given, output: seen.append((given[0], output.sample)))
+    noise = []
+    add_noise = built.scheduler.add_noise
+    built.scheduler.add_noise = lambda *given: noise.append(given[1]) or add_noise(*given)
+    losses = built.loss(built.model, {"image": images}, keys)
+    losses.sum().backward()
+    ((sample, output),) = seen
+    assert (sample[~present] == -1).all() and (sample[present].std((1, 2)) > 0.1).all()
+    error = (output - noise[0]).abs() if loss == "l1" else (output - noise[0]).square()
+    expected = torch.stack([error[row][present[row]].mean() for row in range(20)])
+    torch.testing.assert_close(losses, expected)
+    assert 0 < present.float().mean() < 1 and present.sum(1).unique().tolist() == [1, 2, 3]
+    # What a hidden modality shows has no part in it.
+    other = torch.where(present[..., None, None], images, torch.rand(20, 3, 8, 8))
+    torch.testing.assert_close(built.loss(built.model, {"image": other}, keys), losses)
+    assert built.make_pipeline(built.model).may_lack == ["t1", "t2", "flair"]
+
+
+def test_a_modality_is_hidden_in_neighbouring_slices_too():
+    built = objective(("t1", "t2"), context=1, modality_dropout=0.5)
+    keys, seen = make_keys(0, range(20)), []
+    built.model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    built.loss(built.model, {"image": torch.rand(20, 6, 8, 8)}, keys)
+    hidden = (seen[0] == -1).all((2, 3)).reshape(20, 3, 2)  # of the three slices
+    assert torch.equal(hidden, ~draw_present(keys, 2, 0.5)[:, None].expand(20, 3, 2)) and hidden.any()
+
+
+def test_without_dropout_no_modality_is_optional():
+    built = objective(("t1", "t2"))
+    assert built.make_pipeline(built.model).may_lack == []
+
+
 def test_wrong_arguments():
+    for options, message in (
+        ({"modality_dropout": 1.0}, "`modality_dropout` must be a finite number and at least 0 and below 1, got 1.0"),
+        ({"modality_dropout": 0.2, "loss": "hybrid"}, "`modality_dropout` needs the `loss` l2 or l1, got hybrid"),
+        ({"modality_dropout": 0.2, "modalities": ("t1",)}, "must be 0 for data of one modality, t1, got 0.2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            objective(**{"modalities": ("t1", "t2"), **options})
     with pytest.raises(ValueError, match="`loss` must be one of l2, l1, hybrid"):
         objective(loss="l3")
     with pytest.raises(ValueError, match="`max_timestep` must be an integer between 1 and 1000"):

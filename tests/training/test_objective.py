@@ -28,6 +28,10 @@ def test_a_typo_in_any_block_is_found_without_data(method, tmp_path):
             with pytest.raises(ValueError, match=f"^`{block}` has no key {key}; .* takes "):
                 fit(options, cls)
     wrong = [({"unet": {"_class_name": "Typo"}}, r"`unet._class_name` must be one of .*, got 'Typo'")]
+    if method == "autoddpm":
+        wrong.append(
+            ({"objective": {"modality_dropout": 0.2}}, "`objective.modality_dropout` must be 0 for the method")
+        )
     if not cls.unet_classes:
         wrong = [({"unet": {"_class_name": "Typo"}}, "`unet` has no key _class_name")]
     if "encoder" in cls.objective_keys:
@@ -37,6 +41,11 @@ def test_a_typo_in_any_block_is_found_without_data(method, tmp_path):
         )
     for path in {"classifier_path", "reconstruction_path"} & set(cls.objective_keys):
         wrong.append(({}, f"`objective.{path}` must be the folder or Hub id of a trained"))
+    pipeline_class = cls.pipeline_class
+    if pipeline_class is None or not pipeline_class.sees_neighbours:
+        wrong.append(
+            ({"processor": {"context": 1}}, f"`processor.context` must be 0 for the method {method}, .*got 1")
+        )
     for blocks, message in wrong:
         with pytest.raises(ValueError, match=message):
             fit(TrainOptions(method=method, data=data, train=loop, **blocks), cls)
@@ -61,6 +70,7 @@ def test_keys_of_the_objective_are_what_its_constructor_takes(method):
     ("arguments", "message"),
     [
         (["--unet.layers", "2"], "`unet` has no key layers; UNet2DModel takes sample_size"),
+        (["--data.streaming", "true", "--processor.context", "1"], "`data.streaming` does not bring together"),
         (["--train.max_steps", "0"], "`train.max_steps` must be an integer of at least 1, got 0"),
         (["--train.seed", "-1"], "`train.seed` must be an integer between 0"),
         (["--data.augmentation.blur", "2"], "`data.augmentation.blur` must be a finite number .*, got 2"),

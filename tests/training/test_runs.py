@@ -44,14 +44,15 @@ UNET = {
 }
 
 
-def make_data(root: Path, seed: int = 0) -> Path:
+def make_data(root: Path, seed: int = 0, modalities: tuple[str, ...] = ("t1",)) -> Path:
     root.mkdir()
     subjects = []
     for number, split in enumerate(("train", "train", "validation")):
         volume = np.random.default_rng([seed, number]).uniform(1, 9, (8, 8, 5)).astype(np.float32)
         nib.save(nib.Nifti1Image(volume, np.eye(4)), root / f"{number}.nii.gz")
-        subjects.append(Subject(f"s{seed}{number}", {"t1": root / f"{number}.nii.gz"}, split=split, label=number % 2))
-    processor = VolumeProcessor(modalities=("t1",), size=(8, 8))
+        files = dict.fromkeys(modalities, root / f"{number}.nii.gz")
+        subjects.append(Subject(f"s{seed}{number}", files, split=split, label=number % 2))
+    processor = VolumeProcessor(modalities=modalities, size=(8, 8))
     assert prepare(subjects, processor, root / "set", recipe={"name": "tiny"}, progress=False) == {}
     return root / "set"
 
@@ -72,7 +73,7 @@ def train(data, tmp_path):
     """`train(step, kind, **options)` trains to a step in `tmp_path/run`, with a checkpoint of every one."""
 
     def run(steps: int, kind=NoiseObjective, *, optim=None, data_path=data, method="anoddpm", **changes):
-        kinds = ("unet", "scheduler", "inference", "objective")
+        kinds = ("unet", "scheduler", "processor", "inference", "objective")
         blocks = {name: changes.pop(name) for name in kinds if name in changes}
         loop = {"output_dir": str(tmp_path / "run"), "max_steps": steps, "batch_size": 2, "log_every": 1}
         loop |= {"validate_every": 0, "checkpoint_every": 1, "checkpoint_limit": 9, "report_to": "none", **changes}
@@ -429,6 +430,7 @@ def test_options_of_an_open_block_and_of_other_versions():
         ({"ema": {"decay": 0.5}}, "train.ema.decay"),
         ({"seed": 1}, "train.seed"),
         ({"unet": UNET | {"dropout": 0.5}}, "unet.dropout"),
+        ({"processor": {"context": 1}}, "processor.context"),
     ],
 )
 def test_what_a_checkpoint_fixes_is_refused(train, tmp_path, change, name):
@@ -456,6 +458,26 @@ def test_the_data_are_compared_by_what_they_are(train, data, tmp_path):
     with pytest.raises(ValueError, match="was trained on other data than `data.path` .*more"):
         train(3, resume="latest", data_path=other)
     assert steps_of(run) == [1, 2]
+
+
+def test_a_training_with_neighbours_goes_on_and_is_a_start(train, tmp_path):
+    context = {"processor": {"context": 1}}
+    whole = train(4, **context, validate_every=2).rename(tmp_path / "whole")
+    pipe = AnomalyPipeline.from_pretrained(whole / "pipeline")
+    assert pipe.processor.config.context == 1 and pipe.unet.config.in_channels == pipe.unet.config.out_channels == 3
+    assert len(names(whole / "samples")) == 2 and "| `context` | 1 |" in (whole / "pipeline/README.md").read_text()
+    train(2, **context, validate_every=2)
+    run = train(4, resume="latest", **context, validate_every=2)
+    torch.testing.assert_close(weights(run), weights(whole), rtol=0, atol=0)
+    shutil.rmtree(run)
+    run = train(1, init_from=str(whole / "pipeline"), unet={}, optim={"learning_rate": 0.0})
+    torch.testing.assert_close(weights(run), weights(whole), rtol=0, atol=0)
+    assert AnomalyPipeline.from_pretrained(run / "pipeline").processor.config.context == 1
+
+
+def test_channels_of_the_network_follow_from_the_neighbours(train):
+    with pytest.raises(ValueError, match="`unet.in_channels` must be 3, the number of modalities of the slice and of"):
+        train(1, processor={"context": 1}, unet=UNET | {"in_channels": 1})
 
 
 # Beginning with the weights of a pipeline
@@ -493,6 +515,23 @@ def test_a_run_begins_with_the_weights_of_a_pipeline(train, start, tmp_path):
     assert "Begun with the weights of pipeline." in card and str(tmp_path) not in card
 
 
+def test_hidden_modalities_are_drawn_again_after_a_stop(train, tmp_path):
+    two = make_data(tmp_path / "two", modalities=("t1", "t2"))
+    given = {"data_path": two, "objective": {"modality_dropout": 0.5}}
+    for name, stops in (("whole", (4,)), ("stopped", (2, 4))):
+        for step in stops:
+            loop = {"output_dir": str(tmp_path / name), "resume": "latest" if step > stops[0] else None}
+            train(step, **loop, **given)
+    weights = [load_file(path) for path in sorted(tmp_path.glob("*/pipeline/unet/*.safetensors"))]
+    assert len(weights) == 2 and all(torch.equal(values, weights[1][name]) for name, values in weights[0].items())
+    pipe = AnomalyPipeline.from_pretrained(tmp_path / "whole" / "pipeline")
+    assert pipe.may_lack == ["t1", "t2"]
+    # What goes on from it without, may not do without any more.
+    start = str(tmp_path / "whole" / "pipeline")
+    run = train(1, data_path=two, init_from=start, unet={})
+    assert AnomalyPipeline.from_pretrained(run / "pipeline").may_lack == []
+
+
 def test_a_run_that_began_with_a_pipeline_goes_on_from_its_own_weights(train, start, tmp_path):
     options = {"init_from": str(start), "unet": {}, "optim": {"learning_rate": 1e-2}}
     whole = train(4, **options).rename(tmp_path / "whole")
@@ -510,6 +549,7 @@ def test_a_run_that_began_with_a_pipeline_goes_on_from_its_own_weights(train, st
         ({"unet": UNET | {"layers_per_block": 2}}, r"`unet.layers_per_block` is 1 there and 2 here\. Leave"),
         ({"unet": {"_class_name": "UNet2DHeadsModel"}}, r"`unet._class_name` is 'UNet2DModel' there"),
         ({"scheduler": {"wavelength": 9.0}}, r"`scheduler.wavelength` is 4.0 there and 9.0 here"),
+        ({"processor": {"context": 1}}, r"`processor.context` is 0 there and 1 here"),
         ({"kind": ANDiObjective, "method": "andi"}, r"holds a AnoDDPMPipeline, but the method andi trains a ANDiPip"),
         ({"kind": SADMObjective, "method": "sadm"}, r"`train.init_from` must not be given for the method sadm"),
         ({"init_from": "missing/folder"}, r"missing/folder"),

@@ -245,10 +245,10 @@ def constant(value):
         ({"modalities": ["a"]}, {"a": random_scan(), "b": random_scan()}, "missing: none, unknown: b"),
         ({"modalities": ["a", "b"]}, random_scan(), r"has 1 channel\(s\), this checkpoint needs 2: a, b. Give a dict"),
         ({}, nifti(np.stack([random_scan()] * 3, -1)), r"has 3 channel\(s\), this checkpoint needs 1: image"),
-        ({}, constant(3), r"modality `image` is constant \(3\)"),
+        ({}, constant(3), r"modality `image` is constant \(3\).*Leave it out"),
         ({"modalities": ["a", "b"]}, {"a": random_scan((4, 5, 2)), "b": constant(0)}, "modality `b` is constant"),
         ({"background": 1000.0}, random_scan(), "the brain mask is empty"),
-        ({"brain_mask": "none"}, -random_scan(), "modality `image` has no value above 0"),
+        ({"brain_mask": "none"}, -random_scan(), "modality `image` has no value above 0. Add a constant"),
         ({"brain_mask": "none", "intensity": "brain_median"}, -random_scan(), "no value above 0 in the brain mask"),
         ({"brain_mask": "given"}, random_scan(), "needs a brain mask"),
         ({}, {"brain": random_scan()}, "dict of modalities is empty"),
@@ -328,7 +328,7 @@ def test_bad_masks(mask, message):
 def test_two_masks_and_a_brain_that_is_cut_off():
     mask = np.zeros((8, 10, 3), dtype=np.uint8)
     mask[1, 2] = 1
-    with pytest.raises(ValueError, match="brain mask is given twice"):
+    with pytest.raises(ValueError, match="brain mask is given twice.*Leave one out"):
         plain().preprocess({"image": nifti(random_scan()), "brain": mask}, mask)
     with pytest.raises(
         ValueError, match="no voxel of the brain is left in the slices. Check the brain mask, and `crop`"
@@ -427,6 +427,18 @@ def test_settings_survive_saving(tmp_path):
     assert VolumeProcessor(**SETTINGS).settings() == VolumeProcessor.from_dict(SETTINGS).settings()
 
 
+def test_the_context_is_saved_and_no_matter_of_the_slices(tmp_path):
+    one = VolumeProcessor(modalities=("flair", "t1"), size=(8, 8))
+    wide = VolumeProcessor(modalities=("flair", "t1"), size=(8, 8), context=2)
+    wide.save_pretrained(tmp_path)
+    assert VolumeProcessor.from_pretrained(tmp_path).config.context == 2
+    assert (one.channels, wide.channels) == (2, 10) and one.settings() == wide.settings()
+    wide.check_equal(one.settings(), "a network")
+    images = torch.arange(10.0)[:, None, None].expand(3, 10, 8, 8)
+    assert wide.middle(images)[0, :, 0, 0].tolist() == [4.0, 5.0]
+    assert torch.equal(one.middle(images[:, :2]), images[:, :2])
+
+
 def test_settings_of_numpy_are_plain_when_saved(tmp_path):
     numpy = VolumeProcessor(
         modalities=np.array(["a", "b"]),
@@ -504,6 +516,8 @@ def test_an_unknown_setting_is_an_error():
             "`quantile` must be .* above 0.5 and at most 1, got 0.5",
         ),
         ({"curvature_flow": 0.5}, "`curvature_flow` must be an integer of at least 0, got 0.5"),
+        ({"context": -1}, "`context` must be an integer of at least 0, got -1"),
+        ({"context": True}, "`context` must be an integer of at least 0, got True"),
         ({"crop": "head"}, "`crop` must be 'brain'"),
         ({"crop": [10]}, "`crop` must be 'brain'"),
         ({"crop": [10, 0]}, "`crop` must be 'brain'"),

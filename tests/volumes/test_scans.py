@@ -37,6 +37,38 @@ def find(modalities, *paths, **options):
     return volumes, dict(failed)
 
 
+# --- scans that lack modalities
+
+
+def test_a_scan_may_lack_what_is_optional(make):
+    make("a/flair.nii.gz", "a/t1.nii.gz", "b/b_FLAIR.nii.gz", "c/t1.nii.gz", "d/flair.nii.gz", "d/flair_2.nii.gz")
+    make("x_flair.nii.gz", "x_t1.nii.gz", "x.nii.gz")
+    paths = ["a", "b", "c", "d", "x_flair.nii.gz", "x_t1.nii.gz", "x.nii.gz"]
+    volumes, failed = find("flair t1 t2", *paths, optional=["t1", "t2"])
+    assert volumes == {
+        "a": {"flair": "a/flair.nii.gz", "t1": "a/t1.nii.gz"},
+        "b": {"flair": "b/b_FLAIR.nii.gz"},
+        "x_flair": {"flair": "x_flair.nii.gz"},
+        # Without FLAIR they can only be all of them, in one file.
+        "x_t1": "x_t1.nii.gz",
+        "x": "x.nii.gz",
+    }
+    assert set(failed) == {"c", "d"}
+    assert failed["c"] == "has no file for flair; its files are t1.nii.gz."
+    assert find("flair t1 t2", *paths)[0].keys() == {"x_flair", "x_t1", "x"}
+    # In a folder of folders as well.
+    make("all/p1/flair.nii.gz", "all/p2/t2.nii.gz")
+    volumes, failed = find("flair t1 t2", "all", optional=["flair", "t1", "t2"])
+    assert volumes == {"p1": {"flair": "all/p1/flair.nii.gz"}, "p2": {"t2": "all/p2/t2.nii.gz"}} and not failed
+
+
+def test_files_of_two_subjects_are_no_scan_that_lacks_some(make):
+    make("a/x_t1.nii.gz", "a/y_t2.nii.gz", "b/x_t1.nii.gz", "b/x_t2.nii.gz")
+    volumes, failed = find("flair t1 t2", "a", "b", optional=["flair", "t1", "t2"])
+    assert volumes == {"b": {"t1": "b/x_t1.nii.gz", "t2": "b/x_t2.nii.gz"}}
+    assert failed == {"a": "has no file for flair; its files are x_t1.nii.gz, y_t2.nii.gz."}
+
+
 # --- names of modalities
 
 
