@@ -196,7 +196,8 @@ def write_derivatives(
     root: Path, pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions, result: AnomalyOutput, spread: None
 ) -> str:
     """Writes the result of a scan of the data set `root` into that of the results. Returns how its brain mask came about,
-    and what a calibrated checkpoint says of it, in words. Other arguments as of [`~cohorts.prediction.write_scan`]."""
+    what a calibrated checkpoint says of it, and the warnings of the result, in words. Other arguments as of
+    [`~cohorts.prediction.write_scan`]."""
     images = list(scan.volume.values())
     sources = [f"{URI}{image.relative_to(root).as_posix()}" for image in images]
     common = {"Sources": sources, "SpatialReference": sources[0]}
@@ -205,7 +206,7 @@ def write_derivatives(
     arrays[mask] = (result.pred_mask, _SIDECARS["pred_mask"] | {"Threshold": result.settings["threshold"]})
     if result.reconstruction is not None:
         about = _SIDECARS["reconstruction"] | {"SkullStripped": result.settings["brain"] != "none"}
-        names = list(pipeline.processor.config.modalities)
+        names = list(result.source.arrays)  # those that the scan has, in the order of the checkpoint
         for modality, image in scan.volume.items():
             channel = result.reconstruction[..., names.index(modality)] if len(names) > 1 else result.reconstruction
             arrays[pseudohealthy_name(image)] = (channel, about)
@@ -221,7 +222,9 @@ def write_derivatives(
     with lock_folder(record.parent):
         write_result(record.parent, record.stem, values, writers)
     told = f"brain mask: {result.settings['brain']}"
-    return told if result.guarantee is None else f"{told}; {describe_claims(result.guarantee)}"
+    if result.guarantee is not None:
+        told = f"{told}; {describe_claims(result.guarantee)}"
+    return told if result.warnings is None else f"{told}. {' '.join(result.warnings)}"
 
 
 def run_group(root: Path, out: Path, options: BidsOptions) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ def find_present(pipeline, prepared, wanted: Sequence[str] | None) -> list[str] 
         wanted (sequence of `str`, *optional*): Those that count as there; all that the volume has by default.
 
     Raises:
-        ValueError: The volume has none of the wanted ones.
+        ValueError: The volume lacks one of the wanted ones.
     """
     known = list(pipeline.processor.config.modalities)
     given = known if prepared.processed is None else list(prepared.processed.source.arrays)

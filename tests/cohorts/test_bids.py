@@ -196,6 +196,29 @@ def test_every_array_of_a_result_is_a_derivative(place):
     assert table_of(out)["sub-01"]["marked_voxels"] == str(np.prod(SHAPE))
 
 
+def test_sessions_that_lack_an_optional_modality(place, capsys):
+    pipe = make_pipeline("AnoDDPMPipeline", ("flair", "T1w", "T2w"), optional_modalities=["flair", "T2w"])
+    pipe.save_pretrained(place / "several")
+    given = ["data", "out", "participant", "--model", "several", "--participant_label"]
+    assert main([*given, "01", "03"]) == 0
+    told = capsys.readouterr().out
+    assert "Without T2w: the map is made of flair, T1w alone." in told
+    assert "Without flair, T2w: the map is made of T1w alone." in told
+    made = {path.name for path in (place / "out").glob("sub-0*/anat/*pseudohealthy*.nii.gz")}
+    assert made == {
+        f"sub-{number}_space-orig_desc-pseudohealthy_{name}.nii.gz"
+        for number, name in (("01", "FLAIR"), ("01", "T1w"), ("03", "T1w"))
+    }
+    files = {"flair": "FLAIR", "T1w": "T1w"}
+    anat = "sub-01/anat/sub-01"
+    expected = pipe({name: place / "data" / f"{anat}_{file}.nii.gz" for name, file in files.items()}).reconstruction
+    for channel, file in enumerate(files.values()):
+        written = nib.load(place / "out" / f"{anat}_space-orig_desc-pseudohealthy_{file}.nii.gz").get_fdata()
+        np.testing.assert_allclose(written, expected[..., channel], rtol=0, atol=1e-5)
+    assert main([*given, "02"]) == 1
+    assert "FAILED" in capsys.readouterr().err
+
+
 def test_masks_of_the_brain_are_read(place, model, capsys):
     """From derivatives; of one scan there is none."""
     mask = place / "masks/sub-01/anat/sub-01_desc-brain_mask.nii.gz"
