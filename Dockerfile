@@ -1,6 +1,6 @@
 # anodiff with the checkpoints that come with it. It runs without a network, on a read-only root, as any user:
 #   docker build --tag anodiff .                                              # for NVIDIA GPUs and CPUs
-#   docker build --build-arg TORCH_INDEX=ADDRESS --tag anodiff:cpu .          # CPUs alone, a fifth of the size
+#   docker build --build-arg TORCH_INDEX=ADDRESS --tag anodiff:cpu .          # CPUs alone, 2.8 GB
 # ADDRESS is the package index that pytorch.org, "Get Started", names for CPU. How to run it: docs/scaling.md.
 ARG BASE=python:3.12-slim-bookworm
 

@@ -18,8 +18,9 @@ import anodiff
 from ..checks import check_choice, check_integer
 from ..files import read_json, replacing, write_json
 from ..hub.configuration import plain
-from ..pipelines.base import AnomalyPipeline, Noise
+from ..pipelines.base import AnomalyPipeline
 from ..pipelines.pipeline_anoddpm import AnoDDPMPipeline
+from ..pipelines.slices import Noise
 from ..schedulers.process import DiffusionProcess
 
 

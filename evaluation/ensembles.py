@@ -11,7 +11,8 @@ from types import ModuleType
 import numpy as np
 
 from ..data.prepared import PreparedSplit, load_prepared
-from ..pipelines.base import AnomalyPipeline, SliceResults
+from ..pipelines.base import AnomalyPipeline
+from ..pipelines.slices import SliceResults
 from .cases import EnsembleCase
 from .options import EvalOptions
 from .pictures import draw_ensemble_cases, draw_reliability

@@ -13,8 +13,9 @@ import numpy as np
 
 from ..checks import check_choice, check_number
 from ..data.prepared import PreparedSplit
-from ..pipelines.base import AnomalyPipeline, SliceResults
+from ..pipelines.base import AnomalyPipeline
 from ..pipelines.postprocessing import PostProcessing
+from ..pipelines.slices import SliceResults
 from .baselines import intensity_map, inverted_map, slice_statistics
 from .calibration import CALIBRATION_POLICIES
 from .candidates import postprocessing_changes

@@ -21,9 +21,10 @@ from ..checks import check_choice
 from ..data.prepared import PreparedSplit, load_prepared
 from ..files import check_name, lock_folder, read_json, write_json, write_text
 from ..hub.shipped import add_samples
-from ..pipelines.base import AnomalyPipeline, SliceResults
+from ..pipelines.base import AnomalyPipeline
 from ..pipelines.batches import choose_batch_size
 from ..pipelines.guarantee import COUNTED, describe_scoring, find_changes
+from ..pipelines.slices import SliceResults
 from . import conformal, ensembles, maps
 from .calibration import LabelledSlices, calibrate
 from .candidates import choose_protocol, describe_model, load_pipeline, store_values

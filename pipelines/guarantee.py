@@ -111,7 +111,7 @@ def add_claims(output, pipeline, prepared, maps: torch.Tensor, settings: Mapping
 
     Args:
         output ([`AnomalyOutput`]): Of a call; its other values stay as they are.
-        prepared ([`~pipelines.base.PreparedSlices`]): Its slices.
+        prepared ([`~pipelines.slices.PreparedSlices`]): Its slices.
         maps (`torch.Tensor` of shape `(N, H, W)`): Their filtered maps.
         settings, seed: Of the call; the seed is `None` if the noise was given.
     """

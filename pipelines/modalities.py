@@ -32,7 +32,7 @@ def find_present(pipeline, prepared, wanted: Sequence[str] | None) -> list[str] 
     Returns the modalities that a map is made of, in the processor's order; `None` for all of them.
 
     Args:
-        prepared ([`~pipelines.base.PreparedSlices`]): Of the volume; a tensor has all modalities.
+        prepared ([`~pipelines.slices.PreparedSlices`]): Of the volume; a tensor has all modalities.
         wanted (sequence of `str`, *optional*): Those that count as there; all that the volume has by default.
 
     Raises:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from ..checks import check_choice
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
-from .base import AnomalyPipeline, Noise, read_logits
+from .base import AnomalyPipeline, read_logits
 from .mahalanobis import MAHALANOBIS, mahalanobis_distance
+from .slices import Noise
 from .ssim import ssim_map
 
 

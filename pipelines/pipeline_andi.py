@@ -14,8 +14,9 @@ from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_andi import NOISE_TYPES, ANDiScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import AnomalyPipeline, Noise, SliceResults
+from .base import AnomalyPipeline
 from .modalities import check_modalities, hide_missing
+from .slices import Noise, SliceResults
 
 
 AGGREGATIONS = ("geometric", "arithmetic", "prob")

@@ -14,9 +14,10 @@ from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import AnomalyPipeline, Noise, SliceResults
+from .base import AnomalyPipeline
 from .mahalanobis import MAHALANOBIS, mahalanobis_distance
 from .modalities import check_modalities, hide_missing
+from .slices import Noise, SliceResults
 
 
 MODES = ("partial", "one_shot", "partial_offset")

@@ -15,9 +15,10 @@ from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_anofpdm import AnoFPDMUNet2DModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import HEALTHY, NOT_FINITE, NULL, AnomalyPipeline, Noise, SliceResults
+from .base import HEALTHY, NOT_FINITE, NULL, AnomalyPipeline
 from .postprocessing import median_filter, remove_small_components
 from .running_maps import RunningMaps, map_quantiles, quantile_levels, similarity_threshold
+from .slices import Noise, SliceResults
 
 
 # N slices, B of them in a batch, C modalities, M of them compared, S steps of the forward process, H x W pixels.

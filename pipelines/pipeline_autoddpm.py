@@ -15,8 +15,9 @@ from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import AnomalyPipeline, Noise, SliceResults
+from .base import AnomalyPipeline
 from .batches import CPU_ITEMS
+from .slices import Noise, SliceResults
 
 
 MASK_DISTANCES = ("lpips", "residual")

@@ -14,9 +14,10 @@ from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import AnomalyPipeline, SliceResults
+from .base import AnomalyPipeline
 from .mahalanobis import MAHALANOBIS
 from .one_step import check_encoder, check_map_type, check_timesteps, difference_maps, iterate_reconstructions
+from .slices import SliceResults
 
 
 # N slices, C modalities, H x W pixels, K timesteps, E values of a condition.

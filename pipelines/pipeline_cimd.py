@@ -12,9 +12,10 @@ from diffusers.configuration_utils import register_to_config
 from ..checks import check_choice, check_integer, check_number
 from ..schedulers.scheduling_cimd import SAMPLERS, CIMDScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import NOT_FINITE, AnomalyPipeline, Noise, PreparedSlices, SliceResults
+from .base import NOT_FINITE, AnomalyPipeline
 from .output import CIMDOutput
 from .postprocessing import median_filter
+from .slices import Noise, PreparedSlices, SliceResults
 
 
 # N slices, E ensemble members, C modalities, H x W pixels, B items (a member of a slice) of a batch.

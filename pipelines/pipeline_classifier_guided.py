@@ -14,7 +14,8 @@ from ..models.classifier_2d import NoisyClassifierModel
 from ..models.healthy_maps import HealthyMapsModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import HEALTHY, AnomalyPipeline, Noise, SliceResults
+from .base import HEALTHY, AnomalyPipeline
+from .slices import Noise, SliceResults
 
 
 # N slices, B of them in a batch, C modalities, H x W pixels.

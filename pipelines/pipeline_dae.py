@@ -12,7 +12,8 @@ from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_dae import DAEUNet2DModel
 from ..schedulers.scheduling_dae import DAEScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import AnomalyPipeline, SliceResults
+from .base import AnomalyPipeline
+from .slices import SliceResults
 
 
 # A window of the foreground that is filled by more than this counts as its inside (the ANDi authors' value).

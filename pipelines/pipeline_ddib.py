@@ -13,7 +13,8 @@ from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_anofpdm import AnoFPDMUNet2DModel
 from ..schedulers.scheduling_anofpdm import AnoFPDMScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import HEALTHY, NULL, AnomalyPipeline, SliceResults
+from .base import HEALTHY, NULL, AnomalyPipeline
+from .slices import SliceResults
 
 
 # N slices, B of them in a batch, C modalities, H x W pixels.

@@ -13,8 +13,9 @@ from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import AnomalyPipeline, SliceResults
+from .base import AnomalyPipeline
 from .one_step import check_timesteps, draw_fields
+from .slices import SliceResults
 
 
 OVERLAPS = ("none", "cut", "average")

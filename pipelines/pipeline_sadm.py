@@ -15,9 +15,10 @@ from ..models.siamese_unet import SiameseUNet2DModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
-from .base import AnomalyPipeline, SliceResults, read_logits
+from .base import AnomalyPipeline, read_logits
 from .mahalanobis import MAHALANOBIS
 from .one_step import check_encoder, check_map_type, check_timesteps, difference_maps, iterate_reconstructions
+from .slices import SliceResults
 
 
 # N slices, C modalities, H x W pixels, K timesteps, B items (a timestep of a slice) of a batch.

@@ -18,7 +18,7 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,8 @@ _LISTED = (
     " InversionTime"
 ).split()
 _REQUIRED = (
-    "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID Modality Rows Columns BitsAllocated"
+    "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID Modality Rows Columns"
+    " BitsAllocated"
 ).split()
 # Whose series it is: what results take over from it. Nobody else is named in them.
 PATIENT_AND_STUDY = (
@@ -70,8 +71,8 @@ _PIXELS = (
 
 @contextmanager
 def quoting_nothing() -> Iterator[None]:
-    """Keeps pydicom, in the block, from warning of values that it finds odd, which it quotes. Its settings are those of
-    the process, so one thread at a time is in such a block. Raises an `ImportError` that names the extra."""
+    """Keeps pydicom, in the block, from warning of values that it finds odd, which it quotes. Its settings are those
+    of the process, so one thread at a time is in such a block. Raises an `ImportError` that names the extra."""
     if not all(map(importlib.util.find_spec, ("pydicom", "highdicom", "SimpleITK"))):
         raise ImportError("DICOM needs pydicom, highdicom and SimpleITK: `pip install anodiff[dicom]`.")
     from pydicom import config
@@ -164,6 +165,11 @@ class DicomSeries:
         image.set_qform(self.affine, code="scanner")
         return image
 
+    def close(self) -> DicomSeries:
+        """Returns the series without its files, for what refers to it; an archive is closed when nothing else reads
+        it."""
+        return replace(self, _openers=())
+
 
 def names_dicom(path: str | os.PathLike) -> bool:
     """Tells whether a path is one that [`find_series`] reads, by its looks: a folder, a file of DICOM, a ZIP archive,
@@ -216,7 +222,8 @@ def find_series(source: str | os.PathLike | Sequence[Path]) -> DicomSeries:
 
     Args:
         source: A folder (its own files, or, if none of them is DICOM, all below it), a ZIP archive, a file with all
-            slices, or a sequence of files. `path#4` chooses the series with the number 4 of several; its UID may stand there, too.
+            slices, or a sequence of files. `path#4` chooses the series with the number 4 of several; its UID may stand
+            there, too.
 
     Raises:
         ImportError: The extra is not installed.
@@ -257,7 +264,8 @@ def find_series(source: str | os.PathLike | Sequence[Path]) -> DicomSeries:
     for file in chosen:
         with _reading(name, "a file"), file.open() as stream:
             wanted = [*_REQUIRED, *_READ, *PATIENT_AND_STUDY]
-            datasets.append(pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=wanted))
+            datasets.append(pydicom.Dataset())  # what is read holds the open file
+            datasets[-1].update(pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=wanted))
     return _assemble(name, datasets, [file.open for file in chosen])
 
 
@@ -271,12 +279,14 @@ def _list_files(path: Path) -> list[_File]:
     if path.is_dir():
         own = sorted(file for file in path.iterdir() if not file.is_dir() and not file.name.startswith("."))
         if not holds_dicom(path):
-            own = sorted(
-                Path(folder, file)
-                for folder, _, files in os.walk(path, followlinks=True)
-                for file in files
-                if not any(part.startswith(".") for part in Path(folder, file).relative_to(path).parts)
-            )
+            own, seen = [], {os.path.realpath(path)}
+            for folder, below, names in os.walk(path, followlinks=True):
+                own += [Path(folder, name) for name in names if not name.startswith(".")]
+                real = {name: os.path.realpath(os.path.join(folder, name)) for name in below}
+                # A link may lead upwards, or to a folder that is there already.
+                below[:] = [name for name in below if not name.startswith(".") and real[name] not in seen]
+                seen |= {real[name] for name in below}
+            own.sort()
         lost = sum(not file.exists() for file in own)
         if lost:
             raise FileNotFoundError(

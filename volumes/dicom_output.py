@@ -1,4 +1,4 @@
-"""Writes masks and maps of a DICOM series as DICOM objects that refer to it. Needs the extra `dicom`; no torch here."""
+"""Writes masks and maps of a DICOM series as DICOM objects that refer to it. Needs the extra `dicom`; no torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .dicom import PATIENT_AND_STUDY, DicomSeries, quoting_nothing
 
 
 _HEADER = (
-    "SpecificCharacterSet SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID"
-    " PositionReferenceIndicator Modality Rows Columns NumberOfFrames ImagePositionPatient SliceThickness LossyImageCompression"
+    "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID PositionReferenceIndicator"
+    " Modality Rows Columns NumberOfFrames ImagePositionPatient SliceThickness LossyImageCompression"
     " LossyImageCompressionRatio LossyImageCompressionMethod"
 ).split()
 # Attributes that every object has, empty where nothing is known.
@@ -21,7 +21,7 @@ _EMPTY = "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime 
 
 def write_segmentation(path: str | os.PathLike, series: DicomSeries, array: np.ndarray, label: str) -> None:
     """
-    Writes a mask as a DICOM segmentation with one segment, a lesion, in a series of its own in the study of its source.
+    Writes a mask as a DICOM segmentation with one segment, a lesion, in a new series in the study of its source.
 
     Args:
         path: File to write.
@@ -56,7 +56,7 @@ def write_segmentation(path: str | os.PathLike, series: DicomSeries, array: np.n
 
 def write_parametric_map(path: str | os.PathLike, series: DicomSeries, array: np.ndarray, label: str) -> None:
     """
-    Writes scores as a DICOM parametric map of float32, without unit, in a series of its own in the study of its source.
+    Writes scores as a DICOM parametric map of float32, without unit, in a new series in the study of its source.
 
     Args:
         path, series, label: As of [`write_segmentation`].
@@ -145,7 +145,7 @@ def _common(series: DicomSeries, label: str, number: int) -> dict:
 
 def _save(path: str | os.PathLike, series: DicomSeries, result) -> None:
     """Adds patient and study as they stand in the source, and writes an object."""
-    for keyword in PATIENT_AND_STUDY:
+    for keyword in ("SpecificCharacterSet", *PATIENT_AND_STUDY):  # highdicom does not know every character set
         if keyword in series.datasets[0]:
             result[keyword] = series.datasets[0][keyword]
     result.save_as(path)

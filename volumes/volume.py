@@ -271,7 +271,8 @@ def _read_file(path: Path, labels: bool) -> InputVolume:
 
 def _from_series(series: DicomSeries) -> InputVolume:
     check_voxels(math.prod(series.shape), f"{series.name} (shape {series.shape})")
-    return replace(_from_nibabel(series.read(), series.name, labels=False), series=series)
+    volume = _from_nibabel(series.read(), series.name, labels=False)
+    return replace(volume, series=series.close())
 
 
 def _check_start(path: Path) -> bool:

@@ -17,7 +17,7 @@ from anodiff import (
     DAEUNet2DModel,
     VolumeProcessor,
 )
-from anodiff.pipelines.base import Noise
+from anodiff.pipelines.slices import Noise
 from anodiff.schedulers.scheduling_dae import coarse_noise
 from anodiff.schedulers.simplex import OctaveSimplexNoise, opensimplex3, permutation_tables
 from anodiff.training.objective_dae import denoising_loss

@@ -242,14 +242,14 @@ def test_results_of_a_stream_are_found_when_they_are_asked_for():
         pipe(tuple(given))
 
 
-def test_a_call_is_logged_without_the_name_of_the_scan(tmp_path, caplog):
-    pipe, scan = make_pipeline("DAEPipeline"), tmp_path / "Doe_Jane.nii.gz"
+def test_a_call_is_logged_without_the_name_of_the_scan(pipe, tmp_path, caplog):
+    scan = tmp_path / "Doe_Jane.nii.gz"
     nib.save(nib.Nifti1Image(make_volume(), np.eye(4)), scan)
     with caplog.at_level(logging.INFO, logger="anodiff"):
-        result = pipe(scan)
+        pipe(scan)
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("anodiff.pipelines.base", "INFO")
-    said = rf"DAEPipeline: score {result.volume_score:.4g} after 1 steps and [\d.e+-]+ s; brain mask: nonzero\."
+    said = rf"{type(pipe).__name__}: \d+ steps in [\d.e+-]+ s; brain mask: nonzero\."
     assert re.fullmatch(said, record.getMessage())
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="anodiff"):

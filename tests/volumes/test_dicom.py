@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import pickle
 import re
 import warnings
 import zipfile
@@ -109,6 +110,8 @@ def test_a_series_lies_in_a_folder_or_an_archive(tmp_path, kind):
     slices = make_slices()
     folder = write(tmp_path / "series" / "ST0" if kind == "below" else tmp_path / "series", slices)
     path = tmp_path / "series"
+    if kind == "below":
+        (folder / "again").symlink_to(tmp_path / "series")  # to a folder above
     if kind == "other files":  # as on discs and in folders of macOS; a segmentation of the series is no scan
         (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
         for name in ("README.TXT", "._IM0001", "viewer.exe", "VERSION"):
@@ -123,7 +126,9 @@ def test_a_series_lies_in_a_folder_or_an_archive(tmp_path, kind):
             for file in sorted({*folder.iterdir(), *other.iterdir()}):
                 archive.write(file, file.relative_to(tmp_path))
         path = f"{tmp_path}/scan.ZIP#3" if "choice" in kind else tmp_path / "scan.ZIP"
-    np.testing.assert_array_equal(read_volume(path).arrays[""], stored_values(slices).astype(np.float32))
+    volume = read_volume(path)
+    np.testing.assert_array_equal(volume.arrays[""], stored_values(slices).astype(np.float32))
+    assert pickle.loads(pickle.dumps(volume)).series.shape == SHAPE  # no file stays open
 
 
 def test_several_series_are_listed_and_one_is_chosen(tmp_path):
@@ -332,6 +337,17 @@ def test_what_is_personal_goes_into_the_objects_as_it_was_and_nowhere_else(tmp_p
             assert not {"OperatorsName", "InstitutionName", "ContentCreatorName"} & set(written.dir())
             # Its description is free text of the source, and what is written has one of its own.
             assert "FLAIR" not in written.SeriesDescription
+
+
+@pytest.mark.parametrize("encoding", ["ISO_IR 100", "ISO_IR 192", ["", "ISO 2022 IR 87"]])
+def test_names_keep_their_letters(tmp_path, encoding):
+    slices = make_slices()
+    name = "Yamada^Tarou=山田^太郎" if "ISO_IR 100" != encoding else "Müller^Jörg"
+    for one in slices:
+        one.SpecificCharacterSet, one.PatientName = encoding, name
+    series = find_series(write(tmp_path / "series", slices))
+    write_segmentation(tmp_path / "mask.dcm", series, np.zeros(SHAPE, np.uint8), "mask")
+    assert pydicom.dcmread(tmp_path / "mask.dcm").PatientName == name
 
 
 def test_a_series_without_a_patient_gets_none(tmp_path):
