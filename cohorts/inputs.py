@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..files import check_name, read_text
 from ..volumes.dicom import split_choice
-from ..volumes.results import is_whole
+from ..volumes.results import is_whole, result_files
 from ..volumes.scans import ALIASES, Scan, find_modality, find_scans, name_modality
 from .options import PredictOptions
 
@@ -47,14 +47,15 @@ def read_inputs(arguments: list[str]) -> Inputs:
     Args:
         arguments: Paths; patterns with `*`, `?` or `[`, `**` for any folders; tables, `NAME.tsv` ([`read_table`]); and
             `-` for paths in standard input, one per line, each taken as it stands. What exists by a name with such
-            characters is no pattern.
+            characters is no pattern. Files that earlier results wrote are no scans: a pattern leaves them out, as a
+            folder does, and others that are named are listed.
 
     Raises:
         ValueError: A table is wrong, or standard input is named twice.
     """
     if arguments.count("-") > 1:
         raise ValueError("`-`, the list in standard input, can be named once.")
-    inputs = Inputs()
+    inputs, results = Inputs(), {}
     for argument in arguments:
         if argument == "-":
             lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
@@ -62,7 +63,7 @@ def read_inputs(arguments: list[str]) -> Inputs:
             if not listed:
                 inputs.failed.append(("-", "standard input holds no path: write one per line."))
         elif glob.has_magic(argument) and not os.path.lexists(argument):
-            listed = sorted(glob.glob(argument, recursive=True))
+            listed = [path for path in sorted(glob.glob(argument, recursive=True)) if not _is_result(path, results)]
             if not listed:
                 inputs.failed.append((argument, "no file or folder has a name of this pattern."))
         else:
@@ -70,6 +71,8 @@ def read_inputs(arguments: list[str]) -> Inputs:
         for path in dict.fromkeys(listed):
             if path.lower().endswith(".tsv"):
                 inputs.tables.append(read_table(path))
+            elif _is_result(path, results):
+                inputs.failed.append((path, "an earlier result wrote it, so that it is no scan; copy it if it is one."))
             else:
                 inputs.paths.append(path)
     return inputs
@@ -107,7 +110,8 @@ def read_table(path: str | os.PathLike) -> Table:
         if len(cells) != len(header):
             raise ValueError(f"{path}, line {number}: it has {len(cells)} cells, and the first line {len(header)}.")
         row = dict(zip(header, cells, strict=True))
-        check_name(f"the subject in {path}, line {number},", row[_SUBJECT])
+        subject = "" if row[_SUBJECT] in _NONE else row[_SUBJECT]
+        check_name(f"the subject in {path}, line {number},", subject)
         first = subjects.setdefault(_folded(row[_SUBJECT]), number)
         if first != number:
             raise ValueError(
@@ -243,6 +247,14 @@ def _table_scans(
         volume = files if len(modalities) > 1 else next(iter(files.values()))
         scans.append(Scan(row[_SUBJECT], volume, others.get(_BRAIN), Path(source), others.get(_ATLAS)))
     return scans, failed
+
+
+def _is_result(path: str, results: dict[Path, set[str]]) -> bool:
+    """Tells whether an earlier result wrote a file; `results` holds the files of folders that were looked into."""
+    folder, name = Path(path).parent, os.path.basename(path)
+    if folder not in results:
+        results[folder] = result_files(folder)
+    return name in results[folder]
 
 
 def _key(column: str) -> str:

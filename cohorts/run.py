@@ -12,7 +12,7 @@ from .measures import measure_folder, read_atlas, read_mask
 from .options import PredictOptions
 from .prediction import Prediction, describe_error, find_revision
 from .record import begin_record, end_record, record_path, update_record
-from .tables import DONE, FAILED, SKIPPED, hold_tables, read_rows, write_rows
+from .tables import DONE, FAILED, SKIPPED, cell, hold_tables, read_rows, write_rows
 
 
 class CohortRun:
@@ -77,8 +77,8 @@ class CohortRun:
         earlier, rows, unread = read_rows(self.folder), [], []
         for scan in scans:
             row = {"scan": scan.name, "source": str(scan.source), "status": SKIPPED, "reason": None}
-            regions, there = None, earlier.get(scan.name)
-            atlas = None if scan.atlas is None else str(scan.atlas)
+            regions, there = None, earlier.get(cell(scan.name))
+            atlas = None if scan.atlas is None else cell(scan.atlas)
             if there is None or there["checkpoint"] is None or atlas not in (None, there["atlas"]):
                 try:
                     mask = read_mask(self.folder / scan.name)

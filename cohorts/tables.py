@@ -95,11 +95,11 @@ def check_tables(folder: str | os.PathLike) -> None:
 
 
 def read_rows(folder: str | os.PathLike) -> dict[str, dict[str, str | None]]:
-    """Returns the rows of `cohort.tsv` in a folder, values as text by column, `None` for `n/a`, by their scans; none if
-    there is no such file. Paths that are no scans are left out."""
+    """Returns the rows of `cohort.tsv` in a folder, values as text by column, `None` for `n/a`, by their scans as
+    [`cell`] writes them; none if there is no such file. Paths that are no scans are left out."""
     rows = {}
     for line in _read_lines(Path(folder) / COHORT, COHORT_COLUMNS):
-        cells = [None if cell == "n/a" else cell for cell in line.split("\t")]
+        cells = [None if text == "n/a" else text for text in line.split("\t")]
         if cells[0] is not None:
             rows[cells[0]] = dict(zip(COHORT_COLUMNS, cells, strict=True))
     return rows
@@ -125,17 +125,18 @@ def write_rows(folder: str | os.PathLike, rows: Sequence[tuple[dict, Sequence[di
         else:
             scans[scan] = line
     for row, regions in rows:
-        name, source = row.get("scan"), _text(row["source"])
+        name, source = row.get("scan"), cell(row["source"])
+        key = cell(name)
         others.pop(source, None)  # it may have become a scan
         if name is None:
             others[source] = _line(row, COHORT_COLUMNS)
             continue
-        if regions is None and name in scans and row["status"] != DONE and is_whole(folder / name, ("result",)):
-            earlier = dict(zip(COHORT_COLUMNS, scans[name].split("\t"), strict=True))
-            row = earlier | {key: row.get(key) for key in ("source", "status", "reason")}
+        if regions is None and key in scans and row["status"] != DONE and is_whole(folder / name, ("result",)):
+            earlier = dict(zip(COHORT_COLUMNS, scans[key].split("\t"), strict=True))
+            row = earlier | {column: row.get(column) for column in ("source", "status", "reason")}
         else:
-            regions_of[name] = regions or []
-        scans[name] = _line(row, COHORT_COLUMNS)
+            regions_of[key] = regions or []
+        scans[key] = _line(row, COHORT_COLUMNS)
     _write_lines(folder / COHORT, COHORT_COLUMNS, [scans[name] for name in sorted(scans)] + sorted(others.values()))
     lines = _read_lines(folder / REGIONS, REGION_COLUMNS)
     if not any(regions_of.values()) and not lines:
@@ -173,7 +174,7 @@ def _write_lines(table: Path, columns: dict, lines: list[str]) -> None:
 
 
 def _line(row: dict, columns: dict) -> str:
-    return "\t".join(_text(row.get(column)) for column in columns)
+    return "\t".join(cell(row.get(column)) for column in columns)
 
 
 def _is_sidecar(path: Path, columns: dict) -> bool:
@@ -183,10 +184,12 @@ def _is_sidecar(path: Path, columns: dict) -> bool:
         return False
 
 
-def _text(value) -> str:
-    """Returns a cell: one line, and no quotation mark, which readers of tables would take for more than that."""
+def cell(value) -> str:
+    """Returns a value as a cell of a table: one line, and no quotation mark, which readers of tables would take for more
+    than that; bytes of a path that are no UTF-8 as `\\udcff`."""
     if value is None or value == "":
         return "n/a"
     if isinstance(value, float):
         return f"{value:.9g}"
-    return " ".join(str(value).split()).replace('"', "'")
+    text = str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+    return " ".join(text.split()).replace('"', "'")

@@ -6,6 +6,7 @@ it lies on the scan's own grid, and a label or description of its own."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -102,7 +103,11 @@ def find_bids_scans(
     groups: dict[str, list[Path]] = {}
     for participant, folder in _sessions(root):
         groups.setdefault(participant, []).append(folder)
+    if not groups and not wanted:
+        failed.append((str(root), "has no participant, a folder such as sub-01."))
     failed += [(name, f"{root} has no folder {name}.") for name in wanted if name not in groups]
+    everywhere = {folder.name for name, folders in groups.items() if not wanted or name in wanted for folder in folders}
+    failed += [(name, "no participant that is chosen has this session.") for name in chosen if name not in everywhere]
     for participant, folders in groups.items():
         if wanted and participant not in wanted:
             continue
@@ -170,7 +175,8 @@ def _images(root: Path, session: Path) -> tuple[list[tuple[Path, dict[str, str],
 def modality_of(stem: str) -> str:
     """Returns the modality of an image, as of [`~volumes.scans.name_modality`], by its name without an ending; raises a
     `ValueError` if its suffix is none."""
-    modality = name_modality(stem.rpartition("_")[2])
+    # "FLAIR (copy)" is an image, too, with a wrong name.
+    modality = name_modality(re.match(r"\w*", stem.rpartition("_")[2])[0])
     return "t1ce" if modality == "t1" and "_ce-" in stem else modality
 
 
