@@ -72,7 +72,9 @@ def read_inputs(arguments: list[str]) -> Inputs:
             if path.lower().endswith(".tsv"):
                 inputs.tables.append(read_table(path))
             elif _is_result(path, results):
-                inputs.failed.append((path, "an earlier result wrote it, so that it is no scan; copy it if it is one."))
+                inputs.failed.append(
+                    (path, "an earlier result wrote it, so that it is no scan; copy it if it is one.")
+                )
             else:
                 inputs.paths.append(path)
     return inputs

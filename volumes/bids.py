@@ -106,7 +106,9 @@ def find_bids_scans(
     if not groups and not wanted:
         failed.append((str(root), "has no participant, a folder such as sub-01."))
     failed += [(name, f"{root} has no folder {name}.") for name in wanted if name not in groups]
-    everywhere = {folder.name for name, folders in groups.items() if not wanted or name in wanted for folder in folders}
+    everywhere = {
+        folder.name for name, folders in groups.items() if not wanted or name in wanted for folder in folders
+    }
     failed += [(name, "no participant that is chosen has this session.") for name in chosen if name not in everywhere]
     for participant, folders in groups.items():
         if wanted and participant not in wanted:

@@ -70,6 +70,16 @@ def test_standard_input_is_a_list_of_paths_as_they_stand(make, monkeypatch):
         read_inputs(["-", "-"])
 
 
+def test_what_earlier_results_wrote_is_no_scan(make, tmp_path):
+    """A pattern and a list that also match the results of the last call do not predict these."""
+    make("data/p1_flair.nii.gz", "data/out/p1_flair/anomaly_map.nii.gz", "data/out/p1_flair/mine.nii.gz")
+    (tmp_path / "data/out/p1_flair/result.json").write_text('{"files": ["anomaly_map.nii.gz"]}')
+    scans, failed, _ = find("data/**/*.nii.gz", output="data/out")
+    assert set(scans) == {"p1_flair", "mine"} and not failed
+    scans, failed, _ = find("data/p1_flair.nii.gz", "data/out/p1_flair/anomaly_map.nii.gz")
+    assert set(scans) == {"p1_flair"} and [*failed] == ["data/out/p1_flair/anomaly_map.nii.gz"]
+
+
 def test_a_table_has_a_row_per_subject_and_a_column_per_modality(make, tmp_path):
     make(*(f"in/{name}/{image}.nii.gz" for name in "abc" for image in ("x", "y", "mask")))
     table(
@@ -120,6 +130,7 @@ def test_a_table_has_a_row_per_subject_and_a_column_per_modality(make, tmp_path)
             ["subject flair", "../s1 a.nii"],
             "The name of the subject in t.tsv, line 2, must be one that a file can have",
         ),
+        (["subject flair", "n/a a.nii"], "The name of the subject in t.tsv, line 2, must be one that a file can have"),
         (["subject flair"], "t.tsv has no row below its first line"),
     ],
 )

@@ -1,6 +1,7 @@
 """The tables of a cohort, which several processes write."""
 
 import json
+import os
 import threading
 
 import pandas
@@ -8,7 +9,15 @@ import pytest
 
 from anodiff.cohorts.options import PredictOptions
 from anodiff.cohorts.record import begin_record, check_record, end_record, record_path, update_record
-from anodiff.cohorts.tables import COHORT_COLUMNS, REGION_COLUMNS, check_tables, hold_tables, read_rows, write_rows
+from anodiff.cohorts.tables import (
+    COHORT_COLUMNS,
+    REGION_COLUMNS,
+    cell,
+    check_tables,
+    hold_tables,
+    read_rows,
+    write_rows,
+)
 
 
 def done(scan, **values):
@@ -45,6 +54,23 @@ def test_rows_are_replaced_by_those_of_the_same_scan_and_sorted(tmp_path):
     put(tmp_path, ({"scan": "x", "source": "raw/x", "status": "failed", "reason": text}, None))
     frame = pandas.read_csv(tmp_path / "cohort.tsv", sep="\t")
     assert frame["scan"].tolist() == ["a", "b", "x"] and frame["reason"][2] == "it said 'no' twice"
+
+
+@pytest.mark.parametrize("name", ["sub 1  flair", 'the "first"', "plain"])
+def test_a_name_of_any_characters_has_one_row(tmp_path, name):
+    finish(tmp_path, name)
+    put(tmp_path, (done(name, marked_ml=1.5), [{"region": 1}]))
+    put(tmp_path, ({"scan": name, "source": "raw", "status": "skipped"}, None))
+    put(tmp_path, ({"scan": name, "source": "raw", "status": "failed", "reason": "why"}, None))
+    assert {row["marked_ml"] for row in read_rows(tmp_path).values()} == {"1.5"}
+    put(tmp_path, (done(name), [{"region": 2}]))
+    assert [*read_rows(tmp_path)] == [cell(name)] and len((tmp_path / "regions.tsv").read_text().splitlines()) == 2
+
+
+def test_a_path_that_is_not_utf8_does_not_keep_the_others_from_the_table(tmp_path):
+    source = os.fsdecode(b"raw/\xff.nii.gz")
+    put(tmp_path, ({"source": source, "status": "failed", "reason": f"{source} is none"}, None), (done("a"), None))
+    assert "raw/\\udcff.nii.gz" in (tmp_path / "cohort.tsv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("status", ["failed", "skipped"])

@@ -84,6 +84,9 @@ def test_labels_choose(dataset):
         "sub-02": "has no session ses-2; its sessions: ses-1.",
         "sub-3": "has no session ses-2; its sessions: there are none.",
     }
+    # One that nobody has is named beside the others.
+    scans, failed = found(root, participants=["01"], sessions=["2", "3"])
+    assert [*scans] == ["sub-01_ses-2"] and failed == {"ses-3": "no participant that is chosen has this session."}
     assert [*found(root, labels={"run": ["1"]})[0]] == [
         "sub-01_ses-1_run-01",
         "sub-01_ses-2",
@@ -149,6 +152,17 @@ def test_names_that_are_none(dataset):
     assert "another participant" in failed["sub-01/anat/sub-02_FLAIR.nii.gz"]
     with pytest.raises(ValueError, match="no name of BIDS"):
         split_name("sub-01_sub-02_T1w")
+
+
+def test_a_copy_of_an_image_is_named(dataset):
+    root = dataset("01/FLAIR", "01/FLAIR (copy).nii.gz", "01/T1map", "01/FLAIR_mask")
+    scans, failed = found(root)
+    assert [*scans] == ["sub-01"] and [*failed] == ["sub-01/anat/sub-01_FLAIR (copy).nii.gz"]
+
+
+def test_a_data_set_without_participants_is_named(dataset):
+    root = dataset()
+    assert found(root) == ({}, {str(root): "has no participant, a folder such as sub-01."})
 
 
 def test_masks_of_the_brain(dataset, tmp_path):
