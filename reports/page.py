@@ -385,7 +385,7 @@ def _render(shared: dict, *, scans: Sequence[_Encoded], sections: Sequence[Secti
         (section, [block for block in section.blocks if not isinstance(block, Table) or block.rows])
         for section in sections
     ]
-    return _template().render(
+    page = _template().render(
         **shared,
         scans=scans,
         sections=[(section, blocks) for section, blocks in full if blocks],
@@ -395,6 +395,8 @@ def _render(shared: dict, *, scans: Sequence[_Encoded], sections: Sequence[Secti
         script=_asset("members.js") + _asset("page.js"),
         niivue=_niivue() if with_viewer else "",
     )
+    # Paths may hold bytes that are no UTF-8.
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _number(value) -> str:

@@ -4,6 +4,7 @@ import base64
 import gc
 import gzip
 import json
+import os
 import re
 import weakref
 
@@ -76,6 +77,12 @@ def test_what_names_hold_is_text(tmp_path):
     text = read_text(path)
     assert "alert(1)</script>" not in text and "<b>&" not in text
     assert data_of(path)[0]["name"] == name
+
+
+def test_a_path_that_is_not_utf8_is_shown_with_its_bytes(tmp_path):
+    table = Table("Failed", [Column("path", "Path", "")], [{"path": os.fsdecode(b"raw/\xff.nii")}])
+    write_report(tmp_path / "report.html", "Report", scans=[view()], sections=[Section("Failed", [table])])
+    assert "raw/\\udcff.nii" in read_text(tmp_path / "report.html")
 
 
 def test_a_threshold_counts_what_the_values_count(tmp_path):
