@@ -143,7 +143,7 @@ def write_rows(folder: str | os.PathLike, rows: Sequence[tuple[dict, Sequence[di
         return
     kept = [line for line in lines if line[: line.index("\t")] not in regions_of]
     new = [_line({"scan": name} | one, REGION_COLUMNS) for name, regions in regions_of.items() for one in regions]
-    _write_lines(folder / REGIONS, REGION_COLUMNS, kept + new)
+    _write_lines(folder / REGIONS, REGION_COLUMNS, sorted(kept + new, key=lambda line: line[: line.index("\t")]))
 
 
 def write_table(table: Path, columns: dict, rows: list[dict]) -> None:

@@ -49,6 +49,9 @@ def test_rows_are_replaced_by_those_of_the_same_scan_and_sorted(tmp_path):
     assert list(zip(regions["scan"], regions["region"], strict=True)) == [("a", 1), ("b", 7)]
     for name, columns in (("cohort", COHORT_COLUMNS), ("regions", REGION_COLUMNS)):
         assert json.loads((tmp_path / f"{name}.json").read_text()).keys() == columns.keys()
+    put(tmp_path, (done("a"), [{"region": 2}, {"region": 10}]))  # in the order of scans, and of their regions
+    regions = pandas.read_csv(tmp_path / "regions.tsv", sep="\t")
+    assert list(zip(regions["scan"], regions["region"], strict=True)) == [("a", 2), ("a", 10), ("b", 7)]
     # What was no scan has become one, and what a row says is one line of plain cells.
     text = 'it\tsaid "no"\n twice'
     put(tmp_path, ({"scan": "x", "source": "raw/x", "status": "failed", "reason": text}, None))
