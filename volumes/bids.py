@@ -106,18 +106,14 @@ def find_bids_scans(
     if not groups and not wanted:
         failed.append((str(root), "has no participant, a folder such as sub-01."))
     failed += [(name, f"{root} has no folder {name}.") for name in wanted if name not in groups]
-    everywhere = {
-        folder.name for name, folders in groups.items() if not wanted or name in wanted for folder in folders
-    }
-    failed += [(name, "no participant that is chosen has this session.") for name in chosen if name not in everywhere]
     for participant, folders in groups.items():
         if wanted and participant not in wanted:
             continue
         there = [folder.name for folder in folders if folder.name != participant]
-        if chosen and not set(chosen) & set(there):
+        absent = [name for name in chosen if name not in there]
+        if absent:
             names = ", ".join(there) or "there are none"
-            failed.append((participant, f"has no session {' or '.join(chosen)}; its sessions: {names}."))
-            continue
+            failed.append((participant, f"has no session {' or '.join(absent)}; its sessions: {names}."))
         for folder in folders:
             if chosen and folder.name not in chosen:
                 continue

@@ -84,9 +84,9 @@ def test_labels_choose(dataset):
         "sub-02": "has no session ses-2; its sessions: ses-1.",
         "sub-3": "has no session ses-2; its sessions: there are none.",
     }
-    # One that nobody has is named beside the others.
+    # Of several the one that is missing is named.
     scans, failed = found(root, participants=["01"], sessions=["2", "3"])
-    assert [*scans] == ["sub-01_ses-2"] and failed == {"ses-3": "no participant that is chosen has this session."}
+    assert [*scans] == ["sub-01_ses-2"] and failed == {"sub-01": "has no session ses-3; its sessions: ses-1, ses-2."}
     assert [*found(root, labels={"run": ["1"]})[0]] == [
         "sub-01_ses-1_run-01",
         "sub-01_ses-2",
