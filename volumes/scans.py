@@ -121,9 +121,7 @@ def find_scans(
             if reason:
                 failed.append((str(path), reason))
             else:
-                modality, _ = reader.split(path)
-                alone = modality in modalities and reader.may_lack([name for name in modalities if name != modality])
-                found.append((path, {modality: path} if alone else path))
+                found.append((path, reader.alone(path, path)))
             continue
         try:
             scans, reasons = reader.search(path)
@@ -140,7 +138,7 @@ def find_scans(
         if reason:
             failed.append((str(source), reason))
         else:
-            found.append((source, volume))
+            found.append((source, reader.alone(source, volume)))
     # A file that is named by itself and by its folder is one scan.
     different: dict[str, tuple[Path, dict | Path | DicomFiles]] = {}
     for source, volume in found:
@@ -248,6 +246,13 @@ class _Reader:
             )
         return None
 
+    def alone(self, path: Path, volume: Path | DicomFiles) -> dict | Path | DicomFiles:
+        """Returns a volume that is named by itself as that of the modality that its path says, if the others of the
+        checkpoint may be missing."""
+        modality, _ = self.split(path)
+        others = [name for name in self.modalities if name != modality]
+        return {modality: volume} if modality in self.modalities and self.may_lack(others) else volume
+
     def split(self, path: Path) -> tuple[str | None, list[str]]:
         """Returns the modality that a name says, if any, and its other words. The end of the name counts; without one
         there, all of it: names of two modalities are then given as both."""
@@ -289,7 +294,7 @@ class _Reader:
                 pass
             elif entry.name.lower().endswith((*VOLUME_SUFFIXES, *IMAGE_SUFFIXES, ".zip")):
                 listing.files.append(path)
-            elif is_dicom_file(path):
+            elif os.access(path, os.R_OK) and is_dicom_file(path):
                 listing.slices.append(path)
             elif (
                 entry.name.upper() != "DICOMDIR"
@@ -451,6 +456,8 @@ def _several_series(folder: Path, series: list[Path]) -> str:
 def _foreign(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return f"is a link to {os.readlink(path)}, and there is no such file."
+    if not os.access(path, os.R_OK):
+        return "may not be read."
     return f"is none of {', '.join(VOLUME_SUFFIXES + IMAGE_SUFFIXES)}, and no DICOM."
 
 
