@@ -7,7 +7,6 @@ import inspect
 import logging
 import platform
 import time
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -31,10 +30,6 @@ from .output import AnomalyOutput
 from .postprocessing import PostProcessing, brightness_weights
 from .progress import Progress
 from .slices import PreparedSlices, SliceResults
-
-
-if typing.TYPE_CHECKING:
-    pass
 
 
 logger = logging.getLogger(__name__)
