@@ -337,6 +337,8 @@ class AnomalyPipeline(CheckpointPipeline):
         several = each_volume(call["volume"], call["brain_mask"], lambda volume: self.run({**call, "volume": volume}))
         if several is not None:
             return several
+        if call["callback"] is not None and not callable(call["callback"]):
+            raise TypeError(f"`callback` must be a function of (done, total), got {type(call['callback']).__name__}.")
         self.progress, start = Progress(call["callback"]), time.perf_counter()
         try:
             output = self.find_anomalies(call)
