@@ -111,11 +111,8 @@ def find_scans(
     found: list[tuple[Path, dict | Path | DicomFiles]] = []
     failed: list[tuple[str, str]] = []
     reader = _Reader(modalities, (brain, atlas), None if output is None else os.path.abspath(output), optional)
-    slices: dict[Path, list[Path]] = {}
-    for path in dict.fromkeys(map(Path, paths)):
-        if not path.is_dir() and (path.suffix.lower() in SUFFIXES[:2] or is_dicom_file(path)):
-            slices.setdefault(path.parent, []).append(path)
-            continue
+    slices, others = _find_slices(paths)
+    for path in others:
         if not path.is_dir():
             reason = reader.contradiction(path)
             if reason:
@@ -132,8 +129,7 @@ def find_scans(
             reasons = [(path, f"holds no scan: neither {wanted}, nor scans in files or sub-folders.")]
         found += scans
         failed += [(str(source), reason) for source, reason in reasons]
-    for folder, files in slices.items():
-        source, volume = (files[0], files[0]) if len(files) == 1 else (folder, DicomFiles(tuple(files)))
+    for source, volume in slices.items():
         reason = reader.contradiction(source)
         if reason:
             failed.append((str(source), reason))
@@ -152,6 +148,20 @@ def find_scans(
             continue
         scans.append(Scan(name, volume, reader.beside(source, brain), source, reader.beside(source, atlas)))
     return scans, failed
+
+
+def _find_slices(paths: list[str]) -> tuple[dict[Path, Path | DicomFiles], list[Path]]:
+    """Returns the series among paths whose files are named one by one, by their folder, or by the file if it is the
+    only one of its folder; and the other paths."""
+    folders: dict[Path, list[Path]] = {}
+    others = []
+    for path in dict.fromkeys(map(Path, paths)):
+        if not path.is_dir() and (path.suffix.lower() in SUFFIXES[:2] or _is_readable_dicom(path)):
+            folders.setdefault(path.parent, []).append(path)
+        else:
+            others.append(path)
+    found = {files[0]: files[0] for files in folders.values() if len(files) == 1}
+    return found | {folder: DicomFiles(tuple(files)) for folder, files in folders.items() if len(files) > 1}, others
 
 
 def name_modality(spelling: str) -> str:
@@ -184,8 +194,9 @@ def find_modality(
     """
     reader = _Reader([ALIASES[0][0]], (brain, atlas), None if output is None else os.path.abspath(output))
     said: dict[str | None, Path] = {}
-    groups: list[list[Path]] = []
-    for path in map(Path, paths):
+    slices, others = _find_slices(paths)
+    groups = [[source] for source in slices]
+    for path in others:
         if not path.is_dir():
             groups.append([path])
             continue
@@ -294,7 +305,7 @@ class _Reader:
                 pass
             elif entry.name.lower().endswith((*VOLUME_SUFFIXES, *IMAGE_SUFFIXES, ".zip")):
                 listing.files.append(path)
-            elif os.access(path, os.R_OK) and is_dicom_file(path):
+            elif _is_readable_dicom(path):
                 listing.slices.append(path)
             elif (
                 entry.name.upper() != "DICOMDIR"
@@ -459,6 +470,12 @@ def _foreign(path: Path) -> str:
     if not os.access(path, os.R_OK):
         return "may not be read."
     return f"is none of {', '.join(VOLUME_SUFFIXES + IMAGE_SUFFIXES)}, and no DICOM."
+
+
+def _is_readable_dicom(path: Path) -> bool:
+    """Tells whether a file is of DICOM; of one that may not be read nobody knows, and it is no reason to leave others
+    out."""
+    return os.access(path, os.R_OK) and is_dicom_file(path)
 
 
 def _share(first: list[str], second: list[str]) -> bool:

@@ -16,7 +16,7 @@ from pydicom.uid import JPEGLosslessSV1, JPEGLSLossless, RLELossless, generate_u
 
 from anodiff.volumes.dicom import find_series
 from anodiff.volumes.dicom_output import write_parametric_map, write_segmentation
-from anodiff.volumes.scans import find_scans
+from anodiff.volumes.scans import find_modality, find_scans
 from anodiff.volumes.volume import read_volume
 
 from ..dicom_series import (
@@ -458,6 +458,7 @@ def test_files_and_archives_are_scans(tmp_path, monkeypatch):
     slices = [f"t1/{file.name}" for file in sorted((tmp_path / "t1").iterdir())]
     found, failed = find("flair t1", *slices, optional=["flair", "t1"])
     assert not failed and list(found["t1"]) == ["t1"] and str(found["t1"]["t1"]) == "t1"
+    assert find_modality(slices) == find_modality(["t1"]) == "t1"
     # Beside other scans it is left out, and said; beside a mask it is the scan.
     (tmp_path / "p1" / "brain_mask.nii.gz").touch()
     assert find("flair", "p1") == ({"p1": (tmp_path / "p1").relative_to(tmp_path)}, find("flair", "p1")[1])

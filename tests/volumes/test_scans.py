@@ -52,6 +52,7 @@ def test_a_file_that_may_not_be_read_hides_no_others(make, monkeypatch):
     monkeypatch.setattr("builtins.open", open_none)
     volumes, failed = find("flair", "all")
     assert set(volumes) == {"p1_flair", "p2_flair"} and failed == {"all/locked": "may not be read."}
+    assert set(find("flair", "all/locked", "all/p1_flair.nii.gz")[0]) == {"locked", "p1_flair"}  # reading it says so
 
 
 # --- scans that lack modalities
