@@ -82,8 +82,8 @@ class AnomalyPipeline(CheckpointPipeline):
         noise (`torch.Tensor` or callable, *optional*):
             Replaces every draw: `(K, N, C, H, W)`, or `noise(draws, indices, shape)`; see [`Noise`].
         callback (callable, *optional*):
-            `callback(done, total)` after every step of a volume ([`~pipelines.progress.Progress`] says what counts). What
-            it raises ends the call.
+            `callback(done, total)` after every step of a volume ([`~pipelines.progress.Progress`] says what counts).
+            What it raises ends the call.
         return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
     """
 

@@ -261,8 +261,8 @@ def find_series(source: str | os.PathLike | Sequence[Path]) -> DicomSeries:
     damaged = [str(number) for number, file in sorted(damaged, key=lambda one: one[0]) if file.folder in folders]
     if damaged:
         raise ValueError(
-            f"{name}: {len(damaged)} of its files hold no whole DICOM, in the order of names {', '.join(damaged[:10])} of"
-            f" {len(files)}. They may be damaged or never have been fetched: get them again, or move them away."
+            f"{name}: {len(damaged)} of its files hold no whole DICOM, in the order of names {', '.join(damaged[:10])}"
+            f" of {len(files)}. They may be damaged or never have been fetched: get them again, or move them away."
         )
     datasets = []
     for file in chosen:
@@ -363,13 +363,13 @@ def _assemble(name: str, datasets: list, openers: list) -> DicomSeries:
         for frame, value in zip(frames, values, strict=True):
             if not np.allclose(value, values[0], rtol=_DIRECTION, atol=_DIRECTION):
                 raise ValueError(
-                    f"{name}: {first.label} and {frame.label} differ in {what}, as those of a localizer. A volume needs"
-                    " parallel slices of one size: leave the others out, or choose another series."
+                    f"{name}: {first.label} and {frame.label} differ in {what}, as those of a localizer. A volume"
+                    " needs parallel slices of one size: leave the others out, or choose another series."
                 )
     if len({dataset.FrameOfReferenceUID for dataset in datasets}) > 1:
         raise ValueError(
-            f"{name}: its images differ in FrameOfReferenceUID: the patient was placed anew between them. Give those of"
-            " one as a folder of their own."
+            f"{name}: its images differ in FrameOfReferenceUID: the patient was placed anew between them. Give those"
+            " of one as a folder of their own."
         )
     along, down = first.orientation[:3], first.orientation[3:]
     if not np.allclose([along @ along, down @ down, along @ down], [1, 1, 0], atol=1e-3):

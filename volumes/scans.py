@@ -216,8 +216,8 @@ def find_modality(
     if len(said) > 1:
         names = " and ".join(f"{modality or 'unknown'} ({file})" for modality, file in said.items())
         raise ValueError(
-            f"The scans are of several modalities, by their names: {names}. Say by `--modality` which are meant, or name"
-            " a model by `--model`."
+            f"The scans are of several modalities, by their names: {names}. Say by `--modality` which are meant, or"
+            " name a model by `--model`."
         )
     return next(iter(said), None)
 
