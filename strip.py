@@ -10,6 +10,7 @@ Research use, not a medical device.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,12 +81,17 @@ def strip_scan(extractor, scan, options: StripOptions) -> str:
 
     from anodiff.files import replacing
     from anodiff.pipelines.brain import find_brain
+    from anodiff.volumes.dicom import split_choice
     from anodiff.volumes.volume import read_volume
 
     source = scan.volume["image"] if isinstance(scan.volume, dict) else scan.volume
-    path = Path(str(source))
+    path, choice = split_choice(str(source))
+    if not path.name.strip("."):  # the folder that one is in, or the one above
+        path = Path(os.path.abspath(path))
     end = path.name.lower().rfind(".nii" if ".nii" in path.name.lower() else ".")
-    folder, name = path.parent, path.name[:end] if end > 0 else path.name  # a folder of DICOM has no suffix
+    # A folder of DICOM has no suffix, though its name may hold dots; of several series each has files of its own.
+    folder, name = path.parent, path.name if path.is_dir() or end <= 0 else path.name[:end]
+    name = name if choice is None else f"{name}_{choice}"
     if options.output is not None:
         folder, name = Path(options.output), scan.name
     targets = [folder / f"{name}_brain.nii.gz", folder / f"{name}_brain_mask.nii.gz"]
@@ -103,7 +109,7 @@ def strip_scan(extractor, scan, options: StripOptions) -> str:
             nib.save(volume.image(array), stack.enter_context(replacing(target)))
     millilitres = brain.sum() * abs(np.linalg.det(volume.affine[:3, :3])) / 1000
     said = "left as it is, its skull is off already" if origin == "stripped" else "brain extracted"
-    return f"{path}: {said}, {millilitres:.0f} ml, {targets[0]}"
+    return f"{source}: {said}, {millilitres:.0f} ml, {targets[0]}"
 
 
 if __name__ == "__main__":

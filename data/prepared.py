@@ -99,8 +99,8 @@ class PreparedSplit(_DescribedSplit):
         return len(self.labels)
 
     def add_neighbours(self, context: int, population: str = "all") -> None:
-        """Gives every `image` that is read from now on the channels of its neighbours, `context` on either side, of those
-        that are rows of this split and of one of `POPULATIONS`, as [`~volumes.context.find_neighbours`] says."""
+        """Gives every `image` that is read from now on the channels of its neighbours, `context` on either side, of
+        those that are rows of this split and of one of `POPULATIONS`, as [`~volumes.context.find_neighbours`] says."""
         rows = self.rows_of(population)
         own = np.arange(len(self))
         self._neighbours = np.repeat(own[:, None], 2 * context + 1, 1)
@@ -306,7 +306,8 @@ def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> P
     count = int(re.search(r"-of-(\d+)\.parquet$", shards[0])[1]) if shards else 1
     if len(shards) != count:
         raise ValueError(
-            f"{path} is incomplete: the split {split} has {len(shards)} of {count} files in data/. Prepare or fetch it again."
+            f"{path} is incomplete: the split {split} has {len(shards)} of {count} files in data/."
+            " Prepare or fetch it again."
         )
     if streaming:
         return StreamedSplit(shards, folder, split)

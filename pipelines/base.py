@@ -7,7 +7,6 @@ import inspect
 import logging
 import platform
 import time
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -31,10 +30,6 @@ from .output import AnomalyOutput
 from .postprocessing import PostProcessing, brightness_weights
 from .progress import Progress
 from .slices import PreparedSlices, SliceResults
-
-
-if typing.TYPE_CHECKING:
-    pass
 
 
 logger = logging.getLogger(__name__)
@@ -87,8 +82,8 @@ class AnomalyPipeline(CheckpointPipeline):
         noise (`torch.Tensor` or callable, *optional*):
             Replaces every draw: `(K, N, C, H, W)`, or `noise(draws, indices, shape)`; see [`Noise`].
         callback (callable, *optional*):
-            `callback(done, total)` after every step of a volume ([`~pipelines.progress.Progress`] says what counts). What
-            it raises ends the call.
+            `callback(done, total)` after every step of a volume ([`~pipelines.progress.Progress`] says what counts).
+            What it raises ends the call.
         return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
     """
 
@@ -342,6 +337,8 @@ class AnomalyPipeline(CheckpointPipeline):
         several = each_volume(call["volume"], call["brain_mask"], lambda volume: self.run({**call, "volume": volume}))
         if several is not None:
             return several
+        if call["callback"] is not None and not callable(call["callback"]):
+            raise TypeError(f"`callback` must be a function of (done, total), got {type(call['callback']).__name__}.")
         self.progress, start = Progress(call["callback"]), time.perf_counter()
         try:
             output = self.find_anomalies(call)

@@ -53,7 +53,7 @@ class CheckpointPipeline(PlainConfigMixin, DiffusionPipeline):
         device_map, devices = kwargs.get("device_map"), sorted({"cpu", get_device()})
         if device_map is not None and device_map not in devices:
             raise ValueError(
-                f"`device_map` must be a device of this machine, {' or '.join(devices)}, got {device_map!r}: the networks"
+                f"`device_map` must be the name of a device of this machine, {' or '.join(devices)}, got {device_map!r}: the networks"
                 " of a pipeline share one. `.to(...)` moves a pipeline to any other, such as cuda:1."
             )
         known = ("cache_dir", "force_download", "token", "local_files_only", "revision")

@@ -144,7 +144,8 @@ def make_claims(pipeline, maps: np.ndarray, brain: np.ndarray, settings: Mapping
     else:
         chosen = pipeline.postprocessing
         filtered_across = chosen.median_size > 1 and chosen.median_dimensions == 3
-        across = filtered_across or pipeline.looks_across_slices(**settings)
+        context = pipeline.processor.config.context > 0
+        across = filtered_across or context or pipeline.looks_across_slices(**settings)
         kept, reason = counted_slices(record, brain, across=across)
     if reason is not None:
         return {"holds": False, "reason": reason}

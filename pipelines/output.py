@@ -85,8 +85,8 @@ class AnomalyOutput(BaseOutput):
     ) -> None:
         """
         Writes the result into `folder` (made if missing): `anomaly_map`, `pred_mask`, `reconstruction`, `brain_mask`,
-        `probability_map` and `healthy_rank_map` as NIfTI with the affine of the input, or as PNG for a picture, and `result.json` with scores and
-        settings.
+        `probability_map` and `healthy_rank_map` as NIfTI with the affine of the input, or as PNG for a picture, and
+        `result.json` with scores and settings.
 
         A PNG map has 16 bits; `result.json` holds the factor `anomaly_map_per_grey_level` that gives the raw score
         back. A reconstructed picture has 8 bits, 16 where the input exceeds 255; of several modalities each has its

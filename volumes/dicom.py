@@ -59,7 +59,7 @@ PATIENT_AND_STUDY = (
 _READ = (
     "SpecificCharacterSet InstanceNumber SeriesNumber PositionReferenceIndicator NumberOfFrames SamplesPerPixel"
     " PhotometricInterpretation ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness"
-    " SpacingBetweenSlices RescaleSlope RescaleIntercept ModalityLUTSequence LossyImageCompression"
+    " SpacingBetweenSlices ImageType RescaleSlope RescaleIntercept ModalityLUTSequence LossyImageCompression"
     " LossyImageCompressionRatio LossyImageCompressionMethod SharedFunctionalGroupsSequence"
     " PerFrameFunctionalGroupsSequence"
 ).split()
@@ -237,7 +237,7 @@ def find_series(source: str | os.PathLike | Sequence[Path]) -> DicomSeries:
     path, choice = (Path(source[0]).parent, None) if several else split_choice(source)
     files = [_file_at(one) for one in source] if several else _list_files(path)
     name = str(path) if choice is None else f"{path}#{choice}"
-    groups, strange = defaultdict(list), []
+    groups, strange, cut = defaultdict(list), [], []
     for number, file in enumerate(files, 1):
         with _reading(name, f"file {number} in the order of names"), file.open() as stream:
             if stream.read(132)[128:] != b"DICM":
@@ -245,8 +245,11 @@ def find_series(source: str | os.PathLike | Sequence[Path]) -> DicomSeries:
                 continue
             stream.seek(0)
             header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=_LISTED)
-            if header.get("Rows") and not str(header.get("SOPClassUID", "")).startswith(_DERIVED):
+            kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID", pydicom.uid.UID(""))
+            if header.get("Rows") and not kind.startswith(_DERIVED):
                 groups[str(header.get("SeriesInstanceUID", ""))].append(_list(file, header))
+            elif kind.name.endswith("Image Storage") or (not kind and file.is_slice):
+                cut.append((number, file))
     if not groups:
         raise ValueError(
             f"{path} holds no scan: of {len(files)} files, {len(files) - len(strange)} begin as those of DICOM do, and"
@@ -254,11 +257,12 @@ def find_series(source: str | os.PathLike | Sequence[Path]) -> DicomSeries:
         )
     chosen = [listed.file for listed in _choose(path, choice, groups)]
     folders = {file.folder for file in chosen}
-    damaged = [str(number) for number, file in strange if file.folder in folders and file.is_slice]
+    damaged = [(number, file) for number, file in strange if file.is_slice] + cut
+    damaged = [str(number) for number, file in sorted(damaged, key=lambda one: one[0]) if file.folder in folders]
     if damaged:
         raise ValueError(
-            f"{name}: {len(damaged)} of its files hold no DICOM, in the order of names {', '.join(damaged[:10])} of"
-            f" {len(files)}. They may be damaged or never have been fetched: get them again, or move them away."
+            f"{name}: {len(damaged)} of its files hold no whole DICOM, in the order of names {', '.join(damaged[:10])}"
+            f" of {len(files)}. They may be damaged or never have been fetched: get them again, or move them away."
         )
     datasets = []
     for file in chosen:
@@ -359,12 +363,14 @@ def _assemble(name: str, datasets: list, openers: list) -> DicomSeries:
         for frame, value in zip(frames, values, strict=True):
             if not np.allclose(value, values[0], rtol=_DIRECTION, atol=_DIRECTION):
                 raise ValueError(
-                    f"{name}: {first.label} and {frame.label} differ in {what}, as those of a localizer. A volume needs"
-                    " parallel slices of one size: leave the others out, or choose another series."
+                    f"{name}: {first.label} and {frame.label} differ in {what}, as those of a localizer. A volume"
+                    " needs parallel slices of one size: leave the others out, or choose another series."
                 )
-    for uid in ("SeriesInstanceUID", "FrameOfReferenceUID"):
-        if len({dataset.get(uid) for dataset in datasets}) > 1:
-            raise ValueError(f"{name}: its images differ in {uid}: they are of several examinations.")
+    if len({dataset.FrameOfReferenceUID for dataset in datasets}) > 1:
+        raise ValueError(
+            f"{name}: its images differ in FrameOfReferenceUID: the patient was placed anew between them. Give those"
+            " of one as a folder of their own."
+        )
     along, down = first.orientation[:3], first.orientation[3:]
     if not np.allclose([along @ along, down @ down, along @ down], [1, 1, 0], atol=1e-3):
         raise ValueError(f"{name}: ImageOrientationPatient of {first.label} is no pair of perpendicular unit vectors.")
@@ -440,6 +446,10 @@ def _frames(name: str, number: int, dataset, several: bool) -> Iterator[_Frame]:
         raise ValueError(f"{name}: {image} must be grey (MONOCHROME2), as scans are.")
     if "ModalityLUTSequence" in dataset:
         raise ValueError(f"{name}: {image} has a table of values (ModalityLUTSequence), which is not read.")
+    if "MOSAIC" in (dataset.get("ImageType") or ()):
+        raise ValueError(
+            f"{name}: {image} is a mosaic of several slices. Convert it to NIfTI, with dcm2niix for instance."
+        )
     if count > 1 and not several:
         raise ValueError(f"{name}: {image} holds {count} slices, and does not say where they lie.")
     for index in range(count):
@@ -447,6 +457,9 @@ def _frames(name: str, number: int, dataset, several: bool) -> Iterator[_Frame]:
         with _reading(name, label):
             group = _groups(dataset, index) if several else lambda _: dataset
             values = group("PixelValueTransformationSequence")
+            slope, intercept = values.get("RescaleSlope", 1), values.get("RescaleIntercept", 0)
+            if slope is None or intercept is None:
+                raise ValueError("RescaleSlope and RescaleIntercept must be numbers, or left out")
             yield _Frame(
                 number,
                 index,
@@ -455,8 +468,8 @@ def _frames(name: str, number: int, dataset, several: bool) -> Iterator[_Frame]:
                 _numbers(group("PlanePositionSequence"), "ImagePositionPatient", 3),
                 _numbers(group("PlaneOrientationSequence"), "ImageOrientationPatient", 6),
                 _numbers(group("PixelMeasuresSequence"), "PixelSpacing", 2),
-                float(values.get("RescaleSlope", 1)),
-                float(values.get("RescaleIntercept", 0)),
+                float(slope),
+                float(intercept),
             )
 
 
@@ -516,6 +529,8 @@ def _reading(name: str, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(f"{name}: {what} cannot be read: {error.strerror or 'it is no such file'}.") from None
+    except zipfile.BadZipFile:  # it would name the file in the archive
+        raise ValueError(f"{name}: {what} cannot be read: the archive is damaged, or is none.") from None
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ValueError(f"{name}: {what} cannot be read: {reason}.") from None

@@ -128,6 +128,7 @@ def _common(series: DicomSeries, label: str, number: int) -> dict:
             header.SliceThickness = header.get("SliceThickness") or thickness
         source.append(header)
     first = int(series.datasets[0].get("SeriesNumber") or 0)
+    first = first if 0 <= first < 2**31 // 100 else 0  # a number of DICOM has 31 bits
     return dict(
         source_images=source,
         series_instance_uid=highdicom.UID(),

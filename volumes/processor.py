@@ -52,8 +52,8 @@ class ProcessedVolume:
             `value_range`.
         brain (`torch.Tensor` of shape `(N, H, W)`): bool, where maps count. All `True` without a brain rule.
         geometry: The way back to the input's grid.
-        units_offset, units_scale (`np.ndarray` of shape `(N, P)`): `value * scale + offset` is in the input's units, of
-            the modalities that the input has, in the processor's order.
+        units_offset, units_scale (`np.ndarray` of shape `(N, P)`): `value * scale + offset` is in the input's units,
+            of the modalities that the input has, in the processor's order.
         source: The input.
     """
 
@@ -217,8 +217,8 @@ class VolumeProcessor(PlainConfigMixin):
         return images[..., self.config.context * count : (self.config.context + 1) * count, :, :]
 
     def settings(self) -> dict:
-        """Returns the settings that decide what slices are, so without `context`, as plain JSON values, which are equal
-        before and after saving: they can be compared."""
+        """Returns the settings that decide what slices are, so without `context`, as plain JSON values, which are
+        equal before and after saving: they can be compared."""
         return {
             key: _lists(value) for key, value in self.config.items() if not key.startswith("_") and key != "context"
         }

@@ -111,19 +111,14 @@ def find_scans(
     found: list[tuple[Path, dict | Path | DicomFiles]] = []
     failed: list[tuple[str, str]] = []
     reader = _Reader(modalities, (brain, atlas), None if output is None else os.path.abspath(output), optional)
-    slices: dict[Path, list[Path]] = {}
-    for path in dict.fromkeys(map(Path, paths)):
-        if not path.is_dir() and (path.suffix.lower() in SUFFIXES[:2] or is_dicom_file(path)):
-            slices.setdefault(path.parent, []).append(path)
-            continue
+    slices, others = _find_slices(paths)
+    for path in others:
         if not path.is_dir():
             reason = reader.contradiction(path)
             if reason:
                 failed.append((str(path), reason))
             else:
-                modality, _ = reader.split(path)
-                alone = modality in modalities and reader.may_lack([name for name in modalities if name != modality])
-                found.append((path, {modality: path} if alone else path))
+                found.append((path, reader.alone(path, path)))
             continue
         try:
             scans, reasons = reader.search(path)
@@ -134,13 +129,12 @@ def find_scans(
             reasons = [(path, f"holds no scan: neither {wanted}, nor scans in files or sub-folders.")]
         found += scans
         failed += [(str(source), reason) for source, reason in reasons]
-    for folder, files in slices.items():
-        source, volume = (files[0], files[0]) if len(files) == 1 else (folder, DicomFiles(tuple(files)))
+    for source, volume in slices.items():
         reason = reader.contradiction(source)
         if reason:
             failed.append((str(source), reason))
         else:
-            found.append((source, volume))
+            found.append((source, reader.alone(source, volume)))
     # A file that is named by itself and by its folder is one scan.
     different: dict[str, tuple[Path, dict | Path | DicomFiles]] = {}
     for source, volume in found:
@@ -154,6 +148,20 @@ def find_scans(
             continue
         scans.append(Scan(name, volume, reader.beside(source, brain), source, reader.beside(source, atlas)))
     return scans, failed
+
+
+def _find_slices(paths: list[str]) -> tuple[dict[Path, Path | DicomFiles], list[Path]]:
+    """Returns the series among paths whose files are named one by one, by their folder, or by the file if it is the
+    only one of its folder; and the other paths."""
+    folders: dict[Path, list[Path]] = {}
+    others = []
+    for path in dict.fromkeys(map(Path, paths)):
+        if not path.is_dir() and (path.suffix.lower() in SUFFIXES[:2] or _is_readable_dicom(path)):
+            folders.setdefault(path.parent, []).append(path)
+        else:
+            others.append(path)
+    found = {files[0]: files[0] for files in folders.values() if len(files) == 1}
+    return found | {folder: DicomFiles(tuple(files)) for folder, files in folders.items() if len(files) > 1}, others
 
 
 def name_modality(spelling: str) -> str:
@@ -186,8 +194,9 @@ def find_modality(
     """
     reader = _Reader([ALIASES[0][0]], (brain, atlas), None if output is None else os.path.abspath(output))
     said: dict[str | None, Path] = {}
-    groups: list[list[Path]] = []
-    for path in map(Path, paths):
+    slices, others = _find_slices(paths)
+    groups = [[source] for source in slices]
+    for path in others:
         if not path.is_dir():
             groups.append([path])
             continue
@@ -207,8 +216,8 @@ def find_modality(
     if len(said) > 1:
         names = " and ".join(f"{modality or 'unknown'} ({file})" for modality, file in said.items())
         raise ValueError(
-            f"The scans are of several modalities, by their names: {names}. Say by `--modality` which are meant, or name"
-            " a model by `--model`."
+            f"The scans are of several modalities, by their names: {names}. Say by `--modality` which are meant, or"
+            " name a model by `--model`."
         )
     return next(iter(said), None)
 
@@ -247,6 +256,13 @@ class _Reader:
                 f"its name says {modality}, and this checkpoint needs {self.modalities[0]}; rename it if it is that."
             )
         return None
+
+    def alone(self, path: Path, volume: Path | DicomFiles) -> dict | Path | DicomFiles:
+        """Returns a volume that is named by itself as that of the modality that its path says, if the others of the
+        checkpoint may be missing."""
+        modality, _ = self.split(path)
+        others = [name for name in self.modalities if name != modality]
+        return {modality: volume} if modality in self.modalities and self.may_lack(others) else volume
 
     def split(self, path: Path) -> tuple[str | None, list[str]]:
         """Returns the modality that a name says, if any, and its other words. The end of the name counts; without one
@@ -289,7 +305,7 @@ class _Reader:
                 pass
             elif entry.name.lower().endswith((*VOLUME_SUFFIXES, *IMAGE_SUFFIXES, ".zip")):
                 listing.files.append(path)
-            elif is_dicom_file(path):
+            elif _is_readable_dicom(path):
                 listing.slices.append(path)
             elif (
                 entry.name.upper() != "DICOMDIR"
@@ -451,7 +467,15 @@ def _several_series(folder: Path, series: list[Path]) -> str:
 def _foreign(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return f"is a link to {os.readlink(path)}, and there is no such file."
+    if not os.access(path, os.R_OK):
+        return "may not be read."
     return f"is none of {', '.join(VOLUME_SUFFIXES + IMAGE_SUFFIXES)}, and no DICOM."
+
+
+def _is_readable_dicom(path: Path) -> bool:
+    """Tells whether a file is of DICOM; of one that may not be read nobody knows, and it is no reason to leave others
+    out."""
+    return os.access(path, os.R_OK) and is_dicom_file(path)
 
 
 def _share(first: list[str], second: list[str]) -> bool:

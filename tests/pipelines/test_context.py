@@ -7,6 +7,7 @@ import torch
 
 import anodiff
 from anodiff import AnomalyPipeline
+from anodiff.pipelines.guarantee import describe_scoring, make_claims
 
 from ..tiny import SIZE, assert_same_map, make_components, make_pipeline, make_slices, make_volume
 from .test_contract import PIPELINES
@@ -107,6 +108,19 @@ def test_a_slice_alone_is_its_own_neighbour():
     assert_same_map(pipe(alone, **nothing).anomaly_map[0], pipe(copies, **nothing).anomaly_map[1], 1e-5)
     picture = PIL.Image.fromarray((make_volume((20, 18)) * 200).astype(np.uint8))
     assert pipe(picture).anomaly_map.shape == (20, 18)
+
+
+@pytest.mark.parametrize("context", [0, 1])
+def test_a_guarantee_needs_a_calibration_that_saw_all_neighbours(context):
+    pipe = make_pipeline("AnoDDPMPipeline", MODALITIES, processor_settings={"context": context})
+    settings = pipe.default_settings()
+    record = {"settings": describe_scoring(pipe, settings, 0), "slices": {"min_brain": 0.5}, "guarantees": {}}
+    pipe.register_to_config(calibration={**record, "alpha": 0.1, "data": "a", "split": "b", "probability": None})
+    brain = np.ones((3, SIZE, SIZE), bool)
+    brain[0, 2:] = False  # a slice with brain that the calibration left out
+    claims = make_claims(pipe, np.zeros(brain.shape, np.float32), brain, settings, 0)
+    assert claims["holds"] == (context == 0)
+    assert context == 0 or "neighbouring slices" in claims["reason"]
 
 
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name not in SEEING])

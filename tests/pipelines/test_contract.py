@@ -73,7 +73,9 @@ def test_a_pipeline_lies_on_one_device(device_map):
     """One with a component of its own, and one that it shares with other checkpoints."""
     pipe = AnomalyPipeline.from_pretrained("anoddpm-flair", device_map="cpu")
     assert {component.device.type for component in (pipe.unet, pipe.brain_extractor)} == {"cpu"}
-    with pytest.raises(ValueError, match=r"`device_map` must be a device of this machine, cpu.*`.to\(...\)` moves"):
+    with pytest.raises(
+        ValueError, match=r"`device_map` must be the name of a device of this machine, cpu.*`.to\(...\)` moves"
+    ):
         AnomalyPipeline.from_pretrained("anoddpm-flair", device_map=device_map)
 
 
@@ -271,6 +273,8 @@ def test_a_callback_is_told_of_every_step_and_may_end_the_call(pipe):
 
     with pytest.raises(KeyboardInterrupt):
         pipe(volume, batch_size=2, callback=end)
+    with pytest.raises(TypeError, match=r"`callback` must be a function of \(done, total\), got str"):
+        pipe(volume, callback="end")
     assert ended == [1]
     # Nobody is told of the next call, which is as if nothing had happened.
     assert_same_map(map_of(pipe(volume, batch_size=2)), expected, 0.0)

@@ -12,6 +12,7 @@ from anodiff.predict import main as predict
 from anodiff.running import run_script
 from anodiff.strip import main
 
+from ..dicom_series import make_slices, write
 from ..tiny import make_extractor, make_pipeline, make_raw_scan
 
 
@@ -70,6 +71,27 @@ def test_nothing_is_replaced_unless_asked_for(place, model, capsys):
     assert "raw_brain.nii.gz exists; `--overwrite` replaces it." in capsys.readouterr().err
     assert main(["raw.nii.gz", "--model", model, "--overwrite"]) == 0
     assert read("raw_brain.nii.gz").any()
+
+
+def test_every_series_of_dicom_gets_files_of_its_own(place, model, monkeypatch):
+    folder, *_ = place
+    image = make_raw_scan()[0]
+    for name, number in (("1.2.840.1", 3), ("1.2.840.2", 3), ("export", 4), ("export", 5)):
+        slices = make_slices(shape=image.shape, slope=1.0, intercept=0.0, number=number)
+        for index, one in enumerate(slices):
+            one.PixelData, one.PixelSpacing = image[..., index].T.astype(np.uint16).tobytes(), [4.0, 4.0]
+            one.ImagePositionPatient = [0.0, 0.0, 6.0 * index]
+        write(folder / name, slices)
+        if name == "export":
+            for file in list((folder / name).glob("IM*")):
+                file.rename(file.with_name(f"{number}-{file.name}"))
+    assert main(["1.2.840.1", "1.2.840.2", "export#4", "export#5", "--model", model]) == 0
+    made = ["1.2.840.1_brain.nii.gz", "1.2.840.2_brain.nii.gz", "export_4_brain.nii.gz", "export_5_brain.nii.gz"]
+    assert sorted(path.name for path in folder.glob("*_brain.nii.gz")) == made
+    for path in folder.glob("1.2.840.1_*"):
+        path.unlink()
+    monkeypatch.chdir(folder / "1.2.840.1")
+    assert main([".", "--model", model]) == 0 and (folder / made[0]).is_file()
 
 
 def test_wrong_calls_are_one_line(place, capsys):

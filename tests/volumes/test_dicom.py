@@ -16,10 +16,11 @@ from pydicom.uid import JPEGLosslessSV1, JPEGLSLossless, RLELossless, generate_u
 
 from anodiff.volumes.dicom import find_series
 from anodiff.volumes.dicom_output import write_parametric_map, write_segmentation
-from anodiff.volumes.scans import find_scans
+from anodiff.volumes.scans import find_modality, find_scans
 from anodiff.volumes.volume import read_volume
 
 from ..dicom_series import (
+    NAME,
     PERSONAL,
     PLANES,
     SHAPE,
@@ -192,12 +193,17 @@ def shift(slices):
         (change(Rows=4, Columns=7), "image 1 and image 3 differ in size"),
         (change(ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), "differ in orientation, as those of a localizer"),
         (change(PixelSpacing=[1, 1]), "differ in pixel spacing"),
-        (change(FrameOfReferenceUID="1.2.3"), "differ in FrameOfReferenceUID"),
+        (change(FrameOfReferenceUID="1.2.3"), "differ in FrameOfReferenceUID: .* Give those of one as a folder"),
         (change(FrameOfReferenceUID=None), "image 3 has no FrameOfReferenceUID"),
         (change(ImagePositionPatient=None), "image 3 cannot be read: ImagePositionPatient must be 3 numbers, got 0"),
         (change(PixelSpacing=[0, 1]), "image 3 cannot be read: PixelSpacing must be above 0"),
         (change(PhotometricInterpretation="MONOCHROME1"), "image 3 must be grey"),
         (change(ModalityLUTSequence=[]), "image 3 has a table of values"),
+        (
+            lambda slices: setattr(slices[2], "RescaleSlope", None),
+            "image 3 cannot be read: RescaleSlope and RescaleIntercept must be numbers",
+        ),
+        (change(ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"]), "image 3 is a mosaic of several slices. Convert"),
         (change(NumberOfFrames=2), "image 3 holds 2 slices, and does not say where they lie"),
         (change(PixelData=b"12"), "image 3 cannot be read: "),
     ],
@@ -251,12 +257,26 @@ def test_a_single_slice_is_as_thick_as_it_says(tmp_path):
         read_volume(write(tmp_path / "one", slices))
 
 
+@pytest.mark.parametrize("length", [200, 400, 700])
+def test_slices_whose_end_is_missing_are_not_passed_over(tmp_path, length):
+    folder = write(tmp_path / "series", make_slices(), order=range(4))
+    whole = (folder / "IM0003").read_bytes()
+    assert length < len(whole)
+    (folder / "IM0003").write_bytes(whole[:length])  # the last slice, which leaves no gap
+    with pytest.raises(
+        ValueError, match="series: (1 of its files hold no whole DICOM, in the order of names 4|file 4)"
+    ):
+        read_volume(folder)
+
+
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1"])
 @pytest.mark.parametrize("name", ["IM9999", "x.dcm", "1.2.840.99"])
 def test_damaged_slices_are_not_passed_over(tmp_path, name, content):
     folder = write(tmp_path / "series", make_slices())
     (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=r"series: 1 of its files hold no DICOM, in the order of names [15] of 5"):
+    with pytest.raises(
+        ValueError, match=r"series: 1 of its files hold no whole DICOM, in the order of names [15] of 5"
+    ):
         read_volume(folder)
 
 
@@ -265,7 +285,7 @@ def test_what_holds_no_series(tmp_path):
     with pytest.raises(ValueError, match="empty holds no scan: of 0 files, 0 begin as"):
         read_volume(tmp_path / "empty")
     (tmp_path / "no.zip").write_bytes(b"text")
-    with pytest.raises(ValueError, match=r"no.zip: the archive cannot be read: File is not a zip file"):
+    with pytest.raises(ValueError, match=r"no.zip: the archive cannot be read: the archive is damaged, or is none"):
         read_volume(tmp_path / "no.zip")
     with pytest.raises(FileNotFoundError, match=r"There is no file .*gone.dcm"):
         read_volume(tmp_path / "gone.dcm")
@@ -337,6 +357,28 @@ def test_what_is_personal_goes_into_the_objects_as_it_was_and_nowhere_else(tmp_p
             assert not {"OperatorsName", "InstitutionName", "ContentCreatorName"} & set(written.dir())
             # Its description is free text of the source, and what is written has one of its own.
             assert "FLAIR" not in written.SeriesDescription
+
+
+def test_a_damaged_archive_is_an_error_without_names_of_its_files(tmp_path):
+    folder = write(tmp_path / "series", make_slices())
+    with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"{NAME}/{file.name}")
+    content = bytearray((tmp_path / "export.zip").read_bytes())
+    content[600] ^= 255
+    (tmp_path / "export.zip").write_bytes(content)
+    with pytest.raises(
+        ValueError, match="export.zip: file . in the order of names cannot be read: the archive"
+    ) as raised:
+        read_volume(tmp_path / "export.zip")
+    assert NAME not in str(raised.value) and "IM0" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("number", "written"), [(3, 301), (0, 1), (-3, 1), (2**31 - 1, 1)])
+def test_numbers_of_series_are_ones_that_dicom_has(tmp_path, number, written):
+    series = find_series(write(tmp_path / "series", make_slices(number=number)))
+    write_segmentation(tmp_path / "mask.dcm", series, np.zeros(SHAPE, np.uint8), "mask")
+    assert pydicom.dcmread(tmp_path / "mask.dcm").SeriesNumber == written
 
 
 @pytest.mark.parametrize("encoding", ["ISO_IR 100", "ISO_IR 192", ["", "ISO 2022 IR 87"]])
@@ -411,6 +453,12 @@ def test_files_and_archives_are_scans(tmp_path, monkeypatch):
     assert not failed and set(found) == {"p1", "IM0000", "p3", "p2"}
     np.testing.assert_array_equal(read_volume(found["p1"]).arrays[""], read_volume("p1").arrays[""])
     assert read_volume(found["p2/IM0000" if "p2/IM0000" in found else "IM0000"]).shape[2] == 1
+    # Where a checkpoint does without the others, a name says what it is, as of any file.
+    (tmp_path / "p2").rename(tmp_path / "t1")
+    slices = [f"t1/{file.name}" for file in sorted((tmp_path / "t1").iterdir())]
+    found, failed = find("flair t1", *slices, optional=["flair", "t1"])
+    assert not failed and list(found["t1"]) == ["t1"] and str(found["t1"]["t1"]) == "t1"
+    assert find_modality(slices) == find_modality(["t1"]) == "t1"
     # Beside other scans it is left out, and said; beside a mask it is the scan.
     (tmp_path / "p1" / "brain_mask.nii.gz").touch()
     assert find("flair", "p1") == ({"p1": (tmp_path / "p1").relative_to(tmp_path)}, find("flair", "p1")[1])

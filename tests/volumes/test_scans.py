@@ -2,6 +2,7 @@
 
 import os
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,23 @@ def find(modalities, *paths, **options):
     }
     assert len(volumes) == len(found)
     return volumes, dict(failed)
+
+
+def test_a_file_that_may_not_be_read_hides_no_others(make, monkeypatch):
+    make("all/p1_flair.nii.gz", "all/p2_flair.nii.gz", "all/locked")
+    access, opened = os.access, open
+
+    def open_none(path, *arguments, **options):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    # Root may read everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
+    monkeypatch.setattr("builtins.open", open_none)
+    volumes, failed = find("flair", "all")
+    assert set(volumes) == {"p1_flair", "p2_flair"} and failed == {"all/locked": "may not be read."}
+    assert set(find("flair", "all/locked", "all/p1_flair.nii.gz")[0]) == {"locked", "p1_flair"}  # reading it says so
 
 
 # --- scans that lack modalities
