@@ -395,11 +395,11 @@ class _Reader:
 
         chosen = {name: files[0] for name, files in named.items() if len(files) == 1}
         missing = [name for name, files in named.items() if not files]
-        # Without some of them, names that say different subjects are no scan.
+        # Names that say different subjects are no scan: by BIDS, or, without some of the modalities, by any other word.
         words = [split[path][1] for path in chosen.values()]
-        if len(chosen) + len(missing) == len(named) and (
-            not missing or (self.may_lack(missing) and all(_share(words[0], other) for other in words))
-        ):
+        subjects = sorted({path.name.split("_")[0] for path in chosen.values() if path.name.startswith("sub-")})
+        alike = not missing or (self.may_lack(missing) and all(_share(words[0], other) for other in words))
+        if len(chosen) + len(missing) == len(named) and alike and len(subjects) < 2:
             # One scan; other files belong to it unless their names say another subject.
             own = words[0]
             failed += [(path, self.reason(split[path][0])) for path in foreign + unnamed]
@@ -414,6 +414,7 @@ class _Reader:
             parts = [
                 f"no file for {', '.join(needed)}" if needed else "",
                 *(f"several for {one}" for one in several),
+                f"files of several subjects, {', '.join(subjects)}" if len(subjects) > 1 else "",
             ]
             present = [path for files in named.values() for path in files] + foreign + unnamed
             reason = f"has {' and '.join(filter(None, parts))}; its files are {_some(present)}."

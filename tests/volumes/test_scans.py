@@ -292,6 +292,13 @@ def test_patients_folders_with_one_unnamed_file(make):
         assert found == {"p1": "raw/p1/scan.nii.gz", "p2": "raw/p2/scan.nii.gz"} and list(failed) == ["raw/p3"]
 
 
+def test_one_file_of_each_of_two_subjects_is_no_scan(make):
+    make("anat/sub-01_flair.nii.gz", "anat/sub-02_t1.nii.gz", "own/sub-01_flair.nii.gz", "own/sub-01_t1.nii.gz")
+    found, failed = find("flair t1", "anat", "own")
+    assert list(found) == ["own"]
+    assert list(failed) == ["anat"] and failed["anat"].startswith("has files of several subjects, sub-01, sub-02; its")
+
+
 def test_several_candidates_in_one_folder_of_several_modalities(make):
     make("flat/p1_flair.nii.gz", "flat/p1_t1.nii.gz", "flat/p2_flair.nii.gz", "flat/p2_t1.nii.gz")
     found, failed = find("flair t1", "flat")
