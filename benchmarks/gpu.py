@@ -1,7 +1,7 @@
 """Everything that is promised of a GPU, in about five minutes: one command, one line of JSON for each row.
 
     python benchmarks/gpu.py                 # all parts on the GPU; then a Markdown table
-    python benchmarks/gpu.py --parts networks volume
+    python benchmarks/gpu.py --parts network_of_andi volume
     python benchmarks/gpu.py --quick         # tiny sizes, on a CPU too: shows that every part runs
 
 Each part is a process of its own with a time limit, so that one that fails or hangs leaves the others' rows. The first

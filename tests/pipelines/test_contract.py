@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from datasets import Dataset
 
 import anodiff
 from anodiff import AnomalyPipeline, DAEScheduler, HealthyMapsModel, VolumeProcessor
@@ -210,9 +211,8 @@ def test_volumes_that_come_one_by_one_give_results_one_by_one(give):
 
 
 def test_a_column_of_a_data_set_is_several_volumes():
-    datasets = pytest.importorskip("datasets")
     volumes = np.stack([make_volume((18, 20, 2), seed) for seed in range(2)])
-    column = datasets.Dataset.from_dict({"scan": volumes}).with_format("numpy")["scan"]
+    column = Dataset.from_dict({"scan": volumes}).with_format("numpy")["scan"]
     pipe = make_pipeline("DAEPipeline")
     for result, volume in zip(pipe(column), volumes, strict=True):
         assert_same_map(map_of(result), map_of(pipe(volume)))
