@@ -24,6 +24,8 @@ LEAST_ITEMS, MOST_ITEMS = 16, 512
 TENSOR_BYTES = 2**27
 # A batch of twice the size must give this many times the items per second.
 GAIN = 1.05
+# The fastest of so many evaluations counts: other programs on the machine delay one of them.
+TIMINGS = 3
 # Sizes of compiled batches are multiples of it, so that volumes of about as many slices share a graph.
 GRAPH_STEP = 16
 
@@ -153,15 +155,19 @@ class Batches:
             try:
                 part = [value[:1].expand(items, *value.shape[1:]).contiguous() for value in inputs]
                 call(network, *part)  # chooses kernels and asks for memory
-                torch.cuda.synchronize(inputs[0].device)
-                start = time.perf_counter()
-                call(network, *part)
-                torch.cuda.synchronize(inputs[0].device)
-                limit.learn(items, items / (time.perf_counter() - start))
+                limit.learn(items, items / min(self._time(network, call, part) for _ in range(TIMINGS)))
             except torch.OutOfMemoryError:
                 limit.growing = False
         if not limit.growing:
             torch.cuda.empty_cache()
+
+    def _time(self, network: torch.nn.Module, call: Callable, inputs: list[torch.Tensor]) -> float:
+        """Seconds of an evaluation, from an idle device to an idle device."""
+        torch.cuda.synchronize(inputs[0].device)
+        start = time.perf_counter()
+        call(network, *inputs)
+        torch.cuda.synchronize(inputs[0].device)
+        return time.perf_counter() - start
 
     def _graph_size(self, key: tuple, limit: _Limit, unit: int) -> int:
         """Returns the size of compiled batches. A larger graph is made only where the items of a unit would need several
