@@ -16,6 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -117,7 +119,8 @@ def fold_in(keys: torch.Tensor, number: int | torch.Tensor) -> torch.Tensor:
         words, numbers = _as_numpy(keys), _as_numpy(number)
         folded = philox((numbers & MASK, numbers >> 32, NEW_KEYS, 0), (words[:, 0], words[:, 1]))
         return torch.from_numpy(np.stack(folded[:2], 1).view(np.int64))
-    return _on_device(_fold, keys.device.type)(keys, number)
+    kernels = _kernels(keys.device.type)
+    return _fold(keys, number) if kernels is None else kernels.fold(keys, number, NEW_KEYS)
 
 
 def words(keys: torch.Tensor, count: int) -> torch.Tensor:
@@ -156,10 +159,11 @@ def _draw(keys: torch.Tensor, count: int, finish: Callable, dtype: torch.dtype) 
     blocks = -(-count // 4)
     values = torch.empty(len(keys), blocks, 4, dtype=dtype, device=keys.device)
     if keys.device.type != "cpu":
-        # Made outside: the compiler takes a counter of its own for an index of 32 bits, which the multipliers are too
-        # large for.
-        counter = torch.arange(blocks, device=keys.device)[None]
-        _on_device(_fill, keys.device.type)(keys, counter, values, finish)
+        kernels = _kernels(keys.device.type)
+        if kernels is None:
+            _fill(keys, values, finish)
+        else:
+            kernels.fill(keys, values)
         return values.flatten(1)[:, :count]
     # numpy's products and shifts of 64 bits are twice as fast as torch's.
     pair = _as_numpy(keys)[:, :1], _as_numpy(keys)[:, 1:]
@@ -181,12 +185,12 @@ def _store_normals(drawn: list[torch.Tensor], out: torch.Tensor) -> None:
     for first in (0, 2):
         radius = drawn[first].float().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
         angle = drawn[first + 1].float().mul_(math.tau * 2.0**-32)
-        # Not `torch.mul(..., out=...)`: the compiler would end its launch before an `out` with gaps.
-        out[..., first] = radius * angle.cos()
-        out[..., first + 1] = radius * angle.sin_()
+        torch.mul(radius, angle.cos(), out=out[..., first])
+        torch.mul(radius, angle.sin_(), out=out[..., first + 1])
 
 
-def _fill(keys: torch.Tensor, counter: torch.Tensor, values: torch.Tensor, finish: Callable) -> None:
+def _fill(keys: torch.Tensor, values: torch.Tensor, finish: Callable) -> None:
+    counter = torch.arange(values.shape[1], device=keys.device)[None]
     finish(philox((counter, 0, VALUES, 0), (keys[:, :1], keys[:, 1:])), values)
 
 
@@ -195,10 +199,14 @@ def _fold(keys: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _on_device(function: Callable, device_type: str) -> Callable:
-    """The function, on a CUDA device compiled into one launch: as tensor operations it would be a hundred. Not on a
-    CPU: in C++, which it would be compiled to there, signed products need not wrap."""
-    return torch.compile(function, dynamic=True, fullgraph=True) if device_type == "cuda" else function
+def _kernels(device_type: str) -> ModuleType | None:
+    """Kernels that draw in one launch what would be a hundred tensor operations: on a CUDA device, where Triton is
+    installed, which PyTorch brings along on Linux."""
+    if device_type != "cuda" or find_spec("triton") is None:
+        return None
+    from . import draws_triton
+
+    return draws_triton
 
 
 def _as_numpy(values: torch.Tensor) -> np.ndarray:

@@ -373,6 +373,7 @@ def test_pyramid_noise_sizes_of_the_authors():
 def test_pyramid_noise_on_an_accelerator():
     keys = make_keys(0, range(9), device="cuda")
     alone = [draw_pyramid(key, (2, 33, 40)) for key in keys.split(1)]
+    draw_pyramid(keys, (2, 33, 40))  # compiles, which may wait for the device
     torch.cuda.set_sync_debug_mode("error")
     try:
         together = draw_pyramid(keys, (2, 33, 40))
