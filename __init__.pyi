@@ -13,6 +13,7 @@ from .models.unet_2d_anofpdm import AnoFPDMUNet2DModel as AnoFPDMUNet2DModel
 from .models.unet_2d_conditioned import ConditionedUNet2DModel as ConditionedUNet2DModel
 from .models.unet_2d_dae import DAEUNet2DModel as DAEUNet2DModel
 from .models.unet_2d_heads import UNet2DHeadsModel as UNet2DHeadsModel
+from .models.unet_2d_patches import UNet2DPatchesModel as UNet2DPatchesModel
 from .pipelines.base import AnomalyPipeline as AnomalyPipeline
 from .pipelines.dispersion import disperse as disperse
 from .pipelines.output import AnomalyOutput as AnomalyOutput

@@ -5,32 +5,34 @@
     python benchmarks/gpu.py --quick         # tiny sizes, on a CPU too: shows that every part runs
 
 Each part is a process of its own with a time limit, so that one that fails or hangs leaves the others' rows. The first
-ones compile their networks side by side, and take turns on the device for all that is measured; a training step and the
-start of a command, which the processor's load would disturb, come after them.
+ones prepare themselves side by side, which is mostly compiling; when all are ready they measure one after the other,
+the device to themselves. A training step and the start of a command, which the processor's load would disturb, come
+after them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from filelock import FileLock
-
 
 ROOT = Path(__file__).resolve().parents[1]
-# Seconds that a part may take.
+# Seconds that a part may take to prepare itself, and as many again to measure.
 LIMIT = 200
-# Names the file that the process holds which measures, and the processes of a compilation.
-TURN, COMPILERS = "GPU_BENCHMARK_TURN", 4
-turn = FileLock(os.environ.get(TURN, Path(tempfile.gettempdir()) / "gpu_benchmark.lock"))
+# Processes of a compilation.
+COMPILERS = 4
+# What a part prints when it is ready; then it waits for a line.
+READY = "ready"
 Row = dict[str, object]
 
 
@@ -72,6 +74,8 @@ def network(name: str, config: str, inputs: int, outputs: int, items: int, goal:
     sample = sample.to(memory_format=torch.channels_last)
     timesteps = torch.full((items,), 100, device=device)
     with torch.no_grad():
+        unet(sample, timesteps)
+        wait_for_turn()
         seconds = best(lambda: unet(sample, timesteps), device)
     rate = round(items * gflop / 1e3 / seconds, 1)
     return {"what": f"{name}, {gflop:.0f} GFLOP, {items} items, TFLOP/s", "goal": f">= {goal}", "measured": rate}
@@ -89,19 +93,23 @@ def volume(quick: bool, device: str) -> Iterator[Row]:
     pipe = quiet(ANDiPipeline(**bare.components, median_size=5, median_dimensions=3))
     slices = make_brains(count, 4, size, device)
 
-    def call():
+    def call(pipe):
         pipe(slices, start=75, stop=75 + timesteps)
 
-    pipe(slices, start=75, stop=76)  # finds the size of batches
-    before = best(call, device, 1, warm=False)
-    yield {"what": f"ANDi, {count} slices, {timesteps} timesteps, default call, s", "measured": round(before, 2)}
-    pipe.enable_fast_inference(**({"compile": False} if quick else {}))
-    take_turns(pipe)
-    fast = best(call, device, 2)
-    name = f"ANDi, {count} slices, {timesteps} timesteps, fast, s"
-    yield {"what": name, "goal": "<= 1.5", "measured": round(fast, 3)}
+    fast = quiet(ANDiPipeline(**copy.deepcopy(bare.components), median_size=5, median_dimensions=3))
+    fast.enable_fast_inference(**({"compile": False} if quick else {}))
+    call(fast)
+    wait_for_turn()
+    # Sizes of batches are chosen again, now that nothing disturbs that.
+    fast.batches.limits.clear()
+    seconds = {}
+    for name, timed_pipe, goal in (("default call", pipe, {}), ("fast", fast, {"goal": "<= 1.5"})):
+        seconds[name] = best(lambda pipe=timed_pipe: call(pipe), device, 2)
+        items = [limit.items for limit in timed_pipe.batches.limits.values()]
+        what = f"ANDi, {count} slices, {timesteps} timesteps, {name}, s"
+        yield {"what": what, **goal, "measured": round(seconds[name], 3), "note": f"batches of {items}"}
     maps, brain = slices[:, 0], slices[:, 0] > -1
-    share = best(lambda: median_filter(maps, 5, 3, inside=brain), device) / fast
+    share = best(lambda: median_filter(maps, 5, 3, inside=brain), device) / seconds["fast"]
     yield {"what": "of it the 5 x 5 x 5 median", "goal": "<= 0.05", "measured": round(share, 4)}
 
 
@@ -149,7 +157,6 @@ def overhead(name: str, bare_pipe, settings: dict, quick: bool, device: str) -> 
         calls.append((network, call, inputs, options))
         return evaluate(network, call, *inputs, **options)
 
-    take_turns(pipe)
     pipe.batches.evaluate = record
 
     def whole():
@@ -164,8 +171,8 @@ def overhead(name: str, bare_pipe, settings: dict, quick: bool, device: str) -> 
             evaluate(network, call, *inputs, **options)
 
     bare()
-    with turn:
-        pairs = [(best(whole, device, 1), best(bare, device, 1)) for _ in range(2)]
+    wait_for_turn()
+    pairs = [(best(whole, device, 1), best(bare, device, 1)) for _ in range(2)]
     ratio = min(first for first, _ in pairs) / min(second for _, second in pairs)
     return {
         "what": f"call over its {len(calls)} evaluations, {name}",
@@ -186,6 +193,8 @@ def draws(quick: bool, device: str) -> Iterator[Row]:
     items, heads = (4, 2) if quick else (256, 512)
     keys = make_keys(0, list(range(items)), 0, torch.device(device))
     shape = (4, 32, 32) if quick else (4, 128, 128)
+    normal(keys, shape)
+    wait_for_turn()
     seconds = best(lambda: normal(keys, shape), device)
     yield {
         "what": f"normal draws, {items} items of {' x '.join(map(str, shape))}, ms",
@@ -231,17 +240,6 @@ def quiet(pipe):
     return pipe
 
 
-def take_turns(pipe) -> None:
-    """Lets the pipeline wait for its turn where it measures the size of its batches."""
-    grow = pipe.batches._grow
-
-    def wait(*inputs):
-        with turn:
-            grow(*inputs)
-
-    pipe.batches._grow = wait
-
-
 def make_brains(count: int, channels: int, size: int, device: str):
     """Slices `(N, C, H, W)` in [-1, 1] with a third of the pixels above the background, as a brain has."""
     import torch
@@ -259,8 +257,8 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def best(function: Callable[[], object], device: str, rounds: int = 5, warm: bool = True) -> float:
-    """Seconds of the fastest of some rounds, which no other part disturbs, after one that warms up (`warm`)."""
+def best(function: Callable[[], object], device: str, rounds: int = 5) -> float:
+    """Seconds of the fastest of some rounds, after one that warms up."""
     import torch
 
     def synchronized() -> None:
@@ -268,10 +266,14 @@ def best(function: Callable[[], object], device: str, rounds: int = 5, warm: boo
         if device == "cuda":
             torch.cuda.synchronize()
 
-    if warm:
-        synchronized()
-    with turn:
-        return min(timed(synchronized) for _ in range(rounds))
+    synchronized()
+    return min(timed(synchronized) for _ in range(rounds))
+
+
+def wait_for_turn() -> None:
+    """Tells that this part is ready, and waits until it has the device to itself."""
+    print(READY, flush=True)
+    sys.stdin.readline()
 
 
 TOGETHER = (
@@ -288,25 +290,63 @@ ALONE = (training, start)
 PARTS = {part.__name__: part for part in (*TOGETHER, *ALONE)}
 
 
-def run_part(name: str, options: argparse.Namespace) -> list[Row]:
+class Turns:
+    """Lets parts measure one after the other, the first one once all of them are ready or have ended."""
+
+    def __init__(self, parts: int):
+        self._preparing, self._changed, self._turn = parts, threading.Condition(), threading.Lock()
+
+    def prepared(self) -> None:
+        with self._changed:
+            self._preparing -= 1
+            self._changed.notify_all()
+
+    def take(self) -> threading.Lock:
+        with self._changed:
+            self._changed.wait_for(lambda: self._preparing == 0)
+        return self._turn
+
+
+def run_part(name: str, options: argparse.Namespace, turns: Turns) -> list[Row]:
     """Runs a part in a process of its own; a failure is a row, too."""
-    command = [sys.executable, __file__, "--part", name, "--device", options.device]
+    command = [sys.executable, sys.argv[0], "--part", name, "--device", options.device, *["--quick"] * options.quick]
     settings = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(COMPILERS)}
-    with tempfile.TemporaryFile("w+") as output:
-        try:
-            process = subprocess.run(
-                command + ["--quick"] * options.quick,
-                stdout=output,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=settings,
-                timeout=options.limit,
-            )
-            failure = process.stderr.strip().splitlines()[-1:] if process.returncode else []
-        except subprocess.TimeoutExpired:
-            failure = [f"stopped after {options.limit} s"]
-        output.seek(0)
-        rows = [json.loads(line) for line in output if line.startswith("{")]
+    stopped = threading.Event()
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=settings
+        ) as process,
+    ):
+
+        def stop() -> None:
+            stopped.set()
+            process.kill()
+
+        def read(until: str | None = None) -> list[Row]:
+            """Rows up to a line, or to the end; the process is stopped after the limit."""
+            rows, limit = [], threading.Timer(options.limit, stop)
+            limit.start()
+            for line in process.stdout:
+                rows += [json.loads(line)] if line.startswith("{") else []
+                if line.strip() == until:
+                    break
+            else:
+                process.wait()
+            limit.cancel()
+            return rows
+
+        rows = read(READY)
+        turns.prepared()
+        with turns.take():
+            if process.poll() is None:
+                process.stdin.write("\n")
+                process.stdin.flush()
+                rows += read()
+        errors.seek(0)
+        failure = errors.read().strip().splitlines()[-1:] if process.returncode else []
+    if stopped.is_set():
+        failure = [f"stopped after {options.limit:g} s"]
     return rows + [{"part": name, "what": name, "failed": reason} for reason in failure]
 
 
@@ -332,18 +372,14 @@ def main() -> int:
         for row in PARTS[options.part](options.quick, options.device):
             print(json.dumps({"part": options.part, **row}), flush=True)
         return 0
-    rows = []
-    together = [name for name in options.parts if PARTS[name] in TOGETHER]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ThreadPoolExecutor(len(TOGETHER) if options.device == "cuda" else 1) as pool,
-    ):
-        os.environ.setdefault(TURN, str(Path(folder) / "turn"))
-        running = [pool.submit(run_part, name, options) for name in together]
+    rows, together = [], [name for name in options.parts if PARTS[name] in TOGETHER]
+    turns = Turns(len(together))
+    with ThreadPoolExecutor(len(TOGETHER)) as pool:
+        running = [pool.submit(run_part, name, options, turns) for name in together]
         rows += [row for part in as_completed(running) for row in show(part.result())]
-        for name in options.parts:
-            if name not in together:
-                rows += show(run_part(name, options))
+    for name in options.parts:
+        if name not in together:
+            rows += show(run_part(name, options, Turns(1)))
     print("\n| what | goal | measured |\n|---|---|---|")
     for row in rows:
         print(f"| {row['what']} | {row.get('goal', '')} | {row.get('measured', row.get('failed'))} |")

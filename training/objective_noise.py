@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from ..checks import check_choice, check_integer, check_number
 from ..models.unet_2d_andi import ANDiUNet2DModel
 from ..models.unet_2d_heads import UNet2DHeadsModel
+from ..models.unet_2d_patches import UNet2DPatchesModel
 from ..pipelines.pipeline_andi import ANDiPipeline
 from ..pipelines.pipeline_anoddpm import AnoDDPMPipeline
 from ..pipelines.pipeline_autoddpm import AutoDDPMPipeline
@@ -41,7 +42,7 @@ class NoiseObjective(Objective):
             pipeline's `optional_modalities` are then all of them.
     """
 
-    unet_classes = (UNet2DModel, UNet2DHeadsModel, ANDiUNet2DModel)
+    unet_classes = (UNet2DModel, UNet2DHeadsModel, UNet2DPatchesModel, ANDiUNet2DModel)
     scheduler_class = AnoDDPMScheduler
     pipeline_class = AnoDDPMPipeline
     objective_keys = ("loss", "max_timestep", "min_timestep", "modality_dropout")
