@@ -17,6 +17,7 @@ from collections.abc import Set
 import torch
 
 from ..checks import check_choice, check_integer
+from ..schedulers.devices import send
 
 
 BORDERS = ("reflect", "mirror")
@@ -80,7 +81,7 @@ def _filter_box(
     before, after = size // 2, size - 1 - size // 2
     reach = ((before, after) if dimensions == 3 else (0, 0), (before, after + counts[1] % 2), (before, after))
     indices = [
-        _continue(part.start - low, part.stop + high, length, border).to(maps.device)
+        send(_continue(part.start - low, part.stop + high, length, border), maps.device)
         for part, (low, high), length in zip(box, reach, maps.shape, strict=True)
     ]
     if len(indices[1]) % 2:  # one more row, which is not used

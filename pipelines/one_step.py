@@ -10,6 +10,7 @@ from diffusers import UNet2DModel
 from transformers import PreTrainedModel
 
 from ..checks import check_choice
+from ..schedulers.devices import send
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from .base import AnomalyPipeline, read_logits
 from .mahalanobis import MAHALANOBIS, mahalanobis_distance
@@ -82,7 +83,7 @@ def iterate_reconstructions(
         codes = encode_slices(pipeline, slices, batch_size)
         for draws, rows in batches:
             fields = draw_fields(pipeline.scheduler, seed, noise, numbers[rows], draws, grid, slices)
-            rows, draws, steps = (values.to(device) for values in (rows, draws, grid[draws]))
+            rows, draws, steps = (send(values, device) for values in (rows, draws, grid[draws]))
 
             # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n with x_0 in [-1, 1], (B, C, H, W)
             sample = pipeline.scheduler.add_noise(2.0 * slices[rows] - 1.0, fields, steps)
@@ -128,7 +129,7 @@ def draw_fields(
     (numbers, draws), places = torch.stack([numbers, draws]).unique(dim=1, return_inverse=True)
     make = partial(scheduler.draw_noise, size=like.shape[1:], timesteps=timesteps[draws])
     fields = Noise(seed, noise, numbers, draws, like.device)(make, like[:1].expand(len(draws), -1, -1, -1))
-    return fields[places.to(like.device)]
+    return fields[send(places, like.device)]
 
 
 def difference_maps(

@@ -12,6 +12,7 @@ from ..checks import check_choices, check_integer
 from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_andi import ANDiUNet2DModel
+from ..schedulers.devices import send
 from ..schedulers.scheduling_andi import NOISE_TYPES, ANDiScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline
@@ -209,7 +210,7 @@ class ANDiPipeline(AnomalyPipeline):
                 items = torch.cartesian_prod(draws_of_group, torch.arange(len(slices)))
                 for draws, rows in (batch.T for batch in items.split(batch_size) if len(batch)):
                     drawing = Noise(seed, noise, numbers[rows], draws, device)
-                    rows, timesteps = rows.to(device), tops[draws].to(device)
+                    rows, timesteps = send(rows, device), send(tops[draws], device)
                     original = slices[rows]
                     error = self.chain_error(
                         original, drawing(draw_noise, original), timesteps, steps, present_modalities, progress

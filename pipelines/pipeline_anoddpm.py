@@ -12,6 +12,7 @@ from ..checks import check_choices, check_integer
 from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_andi import ANDiUNet2DModel
+from ..schedulers.devices import send
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline
@@ -191,7 +192,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
                     drawing = Noise(seed, noise, numbers[rows], draws[members], device)
                     # Noise takes the timesteps from the CPU, where no device has to be waited for.
                     known = levels[members] - 1
-                    rows, timesteps = rows.to(device), known.to(device)
+                    rows, timesteps = send(rows, device), send(known, device)
 
                     # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n, (B, C, H, W); `noised` is t.
                     original, noised = slices[rows], timesteps + offset
@@ -212,7 +213,7 @@ class AnoDDPMPipeline(AnomalyPipeline):
                         progress.update()
                     total.index_add_(0, rows, sample)
                     if len(kept):
-                        kept[members.to(device), rows] = sample
+                        kept[send(members, device), rows] = sample
         # Neighbours are denoised with the slices, and are no part of their maps.
         slices, reconstruction, kept = map(self.processor.middle, (slices, total / len(levels), kept))
         reconstruction = hide_missing(self, reconstruction, present_modalities)

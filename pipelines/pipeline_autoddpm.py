@@ -13,6 +13,7 @@ from ..checks import check_choices, check_integer, check_number
 from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_andi import ANDiUNet2DModel
+from ..schedulers.devices import send
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline
@@ -197,7 +198,7 @@ class AutoDDPMPipeline(AnomalyPipeline):
         with self.progress_bar(total=total) as progress:
             for rows in batches:
                 drawing = Noise(seed, noise, numbers[rows], noise_level - 1, device)
-                rows = rows.to(device)
+                rows = send(rows, device)
                 inpainted[rows] = self.inpaint(
                     slices[rows], pseudo_healthy[rows], masks[rows], inpainting_level, resample, drawing, progress
                 )

@@ -10,6 +10,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choice, check_integer, check_number
+from ..schedulers.devices import send
 from ..schedulers.scheduling_cimd import SAMPLERS, CIMDScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import NOT_FINITE, AnomalyPipeline
@@ -145,7 +146,7 @@ class CIMDPipeline(AnomalyPipeline):
         with self.progress_bar(total=len(batches) * len(timesteps)) as progress:
             for rows, ensemble in batches:
                 drawing = Noise(seed, noise, numbers[rows], ensemble * (1 + len(timesteps)), device)
-                rows, ensemble = rows.to(device), ensemble.to(device)
+                rows, ensemble = send(rows, device), send(ensemble, device)
                 images = slices[rows]  # (B, C, H, W)
                 sample = drawing(draw_noise, images[:, :1])  # (B, 1, H, W)
                 for step, t in enumerate(timesteps, start=1):

@@ -11,6 +11,7 @@ from ..checks import check_choices, check_integer
 from ..models.brain_extractor import BrainExtractor
 from ..models.healthy_maps import HealthyMapsModel
 from ..models.unet_2d_conditioned import ConditionedUNet2DModel
+from ..schedulers.devices import send
 from ..schedulers.scheduling_anoddpm import AnoDDPMScheduler
 from ..volumes.processor import VolumeProcessor
 from .base import AnomalyPipeline
@@ -161,7 +162,7 @@ class PDDPMPipeline(AnomalyPipeline):
         with self.progress_bar(total=len(batches)) as progress:
             for draws, rows, patches in batches:
                 fields = draw_fields(self.scheduler, seed, noise, numbers[rows], draws, grid, slices)
-                rows, patches, steps = (values.to(device) for values in (rows, patches, grid[draws]))
+                rows, patches, steps = (send(values, device) for values in (rows, patches, grid[draws]))
 
                 # x_t inside of the patch, x_0 around it, both with x_0 in [-1, 1], (B, C, H, W)
                 original = 2.0 * slices[rows] - 1.0

@@ -22,6 +22,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from .devices import send
+
 
 # B keys, P positions, of which every four share a block: position p is word p % 4 of block p // 4.
 
@@ -99,7 +101,7 @@ def make_keys(
         *(torch.as_tensor(number, device="cpu").reshape(-1) for number in (index, draw))
     )
     seeds = torch.tensor([[seed & MASK, seed >> 32]]).expand(len(index), 2)
-    return fold_in(fold_in(seeds, index), draw).to(device)
+    return send(fold_in(fold_in(seeds, index), draw), torch.device(device))
 
 
 def fold_in(keys: torch.Tensor, number: int | torch.Tensor) -> torch.Tensor:

@@ -104,7 +104,9 @@ class DiffusionProcess:
         key = (name, sample.device, dtype)
         if key not in self._device_tables:
             self._device_tables[key] = self._tables[name].to(dtype).to(sample.device)
-        timesteps = torch.as_tensor(timesteps, device=sample.device).reshape(-1)
+        if not isinstance(timesteps, torch.Tensor):
+            timesteps = torch.full((1,), timesteps, device=sample.device)  # nothing waits for the host
+        timesteps = timesteps.to(sample.device).reshape(-1)
         return self._device_tables[key][timesteps].to(sample.dtype).reshape(-1, 1, 1, 1)
 
     def add_noise(

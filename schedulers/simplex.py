@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import check_choice, check_integer, check_number
+from .devices import send
 from .noise import sum_pixels
 
 
@@ -421,9 +422,9 @@ class OctaveSimplexNoise:
 
     def _from_timesteps(self, seeds: torch.Tensor, timesteps: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Fields (B, H*W) float64."""
-        times, owner = timesteps.to(seeds.device), None
+        times, owner = send(timesteps, seeds.device), None
         if timesteps.device.type == "cpu":
-            times, owner = (found.to(seeds.device) for found in timesteps.unique(return_inverse=True))
+            times, owner = (send(found, seeds.device) for found in timesteps.unique(return_inverse=True))
         pixels = self._pixels(height, width, seeds.device)[:, None].expand(-1, len(times), -1)
         times = times.double()[None, :, None].expand(-1, -1, height * width)
         tables, by_hash = permutation_tables(seeds), _tables3(seeds.device)[2]

@@ -1,5 +1,6 @@
 """How many items share an evaluation of the network: of a device, where memory does not suffice, and compiled."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -193,3 +194,25 @@ def test_fast_on_a_gpu(settings):
     expected = pipe(slices).anomaly_map
     pipe.enable_fast_inference(**settings)
     assert_same_map(pipe(slices).anomaly_map, expected, 0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ANDiPipeline", "AnoDDPMPipeline"])
+def test_no_batch_waits_for_what_the_device_does(name):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    pipe = make_pipeline(name).to("cuda")
+
+    def count_waits(batches: int) -> int:
+        slices = make_slices(4 * batches)
+        pipe(slices, batch_size=4)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                pipe(slices, batch_size=4)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return len([one for one in seen if "synchroniz" in str(one.message)])
+
+    assert count_waits(2) == count_waits(6)
