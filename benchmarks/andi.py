@@ -16,35 +16,19 @@ import statistics
 import time
 
 import torch
-from diffusers import UNet2DModel
-from torch.utils.flop_counter import FlopCounterMode
+from networks import make_network
 
 from anodiff import ANDiPipeline, ANDiScheduler, VolumeProcessor
 
 
 def make_pipeline(channels: int, size: int, device: str) -> tuple[ANDiPipeline, float]:
-    """The default network of configs/andi_brats21.yaml and its GFLOP per evaluation (one multiply-add = 2)."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=1,
-        block_out_channels=(24, 48, 96, 192, 192),
-        norm_num_groups=8,
-        attention_head_dim=32,
-        flip_sin_to_cos=False,
-        freq_shift=0,
-        down_block_types=("DownBlock2D",) * 3 + ("AttnDownBlock2D",) * 2,
-        up_block_types=("AttnUpBlock2D",) * 2 + ("UpBlock2D",) * 3,
-    ).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet(torch.zeros(1, channels, size, size), torch.zeros(1))
+    """ANDi with the network of configs/andi_brats21.yaml, and the GFLOP of its evaluation."""
+    unet, gflop = make_network("andi_brats21.yaml", size, channels)
     names = [f"m{number}" for number in range(channels)]
     processor = VolumeProcessor(modalities=names, size=(size, size), intensity="given", brain_mask="none")
     pipe = ANDiPipeline(unet, ANDiScheduler(), processor, median_size=0).to(device)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, counter.get_total_flops() / 1e9
+    return pipe, gflop
 
 
 def make_slices(options) -> torch.Tensor:

@@ -15,11 +15,9 @@ import statistics
 import time
 
 import torch
-import yaml
-from torch.utils.flop_counter import FlopCounterMode
+from networks import make_network
 
-from anodiff import CIMDPipeline, CIMDScheduler, UNet2DHeadsModel, VolumeProcessor
-from anodiff.configs import packaged_config
+from anodiff import CIMDPipeline, CIMDScheduler, VolumeProcessor
 
 
 # N slices, E members, H x W pixels.
@@ -28,25 +26,18 @@ from anodiff.configs import packaged_config
 def make_pipeline(size: int, widths: list[int] | None, device: str) -> tuple[CIMDPipeline, float]:
     """The network of configs/cimd_lidc.yaml, with other widths if they are given, and its GFLOP per evaluation (one
     multiply-add = 2)."""
-    torch.manual_seed(0)
-    settings = yaml.safe_load(packaged_config("cimd_lidc.yaml").read_text(encoding="utf-8"))["unet"]
-    settings.pop("_class_name")
-    if widths is not None:
-        settings["block_out_channels"] = widths
-    unet = UNet2DHeadsModel(**settings, sample_size=size, in_channels=2, out_channels=2).eval()
+    unet, gflop = make_network("cimd_lidc.yaml", size, 2, **({} if widths is None else {"block_out_channels": widths}))
     with torch.no_grad():
         # A trained network has no branches of zeros, with which members could not differ.
         for parameter in unet.parameters():
             if parameter.ndim > 1 and not parameter.any():
                 parameter.normal_(std=0.02)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet(torch.zeros(1, 2, size, size), torch.zeros(1))
     processor = VolumeProcessor(
         modalities=["image"], size=(size, size), intensity="given", value_range=(0, 1), brain_mask="none"
     )
     pipe = CIMDPipeline(unet, CIMDScheduler(), processor).to(device)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, counter.get_total_flops() / 1e9
+    return pipe, gflop
 
 
 def make_slices(count: int, size: int, device: str) -> torch.Tensor:
