@@ -21,9 +21,9 @@ from networks import make_network
 from anodiff import ANDiPipeline, ANDiScheduler, VolumeProcessor
 
 
-def make_pipeline(channels: int, size: int, device: str) -> tuple[ANDiPipeline, float]:
-    """ANDi with the network of configs/andi_brats21.yaml, and the GFLOP of its evaluation."""
-    unet, gflop = make_network("andi_brats21.yaml", size, channels)
+def make_pipeline(channels: int, size: int, device: str, **changes) -> tuple[ANDiPipeline, float]:
+    """ANDi with the network of configs/andi_brats21.yaml, but for `changes`, and the GFLOP of its evaluation."""
+    unet, gflop = make_network("andi_brats21.yaml", size, channels, **changes)
     names = [f"m{number}" for number in range(channels)]
     processor = VolumeProcessor(modalities=names, size=(size, size), intensity="given", brain_mask="none")
     pipe = ANDiPipeline(unet, ANDiScheduler(), processor, median_size=0).to(device)

@@ -39,33 +39,39 @@ Row = dict[str, object]
 
 
 def network_of_andi(quick: bool, device: str) -> Iterator[Row]:
-    yield network("ANDi", "andi_brats21.yaml", 4, 4, 256, 150, quick, device)
+    yield network("ANDi", "andi_brats21.yaml", 4, 256, 150, quick, device)
+
+
+def network_on_patches(quick: bool, device: str) -> Iterator[Row]:
+    from networks import PATCHES
+
+    yield network("ANDi on patches", "andi_brats21.yaml", 4, 256, 150, quick, device, **PATCHES)
 
 
 def network_of_anofpdm(quick: bool, device: str) -> Iterator[Row]:
-    yield network("AnoFPDM", "anofpdm_brats21.yaml", 1, 1, 64, 350, quick, device)
+    yield network("AnoFPDM", "anofpdm_brats21.yaml", 1, 64, 350, quick, device)
 
 
 def network_of_cimd(quick: bool, device: str) -> Iterator[Row]:
-    yield network("CIMD", "cimd_lidc.yaml", 2, 2, 64, 350, quick, device)
+    yield network("CIMD", "cimd_lidc.yaml", 2, 64, 350, quick, device)
 
 
-def network(name: str, config: str, inputs: int, outputs: int, items: int, goal: int, quick: bool, device: str) -> Row:
-    """TFLOP/s of a network of a paper's size, as `enable_fast_inference()` makes it."""
+def network(
+    name: str, config: str, channels: int, items: int, goal: int, quick: bool, device: str, **changes: object
+) -> Row:
+    """TFLOP/s of a network of a paper's size, but for `changes`, as `enable_fast_inference()` makes it."""
     import torch
     from networks import make_network
 
-    changes = {
-        "block_out_channels": [64] * 4,
-        "down_block_types": ["DownBlock2D"] * 4,
-        "up_block_types": ["UpBlock2D"] * 4,
-    }
-    items, size = (2, 32) if quick else (items, 128)
-    unet, gflop = make_network(config, size, inputs, outputs, **(changes if quick else {}))
+    if quick:
+        items, changes["block_out_channels"] = 2, [64] * 4
+        changes |= {"down_block_types": ["DownBlock2D"] * 4, "up_block_types": ["UpBlock2D"] * 4}
+    size = 32 if quick else 128
+    unet, gflop = make_network(config, size, channels, **changes)
     if device == "cuda":
         unet = unet.to(device, torch.bfloat16, memory_format=torch.channels_last)
         unet = torch.compile(unet, fullgraph=True, dynamic=False)
-    sample = torch.randn(items, inputs, size, size, device=device, dtype=next(unet.parameters()).dtype)
+    sample = torch.randn(items, channels, size, size, device=device, dtype=next(unet.parameters()).dtype)
     sample = sample.to(memory_format=torch.channels_last)
     timesteps = torch.full((items,), 100, device=device)
     with torch.no_grad():
@@ -78,14 +84,24 @@ def network(name: str, config: str, inputs: int, outputs: int, items: int, goal:
 
 
 def volume(quick: bool, device: str) -> Iterator[Row]:
-    """ANDi with its authors' settings, slices to filtered map."""
+    yield from time_volume("ANDi", quick, device)
+
+
+def volume_on_patches(quick: bool, device: str) -> Iterator[Row]:
+    from networks import PATCHES
+
+    yield from time_volume("ANDi on patches", quick, device, **PATCHES)
+
+
+def time_volume(name: str, quick: bool, device: str, **changes: object) -> Iterator[Row]:
+    """ANDi with its authors' settings, slices to filtered map; a network with `changes`."""
     import andi
 
     from anodiff import ANDiPipeline
     from anodiff.pipelines.median import median_filter
 
     size, count, timesteps = (32, 4, 4) if quick else (128, 155, 125)
-    bare, _ = andi.make_pipeline(4, size, device)
+    bare, _ = andi.make_pipeline(4, size, device, **changes)
     pipe = quiet(ANDiPipeline(**bare.components, median_size=5, median_dimensions=3))
     slices = make_brains(count, 4, size, device)
 
@@ -99,14 +115,14 @@ def volume(quick: bool, device: str) -> Iterator[Row]:
     # Sizes of batches are chosen again, now that nothing disturbs that.
     fast.batches.limits.clear()
     seconds = {}
-    for name, timed_pipe, goal in (("default call", pipe, {}), ("fast", fast, {"goal": "<= 1.5"})):
-        seconds[name] = best(lambda pipe=timed_pipe: call(pipe), device, 2)
+    for kind, timed_pipe, goal in (("default call", pipe, {}), ("fast", fast, {"goal": "<= 1.5"})):
+        seconds[kind] = best(lambda pipe=timed_pipe: call(pipe), device, 2)
         items = [limit.items for limit in timed_pipe.batches.limits.values()]
-        what = f"ANDi, {count} slices, {timesteps} timesteps, {name}, s"
-        yield {"what": what, **goal, "measured": round(seconds[name], 3), "note": f"batches of {items}"}
+        what = f"{name}, {count} slices, {timesteps} timesteps, {kind}, s"
+        yield {"what": what, **goal, "measured": round(seconds[kind], 3), "note": f"batches of {items}"}
     maps, brain = slices[:, 0], slices[:, 0] > -1
     share = best(lambda: median_filter(maps, 5, 3, inside=brain), device) / seconds["fast"]
-    yield {"what": "of it the 5 x 5 x 5 median", "goal": "<= 0.05", "measured": round(share, 4)}
+    yield {"what": f"{name}, of it the 5 x 5 x 5 median", "goal": "<= 0.05", "measured": round(share, 4)}
 
 
 def andi_calls(quick: bool, device: str) -> Iterator[Row]:
@@ -274,9 +290,11 @@ def wait_for_turn() -> None:
 
 TOGETHER = (
     network_of_andi,
+    network_on_patches,
     network_of_anofpdm,
     network_of_cimd,
     volume,
+    volume_on_patches,
     andi_calls,
     anoddpm_calls,
     anofpdm_calls,
