@@ -59,12 +59,9 @@ class UNet2DPatchesModel(UNet2DModel):
         num_train_timesteps: int | None = None,
     ):
         check_integer("patch_size", patch_size, 1)
-        own_config = self.config
-        parent = {key: value for key, value in own_config.items() if not key.startswith("_")}
-        del parent["patch_size"]
-        super().__init__(**parent)
-        # The parent has registered its own arguments, among which `patch_size` is not.
-        self._internal_dict = own_config
+        super().__init__(
+            **{key: value for key, value in self.config.items() if key != "patch_size" and not key.startswith("_")}
+        )
         first, last = self.conv_in, self.conv_out
         self.conv_in = nn.Sequential(
             nn.PixelUnshuffle(patch_size), nn.Conv2d(in_channels * patch_size**2, first.out_channels, 3, padding=1)
