@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import queue
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,7 @@ from ..schedulers.devices import send
 from ..schedulers.draws import make_keys
 from ..volumes.processor import VolumeProcessor
 from .keys import TRAINING
-from .objective import Objective
+from .objective import Batch, Objective
 from .options import TrainOptions
 
 
@@ -134,13 +137,11 @@ class DrawnSamples(torch.utils.data.Dataset):
     heads: DrawnHeads
     columns: Sequence[str] = ("image",)
 
-    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, positions: list[int]) -> Batch:
         return {**self.heads.draw(positions, self.columns), "position": torch.tensor(positions)}
 
 
-def draw_batches(
-    heads: DrawnHeads, batches: Iterable[list[int]], columns: Sequence[str]
-) -> Iterator[dict[str, torch.Tensor]]:
+def draw_batches(heads: DrawnHeads, batches: Iterable[list[int]], columns: Sequence[str]) -> Iterator[Batch]:
     """Gives the samples of [`DrawnSamples`] for lists of sample numbers, on the device that they are made on; several
     lists are made at once on a GPU."""
     batches = iter(batches)
@@ -263,7 +264,7 @@ def make_loader(
     options: TrainOptions,
     accelerator: Accelerator,
     first_step: int,
-) -> Iterable[dict[str, torch.Tensor]]:
+) -> Iterable[Batch]:
     """Makes the loader of this process' batches from optimizer step `first_step` on: the columns of the objective and
     `position (N,)`, tensors on the CPU; heads that are drawn without workers are on the device."""
     loop, data, wanted = options.train, options.data, (objective.columns, objective.trains_on)
@@ -289,7 +290,7 @@ def make_loader(
     )
 
 
-def read_batches(loader: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+def read_batches(loader: Iterable[Batch]) -> Iterator[Batch]:
     """Gives the batches of a loader. A connection that breaks in one of its processes is the same error as without
     them, not one with that process' traceback in its message."""
     try:
@@ -301,14 +302,47 @@ def read_batches(loader: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str
         raise ConnectionError(text) from None
 
 
-def move_batches(
-    batches: Iterable[dict[str, torch.Tensor]], seed: int, device: torch.device
-) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Gives batches on the device, and the keys `(N, 2)` of their samples, `position`. To a GPU they are copied beside
-    the work that it has not done yet, and nothing waits for either."""
+def read_ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Gives the batches; a thread makes the next one while the last one is used. An error of it comes in its turn."""
+    asked, made, iterator = queue.SimpleQueue(), queue.SimpleQueue(), iter(batches)
+
+    def make() -> None:
+        error = None
+        while error is None and asked.get():
+            try:
+                made.put((next(iterator), None))
+            except BaseException as raised:
+                error = raised
+                made.put((None, error))
+
+    # A daemon: the end of a run need not wait until a batch has been read.
+    threading.Thread(target=make, daemon=True).start()
+    try:
+        asked.put(True)
+        while True:
+            batch, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            asked.put(True)
+            yield batch
+    finally:
+        asked.put(False)
+
+
+def move_batches(batches: Iterable[Batch], seed: int, device: torch.device) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Gives batches on the device, and the keys `(N, 2)` of their samples, `position`. For a GPU they are read and copied
+    beside the work that it has not done yet, and nothing waits for either."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    for batch in batches:
-        values = {**batch, "keys": make_keys(seed, batch["position"], TRAINING)}
+
+    def add_keys() -> Iterator[Batch]:
+        # A thread has a current device of its own.
+        with contextlib.nullcontext() if stream is None else torch.cuda.device(device):
+            for batch in batches:
+                yield {**batch, "keys": make_keys(seed, batch["position"], TRAINING)}
+
+    for values in add_keys() if stream is None else read_ahead(add_keys()):
         del values["position"]
         if stream is None:
             moved = {name: send(each, device) for name, each in values.items()}
@@ -323,7 +357,7 @@ def move_batches(
         yield moved, keys
 
 
-def as_tensors(batch: dict[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_tensors(batch: dict[str, np.ndarray | torch.Tensor]) -> Batch:
     return {
         name: values if isinstance(values, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(values))
         for name, values in batch.items()

@@ -1,6 +1,9 @@
 """The order of streamed samples, which exact resume and process counts rest on as well."""
 
+import itertools
 import shutil
+import threading
+import time
 
 import datasets
 import nibabel as nib
@@ -15,7 +18,7 @@ from anodiff.data.readers.subjects import Subject
 from anodiff.training.loop import fit
 from anodiff.training.objective_noise import NoiseObjective
 from anodiff.training.options import DataOptions, LoopOptions, TrainOptions
-from anodiff.training.samples import PositionBatches, SampleStream, StreamedSamples, read_batches
+from anodiff.training.samples import PositionBatches, SampleStream, StreamedSamples, read_ahead, read_batches
 from anodiff.volumes.processor import VolumeProcessor
 
 
@@ -163,6 +166,34 @@ def test_a_worker_reads_the_same(split, rows):
     stream = StreamedSamples(split, 0, 7, PositionBatches(0, 6, 5, 1, 1, 0))
     loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=1, collate_fn=lambda batch: batch)
     assert rows(loader) == expected
+
+
+def test_reading_ahead():
+    made = [threading.Event() for _ in range(4)]
+
+    def batches():
+        for number, event in enumerate(made):
+            event.set()
+            yield number
+        raise ConnectionError("it broke off")
+
+    threads, found = threading.active_count(), []
+    with pytest.raises(ConnectionError, match="it broke off"):
+        for batch in read_ahead(batches()):
+            found.append(batch)
+            # The next one is made meanwhile, but no more than that.
+            assert batch == 3 or made[batch + 1].wait(30)
+            assert not any(event.is_set() for event in made[batch + 2 :])
+    assert found == [0, 1, 2, 3]
+    assert list(read_ahead(range(3))) == [0, 1, 2] and list(read_ahead([])) == []
+    ahead = read_ahead(itertools.count())
+    assert next(ahead) == 0
+    ahead.close()
+    for _ in range(3000):
+        if threading.active_count() == threads:
+            break
+        time.sleep(0.01)
+    assert threading.active_count() == threads
 
 
 def test_missing_files_and_rows(folder, tmp_path):
