@@ -41,7 +41,7 @@ PRODUCERS = (
     *("data/readers/arrays.py", "data/readers/files.py", "data/readers/listing.py", "data/readers/subjects.py"),
     *("data/phantoms/brains.py", "data/phantoms/head_maps.py", "data/phantoms/heads.py"),
     *("data/phantoms/label_maps.py", "data/phantoms/nodules.py", "data/phantoms/sets.py"),
-    "schedulers/draws.py",
+    *("schedulers/devices.py", "schedulers/draws.py", "schedulers/draws_triton.py"),
 )
 
 _ROW_GROUP = 128  # rows that streaming reads at a time
