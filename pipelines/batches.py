@@ -162,7 +162,7 @@ class Batches:
             torch.cuda.empty_cache()
 
     def _time(self, network: torch.nn.Module, call: Callable, inputs: list[torch.Tensor]) -> float:
-        """Seconds of an evaluation, from an idle device to an idle device."""
+        """Measures the seconds of an evaluation by a device that does nothing else."""
         torch.cuda.synchronize(inputs[0].device)
         start = time.perf_counter()
         call(network, *inputs)
