@@ -304,25 +304,9 @@ ALONE = (training, start)
 PARTS = {part.__name__: part for part in (*TOGETHER, *ALONE)}
 
 
-class Turns:
-    """Lets parts measure one after the other, the first one once all of them are ready or have ended."""
-
-    def __init__(self, parts: int):
-        self._preparing, self._changed, self._turn = parts, threading.Condition(), threading.Lock()
-
-    def prepared(self) -> None:
-        with self._changed:
-            self._preparing -= 1
-            self._changed.notify_all()
-
-    def take(self) -> threading.Lock:
-        with self._changed:
-            self._changed.wait_for(lambda: self._preparing == 0)
-        return self._turn
-
-
-def run_part(name: str, options: argparse.Namespace, turns: Turns) -> list[Row]:
-    """Runs a part in a process of its own; a failure is a row, too."""
+def run_part(name: str, options: argparse.Namespace, all_ready: threading.Barrier, turn: threading.Lock) -> list[Row]:
+    """Runs a part in a process of its own, which measures in its turn once all are ready or have ended; a failure is a
+    row, too."""
     command = [sys.executable, sys.argv[0], "--part", name, "--device", options.device, *["--quick"] * options.quick]
     settings = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(COMPILERS)}
     stopped = threading.Event()
@@ -351,8 +335,8 @@ def run_part(name: str, options: argparse.Namespace, turns: Turns) -> list[Row]:
             return rows
 
         rows = read(READY)
-        turns.prepared()
-        with turns.take():
+        all_ready.wait()
+        with turn:
             if process.poll() is None:
                 process.stdin.write("\n")
                 process.stdin.flush()
@@ -387,13 +371,13 @@ def main() -> int:
             print(json.dumps({"part": options.part, **row}), flush=True)
         return 0
     rows, together = [], [name for name in options.parts if PARTS[name] in TOGETHER]
-    turns = Turns(len(together))
+    all_ready, turn = threading.Barrier(max(len(together), 1)), threading.Lock()
     with ThreadPoolExecutor(len(TOGETHER)) as pool:
-        running = [pool.submit(run_part, name, options, turns) for name in together]
+        running = [pool.submit(run_part, name, options, all_ready, turn) for name in together]
         rows += [row for part in as_completed(running) for row in show(part.result())]
     for name in options.parts:
         if name not in together:
-            rows += show(run_part(name, options, Turns(1)))
+            rows += show(run_part(name, options, threading.Barrier(1), turn))
     print("\n| what | goal | measured |\n|---|---|---|")
     for row in rows:
         print(f"| {row['what']} | {row.get('goal', '')} | {row.get('measured', row.get('failed'))} |")

@@ -58,6 +58,7 @@ class UNet2DPatchesModel(UNet2DModel):
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
     ):
+        # All arguments of the parent stand above: diffusers makes a network with those that a signature names.
         check_integer("patch_size", patch_size, 1)
         super().__init__(
             **{key: value for key, value in self.config.items() if key != "patch_size" and not key.startswith("_")}

@@ -155,19 +155,11 @@ class Batches:
             try:
                 part = [value[:1].expand(items, *value.shape[1:]).contiguous() for value in inputs]
                 call(network, *part)  # chooses kernels and asks for memory
-                limit.learn(items, items / min(self._time(network, call, part) for _ in range(TIMINGS)))
+                limit.learn(items, items / min(_time(network, call, part) for _ in range(TIMINGS)))
             except torch.OutOfMemoryError:
                 limit.growing = False
         if not limit.growing:
             torch.cuda.empty_cache()
-
-    def _time(self, network: torch.nn.Module, call: Callable, inputs: list[torch.Tensor]) -> float:
-        """Measures the seconds of an evaluation by a device that does nothing else."""
-        torch.cuda.synchronize(inputs[0].device)
-        start = time.perf_counter()
-        call(network, *inputs)
-        torch.cuda.synchronize(inputs[0].device)
-        return time.perf_counter() - start
 
     def _graph_size(self, key: tuple, limit: _Limit, unit: int) -> int:
         """Returns the size of compiled batches. A larger graph is made only where the items of a unit would need several
@@ -194,3 +186,12 @@ class Batches:
         output = call(self.compiled, padded, *others)[:count]
         # A CUDA graph writes its next output into the same memory.
         return output.clone() if self.cuda_graphs else output
+
+
+def _time(network: torch.nn.Module, call: Callable, inputs: list[torch.Tensor]) -> float:
+    """Measures the seconds of an evaluation by a GPU that does nothing else."""
+    torch.cuda.synchronize(inputs[0].device)
+    start = time.perf_counter()
+    call(network, *inputs)
+    torch.cuda.synchronize(inputs[0].device)
+    return time.perf_counter() - start

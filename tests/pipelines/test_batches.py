@@ -187,8 +187,6 @@ def test_fast_is_chosen_by_the_device_and_what_is_given_wins():
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, {"mixed_precision": "no"}, {"cuda_graphs": True}])
 def test_fast_on_a_gpu(settings):
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
     pipe = make_pipeline("AnoFPDMPipeline").to("cuda")
     slices = make_slices(40)
     expected = pipe(slices).anomaly_map
@@ -199,8 +197,6 @@ def test_fast_on_a_gpu(settings):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["ANDiPipeline", "AnoDDPMPipeline"])
 def test_no_batch_waits_for_what_the_device_does(name):
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
     pipe = make_pipeline(name).to("cuda")
 
     def count_waits(batches: int) -> int:

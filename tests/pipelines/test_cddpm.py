@@ -172,7 +172,6 @@ def test_windows_by_axes_are_those_in_three_dimensions():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_similarity_on_a_gpu_is_not_rounded():
     generator = torch.Generator().manual_seed(0)
     first = 0.9 + 0.1 * torch.rand(11, 40, 36, generator=generator)

@@ -81,7 +81,6 @@ def test_a_nan_makes_the_windows_that_hold_it_nan_and_no_others():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("size, dimensions", [(3, 2), (5, 2), (4, 3), (5, 3)])
 def test_a_gpu_filters_to_the_same_bits(size, dimensions):
     maps, brain = random_maps((21, 61, 58)), ball((21, 61, 58))
