@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from .hub_server import TOKEN, HubServer
+from .script_server import run_python
 
 
 # Before anything imports torch or a Hugging Face library: networks here are tiny, so threads only get in each other's way, and
@@ -60,17 +61,17 @@ def near_hub(hub, tmp_path, monkeypatch):
 @pytest.fixture
 def hub_client(hub, tmp_path):
     """`hub_client(script, *arguments)` runs Python code in a process of its own whose Hub is `hub`; returns what the script
-    printed last, as JSON. Clients of one test share a cache unless `home` names another one."""
+    printed last, as JSON. Clients of one test share a cache unless `home` names another one. A `fresh` process has
+    imported nothing."""
 
-    def run(script: str, *arguments: str | Path, home: str = "home", **variables: str):
+    def run(script: str, *arguments: str | Path, home: str = "home", fresh: bool = False, **variables: str):
         environment = {**os.environ, **hub.environment(tmp_path / home), "OMP_NUM_THREADS": "1", **variables}
-        done = subprocess.run(
-            [sys.executable, "-c", script + LEAVE, *map(str, arguments)],
-            env=environment,
-            cwd=tmp_path,
-            text=True,
-            capture_output=True,
-        )
+        command = ["-c", script + LEAVE, *map(str, arguments)]
+        if fresh:
+            command = [sys.executable, *command]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
+        else:
+            done = run_python(command, tmp_path, environment)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 

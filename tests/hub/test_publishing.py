@@ -121,7 +121,7 @@ def test_results_of_a_data_set_of_the_hub(folder, data_set, is_written, tmp_path
 
 
 def test_push_and_pull(hub, hub_client, folder):
-    [url] = hub_client(PUSH, folder, "owner/tiny", "1")
+    [url] = hub_client(PUSH, folder, "owner/tiny", "1", fresh=True)
     assert url == f"{hub.url}/owner/tiny"
     pushed = hub.files("owner/tiny")
     pushed.pop(".gitattributes")
@@ -157,7 +157,7 @@ def test_a_push_that_fails_says_how_to_do_it_later(hub, hub_client, folder):
     hub.fail("POST", "/api/repos/create", status=402, times=1)
     hub.fail("GET", "/auth-check", status=403, times=1)
     hub.fail("POST", "/commit/", status=403, times=1)
-    *failed, url = hub_client(PUSH, folder, "owner/tiny", "4")
+    *failed, url = hub_client(PUSH, folder, "owner/tiny", "4", fresh=True)
     assert url == f"{hub.url}/owner/tiny"
     assert contents(folder) == before
     for message, reason in zip(failed, ("402", "403", "403"), strict=True):
@@ -178,16 +178,16 @@ def test_a_push_that_fails_says_how_to_do_it_later(hub, hub_client, folder):
 
 
 def test_a_push_that_the_hub_refuses(hub, hub_client, folder):
-    [message] = hub_client(PUSH, folder, "owner/tiny", "1", HF_TOKEN="hf_wrong")
+    [message] = hub_client(PUSH, folder, "owner/tiny", "1", HF_TOKEN="hf_wrong", fresh=True)
     assert "401" in message and "All files are safe" in message
     hub.requests.clear()
-    [message] = hub_client(PUSH, folder, "owner/tiny", "1", HF_TOKEN="")
+    [message] = hub_client(PUSH, folder, "owner/tiny", "1", HF_TOKEN="", fresh=True)
     assert "There is no token" in message and "hf auth login" in message and "All files are safe" in message
-    [message] = hub_client(PUSH, folder, "no such name", "1")
+    [message] = hub_client(PUSH, folder, "no such name", "1", fresh=True)
     assert "Repo id must use alphanumeric chars" in message
     assert hub.requests == []
     (folder / "README.md").write_text(CARD.replace("mit", "all mine"))
-    [message] = hub_client(PUSH, folder, "owner/tiny", "1")
+    [message] = hub_client(PUSH, folder, "owner/tiny", "1", fresh=True)
     assert '"license" must be one of' in message and "All files are safe" in message
 
 

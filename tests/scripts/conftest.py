@@ -11,6 +11,8 @@ import yaml
 
 from anodiff.data.phantoms.brains import make_subject
 
+from ..script_server import run_python
+
 
 ROOT = Path(__file__).parents[2]
 SPLITS = {
@@ -76,17 +78,24 @@ class Workplace:
     ) -> subprocess.CompletedProcess:
         """Runs a script of the repository; with `processes`, through `accelerate launch` on the CPU. `environment` holds
         variables beside those of this process."""
-        begun = self.start(script, *arguments, processes=processes, environment=environment)
-        out, error = begun.communicate()
+        if processes:
+            begun = self.start(script, *arguments, processes=processes, environment=environment)
+            out, error = begun.communicate()
+            done = subprocess.CompletedProcess(begun.args, begun.returncode, out, error)
+        else:
+            done = run_python([ROOT / f"{script}.py", *arguments], self.folder, self.variables(environment))
         if check:
-            assert begun.returncode == 0, error[-5000:]
-        return subprocess.CompletedProcess(begun.args, begun.returncode, out, error)
+            assert done.returncode == 0, done.stderr[-5000:]
+        return done
+
+    def variables(self, others: dict | None = None) -> dict[str, str]:
+        """Variables of a script: those of this process, a cache of its own, and others."""
+        return {**os.environ, "HF_HOME": str(self.folder / "home"), "OMP_NUM_THREADS": "1", **(others or {})}
 
     def start(self, script: str, *arguments, processes: int = 0, environment: dict | None = None) -> subprocess.Popen:
         """Begins to run a script as of [`run`], in a process group of its own."""
         command = [sys.executable, ROOT / f"{script}.py", *arguments]
-        own = {"HF_HOME": str(self.folder / "home"), "OMP_NUM_THREADS": "1"}
-        environment = {**os.environ, **own, **(environment or {})}
+        environment = self.variables(environment)
         if processes:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
