@@ -1,19 +1,28 @@
 """Runs scripts in processes of their own which do not import everything anew, ten seconds for each: a server has imported
 it, and every script is a fork of it.
 
-Scripts that a launcher starts, and those whose start is tested, are ordinary processes.
+As programs, `script_server.py serve FOLDER MODULE...` is the server at the socket of a folder, and `script_server.py ask
+FOLDER [-u] FILE ...` runs a script with its own folder, variables, outputs and signals: a launcher takes it for Python.
+Scripts whose start or end is tested are ordinary processes.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
 import os
 import runpy
+import select
+import shlex
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -37,44 +46,101 @@ def run_python(
 ) -> subprocess.CompletedProcess:
     """Runs a command of Python, `[FILE, ...]` or `["-c", CODE, ...]`, in a folder, and returns what `subprocess.run` does
     with `capture_output` and `text`."""
-    hub = {name: value for name, value in environment.items() if name.startswith("HF_")}
-    # Libraries read these when they are imported; every Hub of a test has another address.
-    near = "HF_ENDPOINT" in hub
-    server = _server(INDEPENDENT if near else EVERYTHING, frozenset() if near else frozenset(hub.items()))
-    with tempfile.TemporaryDirectory() as outputs:
-        files = [os.path.join(outputs, name) for name in ("stdout", "stderr")]
-        command = [str(word) for word in command]
-        asked = {"command": command, "folder": str(folder), "environment": environment, "files": files}
-        print(json.dumps(asked), file=server.stdin, flush=True)
-        status = int(server.stdout.readline())
-        texts = [Path(file).read_text() for file in files]
+    command = [str(word) for word in command]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        status = ask(find_server(environment), command, folder, environment, [out.fileno(), error.fileno()])
+        texts = [file.seek(0) or file.read() for file in (out, error)]
     return subprocess.CompletedProcess(command, status, *texts)
 
 
+def find_server(environment: dict[str, str]) -> Path:
+    """Returns the folder of a server for scripts with these variables; it holds `socket` and the program `python`."""
+    hub = {name: value for name, value in environment.items() if name.startswith("HF_")}
+    # Libraries read these when they are imported; every Hub of a test has another address.
+    near = "HF_ENDPOINT" in hub
+    return _start(INDEPENDENT if near else EVERYTHING, frozenset() if near else frozenset(hub.items()))
+
+
 @cache
-def _server(modules: Sequence[str], variables: frozenset[tuple[str, str]]) -> subprocess.Popen:
-    """A server, which ends with this process."""
-    command = [sys.executable, __file__, *modules]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env={**os.environ, **dict(variables)}, start_new_session=True, **pipes)
+def _start(modules: Sequence[str], variables: frozenset[tuple[str, str]]) -> Path:
+    """Starts a server, which ends with this process."""
+    folder = tempfile.TemporaryDirectory(prefix="anodiff-server-")
+    atexit.register(folder.cleanup)
+    program = Path(folder.name, "python")
+    asks = shlex.join([sys.executable, "-S", __file__, "ask", folder.name])
+    program.write_text(f'#!/bin/sh\nexec {asks} "$@"\n')
+    program.chmod(0o700)
+    command = [sys.executable, __file__, "serve", folder.name, *modules]
+    # Its standard input is open as long as this process lives.
+    subprocess.Popen(command, env={**os.environ, **dict(variables)}, stdin=subprocess.PIPE, start_new_session=True)
+    while not program.with_name("socket").exists():
+        time.sleep(0.02)
+    return program.parent
 
 
-def serve() -> None:
-    """Answers a line of standard input, one command, with its exit status."""
+def ask(server: Path, command: list[str], folder: str | Path, environment: dict[str, str], outputs: list[int]) -> int:
+    """Has a server run a command with two outputs; returns its exit status. SIGINT and SIGTERM are passed on to it."""
+    asked = {"command": command, "folder": str(folder), "environment": environment}
+    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("r") as answers:
+        connection.connect(str(server / "socket"))
+        socket.send_fds(connection, [b"?"], outputs)
+        connection.sendall(json.dumps(asked).encode() + b"\n")
+        script = int(answers.readline())
+        if threading.current_thread() is threading.main_thread() and __name__ == "__main__":
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, _: os.kill(script, number))
+        return int(answers.readline())
+
+
+def serve(folder: Path) -> None:
+    """Answers connections, each in a fork: the number of the process of the script, then its exit status."""
     gc.freeze()  # a collection of a fork would look at all that was imported, and copy it
-    for line in sys.stdin:
-        asked = json.loads(line)
-        child = os.fork()
-        if not child:
-            return become(**asked)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "socket.new"))
+        listener.listen()
+        os.rename(folder / "socket.new", folder / "socket")
+        while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+            connection = listener.accept()[0]
+            if not os.fork():
+                listener.close()
+                return keep(connection)
+            connection.close()
+            while _ended():
+                pass
 
 
-def become(command: list[str], folder: str, environment: dict[str, str], files: list[str]) -> None:
-    """Makes this process that of a command."""
+def _ended() -> bool:
+    try:
+        return os.waitpid(-1, os.WNOHANG)[0] > 0
+    except ChildProcessError:
+        return False
+
+
+def keep(connection: socket.socket) -> None:
+    """Runs the script of a connection in a fork, and kills it if whoever asked is gone."""
+    _, outputs, _, _ = socket.recv_fds(connection, 1, 2)
+    with connection.makefile("r") as lines:
+        asked = json.loads(lines.readline())
+    script = os.fork()
+    if not script:
+        connection.close()
+        return become(**asked, outputs=outputs)
+    connection.sendall(b"%d\n" % script)
+    ended = 0
+    while not ended:
+        ended, status = os.waitpid(script, os.WNOHANG)
+        if select.select([connection], [], [], 0.02)[0]:
+            os.kill(script, signal.SIGKILL)
+            os._exit(1)
+    connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+    os._exit(0)
+
+
+def become(command: list[str], folder: str, environment: dict[str, str], outputs: list[int]) -> None:
+    """Makes this process that of a script."""
     os.setsid()
-    for number, file in enumerate([os.devnull, *files]):
-        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
+    for number, output in enumerate([os.open(os.devnull, os.O_RDONLY), *outputs]):
+        os.dup2(output, number)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -88,6 +154,10 @@ def become(command: list[str], folder: str, environment: dict[str, str], files: 
 
 
 if __name__ == "__main__":
-    for module in sys.argv[1:]:
+    role, place, *words = sys.argv[1:]
+    if role == "ask":
+        words = words[words[0] == "-u" :]
+        sys.exit(ask(Path(place), words, os.getcwd(), dict(os.environ), [1, 2]))
+    for module in words:
         importlib.import_module(module)
-    serve()
+    serve(Path(place))

@@ -11,7 +11,7 @@ import yaml
 
 from anodiff.data.phantoms.brains import make_subject
 
-from ..script_server import run_python
+from ..script_server import find_server, run_python
 
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +79,9 @@ class Workplace:
         """Runs a script of the repository; with `processes`, through `accelerate launch` on the CPU. `environment` holds
         variables beside those of this process."""
         if processes:
-            begun = self.start(script, *arguments, processes=processes, environment=environment)
+            # What the launcher starts several of instead of Python.
+            python = {"PYTHON_EXEC": str(find_server(self.variables(environment)) / "python")}
+            begun = self.start(script, *arguments, processes=processes, environment={**(environment or {}), **python})
             out, error = begun.communicate()
             done = subprocess.CompletedProcess(begun.args, begun.returncode, out, error)
         else:

@@ -555,6 +555,7 @@ def test_a_run_that_began_with_a_pipeline_goes_on_from_its_own_weights(train, st
         ({"init_from": "missing/folder"}, r"missing/folder"),
     ],
 )
+@pytest.mark.usefixtures("near_hub")  # has no missing/folder either
 def test_what_a_run_cannot_begin_with(train, start, tmp_path, changes, message):
     changes = {"init_from": str(start), "unet": {}, **changes}
     if changes.get("method") == "sadm":
