@@ -125,8 +125,8 @@ class StreamedSamples(torch.utils.data.IterableDataset):
             yield {**stacked, "image": stacked["image"].astype(np.float32), "position": np.array(positions)}
 
 
-# Heads whose slices are made at once on a GPU: starting the work takes as long for 64 as for 512 (some 75 ms), which is
-# spread over the batches. 1024 take 2 GB.
+# Heads whose slices are made at once on a GPU: starting the work takes as long for 64 as for 512, which is spread over
+# the batches. 1024 take 2 GB.
 _DRAWN_AT_ONCE = 1024
 
 

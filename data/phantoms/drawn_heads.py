@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ...checks import check_choice, check_integer
-from ...schedulers.draws import fold_in, integers, make_keys, uniform
+from ...schedulers.draws import fold_in, integers, make_keys
 from ...volumes.processor import BRAIN_LEVEL, VolumeProcessor
+from .head_draws import HeadDraws
 from .heads import CONTRASTS, HEADS, make_slices
 from .label_maps import read_label_maps, split_maps
 
@@ -125,14 +126,14 @@ class DrawnHeads:
         config, count, context = self.processor.config, len(numbers), self.processor.config.context
         keys = make_keys(self.seed, list(numbers), _STREAMS[self.split], self.device)
         chosen = self._first + integers(fold_in(keys, _CHOICE), self._count)
-        options = {"contrasts": self.modalities, "mask_errors": True}
-        positions, spacing, centre, median = self._measure(chosen, keys, options)
-        u = uniform(fold_in(fold_in(keys, _PLACE), 1), (1,))
+        draws, options = HeadDraws(keys), {"contrasts": self.modalities, "mask_errors": True}
+        positions, spacing, centre, median = self._measure(chosen, draws, options)
+        u = draws.of(_PLACE, 1).uniform(1)
         thickness = _THINNEST + (_THICKEST - _THINNEST) * u
         heads = make_slices(
             self.maps,
             chosen,
-            keys,
+            draws,
             positions[:, None] + torch.arange(-context, context + 1, device=self.device) * thickness,
             size=tuple(config.size),
             spacing=spacing,
@@ -156,15 +157,15 @@ class DrawnHeads:
         }
         return {name: made[name] for name in columns if name in made}
 
-    def _measure(self, chosen: torch.Tensor, keys: torch.Tensor, options: dict) -> tuple[torch.Tensor, ...]:
+    def _measure(self, chosen: torch.Tensor, draws: HeadDraws, options: dict) -> tuple[torch.Tensor, ...]:
         """Measures whole heads on a coarse grid: a random position `(N,)` of a slice in each, size `(N,)` and centre
         `(N, 2)` of the slice's pixels, all in mm, and the median brightness `(N, C)` of the brain."""
         planes = (torch.arange(_PLANES, device=self.device) - (_PLANES - 1) / 2) * _PLANE_DISTANCE
         coarse = make_slices(
             self.maps,
             chosen,
-            keys,
-            planes.expand(len(keys), -1),
+            draws,
+            planes.expand(len(draws), -1),
             size=_COARSE_SIZE,
             spacing=_COARSE_SPACING,
             **options,
@@ -172,7 +173,7 @@ class DrawnHeads:
         brain = coarse.brain
         area = brain.flatten(2).sum(2)
         weights = (area > _LEAST_AREA * area.amax(1, keepdim=True)).float().cumsum(1)
-        u = uniform(fold_in(keys, _PLACE), (2,))
+        u = draws.of(_PLACE).uniform(2)
         plane = torch.searchsorted(weights, u[:, :1] * weights[:, -1:], right=True).clamp(max=_PLANES - 1)[:, 0]
         positions = planes[plane] + (u[:, 1] - 0.5) * _PLANE_DISTANCE
 

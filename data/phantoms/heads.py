@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ...checks import check_choice, check_integer
 from ...files import making_folder, write_json, write_text
 from ...schedulers.draws import fold_in, integers, make_keys, normal, uniform
+from .head_draws import HeadDraws
 from .label_maps import (
     AIR,
     CORTEX,
@@ -82,7 +83,7 @@ class Heads:
 def make_slices(
     maps: LabelMaps,
     chosen: torch.Tensor,
-    keys: torch.Tensor,
+    keys: torch.Tensor | HeadDraws,
     positions: torch.Tensor,
     *,
     contrasts: Sequence[str] = ("flair",),
@@ -102,7 +103,8 @@ def make_slices(
     Args:
         maps ([`LabelMaps`]): Their device is the device of the result.
         chosen (`torch.Tensor` of shape `(B,)`): Map of each head.
-        keys (`torch.Tensor` of shape `(B, 2)`): What everything random of a head is drawn from.
+        keys (`torch.Tensor` of shape `(B, 2)`, or [`HeadDraws`] of them):
+            What everything random of a head is drawn from. Draws that were given before are not made again.
         positions (`torch.Tensor` of shape `(B, Z)`): Middle of each slice, in mm above the centre of the brain.
         contrasts (`Sequence[str]`): Of `CONTRASTS`, a channel each; the anatomy is the same in all.
         size (`tuple[int, int]`): H and W.
@@ -132,7 +134,8 @@ def make_slices(
             f"`lesion_masks` must hold a mask for each of the {len(keys)} heads, without `lesions` beside it, got"
             f" {len(lesion_masks)}."
         )
-    device, heads = maps.tissues.device, len(keys)
+    draws = keys if isinstance(keys, HeadDraws) else HeadDraws(keys)
+    device, heads = maps.tissues.device, len(draws)
     # The mean over the thickness, of an odd number, so that there is a middle.
     samples = samples or (1 if thickness is None else math.ceil(float(thickness.max()) / 1.3) | 1)
     thickness = torch.ones(heads, device=device) if thickness is None else thickness.to(device)
@@ -150,59 +153,43 @@ def make_slices(
     rows, columns = ((samples // 2 + step * from_middle) % samples for step in (2, -2))
     apart = torch.stack([offsets[rows], offsets[columns]], -1) * spacing[:, None, None]  # (B, S, 2)
     apart = apart[:, None].expand(*z.shape, 2).flatten(1, 2)
-    tissues = _bend(maps, chosen.to(device), keys, z.flatten(1), y, x, apart).unflatten(1, z.shape[1:])
-    brain = _brain_mask(tissues, keys, spacing)
+    samples_of_all = Places(z.flatten(1), y, x)
+    tissues = _bend(maps, chosen.to(device), draws, samples_of_all, apart).unflatten(1, z.shape[1:])
+    brain = _brain_mask(tissues, draws, spacing)
     # A slice's own key: the number of its position, in micrometres, which may be negative.
     numbers = ((z.mean(2) + 1000) * 1000).round().long()
-    slice_keys = fold_in(keys.repeat_interleave(z.shape[1], 0), numbers.flatten())
-    places = [positions.to(device), y, x]
+    slice_keys = fold_in(draws.keys.repeat_interleave(z.shape[1], 0), numbers.flatten())
+    places = Places(positions.to(device), y, x)
     if mask_errors:
-        brain = _with_errors(brain, tissues, keys, places)
+        brain = _with_errors(brain, tissues, draws, places)
     lesion = None
     if lesions is not None and any(lesions):
-        lesion = _draw_lesions(maps, chosen.to(device), keys, lesions, places)
+        lesion = _draw_lesions(maps, chosen.to(device), draws, lesions, places)
     elif lesion_masks is not None:
         own = torch.arange(heads, device=device)
-        inside = _bend(lesion_masks.to(device), own, keys, z.flatten(1), y, x, apart).unflatten(1, z.shape[1:])
+        inside = _bend(lesion_masks.to(device), own, draws, samples_of_all, apart).unflatten(1, z.shape[1:])
         lesion = torch.stack([inside.float().mean(2), torch.zeros_like(brain, dtype=torch.float32)], 1)
     if lesion is not None:
         lesion = lesion * _is_solid(tissues).float().mean(2)[:, None]
     images = []
     for channel, contrast in enumerate(contrasts):
-        own = fold_in(keys, 100 + channel), fold_in(slice_keys, 100 + channel)
+        own = draws.of(100 + channel), fold_in(slice_keys, 100 + channel)
         images.append(_paint(tissues, contrast, *own, places, lesion, look))
     marked = torch.zeros_like(brain) if lesion is None else (lesion[:, 0] > 0.5) & brain
     return Heads(torch.stack(images, 1), brain, tissues[:, :, samples // 2], marked)
 
 
-def _bend(maps: LabelMaps, chosen, keys, z, y, x, apart: torch.Tensor | None = None) -> torch.Tensor:
-    """Tissues `(B, P, H, W)` of bent maps in the planes `z (B, P)` at rows `y (B, H)` and columns `x (B, W)`, all in
-    mm; a plane's points lie `apart (B, P, 2)` from these rows and columns."""
-    heads, device = len(keys), keys.device
-    u = uniform(fold_in(keys, _SHAPE), (16,))
-    angles = normal(fold_in(fold_in(keys, _SHAPE), 1), (6,))
-    cos, sin = (angles[:, :3] * math.radians(5)).cos(), (angles[:, :3] * math.radians(5)).sin()
-    matrix = torch.eye(3, device=device).repeat(heads, 1, 1)
-    for axis, (first, second) in enumerate(((1, 2), (0, 2), (0, 1))):
-        turn = torch.eye(3, device=device).repeat(heads, 1, 1)
-        turn[:, first, first] = turn[:, second, second] = cos[:, axis]
-        turn[:, first, second], turn[:, second, first] = -sin[:, axis], sin[:, axis]
-        matrix = matrix @ turn
-    shear = torch.eye(3, device=device).repeat(heads, 1, 1)
-    for number, (row, column) in enumerate(((0, 1), (0, 2), (1, 2))):
-        shear[:, row, column] = 0.02 * angles[:, 3 + number]
-    scale = 1 / (0.87 + 0.26 * u[:, :3])
-    scale[:, 0] *= torch.where(u[:, 3] < 0.5, -1.0, 1.0)  # left and right
-    matrix = matrix @ shear * scale[:, None]
-
-    # Two fields of displacements, in mm: the shape of the head, and that of its folds.
-    places = [z, y, x]
-    shifts = 0.0
-    for number, (knots, size) in enumerate((((5, 5, 5), 3.5), ((10, 10, 9), 1.5))):
-        drawn = normal(fold_in(fold_in(keys, _KNOTS), number), (3, *knots))
-        drawn = drawn * (size * (0.4 + 0.8 * u[:, 4 + number]))[:, None, None, None, None]
-        shifts = shifts + _spline(drawn, places)
-    z, y, x = z[:, :, None, None], y[:, None, :, None], x[:, None, None, :]
+def _bend(
+    maps: LabelMaps, chosen: torch.Tensor, draws: HeadDraws, places: Places, apart: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Tissues `(B, P, H, W)` of bent maps at places; a plane's points lie `apart (B, P, 2)`, in mm, from these rows and
+    columns."""
+    matrix = draws.once("matrix", lambda: _draw_matrix(draws))
+    shifts = sum(
+        _spline(draws.once(("knots", number), lambda number=number: _draw_knots(draws, number)), places)
+        for number in range(len(_DISPLACEMENTS))
+    )
+    z, y, x = places.z[:, :, None, None], places.y[:, None, :, None], places.x[:, None, None, :]
     if apart is not None:
         y, x = y + apart[:, :, :1, None], x + apart[:, :, 1:, None]
     linear = [matrix[:, axis, :, None, None, None] for axis in range(3)]
@@ -219,26 +206,71 @@ def _bend(maps: LabelMaps, chosen, keys, z, y, x, apart: torch.Tensor | None = N
     return torch.where(inside, maps.tissues.flatten()[index], AIR)
 
 
-def _spline(knots: torch.Tensor, places: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Field `(B, C, P, H, W)` of cubic B-splines with the coefficients `(B, C, I, J, K)` at places `(B, P)`, `(B, H)`,
-    `(B, W)` in mm from -_REACH to _REACH; its deviation is about that of the coefficients."""
-    weights = []
-    for place, count in zip(places, knots.shape[2:], strict=True):
-        position = (place / (2 * _REACH) + 0.5).clamp(0, 1) * (count - 1)
-        distance = (position[..., None] - torch.arange(count, device=knots.device)).abs()
-        near = 2 / 3 - distance**2 + distance**3 / 2
-        far = (2 - distance).clamp(min=0) ** 3 / 6
-        weight = torch.where(distance < 1, near, far)
-        weights.append(weight / weight.square().sum(-1, keepdim=True).sqrt())
-    return torch.einsum("bcijk,bpi,bhj,bwk->bcphw", knots, *weights)
+def _draw_matrix(draws: HeadDraws) -> torch.Tensor:
+    """Matrices `(B, 3, 3)` that turn, shear, scale and perhaps mirror a head."""
+    heads, device = len(draws), draws.keys.device
+    u, angles = draws.of(_SHAPE).uniform(16), draws.of(_SHAPE, 1).normal(6)
+    cos, sin = (angles[:, :3] * math.radians(5)).cos(), (angles[:, :3] * math.radians(5)).sin()
+    matrix = torch.eye(3, device=device).repeat(heads, 1, 1)
+    for axis, (first, second) in enumerate(((1, 2), (0, 2), (0, 1))):
+        turn = torch.eye(3, device=device).repeat(heads, 1, 1)
+        turn[:, first, first] = turn[:, second, second] = cos[:, axis]
+        turn[:, first, second], turn[:, second, first] = -sin[:, axis], sin[:, axis]
+        matrix = matrix @ turn
+    shear = torch.eye(3, device=device).repeat(heads, 1, 1)
+    for number, (row, column) in enumerate(((0, 1), (0, 2), (1, 2))):
+        shear[:, row, column] = 0.02 * angles[:, 3 + number]
+    scale = 1 / (0.87 + 0.26 * u[:, :3])
+    scale[:, 0] *= torch.where(u[:, 3] < 0.5, -1.0, 1.0)  # left and right
+    return matrix @ shear * scale[:, None]
 
 
-def _brain_mask(tissues: torch.Tensor, keys: torch.Tensor, spacing: torch.Tensor) -> torch.Tensor:
+# Two fields of displacements, knots and size in mm: the shape of the head, and that of its folds.
+_DISPLACEMENTS = (((5, 5, 5), 3.5), ((10, 10, 9), 1.5))
+
+
+def _draw_knots(draws: HeadDraws, number: int) -> torch.Tensor:
+    """Coefficients `(B, 3, I, J, K)` of a field of displacements."""
+    knots, size = _DISPLACEMENTS[number]
+    strength = size * (0.4 + 0.8 * draws.of(_SHAPE).uniform(16)[:, 4 + number])
+    return draws.of(_KNOTS, number).normal(3, *knots) * strength[:, None, None, None, None]
+
+
+class Places:
+    """Holds planes `z (B, P)`, rows `y (B, H)` and columns `x (B, W)`, in mm, and the weights of splines there."""
+
+    def __init__(self, z: torch.Tensor, y: torch.Tensor, x: torch.Tensor):
+        self.z, self.y, self.x = z, y, x
+        self._weights: dict[tuple[int, ...], list[torch.Tensor]] = {}
+
+    def weights(self, counts: tuple[int, int, int]) -> list[torch.Tensor]:
+        """Returns the weights `(B, P, I)`, `(B, H, J)`, `(B, W, K)` of as many knots from -_REACH to _REACH."""
+        if counts not in self._weights:
+            axes = self.z, self.y, self.x
+            # All axes in one go, with the most knots that one has.
+            last = torch.cat([torch.full_like(axis, count - 1) for axis, count in zip(axes, counts, strict=True)], 1)
+            position = (torch.cat(axes, 1) / (2 * _REACH) + 0.5).clamp(0, 1) * last
+            distance = (position[..., None] - torch.arange(max(counts), device=position.device)).abs()
+            near = 2 / 3 - distance**2 + distance**3 / 2
+            far = (2 - distance).clamp(min=0) ** 3 / 6
+            parts = torch.where(distance < 1, near, far).split([axis.shape[1] for axis in axes], 1)
+            parts = [part[..., :count] for part, count in zip(parts, counts, strict=True)]
+            self._weights[counts] = [part / part.square().sum(-1, keepdim=True).sqrt() for part in parts]
+        return self._weights[counts]
+
+
+def _spline(knots: torch.Tensor, places: Places) -> torch.Tensor:
+    """Field `(B, C, P, H, W)` of cubic B-splines with the coefficients `(B, C, I, J, K)`; its deviation is about that of
+    the coefficients."""
+    return torch.einsum("bcijk,bpi,bhj,bwk->bcphw", knots, *places.weights(tuple(knots.shape[2:])))
+
+
+def _brain_mask(tissues: torch.Tensor, draws: HeadDraws, spacing: torch.Tensor) -> torch.Tensor:
     """Masks `(B, Z, H, W)` as brain extraction gives them: the tissue of the brain, closed over narrow sulci, and the
     fluid that it surrounds."""
     is_brain = (tissues > AIR) & (tissues <= LAST_OF_BRAIN)
     tissue, outer = is_brain.float().mean(2), (tissues == OUTER_FLUID).float().mean(2) > 0.5
-    boxes = 1 + 2 * ((4.5 + 6 * uniform(fold_in(keys, _MASK))) / spacing).round().long().clamp(min=1)  # 9 to 21 mm
+    boxes = 1 + 2 * ((4.5 + 6 * draws.of(_MASK).uniform()) / spacing).round().long().clamp(min=1)  # 9 to 21 mm
     reaches = (30 / spacing).round().long()
     closed = _by_size(_close, (tissue > 0.5).float(), boxes)
     share = _by_size(_mean_around, tissue, reaches)
@@ -268,11 +300,11 @@ def _mean_around(images: torch.Tensor, reach: int) -> torch.Tensor:
     return F.avg_pool2d(rows, (1, around), 1, (0, reach))
 
 
-def _with_errors(brain: torch.Tensor, tissues: torch.Tensor, keys: torch.Tensor, places) -> torch.Tensor:
+def _with_errors(brain: torch.Tensor, tissues: torch.Tensor, draws: HeadDraws, places: Places) -> torch.Tensor:
     """Masks `(B, Z, H, W)` that in six of ten heads reach into what lies around the brain, in a quarter cut a rim off
     it, here and there."""
-    field = _spline(normal(fold_in(keys, _ERRORS), (1, 9, 9, 8)), places)[:, 0]
-    u = uniform(fold_in(fold_in(keys, _ERRORS), 1), (4,))[..., None, None, None]
+    field = _spline(draws.of(_ERRORS).normal(1, 9, 9, 8), places)[:, 0]
+    u = draws.of(_ERRORS, 1).uniform(4)[..., None, None, None]
     head = (tissues > AIR).float().mean(2) > 0.5
     reach = (2 * u[:, 1]).masked_fill(u[:, 0] > 0.6, torch.inf)
     cut = (0.4 + 1.6 * u[:, 3]).masked_fill(u[:, 2] > 0.25, torch.inf)
@@ -290,24 +322,26 @@ def _is_solid(tissues: torch.Tensor) -> torch.Tensor:
     return (tissues > AIR) & (tissues < VESSEL) & (tissues != FLUID)
 
 
-def _draw_lesions(maps: LabelMaps, chosen, keys, kinds: Sequence[str | None], places) -> torch.Tensor:
+def _draw_lesions(
+    maps: LabelMaps, chosen: torch.Tensor, draws: HeadDraws, kinds: Sequence[str | None], places: Places
+) -> torch.Tensor:
     """Weights `(B, 2, Z, H, W)` in [0, 1] of lesions and of their cores at planes, rows and columns in mm: blobs with
     uneven edges, tumours in the white matter, plaques of MS beside the ventricles, strokes in the cortex."""
-    device, heads = keys.device, len(keys)
+    device, heads = draws.keys.device, len(draws)
     grid = [(torch.arange(size, device=device) - (size - 1) / 2) * _COARSE for size in _COARSE_SHAPE]
-    tissues = _bend(maps, chosen, keys, *(places_of_axis.expand(heads, -1) for places_of_axis in grid))
+    tissues = _bend(maps, chosen, draws, Places(*(axis.expand(heads, -1) for axis in grid)))
     white = tissues == WHITE
     beside = white & (F.max_pool3d((tissues == FLUID).float(), 5, 1, 2) > 0)
     allowed = {"tumour": white, "ms": beside, "stroke": tissues == CORTEX}
-    keys = fold_in(keys, _LESION)
-    uneven = _spline(normal(fold_in(keys, 0), (1, 20, 20, 18)), places)[:, 0]
-    drawn = uniform(fold_in(keys, 1), (16,))
+    draws = draws.of(_LESION)
+    uneven = _spline(draws.of(0).normal(1, 20, 20, 18), places)[:, 0]
+    drawn = draws.of(1).uniform(16)
     weights = torch.zeros(heads, 2, *uneven.shape[1:], device=device)
     for head, kind in enumerate(kinds):
         if kind is None:
             continue
         u, count = drawn[head], 4 + int(drawn[head, 0] * 8) if kind == "ms" else 1
-        spots = fold_in(keys[head].expand(count, 2), torch.arange(2, 2 + count, device=device))
+        spots = fold_in(draws.keys[head].expand(count, 2), torch.arange(2, 2 + count, device=device))
         # The place with the highest number of those that are allowed; a map without any has it in the middle.
         order = uniform(spots, (tissues[head].numel(),)) * allowed[kind][head].flatten()
         index = torch.stack(torch.unravel_index(order.argmax(1), tissues.shape[1:]), 1)
@@ -315,7 +349,7 @@ def _draw_lesions(maps: LabelMaps, chosen, keys, kinds: Sequence[str | None], pl
             v = uniform(fold_in(spots[spot : spot + 1], 1), (8,))[0]
             low, high = {"tumour": (10, 26), "ms": (2.5, 7), "stroke": (12, 28)}[kind]
             radius = (low + (high - low) * v[0]) * (0.75 + 0.6 * v[1:4])
-            axes = zip(places, grid, index[spot], radius, strict=True)
+            axes = zip((places.z, places.y, places.x), grid, index[spot], radius, strict=True)
             z, y, x = (((place[head] - axis[number]) / length) ** 2 for place, axis, number, length in axes)
             distance = (z[:, None, None] + y[:, None] + x).sqrt() + 0.2 * uneven[head]
             soft = 0.05 + 0.12 * u[1]
@@ -325,10 +359,10 @@ def _draw_lesions(maps: LabelMaps, chosen, keys, kinds: Sequence[str | None], pl
     return weights
 
 
-def _lesion_values(contrast: str, look: str, means: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def _lesion_values(contrast: str, look: str, means: torch.Tensor, draws: HeadDraws) -> torch.Tensor:
     """Brightness `(B, 2)` of lesions and of their cores."""
     white, cortex, fluid = means[:, WHITE], means[:, CORTEX], means[:, FLUID]
-    u = uniform(fold_in(keys, _LESION), (4,))
+    u = draws.of(_LESION).uniform(4)
     core = fluid + (cortex - fluid) * 0.5 * u[:, 1]
     if look == "iso":
         return torch.stack([white, white], 1)
@@ -341,34 +375,42 @@ def _lesion_values(contrast: str, look: str, means: torch.Tensor, keys: torch.Te
     return torch.stack([value, value * (0.8 + 0.4 * u[:, 1])], 1)
 
 
-def _paint(tissues, contrast: str, keys, slice_keys, places, lesion: torch.Tensor | None, look: str) -> torch.Tensor:
+def _paint(
+    tissues: torch.Tensor,
+    contrast: str,
+    draws: HeadDraws,
+    slice_keys: torch.Tensor,
+    places: Places,
+    lesion: torch.Tensor | None,
+    look: str,
+) -> torch.Tensor:
     """Images `(B, Z, H, W)` of tissues `(B, Z, S, H, W)`; `slice_keys` are those of every slice, `(B Z, 2)`."""
     heads, slices, samples, height, width = tissues.shape
-    means, deviations = _tissue_values(contrast, keys)
+    means, deviations = draws.once(("tissues", contrast), lambda: _tissue_values(contrast, draws))
     flat = tissues.flatten(1).long()
     image = means.gather(1, flat).view_as(tissues)
     # Noise of the tissue itself, coarser than a voxel so that it survives the blur.
     grain = normal(fold_in(slice_keys, _TEXTURE), (samples, height, width)).view_as(tissues)
     image = image + deviations.gather(1, flat).view_as(tissues) * grain
     image = image.mean(2)
-    rims = _rims(tissues) * (0.35 * uniform(fold_in(keys, _RIMS)) ** 2)[:, None, None, None]
+    rims = _rims(tissues) * (0.35 * draws.of(_RIMS).uniform() ** 2)[:, None, None, None]
     image = image * (1 - rims if contrast == "t1" else 1 + rims)
     if lesion is not None:
-        values = _lesion_values(contrast, look, means, keys)[..., None, None, None]
+        values = _lesion_values(contrast, look, means, draws)[..., None, None, None]
         rough = 0.2 * values[:, 0] * F.avg_pool2d(grain[:, :, 0], 3, 1, 1)
         image = image + lesion[:, 0] * (values[:, 0] + rough - image)
         image = image + lesion[:, 1] * (values[:, 1] - image)
 
-    u = uniform(fold_in(keys, _SCANNER), (8,))[..., None, None, None]
+    u = draws.of(_SCANNER).uniform(8)[..., None, None, None]
     fields = [
-        _spline(normal(fold_in(fold_in(keys, _FIELDS), number), (1, *knots)), places)[:, 0]
+        _spline(draws.of(_FIELDS, number).normal(1, *knots), places)[:, 0]
         for number, knots in enumerate(((14, 14, 12), (7, 7, 6), (4, 4, 3)))
     ]
     image = image * (1 + 0.05 * u[:, 0] * fields[0] + 0.05 * u[:, 1] * fields[1])
     # Regions differ within a tissue, and fluid that flows shines or fades.
     for number, (kind, strength) in enumerate(((WHITE, 0.1), (CORTEX, 0.12), (FLUID, 0.35))):
         region = (tissues == kind) | ((tissues == OUTER_FLUID) if kind == FLUID else False)
-        knots = normal(fold_in(fold_in(keys, _FIELDS), 3 + number), (1, 9, 9, 8))
+        knots = draws.of(_FIELDS, 3 + number).normal(1, 9, 9, 8)
         own = _spline(knots, places)[:, 0] * strength * u[:, 6 if kind == FLUID else 7] ** 2
         image = image * (1 + own * region.float().mean(2)).clamp(min=0)
     image = _blur(image, 0.3 + 0.5 * u[:, 2, 0, 0, 0])
@@ -399,9 +441,9 @@ def _blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return F.conv2d(blurred, taps[:, None, None], groups=heads).transpose(0, 1)
 
 
-def _tissue_values(contrast: str, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _tissue_values(contrast: str, draws: HeadDraws) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation `(B, T)` of every tissue's brightness."""
-    u = uniform(fold_in(keys, _TISSUE), (2, len(TISSUES)))
+    u = draws.of(_TISSUE).uniform(2, len(TISSUES))
     deviations = 0.005 + 0.055 * u[:, 1] ** 1.5
     for tissue in ("soft", "mucosa", "skin", "marrow"):
         deviations[:, TISSUES.index(tissue)] += 0.12  # fat, muscle and vessels in one
@@ -410,10 +452,10 @@ def _tissue_values(contrast: str, keys: torch.Tensor) -> tuple[torch.Tensor, tor
         return _means(contrast, u), deviations
     # Of the known contrasts more than of those that no sequence has.
     kinds = ("flair", "t1", "t2", "random")
-    look = uniform(fold_in(keys, _LOOK))
+    look = draws.of(_LOOK).uniform()
     drawn = sum((look > share).long() for share in (0.25, 0.45, 0.65))
     means = torch.stack([_means(kind, u) for kind in kinds])
-    return means[drawn, torch.arange(len(keys), device=keys.device)], deviations
+    return means[drawn, torch.arange(len(draws), device=draws.keys.device)], deviations
 
 
 def _means(contrast: str, drawn: torch.Tensor) -> torch.Tensor:

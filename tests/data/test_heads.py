@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from anodiff.data.phantoms import sets
+from anodiff.data.phantoms import head_draws, sets
+from anodiff.data.phantoms.head_draws import HeadDraws
 from anodiff.data.phantoms.head_maps import write_head_maps
 from anodiff.data.phantoms.heads import HEAD_SPACING, LESIONS, make_slices, write_heads
 from anodiff.data.phantoms.label_maps import CORTEX, FLUID, LABELS, TISSUES, WHITE, read_label_maps, read_lesion_masks
@@ -86,6 +87,23 @@ def test_a_slice_depends_on_its_head_and_place_only(maps):
     torch.testing.assert_close(one.images[0, :, 0], several.images[1, :, 2], atol=1e-5, rtol=0)
     other = slices(maps, 3, seed=1, contrasts=("flair", "t1"))
     assert (other.images - several.images).abs().mean() > 0.05
+
+
+def test_a_second_look_at_a_head_draws_the_noise_of_its_slices_only(maps, monkeypatch):
+    keys, options = (
+        make_keys(0, torch.arange(2), 0),
+        {"contrasts": ("any", "t1"), "mask_errors": True, "size": (40, 32)},
+    )
+    draws, places = HeadDraws(keys), torch.tensor([[0.0], [9.0]])
+    make_slices(maps, torch.arange(2), draws, places + 3, spacing=6.0, lesions=["tumour", None], **options)
+    drawn = []
+    for name in ("normal", "uniform"):
+        draw = getattr(head_draws, name)
+        monkeypatch.setattr(head_draws, name, lambda *key, draw=draw: drawn.append(key) or draw(*key))
+    again = make_slices(maps, torch.arange(2), draws, places, **options)
+    assert not drawn
+    fresh = make_slices(maps, torch.arange(2), keys, places, **options)
+    assert drawn and torch.equal(again.images, fresh.images) and torch.equal(again.brain, fresh.brain)
 
 
 def test_contrasts_are_those_of_their_sequences(maps):
