@@ -1,6 +1,7 @@
 """Milliseconds per simplex field: the `opensimplex` package with numba against `anodiff.schedulers.simplex`.
 
-    pip install "anodiff[benchmark]" OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python benchmarks/noise.py
+    pip install "anodiff[benchmark]"
+    OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python benchmarks/noise.py
 
 All variants make the same fields (6 octaves, persistence 0.8, wavelength 64, new seeds in every round) and are checked
 against each other first. Only the plan is kept; its cost is in the column of the first call. They take turns, round by

@@ -1,8 +1,8 @@
 """Slices per second into a training loop: from a prepared data set, from `.npy` files of one slice each, and from
 NIfTI.
 
-    python benchmarks/prepared.py                          # 8 subjects of 120 x 120 x 77 in four modalities; a
-    Markdown table python benchmarks/prepared.py --subjects 2 --size 32   # a try
+    python benchmarks/prepared.py                             # 8 subjects of 120 x 120 x 77, four modalities; a table
+    python benchmarks/prepared.py --subjects 2 --size 32      # a try
 
 Every way gives shuffled batches of 32 images (C, H, W) as a torch tensor, by one process without workers. NIfTI twice:
 a volume is read and processed for every slice that is drawn from it, as a plain map-style data set does, or once for

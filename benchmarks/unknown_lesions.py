@@ -1,7 +1,8 @@
 """Prepared sets that ask what a method knows of lesions it was not trained on; docs/results.md has the table.
 
-    python benchmarks/unknown_lesions.py TCGA_LGG_FLAIR MS OUT      # folders of patients with flair, lesion and brain
-    .nii.gz
+    python benchmarks/unknown_lesions.py TCGA_LGG_FLAIR MS OUT
+
+The first two are folders of patients, each with flair, lesion and brain .nii.gz.
 
 One channel, whatever the contrast, in slices about 6 mm apart as those of TCGA-LGG. All sets share the training split
 (healthy phantoms in T1 and in T2, FLAIR of tumour patients of TCGA-LGG) and the validation split (other tumour
