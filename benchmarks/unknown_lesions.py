@@ -8,8 +8,10 @@ One channel, whatever the contrast, in slices about 6 mm apart as those of TCGA-
 (healthy phantoms in T1 and in T2, FLAIR of tumour patients of TCGA-LGG) and the validation split (other tumour
 patients). They differ in their test split:
 
-    OUT/tumour       FLAIR of tumour patients in no other split: a known kind of lesion OUT/stroke_t1    strokes of the
-    phantom OUT/stroke_t2    the same in T2 OUT/ms           multiple sclerosis, FLAIR
+    OUT/tumour       FLAIR of tumour patients in no other split: a known kind of lesion
+    OUT/stroke_t1    strokes of the phantom
+    OUT/stroke_t2    the same in T2
+    OUT/ms           multiple sclerosis, FLAIR
 
 Masks of the training patients are kept: `sadm_labelled` learns from them, every other method from slices without
 lesion.
