@@ -3,7 +3,8 @@
 diffusers accepts a component of a third-party library from the Hub only if the library stands in its table
 `LOADABLE_CLASSES`, and recognises the component by `issubclass` against the base names that it finds in the library's
 own name space (`anodiff.ModelMixin` and so on). Both tables are private: `setup.cfg` pins the minor version of
-diffusers and the round-trip tests guard the mechanism. Every module that defines a component imports this one first.
+diffusers and the round-trip tests guard the mechanism. Every module that defines a network or a scheduler imports this
+one first. `VolumeProcessor`, which data are prepared with, does not: no checkpoint has it without a scheduler.
 """
 
 from diffusers.models.modeling_utils import ModelMixin

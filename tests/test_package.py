@@ -88,6 +88,11 @@ report("matplotlib", "tensorboard", "sklearn", "dask")
     assert done.stdout.split("\n") == ["[]", "[]", "[]", ""]
 
 
+def test_preparing_data_imports_no_networks():
+    code = "import sys, anodiff.data.prepare; print(sorted({'transformers', 'accelerate'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout == "[]\n"
+
+
 def test_tables_of_diffusers_know_our_components():
     """If this fails after an update of diffusers: its tables are private, see `hub/registration.py`."""
     from diffusers.pipelines import pipeline_loading_utils

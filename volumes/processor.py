@@ -15,7 +15,6 @@ from diffusers.configuration_utils import register_to_config
 
 from ..checks import check_choices, check_integer, check_keys, check_number
 from ..files import check_name
-from ..hub import registration  # noqa: F401  (the class below is a component of checkpoints)
 from ..hub.configuration import PlainConfigMixin
 from .geometry import PLANES, Geometry, plane_orientation
 from .volume import InputVolume, check_voxels, read_volume
