@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from anodiff.data.phantoms import head_draws, sets
+from anodiff.data.phantoms import head_draws, heads, sets
 from anodiff.data.phantoms.head_draws import HeadDraws
 from anodiff.data.phantoms.head_maps import write_head_maps
-from anodiff.data.phantoms.heads import HEAD_SPACING, LESIONS, make_slices, write_heads
+from anodiff.data.phantoms.heads import LESIONS, make_slices, write_heads
 from anodiff.data.phantoms.label_maps import CORTEX, FLUID, LABELS, TISSUES, WHITE, read_label_maps, read_lesion_masks
 from anodiff.data.phantoms.sets import is_phantom, prepare_heads
 from anodiff.data.prepared import load_prepared
@@ -237,7 +237,15 @@ def test_a_folder_without_maps(tmp_path):
         read_label_maps(tmp_path)
 
 
-def test_a_data_set_of_heads(folder, tmp_path):
+@pytest.fixture
+def coarse(monkeypatch):
+    """Volumes of heads with a quarter of the pixels; returns their size in mm."""
+    monkeypatch.setattr(heads, "HEAD_SIZE", (88, 64))
+    monkeypatch.setattr(heads, "HEAD_SPACING", 3.0)
+    return 3.0
+
+
+def test_a_data_set_of_heads(folder, tmp_path, coarse):
     write_heads(tmp_path / "raw", folder, subjects=2, tested=4, contrasts=("t1", "flair"), progress=False)
     lists = {
         split: (tmp_path / "raw" / "splits" / f"{split}.csv").read_text().split()[1:] for split in ("train", "test")
@@ -254,13 +262,14 @@ def test_a_data_set_of_heads(folder, tmp_path):
             )
             assert lesion.any() == (record["lesion"] is not None) and not (lesion & ~brain).any()
             image = nib.load(tmp_path / "raw" / name / "t1.nii.gz")
-            assert image.header.get_zooms()[0] == HEAD_SPACING and not np.asarray(image.dataobj)[brain == 0].any()
+            assert image.header.get_zooms()[0] == coarse and not np.asarray(image.dataobj)[brain == 0].any()
     # What is learnt of a map is not tested on it.
     assert not used["train"] & used["test"]
     with pytest.raises(FileExistsError, match="exists"):
         write_heads(tmp_path / "raw", folder, subjects=2)
 
 
+@pytest.mark.usefixtures("coarse")
 def test_heads_are_prepared(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = {"subjects": 1, "tested": 2, "contrasts": ("t1", "t2"), "progress": False}
