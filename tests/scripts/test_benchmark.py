@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from anodiff.benchmark import main
+from anodiff.ranking.run import Launcher
 
 
 def state(folder, name):
@@ -18,8 +19,8 @@ def state(folder, name):
 
 @pytest.mark.timeout(900)
 def test_a_benchmark_is_stopped_and_gone_on_with(workplace, monkeypatch, capsys):
-    """About ninety seconds on a quiet machine: two trainings, each with its measurement, two evaluations and one of all, in
-    processes of their own."""
+    """Two trainings, each with its measurement, two evaluations and one of all, in processes of their own. Those before the
+    stop are started by `accelerate launch`, the others as forks."""
     folder = workplace.folder / "ranked"
     arguments = ["--data", "prepared", "--methods", "anoddpm", "--budget", "4s", "--output_dir", "ranked"]
     begun = workplace.start("benchmark", *arguments)
@@ -36,6 +37,12 @@ def test_a_benchmark_is_stopped_and_gone_on_with(workplace, monkeypatch, capsys)
     weights = folder / "trainings" / "dae" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     before = weights.stat().st_mtime_ns, weights.read_bytes(), state(folder, "dae")
 
+    def run(launcher, script, arguments, log):
+        done = workplace.run(script, *arguments)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(done.stdout + done.stderr)
+
+    monkeypatch.setattr(Launcher, "run", run)
     monkeypatch.chdir(workplace.folder)
     assert main(arguments) == 0
     said = capsys.readouterr().out
