@@ -3,7 +3,7 @@ it, and every script is a fork of it.
 
 As programs, `script_server.py serve FOLDER MODULE...` is the server at the socket of a folder, and `script_server.py ask
 FOLDER [-u] FILE ...` runs a script with its own folder, variables, outputs and signals: a launcher takes it for Python.
-Scripts whose start or end is tested are ordinary processes.
+Scripts whose start or end is tested are ordinary processes; on systems other than Linux all are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -47,13 +46,21 @@ def run_python(
     """Runs a command of Python, `[FILE, ...]` or `["-c", CODE, ...]`, in a folder, and returns what `subprocess.run` does
     with `capture_output` and `text`."""
     command = [str(word) for word in command]
+    if sys.platform != "linux":
+        options = {"cwd": folder, "env": environment, "text": True, "capture_output": True}
+        return subprocess.run([sys.executable, *command], **options)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
-        status = ask(find_server(environment), command, folder, environment, [out.fileno(), error.fileno()])
+        status = ask(_find_server(environment), command, folder, environment, [out.fileno(), error.fileno()])
         texts = [file.seek(0) or file.read() for file in (out, error)]
     return subprocess.CompletedProcess(command, status, *texts)
 
 
-def find_server(environment: dict[str, str]) -> Path:
+def find_python(environment: dict[str, str]) -> str:
+    """Returns the program that a launcher is to start with these variables instead of Python."""
+    return str(_find_server(environment) / "python") if sys.platform == "linux" else sys.executable
+
+
+def _find_server(environment: dict[str, str]) -> Path:
     """Returns the folder of a server for scripts with these variables; it holds `socket` and the program `python`."""
     hub = {name: value for name, value in environment.items() if name.startswith("HF_")}
     # Libraries read these when they are imported; every Hub of a test has another address.
@@ -71,22 +78,26 @@ def _start(modules: Sequence[str], variables: frozenset[tuple[str, str]]) -> Pat
     program.write_text(f'#!/bin/sh\nexec {asks} "$@"\n')
     program.chmod(0o700)
     command = [sys.executable, __file__, "serve", folder.name, *modules]
-    # Its standard input is open as long as this process lives.
-    subprocess.Popen(command, env={**os.environ, **dict(variables)}, stdin=subprocess.PIPE, start_new_session=True)
+    # It ends when its standard input does, so with this process, however that ends.
+    environment = {**os.environ, **dict(variables)}
+    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
+    atexit.register(server.stdin.close)
     while not program.with_name("socket").exists():
+        assert server.poll() is None, "the server of scripts could not start: see above"
         time.sleep(0.02)
     return program.parent
 
 
 def ask(server: Path, command: list[str], folder: str | Path, environment: dict[str, str], outputs: list[int]) -> int:
-    """Has a server run a command with two outputs; returns its exit status. SIGINT and SIGTERM are passed on to it."""
+    """Has a server run a command with two outputs; returns its exit status. SIGINT and SIGTERM of a
+    program `ask` are passed on to it."""
     asked = {"command": command, "folder": str(folder), "environment": environment}
     with socket.socket(socket.AF_UNIX) as connection, connection.makefile("r") as answers:
         connection.connect(str(server / "socket"))
         socket.send_fds(connection, [b"?"], outputs)
         connection.sendall(json.dumps(asked).encode() + b"\n")
         script = int(answers.readline())
-        if threading.current_thread() is threading.main_thread() and __name__ == "__main__":
+        if __name__ == "__main__":
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda number, _: os.kill(script, number))
         return int(answers.readline())

@@ -11,7 +11,7 @@ import yaml
 
 from anodiff.data.phantoms.brains import make_subject
 
-from ..script_server import find_server, run_python
+from ..script_server import find_python, run_python
 
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ class Workplace:
         variables beside those of this process."""
         if processes:
             # What the launcher starts several of instead of Python.
-            python = {"PYTHON_EXEC": str(find_server(self.variables(environment)) / "python")}
+            python = {"PYTHON_EXEC": find_python(self.variables(environment))}
             begun = self.start(script, *arguments, processes=processes, environment={**(environment or {}), **python})
             out, error = begun.communicate()
             done = subprocess.CompletedProcess(begun.args, begun.returncode, out, error)
