@@ -20,8 +20,6 @@ def draw_overview(output: AnomalyOutput, path: Path, title: str, *, plane: str =
     """Draws the `slices` highest scored slices of the result of a volume (not of a tensor) into a PNG file, in
     radiological convention: image, pseudo-healthy image, map over the image (one colour scale for all slices, from 0),
     mask. `plane` is that of the checkpoint's processor."""
-    from matplotlib.figure import Figure
-
     source = output.source
     in_plane, to_plane, zooms, image, (low, high) = _read_image(source, plane)
     maps = in_plane(output.anomaly_map)
@@ -35,27 +33,74 @@ def draw_overview(output: AnomalyOutput, path: Path, title: str, *, plane: str =
     rows["anomaly map"] = maps
     mask = None if output.pred_mask is None else in_plane(output.pred_mask)
 
-    top = float(np.quantile(maps[chosen], 0.999)) or 1.0
-    figure = Figure(figsize=(2.1 * len(chosen) + 0.9, 2.2 * len(rows) + 0.4), layout="constrained")
-    axes = figure.subplots(len(rows), len(chosen), squeeze=False)
-    for line, (label, array) in zip(axes, rows.items(), strict=True):
-        for axis_, index in zip(line, chosen, strict=True):
-            axis_.imshow(image[index] if array is maps else array[index], cmap="gray", vmin=low, vmax=high)
-            if array is maps:
-                strength = np.clip(maps[index] / top, 0.0, 1.0)
-                overlay = axis_.imshow(maps[index], cmap="inferno", vmin=0.0, vmax=top, alpha=0.85 * strength**0.5)
-                if mask is not None and mask[index].any():
-                    axis_.contour(mask[index], [0.5], colors="tab:cyan", linewidths=0.8)
-        line[0].set_ylabel(label, fontsize=8)
-    for axis_, index in zip(axes[0], chosen, strict=True):
-        axis_.set_title(f"slice {index}, score {scores[index]:.3g}", fontsize=7)
-    _finish_axes(axes, zooms)
-    add_bar(figure, overlay, axes, "score", 0.4)
     threshold = (output.settings or {}).get("threshold")
     contour = "the method's mask" if threshold is None else f"score > {threshold:.3g}"
     note = "" if mask is None else f"; cyan: {contour}"
-    _add_heading(figure, f"{title}: highest scored slices{note}. Research use only.")
-    figure.savefig(path, dpi=120)
+    heading = f"{title}: highest scored slices{note}. Research use only."
+
+    # Every picture is a tile of one image in one system of axes: with one for each of them, drawing takes three times
+    # as long, and there may be a thousand scans. The last line has the map over the image.
+    tiles = np.stack([(image if array is maps else array)[chosen] for array in rows.values()]).astype(np.float32)
+    colours, strength, marks = np.zeros_like(tiles), np.zeros_like(tiles), np.zeros_like(tiles)
+    top = float(np.quantile(maps[chosen], 0.999)) or 1.0
+    colours[-1], strength[-1] = maps[chosen], 0.85 * np.clip(maps[chosen] / top, 0.0, 1.0) ** 0.5
+    scale, gaps = _measure_tiles(tiles.shape[2:], zooms)
+    axes, bar = _make_axes(_tile(colours, gaps).shape * scale, tiles.shape[2:] * scale, heading)
+    axes.imshow(_tile(tiles, gaps, np.nan), cmap="gray", vmin=low, vmax=high, aspect="auto")
+    strength = _tile(strength, gaps)
+    overlay = axes.imshow(_tile(colours, gaps), cmap="inferno", vmin=0.0, vmax=top, alpha=strength, aspect="auto")
+    if mask is not None and mask[chosen].any():
+        marks[-1] = mask[chosen]
+        axes.contour(_tile(marks, gaps), [0.5], colors="tab:cyan", linewidths=0.8)
+    (height, width), around = tiles.shape[2:], {"textcoords": "offset points", "va": "center", "ha": "right"}
+    for line, label in enumerate(rows):
+        axes.annotate(label, (-0.5, line * (height + gaps[0]) + height / 2), (-4, 0), rotation=90, size=8, **around)
+    around |= {"va": "bottom", "ha": "center"}
+    for column, index in enumerate(chosen):
+        text = f"slice {index}, score {scores[index]:.3g}"
+        axes.annotate(text, (column * (width + gaps[1]) + width / 2, -0.5), (0, 4), size=7, **around)
+    _label_bar(axes.figure.colorbar(overlay, cax=bar), "score")
+    axes.figure.savefig(path, dpi=120)
+
+
+# In inches: of a tile, height and width at most; of what stands beside and above one; left, right, above and below all
+# tiles; of a line of the heading.
+_TILE, _TEXTS = (2.2, 2.1), (0.95, 1.6)
+_LEFT, _RIGHT, _ABOVE, _BELOW, _LINE = 0.25, 0.85, 0.25, 0.08, 0.16
+
+
+def _measure_tiles(shape: tuple[int, int], zooms: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns the inches of a pixel of tiles `(H, W)` down and across, and the pixels between two tiles."""
+    size = np.array([shape[0] * zooms[1], shape[1] * zooms[0]])  # mm
+    scale = (_TILE / size).min() * np.array([zooms[1], zooms[0]])
+    gaps = np.maximum(np.maximum(np.round(0.05 / scale), 1), np.ceil(_TEXTS / scale - shape))
+    return scale, (int(gaps[0]), int(gaps[1]))
+
+
+def _tile(pictures: np.ndarray, gaps: tuple[int, int], between: float = 0.0) -> np.ndarray:
+    """Lays pictures `(R, N, H, W)` out in R lines of N, as one image."""
+    wide = np.pad(pictures, ((0, 0), (0, 0), (0, gaps[0]), (0, gaps[1])), constant_values=between)
+    return wide.transpose(0, 2, 1, 3).reshape(len(wide) * wide.shape[2], -1)[: -gaps[0], : -gaps[1]]
+
+
+def _make_axes(size: np.ndarray, tile: np.ndarray, heading: str) -> tuple:
+    """Makes axes for an image of tiles, and those of a bar beside them, both below a heading. Height and width of the
+    image and of a tile are in inches."""
+    from matplotlib.figure import Figure
+
+    along, across = size
+    # What stands beside a low tile, or above a narrow one, is longer than it.
+    below, left = np.maximum((_BELOW, _LEFT), (_TEXTS - tile) / 2)
+    full_width = max(left + across, _TILE[1]) + _RIGHT
+    lines = _wrap(heading, full_width)
+    full_height = along + _ABOVE + below + _LINE * len(lines) + 0.1
+    figure = Figure(figsize=(full_width, full_height))
+    figure.suptitle("\n".join(lines), y=1 - 0.06 / full_height, va="top", fontsize=8, parse_math=False)
+    unit = np.array([full_width, full_height] * 2)
+    left = max(left, full_width - _RIGHT - across)
+    axes = figure.add_axes(np.array([left, below, across, along]) / unit)
+    axes.set_axis_off()
+    return axes, figure.add_axes(np.array([left + across + 0.08, below + 0.3 * along, 0.1, 0.4 * along]) / unit)
 
 
 def draw_members(
@@ -133,9 +178,13 @@ def _read_image(source: InputVolume | None, plane: str) -> tuple:
 
 
 def _add_heading(figure, text: str) -> None:
-    # About 16 letters an inch; a $ in the name of a scan is no formula.
-    lines = textwrap.wrap(text, int(16 * figure.get_figwidth()), break_on_hyphens=False)
-    figure.suptitle("\n".join(lines), fontsize=8, parse_math=False)
+    # A $ in the name of a scan is no formula.
+    figure.suptitle("\n".join(_wrap(text, figure.get_figwidth())), fontsize=8, parse_math=False)
+
+
+def _wrap(text: str, inches: float) -> list[str]:
+    """Cuts a heading into lines: about 16 letters an inch."""
+    return textwrap.wrap(text, int(16 * inches), break_on_hyphens=False)
 
 
 def _finish_axes(axes: np.ndarray, zooms: np.ndarray) -> None:
@@ -147,6 +196,10 @@ def _finish_axes(axes: np.ndarray, zooms: np.ndarray) -> None:
 
 def add_bar(figure, drawn, axes: np.ndarray, label: str, shrink: float, **place: float) -> None:
     """Adds the bar of the colours of `drawn` beside `axes`, small."""
-    bar = figure.colorbar(drawn, ax=axes, shrink=shrink, **place)
+    _label_bar(figure.colorbar(drawn, ax=axes, shrink=shrink, **place), label)
+
+
+def _label_bar(bar, label: str) -> None:
     bar.set_label(label, fontsize=7)
     bar.ax.tick_params(labelsize=6)
+    bar.ax.yaxis.get_offset_text().set_fontsize(6)
