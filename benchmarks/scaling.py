@@ -3,11 +3,11 @@
     python benchmarks/scaling.py                               # 1,000 small scans; a Markdown table
     python benchmarks/scaling.py --scans 24 --processes 1 2    # a try
 
-Processes have a folder in common and nothing else, the table of the cohort and its lock included. The network is tiny and
-the scans are, so that what they share shows most. Where every process has a device of its own, a cohort takes as long as
-its share if a scan costs no more of the processor with eight processes than with one, and none waits for another. The
-start of the processes is measured by the same command with `--skip_existing`, and taken off. With more processes than
-cores, seconds of the clock are those of the cores.
+Processes have a folder in common and nothing else, the table of the cohort and its lock included. Network and scans
+are tiny, so that what they share shows most. Where every process has a device of its own, a cohort takes as long as its
+share if a scan costs no more of the processor with eight processes than with one, and none waits for another. The start
+of the processes is measured by the same command with `--skip_existing`, and taken off. With more processes than cores,
+seconds of the clock are those of the cores.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Runs scripts in processes of their own which do not import everything anew, ten seconds for each: a server has imported
-it, and every script is a fork of it.
+"""Runs scripts in processes of their own which do not import everything anew, ten seconds for each: a server has
+imported it, and every script is a fork of it.
 
-As programs, `script_server.py serve FOLDER MODULE...` is the server at the socket of a folder, and `script_server.py ask
-FOLDER [-u] FILE ...` runs a script with its own folder, variables, outputs and signals: a launcher takes it for Python.
-Scripts whose start or end is tested are ordinary processes; on systems other than Linux all are.
+As programs, `script_server.py serve FOLDER MODULE...` is the server at the socket of a folder, and `script_server.py
+ask FOLDER [-u] FILE ...` runs a script with its own folder, variables, outputs and signals: a launcher takes it for
+Python. Scripts whose start or end is tested are ordinary processes; on systems other than Linux all are.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ EVERYTHING = (
 def run_python(
     command: Sequence[str | Path], folder: str | Path, environment: dict[str, str]
 ) -> subprocess.CompletedProcess:
-    """Runs a command of Python, `[FILE, ...]` or `["-c", CODE, ...]`, in a folder, and returns what `subprocess.run` does
-    with `capture_output` and `text`."""
+    """Runs a command of Python, `[FILE, ...]` or `["-c", CODE, ...]`, in a folder, and returns what `subprocess.run`
+    does with `capture_output` and `text`."""
     command = [str(word) for word in command]
     if sys.platform != "linux":
         options = {"cwd": folder, "env": environment, "text": True, "capture_output": True}
@@ -89,8 +89,8 @@ def _start(modules: Sequence[str], variables: frozenset[tuple[str, str]]) -> Pat
 
 
 def ask(server: Path, command: list[str], folder: str | Path, environment: dict[str, str], outputs: list[int]) -> int:
-    """Has a server run a command with two outputs; returns its exit status. SIGINT and SIGTERM of a
-    program `ask` are passed on to it."""
+    """Has a server run a command with two outputs; returns its exit status. SIGINT and SIGTERM
+    of the program `ask` are passed on to it."""
     asked = {"command": command, "folder": str(folder), "environment": environment}
     with socket.socket(socket.AF_UNIX) as connection, connection.makefile("r") as answers:
         connection.connect(str(server / "socket"))

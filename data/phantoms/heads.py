@@ -182,8 +182,8 @@ def make_slices(
 def _bend(
     maps: LabelMaps, chosen: torch.Tensor, draws: HeadDraws, places: Places, apart: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Tissues `(B, P, H, W)` of bent maps at places; a plane's points lie `apart (B, P, 2)`, in mm, from these rows and
-    columns."""
+    """Tissues `(B, P, H, W)` of bent maps at places; a plane's points lie `apart (B, P, 2)`, in mm, from these rows
+    and columns."""
     matrix = draws.once("matrix", lambda: _draw_matrix(draws))
     shifts = sum(
         _spline(draws.once(("knots", number), lambda number=number: _draw_knots(draws, number)), places)
@@ -260,8 +260,8 @@ class Places:
 
 
 def _spline(knots: torch.Tensor, places: Places) -> torch.Tensor:
-    """Field `(B, C, P, H, W)` of cubic B-splines with the coefficients `(B, C, I, J, K)`; its deviation is about that of
-    the coefficients."""
+    """Field `(B, C, P, H, W)` of cubic B-splines with the coefficients `(B, C, I, J, K)`; its deviation is about that
+    of the coefficients."""
     return torch.einsum("bcijk,bpi,bhj,bwk->bcphw", knots, *places.weights(tuple(knots.shape[2:])))
 
 

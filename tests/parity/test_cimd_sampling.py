@@ -160,8 +160,8 @@ def test_ensembles(path):
 
 @over("cimd/loop_known*.npz")
 def test_loop_of_the_whole_chain(path, tmp_path):
-    """A thousand steps magnify how a processor rounds: on an Intel one, MKL's code for it made 3e-4 of it. So the chain runs in
-    a process whose MKL rounds as on every other processor, as in the recording."""
+    """A thousand steps magnify how a processor rounds: on an Intel one, MKL's code for it made 3e-4 of it. So the chain
+    runs in a process whose MKL does not take code for one kind of processor."""
     arrays, made = load(path), tmp_path / "maps.pt"
     settings = {**os.environ, "MKL_CBWR": "COMPATIBLE"}
     subprocess.run([sys.executable, "-c", CHAIN, path, made], env=settings, check=True)

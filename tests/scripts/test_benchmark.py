@@ -19,8 +19,8 @@ def state(folder, name):
 
 @pytest.mark.timeout(900)
 def test_a_benchmark_is_stopped_and_gone_on_with(workplace, monkeypatch, capsys):
-    """Two trainings, each with its measurement, two evaluations and one of all, in processes of their own. Those before the
-    stop are started by `accelerate launch`, the others as forks."""
+    """Two trainings, each with its measurement, two evaluations and one of all, in processes of their own. Those before
+    the stop are started by `accelerate launch`, the others as forks."""
     folder = workplace.folder / "ranked"
     arguments = ["--data", "prepared", "--methods", "anoddpm", "--budget", "4s", "--output_dir", "ranked"]
     begun = workplace.start("benchmark", *arguments)
