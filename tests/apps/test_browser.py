@@ -65,6 +65,12 @@ def tab(browser, address):
     assert complaints == []
 
 
+def upload(tab, path):
+    """Chooses a file as a scan, and waits until the server has it: before, only its progress is shown, for a moment."""
+    tab.set_input_files("#scan input[type=file]", path)
+    tab.get_by_role("cell", name=path.name, exact=True).wait_for()
+
+
 def test_the_explorer_shows_what_is_chosen(tab, tmp_path):
     tab.get_by_role("tab", name="Noise explorer").click()
     noise, noised = (tab.locator("#pictures img").nth(number) for number in (1, 2))
@@ -133,8 +139,7 @@ def test_a_scan_is_shown_and_taken_home_and_forgotten(tab, tmp_path):
     before = set(os.listdir(FOLDER))
     scan = tmp_path / "scan.nii.gz"
     nib.save(nib.Nifti1Image(make_volume(), np.diag([2.0, 2.0, 5.0, 1.0])), scan)
-    tab.set_input_files("#scan input[type=file]", scan)
-    tab.get_by_text("scan.nii.gz").first.wait_for()
+    upload(tab, scan)
     tab.click("#start")
     viewer = tab.frame_locator("#viewer iframe")
     viewer.locator("canvas").first.wait_for()
@@ -164,8 +169,7 @@ def test_a_port_that_is_taken_is_named(address):
 def test_a_file_that_is_no_scan_is_named(tab, tmp_path):
     wrong = tmp_path / "letter.nii.gz"
     wrong.write_text("Dear reader")
-    tab.set_input_files("#scan input[type=file]", wrong)
-    tab.get_by_text("letter").first.wait_for()
+    upload(tab, wrong)
     tab.click("#start")
     error = tab.locator("#note .anodiff-error")
     error.wait_for()
