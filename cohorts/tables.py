@@ -158,7 +158,7 @@ def _read_lines(table: Path, columns: dict) -> list[str]:
     of this version."""
     if not os.path.lexists(table):
         return []
-    first, *lines = read_text(table).removesuffix("\n").split("\n")
+    first, *lines = (line.removesuffix("\r") for line in read_text(table).removesuffix("\n").split("\n"))
     if first.split("\t") != [*columns] or any(line.count("\t") != len(columns) - 1 for line in lines):
         raise FileExistsError(
             f"{table} is no table of this command, with the columns {', '.join(columns)}: nothing is replaced. Move it"

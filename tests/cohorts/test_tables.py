@@ -105,6 +105,17 @@ def test_no_row_is_lost_however_many_write_at_once(tmp_path):
     assert sorted(pandas.read_csv(tmp_path / "regions.tsv", sep="\t")["region"]) == list(range(40))
 
 
+def test_tables_that_windows_has_saved_stay_tables(tmp_path):
+    put(tmp_path, (done("a", marked_ml=1.5), [{"region": 1, "components": 2}]))
+    for name in ("cohort.tsv", "regions.tsv"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes().replace(b"\n", b"\r\n"))
+    check_tables(tmp_path)
+    assert read_rows(tmp_path)["a"]["marked_ml"] == "1.5" and "\r" not in str(read_rows(tmp_path))
+    put(tmp_path, (done("b"), [{"region": 3}]))
+    assert [*read_rows(tmp_path)] == ["a", "b"]
+    assert all(b"\r" not in (tmp_path / name).read_bytes() for name in ("cohort.tsv", "regions.tsv"))
+
+
 @pytest.mark.parametrize("name", ["cohort.tsv", "cohort.json", "regions.tsv", "regions.json"])
 def test_a_file_of_the_user_is_not_replaced(tmp_path, name):
     (tmp_path / name).write_text("subject\tflair\ns1\ta.nii\n")
