@@ -135,10 +135,11 @@ def find_scans(
             failed.append((str(source), reason))
         else:
             found.append((source, reader.alone(source, volume)))
-    # A file that is named by itself and by its folder is one scan.
-    different: dict[str, tuple[Path, dict | Path | DicomFiles]] = {}
+    # What is named by itself and by a folder above it is one scan.
+    different: dict[tuple[str, ...], tuple[Path, dict | Path | DicomFiles]] = {}
     for source, volume in found:
-        different.setdefault(os.path.abspath(source), (source, volume))
+        parts = volume.values() if isinstance(volume, dict) else [source if isinstance(volume, DicomFiles) else volume]
+        different.setdefault(tuple(sorted(map(os.path.abspath, parts))), (source, volume))
     found, scans = list(different.values()), []
     for (source, volume), name in zip(found, _names([source for source, _ in found]), strict=True):
         try:

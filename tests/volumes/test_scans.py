@@ -401,6 +401,10 @@ def test_names_never_collide(make):
 def test_a_scan_that_is_named_twice_is_one(make):
     make("raw/a.nii.gz", "raw/b.nii.gz")
     assert find("flair", "raw", "raw/a.nii.gz", "./raw/") == ({"a": "raw/a.nii.gz", "b": "raw/b.nii.gz"}, {})
+    make("d/s1/flair.nii.gz", "d/s1/t1.nii.gz", "d/s2/flair.nii.gz", "d/s2/t1.nii.gz")
+    for modalities, named in (("flair", "d/s1"), ("flair", "d/s1/flair.nii.gz"), ("flair t1", "d/s1")):
+        wanted = {f"s{n}": {name: f"d/s{n}/{name}.nii.gz" for name in modalities.split()} for n in (1, 2)}
+        assert find(modalities, "d", named) == (wanted, {})
 
 
 def test_a_folder_is_read_once_however_many_scans_it_holds(make, monkeypatch):
