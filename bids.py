@@ -41,8 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"BIDS_DIR, OUT, and participant or group are needed, in this order and first, got {given}.")
     root, out, level = options.places
     check_choice("level", level, ("participant", "group"))
-    if options.overwrite and options.skip_existing:
-        raise ValueError("`--overwrite` replaces results, and `--skip_existing` keeps them: give one of them.")
+    options.check(level)
     from anodiff.cohorts.bids import run_group, run_participants
 
     failed = (run_participants if level == "participant" else run_group)(Path(root), Path(out), options)

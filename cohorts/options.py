@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..checks import check_choice
@@ -83,6 +83,10 @@ class PredictOptions:
         return number, count
 
 
+# What the level `group` of a BIDS data set reads.
+_OF_GROUPS = ("places", "participant_label", "session_label", "run_label", "acquisition_label", "brain")
+
+
 @dataclass
 class BidsOptions:
     """Which data set, where to, which scans, which model."""
@@ -119,3 +123,13 @@ class BidsOptions:
     """Replace results that are already there."""
     skip_existing: bool = False
     """Leave out scans whose results are there and whole, whatever options they were made with."""
+
+    def check(self, level: str) -> None:
+        """Raises a `ValueError` for options that cannot be meant together, or not at a level, before anything is
+        loaded."""
+        if self.overwrite and self.skip_existing:
+            raise ValueError("`--overwrite` replaces results, and `--skip_existing` keeps them: give one of them.")
+        others = [one for one in fields(self) if one.name not in _OF_GROUPS]
+        unused = [f"`--{one.name}`" for one in others if getattr(self, one.name) != one.default]
+        if level == "group" and unused:
+            raise ValueError(f"{', '.join(unused)}: for `participant` only, as `group` reads results as they are.")

@@ -248,6 +248,8 @@ def test_masks_of_the_brain_are_read(place, model, capsys):
             "`--modality` is t1, and .* is for flair",
         ),
         (["data", "out", "participant", "--overwrite", "--skip_existing"], "give one of them"),
+        (["data", "out", "group", "--model", "MODEL"], "`--model`: for `participant` only"),
+        (["data", "out", "group", "--threshold", "0", "--fast"], "`--threshold`, `--fast`: for `participant` only"),
     ],
 )
 def test_wrong_commands_are_refused_before_anything_is_written(place, model, arguments, message):
