@@ -11,8 +11,9 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from ..data.phantoms.head_files import HEAD_SIZE, HEAD_SPACING
 from ..data.phantoms.head_maps import write_head_maps
-from ..data.phantoms.heads import HEAD_SIZE, HEAD_SPACING, make_slices
+from ..data.phantoms.heads import make_slices
 from ..data.phantoms.label_maps import LabelMaps, read_label_maps
 from ..schedulers.draws import make_keys
 

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from anodiff import AnoDDPMPipeline, AnomalyPipeline, VolumeProcessor
-from anodiff.data.phantoms.heads import LESIONS, make_slices, write_heads
+from anodiff.data.phantoms.head_files import write_heads
+from anodiff.data.phantoms.heads import LESIONS, make_slices
 from anodiff.data.phantoms.label_maps import read_label_maps
 from anodiff.evaluation.healthy import measure_healthy_maps
 from anodiff.evaluation.metrics import PooledScores, auroc

@@ -39,13 +39,9 @@ PRODUCERS = (
     *("data/correction.py", "data/layout.py", "data/prepare.py", "data/raters.py", "data/rules.py", "data/shards.py"),
     *("data/participants.py", "data/slicing.py", "data/smooth_fields.py"),
     *("data/readers/arrays.py", "data/readers/files.py", "data/readers/listing.py", "data/readers/subjects.py"),
-    *(
-        "data/phantoms/brains.py",
-        "data/phantoms/head_draws.py",
-        "data/phantoms/head_maps.py",
-        "data/phantoms/heads.py",
-    ),
-    *("data/phantoms/label_maps.py", "data/phantoms/nodules.py", "data/phantoms/sets.py"),
+    *("data/phantoms/brains.py", "data/phantoms/head_draws.py", "data/phantoms/head_files.py"),
+    *("data/phantoms/head_maps.py", "data/phantoms/head_painting.py", "data/phantoms/head_splines.py"),
+    *("data/phantoms/heads.py", "data/phantoms/label_maps.py", "data/phantoms/nodules.py", "data/phantoms/sets.py"),
     *("schedulers/devices.py", "schedulers/draws.py", "schedulers/draws_triton.py"),
 )
 

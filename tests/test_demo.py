@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 import anodiff
-from anodiff.data.phantoms import head_maps, heads, sets
+from anodiff.data.phantoms import head_files, head_maps, sets
 from anodiff.files import read_json, read_text
 
 
@@ -36,8 +36,8 @@ def test_the_demonstration(tmp_path, monkeypatch):
         sets, "write_head_maps", lambda folder, count, **_: head_maps.write_head_maps(folder, 3, spacing=3.0)
     )
     # Heads of a quarter of the pixels.
-    monkeypatch.setattr(heads, "HEAD_SIZE", (88, 64))
-    monkeypatch.setattr(heads, "HEAD_SPACING", 3.0)
+    monkeypatch.setattr(head_files, "HEAD_SIZE", (88, 64))
+    monkeypatch.setattr(head_files, "HEAD_SPACING", 3.0)
     commands = demo_commands(*SHORT)
     assert [words[0] for words in commands] == [*["preprocess"] * 3, *["predict"] * 3, *["train"] * 2, *["eval"] * 3]
     for words in commands:

@@ -13,7 +13,7 @@ from ..data.phantoms.label_maps import OUTER_FLUID, TISSUES, VESSEL, LabelMaps
 from ..schedulers.draws import fold_in, normal, uniform
 
 
-# N heads, X x Y x Z voxels along RAS axes. Draws of one head, apart from those of `data/phantoms/heads.py`.
+# N heads, X x Y x Z voxels along RAS axes. Draws of one head, apart from those of `data/phantoms/head_draws.py`.
 _PLACE, _MOVE, _ANGLES, _OUTSIDE, _BIAS, _GRAIN, _CUT = range(200, 207)
 
 # Tissues that are no brain and that its mask does not close over.

@@ -9,6 +9,10 @@ import torch
 from ...schedulers.draws import fold_in, normal, uniform
 
 
+# What keys are folded with, one number per purpose.
+SHAPE, KNOTS, TISSUE, TEXTURE, FIELDS, SCANNER, NOISE, MASK, RIMS, LESION, LOOK, ERRORS = range(1, 13)
+
+
 class HeadDraws:
     """
     Draws numbers of heads and remembers them: a head that is looked at again, at other places or finer, needs no draw

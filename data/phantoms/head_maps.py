@@ -30,7 +30,7 @@ OUTER_FLUID, EYE, SOFT, SKIN, BONE, MARROW = 24, 506, 508, 511, 515, 516
 def write_head_maps(folder: str | Path, count: int, *, spacing: float = 1.5, progress: bool = True) -> None:
     """
     Writes label maps of heads with FreeSurfer's numbers, `head_00.nii.gz` and so on, for synthetic heads
-    ([`~data.phantoms.heads.write_heads`]). The folder appears as a whole; it must not exist.
+    ([`~data.phantoms.head_files.write_heads`]). The folder appears as a whole; it must not exist.
 
     Shape, folds and the width of the ventricles are drawn anew for each, of one template (ICBM152 2009a, in nilearn's
     wheel). Nuclei are ellipsoids, and skull, eyes and face are a sketch: they teach no network what a patient's head

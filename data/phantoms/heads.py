@@ -13,31 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
-from ...checks import check_choice, check_integer
-from ...files import making_folder, write_json, write_text
-from ...schedulers.draws import fold_in, integers, make_keys, normal, uniform
-from .head_draws import HeadDraws
-from .label_maps import (
-    AIR,
-    CORTEX,
-    FLUID,
-    LAST_OF_BRAIN,
-    OUTER_FLUID,
-    TISSUES,
-    VESSEL,
-    WHITE,
-    LabelMaps,
-    read_label_maps,
-    split_maps,
-)
+from ...checks import check_choice
+from ...schedulers.draws import fold_in, uniform
+from .head_draws import ERRORS, KNOTS, LESION, MASK, SHAPE, HeadDraws
+from .head_painting import paint_slices
+from .head_splines import Places, spline
+from .label_maps import AIR, CORTEX, FLUID, LAST_OF_BRAIN, OUTER_FLUID, VESSEL, WHITE, LabelMaps
 
 
 # B heads, M maps, Z slices, S samples of a slice's thickness, H x W pixels of the network's plane (rows from anterior
@@ -49,13 +35,6 @@ CONTRASTS = ("flair", "t1", "t2", "any")
 LESIONS = ("tumour", "ms", "stroke")
 LOOKS = ("usual", "hyper", "hypo", "iso")
 
-# What keys are folded with, one number per purpose.
-_SHAPE, _KNOTS, _TISSUE, _TEXTURE, _FIELDS, _SCANNER, _NOISE, _MASK, _RIMS, _LESION, _LOOK, _ERRORS = range(1, 13)
-
-# Rows and columns of a volume, and the size of its pixels in mm: a head is up to 260 mm long and 190 mm wide.
-HEAD_SIZE, HEAD_SPACING = (176, 128), 1.5
-# Half of the field of view that displacements and shadings are drawn for, in mm.
-_REACH = 130.0
 # Edge of the cubes that lesions are placed in, in mm, and the planes, rows and columns of them.
 _COARSE, _COARSE_SHAPE = 6.0, (26, 36, 28)
 
@@ -174,7 +153,7 @@ def make_slices(
     images = []
     for channel, contrast in enumerate(contrasts):
         own = draws.of(100 + channel), fold_in(slice_keys, 100 + channel)
-        images.append(_paint(tissues, contrast, *own, places, lesion, look))
+        images.append(paint_slices(tissues, contrast, *own, places, lesion, look))
     marked = torch.zeros_like(brain) if lesion is None else (lesion[:, 0] > 0.5) & brain
     return Heads(torch.stack(images, 1), brain, tissues[:, :, samples // 2], marked)
 
@@ -186,7 +165,7 @@ def _bend(
     and columns."""
     matrix = draws.once("matrix", lambda: _draw_matrix(draws))
     shifts = sum(
-        _spline(draws.once(("knots", number), lambda number=number: _draw_knots(draws, number)), places)
+        spline(draws.once(("knots", number), lambda number=number: _draw_knots(draws, number)), places)
         for number in range(len(_DISPLACEMENTS))
     )
     z, y, x = places.z[:, :, None, None], places.y[:, None, :, None], places.x[:, None, None, :]
@@ -209,7 +188,7 @@ def _bend(
 def _draw_matrix(draws: HeadDraws) -> torch.Tensor:
     """Matrices `(B, 3, 3)` that turn, shear, scale and perhaps mirror a head."""
     heads, device = len(draws), draws.keys.device
-    u, angles = draws.of(_SHAPE).uniform(16), draws.of(_SHAPE, 1).normal(6)
+    u, angles = draws.of(SHAPE).uniform(16), draws.of(SHAPE, 1).normal(6)
     cos, sin = (angles[:, :3] * math.radians(5)).cos(), (angles[:, :3] * math.radians(5)).sin()
     matrix = torch.eye(3, device=device).repeat(heads, 1, 1)
     for axis, (first, second) in enumerate(((1, 2), (0, 2), (0, 1))):
@@ -232,37 +211,8 @@ _DISPLACEMENTS = (((5, 5, 5), 3.5), ((10, 10, 9), 1.5))
 def _draw_knots(draws: HeadDraws, number: int) -> torch.Tensor:
     """Coefficients `(B, 3, I, J, K)` of a field of displacements."""
     knots, size = _DISPLACEMENTS[number]
-    strength = size * (0.4 + 0.8 * draws.of(_SHAPE).uniform(16)[:, 4 + number])
-    return draws.of(_KNOTS, number).normal(3, *knots) * strength[:, None, None, None, None]
-
-
-class Places:
-    """Holds planes `z (B, P)`, rows `y (B, H)` and columns `x (B, W)`, in mm, and the weights of splines there."""
-
-    def __init__(self, z: torch.Tensor, y: torch.Tensor, x: torch.Tensor):
-        self.z, self.y, self.x = z, y, x
-        self._weights: dict[tuple[int, ...], list[torch.Tensor]] = {}
-
-    def weights(self, counts: tuple[int, int, int]) -> list[torch.Tensor]:
-        """Returns the weights `(B, P, I)`, `(B, H, J)`, `(B, W, K)` of as many knots from -_REACH to _REACH."""
-        if counts not in self._weights:
-            axes = self.z, self.y, self.x
-            # All axes in one go, with the most knots that one has.
-            last = torch.cat([torch.full_like(axis, count - 1) for axis, count in zip(axes, counts, strict=True)], 1)
-            position = (torch.cat(axes, 1) / (2 * _REACH) + 0.5).clamp(0, 1) * last
-            distance = (position[..., None] - torch.arange(max(counts), device=position.device)).abs()
-            near = 2 / 3 - distance**2 + distance**3 / 2
-            far = (2 - distance).clamp(min=0) ** 3 / 6
-            parts = torch.where(distance < 1, near, far).split([axis.shape[1] for axis in axes], 1)
-            parts = [part[..., :count] for part, count in zip(parts, counts, strict=True)]
-            self._weights[counts] = [part / part.square().sum(-1, keepdim=True).sqrt() for part in parts]
-        return self._weights[counts]
-
-
-def _spline(knots: torch.Tensor, places: Places) -> torch.Tensor:
-    """Field `(B, C, P, H, W)` of cubic B-splines with the coefficients `(B, C, I, J, K)`; its deviation is about that
-    of the coefficients."""
-    return torch.einsum("bcijk,bpi,bhj,bwk->bcphw", knots, *places.weights(tuple(knots.shape[2:])))
+    strength = size * (0.4 + 0.8 * draws.of(SHAPE).uniform(16)[:, 4 + number])
+    return draws.of(KNOTS, number).normal(3, *knots) * strength[:, None, None, None, None]
 
 
 def _brain_mask(tissues: torch.Tensor, draws: HeadDraws, spacing: torch.Tensor) -> torch.Tensor:
@@ -270,7 +220,7 @@ def _brain_mask(tissues: torch.Tensor, draws: HeadDraws, spacing: torch.Tensor) 
     fluid that it surrounds."""
     is_brain = (tissues > AIR) & (tissues <= LAST_OF_BRAIN)
     tissue, outer = is_brain.float().mean(2), (tissues == OUTER_FLUID).float().mean(2) > 0.5
-    boxes = 1 + 2 * ((4.5 + 6 * draws.of(_MASK).uniform()) / spacing).round().long().clamp(min=1)  # 9 to 21 mm
+    boxes = 1 + 2 * ((4.5 + 6 * draws.of(MASK).uniform()) / spacing).round().long().clamp(min=1)  # 9 to 21 mm
     reaches = (30 / spacing).round().long()
     closed = _by_size(_close, (tissue > 0.5).float(), boxes)
     share = _by_size(_mean_around, tissue, reaches)
@@ -303,8 +253,8 @@ def _mean_around(images: torch.Tensor, reach: int) -> torch.Tensor:
 def _with_errors(brain: torch.Tensor, tissues: torch.Tensor, draws: HeadDraws, places: Places) -> torch.Tensor:
     """Masks `(B, Z, H, W)` that in six of ten heads reach into what lies around the brain, in a quarter cut a rim off
     it, here and there."""
-    field = _spline(draws.of(_ERRORS).normal(1, 9, 9, 8), places)[:, 0]
-    u = draws.of(_ERRORS, 1).uniform(4)[..., None, None, None]
+    field = spline(draws.of(ERRORS).normal(1, 9, 9, 8), places)[:, 0]
+    u = draws.of(ERRORS, 1).uniform(4)[..., None, None, None]
     head = (tissues > AIR).float().mean(2) > 0.5
     reach = (2 * u[:, 1]).masked_fill(u[:, 0] > 0.6, torch.inf)
     cut = (0.4 + 1.6 * u[:, 3]).masked_fill(u[:, 2] > 0.25, torch.inf)
@@ -333,8 +283,8 @@ def _draw_lesions(
     white = tissues == WHITE
     beside = white & (F.max_pool3d((tissues == FLUID).float(), 5, 1, 2) > 0)
     allowed = {"tumour": white, "ms": beside, "stroke": tissues == CORTEX}
-    draws = draws.of(_LESION)
-    uneven = _spline(draws.of(0).normal(1, 20, 20, 18), places)[:, 0]
+    draws = draws.of(LESION)
+    uneven = spline(draws.of(0).normal(1, 20, 20, 18), places)[:, 0]
     drawn = draws.of(1).uniform(16)
     weights = torch.zeros(heads, 2, *uneven.shape[1:], device=device)
     for head, kind in enumerate(kinds):
@@ -357,243 +307,3 @@ def _draw_lesions(
             if kind == "tumour" and u[2] < 0.5:
                 weights[head, 1] = ((0.3 + 0.3 * u[3] - distance) / soft).sigmoid()
     return weights
-
-
-def _lesion_values(contrast: str, look: str, means: torch.Tensor, draws: HeadDraws) -> torch.Tensor:
-    """Brightness `(B, 2)` of lesions and of their cores."""
-    white, cortex, fluid = means[:, WHITE], means[:, CORTEX], means[:, FLUID]
-    u = draws.of(_LESION).uniform(4)
-    core = fluid + (cortex - fluid) * 0.5 * u[:, 1]
-    if look == "iso":
-        return torch.stack([white, white], 1)
-    if look == "usual" and contrast == "flair":
-        return torch.stack([cortex * (1.15 + 0.55 * u[:, 0]), core], 1)
-    if look == "usual" and contrast in ("t1", "t2"):
-        return torch.stack([fluid + (cortex - fluid) * (0.2 + 0.6 * u[:, 0]), core], 1)
-    bright = u[:, 2] < 0.5 if look == "usual" else torch.full_like(u[:, 2], look == "hyper") > 0
-    value = white * torch.where(bright, 1.25 + 0.55 * u[:, 0], 0.35 + 0.4 * u[:, 0])
-    return torch.stack([value, value * (0.8 + 0.4 * u[:, 1])], 1)
-
-
-def _paint(
-    tissues: torch.Tensor,
-    contrast: str,
-    draws: HeadDraws,
-    slice_keys: torch.Tensor,
-    places: Places,
-    lesion: torch.Tensor | None,
-    look: str,
-) -> torch.Tensor:
-    """Images `(B, Z, H, W)` of tissues `(B, Z, S, H, W)`; `slice_keys` are those of every slice, `(B Z, 2)`."""
-    heads, slices, samples, height, width = tissues.shape
-    means, deviations = draws.once(("tissues", contrast), lambda: _tissue_values(contrast, draws))
-    flat = tissues.flatten(1).long()
-    image = means.gather(1, flat).view_as(tissues)
-    # Noise of the tissue itself, coarser than a voxel so that it survives the blur.
-    grain = normal(fold_in(slice_keys, _TEXTURE), (samples, height, width)).view_as(tissues)
-    image = image + deviations.gather(1, flat).view_as(tissues) * grain
-    image = image.mean(2)
-    rims = _rims(tissues) * (0.35 * draws.of(_RIMS).uniform() ** 2)[:, None, None, None]
-    image = image * (1 - rims if contrast == "t1" else 1 + rims)
-    if lesion is not None:
-        values = _lesion_values(contrast, look, means, draws)[..., None, None, None]
-        rough = 0.2 * values[:, 0] * F.avg_pool2d(grain[:, :, 0], 3, 1, 1)
-        image = image + lesion[:, 0] * (values[:, 0] + rough - image)
-        image = image + lesion[:, 1] * (values[:, 1] - image)
-
-    u = draws.of(_SCANNER).uniform(8)[..., None, None, None]
-    fields = [
-        _spline(draws.of(_FIELDS, number).normal(1, *knots), places)[:, 0]
-        for number, knots in enumerate(((14, 14, 12), (7, 7, 6), (4, 4, 3)))
-    ]
-    image = image * (1 + 0.05 * u[:, 0] * fields[0] + 0.05 * u[:, 1] * fields[1])
-    # Regions differ within a tissue, and fluid that flows shines or fades.
-    for number, (kind, strength) in enumerate(((WHITE, 0.1), (CORTEX, 0.12), (FLUID, 0.35))):
-        region = (tissues == kind) | ((tissues == OUTER_FLUID) if kind == FLUID else False)
-        knots = draws.of(_FIELDS, 3 + number).normal(1, 9, 9, 8)
-        own = _spline(knots, places)[:, 0] * strength * u[:, 6 if kind == FLUID else 7] ** 2
-        image = image * (1 + own * region.float().mean(2)).clamp(min=0)
-    image = _blur(image, 0.3 + 0.5 * u[:, 2, 0, 0, 0])
-    image = image.clamp(min=0) ** (0.75 + 0.65 * u[:, 3])
-    image = image * torch.exp((0.02 + 0.2 * u[:, 4]) * fields[2])
-    # Rician: the magnitude of a complex signal with noise in both parts.
-    sigma = 0.005 + 0.045 * u[:, 5] ** 2
-    parts = normal(fold_in(slice_keys, _NOISE), (2, height, width)).view(heads, slices, 2, height, width)
-    return ((image + sigma * parts[:, :, 0]) ** 2 + (sigma * parts[:, :, 1]) ** 2).sqrt()
-
-
-def _rims(tissues: torch.Tensor) -> torch.Tensor:
-    """Weight in [0, 1], `(B, Z, H, W)`, of white matter close to a ventricle, whose rims and caps shine in many healthy
-    people."""
-    ventricle = (tissues == FLUID).float().mean(2)
-    white = (tissues == WHITE).float().mean(2)
-    near = F.avg_pool2d(F.max_pool2d(ventricle, 5, 1, 2), 5, 1, 2)
-    return near * white
-
-
-def _blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Blurs `(B, Z, H, W)` in the plane by a Gaussian of `sigma (B,)` pixels, below 1."""
-    taps = torch.exp(-(torch.arange(-3, 4, device=images.device) ** 2) / (2 * sigma[:, None] ** 2))
-    taps = taps / taps.sum(1, keepdim=True)
-    heads, slices, height, width = images.shape
-    blurred = F.pad(images.transpose(0, 1), (3,) * 4, mode="replicate")
-    blurred = F.conv2d(blurred, taps[:, None, :, None], groups=heads)
-    return F.conv2d(blurred, taps[:, None, None], groups=heads).transpose(0, 1)
-
-
-def _tissue_values(contrast: str, draws: HeadDraws) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation `(B, T)` of every tissue's brightness."""
-    u = draws.of(_TISSUE).uniform(2, len(TISSUES))
-    deviations = 0.005 + 0.055 * u[:, 1] ** 1.5
-    for tissue in ("soft", "mucosa", "skin", "marrow"):
-        deviations[:, TISSUES.index(tissue)] += 0.12  # fat, muscle and vessels in one
-    u = u[:, 0]
-    if contrast != "any":
-        return _means(contrast, u), deviations
-    # Of the known contrasts more than of those that no sequence has.
-    kinds = ("flair", "t1", "t2", "random")
-    look = draws.of(_LOOK).uniform()
-    drawn = sum((look > share).long() for share in (0.25, 0.45, 0.65))
-    means = torch.stack([_means(kind, u) for kind in kinds])
-    return means[drawn, torch.arange(len(draws), device=draws.keys.device)], deviations
-
-
-def _means(contrast: str, drawn: torch.Tensor) -> torch.Tensor:
-    """Mean brightness `(B, T)` of every tissue in FLAIR, T1, T2 or a random contrast, from uniform numbers of the same
-    shape."""
-    u = dict(zip(TISSUES, drawn.unbind(1), strict=True))
-
-    def between(tissue, start, end, low=0.0, high=1.0):
-        return start + (end - start) * (low + (high - low) * u[tissue])
-
-    one = torch.ones_like(u["air"])
-    if contrast == "random":
-        white, cortex, fluid = (0.05 + 1.15 * u[tissue] for tissue in ("white", "cortex", "fluid"))
-    elif contrast == "flair":
-        white, cortex, fluid = 0.62 + 0.38 * u["white"], one, 0.12 + 0.63 * u["fluid"] ** 1.5
-    elif contrast == "t1":
-        white, cortex, fluid = one, 0.55 + 0.3 * u["cortex"], 0.08 + 0.3 * u["fluid"]
-    else:
-        cortex, fluid = 0.35 + 0.32 * u["cortex"], one
-        white = cortex * (0.6 + 0.28 * u["white"])
-    stem = 0.9 + 0.15 * u["accumbens"]
-    means = {"white": white, "cortex": cortex, "fluid": fluid}
-    means |= {tissue: between(tissue, white, cortex) * stem for tissue in ("thalamus", "brain_stem", "ventral_dc")}
-    for tissue in ("caudate", "putamen", "hippocampus", "amygdala", "accumbens"):
-        means[tissue] = between(tissue, white, cortex, 0.4, 1.15)
-    means |= {
-        # Iron darkens the pallidum where T2 weighs.
-        "pallidum": between(
-            "pallidum", white, 0.6 * white if contrast in ("flair", "t2") else white + 0.6 * (cortex - white)
-        ),
-        "cerebellar_white": white * (0.92 + 0.16 * u["cerebellar_white"]),
-        "cerebellar_cortex": cortex * (0.88 + 0.2 * u["cerebellar_cortex"]),
-        "chiasm": white * (0.8 + 0.3 * u["chiasm"]),
-        "choroid": between("choroid", fluid, 1.2 * one),
-        "vessel": between("vessel", fluid, white),
-        "outer_fluid": fluid * (0.85 + 0.3 * u["outer_fluid"]),
-        "cord": means["brain_stem"] * (0.9 + 0.2 * u["cord"]),
-        "nerve": white * (0.7 + 0.4 * u["nerve"]),
-        "eye": fluid * (0.7 + 0.9 * u["eye"]),
-        "soft": 0.15 + 2.6 * u["soft"] ** 1.5,
-        "mucosa": 0.3 + 1.0 * u["mucosa"],
-        "skin": 0.2 + 2.4 * u["skin"],
-        "vein": 0.05 + 1.1 * u["vein"],
-        "marrow": 0.15 + 1.2 * u["marrow"],
-        "bone": 0.2 * u["bone"],
-        "air": 0.02 * u["air"],
-    }
-    return torch.stack([means[tissue] for tissue in TISSUES], 1)
-
-
-# Numbers that keys of subjects are made of with a seed, apart from those of training samples.
-_SUBJECT, _CHOICE = 7, 11
-
-
-def write_heads(
-    folder: str | Path,
-    label_maps: str | Path,
-    *,
-    subjects: int,
-    contrasts: Sequence[str] = ("flair",),
-    skull: bool = False,
-    tested: int = 12,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-) -> None:
-    """
-    Writes a data set of heads: a folder per subject with `CONTRAST.nii.gz` (int16, value x 1000), `brain.nii.gz`,
-    `lesion.nii.gz` (uint8) and `head.json`, and the lists `splits/train.csv`, `validation.csv` and `test.csv` (header
-    `subject`). Those of the training split are healthy; of the others every fourth is, and the rest have lesions of
-    every kind in turn.
-
-    Training, validation and test are made of different maps where there are three or more. The folder appears as a
-    whole; it must not exist.
-
-    Args:
-        label_maps: Folder of segmentations, see [`read_label_maps`].
-        subjects: Of the training split.
-        contrasts: Of `CONTRASTS`, one file each.
-        skull: Keep the head around the brain.
-        tested: Subjects of the validation split, and of the test split.
-        seed: From 0 on; another one gives other heads.
-    """
-    folder = Path(folder)
-    check_integer("subjects", subjects, 1)
-    check_integer("tested", tested, 0)
-    for contrast in contrasts:
-        check_choice("contrast", contrast, CONTRASTS)
-    if len(set(contrasts)) < len(contrasts):
-        raise ValueError(f"`contrasts` must be different, got {', '.join(contrasts)}.")
-    if folder.exists():
-        raise FileExistsError(f"`folder` {folder} exists: choose another one or delete it first.")
-    maps = read_label_maps(label_maps).to(device)
-    ranges = split_maps(len(maps))
-    kinds = [None, *LESIONS]
-    plan = [("train", None)] * subjects + [(s, kinds[i % 4]) for s in ("validation", "test") for i in range(tested)]
-    with making_folder(folder) as unfinished:
-        names: dict[str, list[str]] = {split: [] for split in ranges}
-        for number, (split, lesion) in enumerate(tqdm(plan, desc="heads", unit="subject", disable=not progress)):
-            name = f"{lesion or 'healthy'}_{number:05d}"
-            keys = make_keys(seed, number, _SUBJECT, device)
-            chosen = ranges[split][0] + integers(fold_in(keys, _CHOICE), len(ranges[split]))
-            _save_head(unfinished / name, maps, chosen, keys, contrasts, lesion, skull)
-            names[split].append(name)
-        (unfinished / "splits").mkdir()
-        for split, listed in names.items():
-            write_text(unfinished / "splits" / f"{split}.csv", "\n".join(["subject", *listed, ""]))
-
-
-def _save_head(folder: Path, maps: LabelMaps, chosen, keys, contrasts, lesion: str | None, skull: bool) -> None:
-    """Writes the volumes of one head, from below the brain to above it."""
-    drawn = uniform(fold_in(keys, _CHOICE + 1), (2,))[0].tolist()
-    thickness = 3 + 3.5 * drawn[0]
-    low, high = (1.25 * float(limit[chosen[0]]) for limit in (maps.low, maps.high))
-    positions = torch.arange(low, high, thickness, device=keys.device)[None]
-    look = LOOKS[0] if drawn[1] < 0.7 else LOOKS[1 + int((drawn[1] - 0.7) * 10)]
-    heads = make_slices(
-        maps,
-        chosen,
-        keys,
-        positions,
-        contrasts=contrasts,
-        size=HEAD_SIZE,
-        spacing=HEAD_SPACING,
-        thickness=torch.full((1,), thickness),
-        lesions=[lesion],
-        look=look,
-    )
-    images = heads.images[0] if skull else heads.images[0] * heads.brain[0]
-    volumes = {name: (image * 1000).round().to(torch.int16) for name, image in zip(contrasts, images, strict=True)}
-    volumes |= {"brain": heads.brain[0].to(torch.uint8), "lesion": heads.lesion[0].to(torch.uint8)}
-    centre = [(HEAD_SIZE[1] - 1) / 2 * HEAD_SPACING, (HEAD_SIZE[0] - 1) / 2 * HEAD_SPACING, float(positions[0, 0])]
-    affine = np.diag([-HEAD_SPACING, -HEAD_SPACING, thickness, 1.0])
-    affine[:3, 3] = centre
-    folder.mkdir(parents=True)
-    for name, volume in volumes.items():
-        image = nib.Nifti1Image(volume.permute(2, 1, 0).cpu().numpy(), affine)
-        image.header.set_xyzt_units("mm")
-        nib.save(image, folder / f"{name}.nii.gz")
-    record = {"map": maps.names[int(chosen[0])], "thickness": thickness, "lesion": lesion, "look": lesion and look}
-    write_json(folder / "head.json", record)

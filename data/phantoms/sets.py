@@ -18,8 +18,9 @@ from ...files import lock_folder, rename_folder
 from ..prepare import prepare_recipe, read_recipe, read_rules
 from ..shards import code_digest
 from .brains import PHANTOM_SETS, SET_SEED, write_phantom
+from .head_files import write_heads
 from .head_maps import write_head_maps
-from .heads import HEADS, write_heads
+from .heads import HEADS
 from .nodules import RATER_SETS, write_rater_phantom
 
 
@@ -91,11 +92,11 @@ def prepare_heads(
     Makes synthetic heads of label maps and prepares them, as [`~data.prepare.prepare_recipe`] does.
 
     Args:
-        label_maps: As in [`~data.phantoms.heads.write_heads`], or `"builtin"`, see [`locate_label_maps`].
-        subjects, contrasts: As in [`~data.phantoms.heads.write_heads`].
+        label_maps: As in [`~data.phantoms.head_files.write_heads`], or `"builtin"`, see [`locate_label_maps`].
+        subjects, contrasts: As in [`~data.phantoms.head_files.write_heads`].
         recipe: Instead of the packaged one, `heads`, whose modalities are the contrasts.
         raw: As in [`prepare_phantom`].
-        options: `skull`, `tested`, `seed` and `device` of [`~data.phantoms.heads.write_heads`].
+        options: `skull`, `tested`, `seed` and `device` of [`~data.phantoms.head_files.write_heads`].
     """
     out = Path(out)
     if out.exists():

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from anodiff.data.phantoms import head_draws, heads, sets
+from anodiff.data.phantoms import head_draws, head_files, sets
 from anodiff.data.phantoms.head_draws import HeadDraws
+from anodiff.data.phantoms.head_files import write_heads
 from anodiff.data.phantoms.head_maps import write_head_maps
-from anodiff.data.phantoms.heads import LESIONS, make_slices, write_heads
+from anodiff.data.phantoms.heads import LESIONS, make_slices
 from anodiff.data.phantoms.label_maps import CORTEX, FLUID, LABELS, TISSUES, WHITE, read_label_maps, read_lesion_masks
 from anodiff.data.phantoms.sets import is_phantom, prepare_heads
 from anodiff.data.prepared import load_prepared
@@ -240,8 +241,8 @@ def test_a_folder_without_maps(tmp_path):
 @pytest.fixture
 def coarse(monkeypatch):
     """Volumes of heads with a quarter of the pixels; returns their size in mm."""
-    monkeypatch.setattr(heads, "HEAD_SIZE", (88, 64))
-    monkeypatch.setattr(heads, "HEAD_SPACING", 3.0)
+    monkeypatch.setattr(head_files, "HEAD_SIZE", (88, 64))
+    monkeypatch.setattr(head_files, "HEAD_SPACING", 3.0)
     return 3.0
 
 
