@@ -60,8 +60,8 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(loop: LoopOptions) -> Path | None:
-    """Finds the checkpoint that `train.resume` names, a folder or `latest`; `None` for a new run, which must not mix
-    with an earlier one."""
+    """Finds the checkpoint that `train.resume` names, a folder, `latest` or `auto`; `None` for a new run, which must
+    not mix with an earlier one."""
     output_dir = Path(loop.output_dir)
     checkpoints = list_checkpoints(output_dir)
     if not loop.resume:
@@ -71,14 +71,14 @@ def find_checkpoint(loop: LoopOptions) -> Path | None:
                 " choose another `--train.output_dir`."
             )
         return None
-    if loop.resume == "latest":
-        if not checkpoints:
-            damaged = ", ".join(list_damaged(output_dir))
+    if loop.resume in ("latest", "auto"):
+        damaged = "" if checkpoints else ", ".join(list_damaged(output_dir))
+        if not checkpoints and (damaged or loop.resume == "latest"):
             raise FileNotFoundError(
-                f"`train.resume` is latest, but {loop.output_dir}/checkpoints holds no checkpoint"
+                f"`train.resume` is {loop.resume}, but {loop.output_dir}/checkpoints holds no checkpoint"
                 f"{f' that is whole: {damaged}' if damaged else ''}."
             )
-        return checkpoints[-1]
+        return checkpoints[-1] if checkpoints else None
     checkpoint = Path(loop.resume)
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"`train.resume`: there is no checkpoint folder {loop.resume}.")

@@ -150,7 +150,7 @@ class LoopOptions:
     checkpoint_limit: int = 2
     """Checkpoints that are kept."""
     resume: str | None = None
-    """`latest`, or a checkpoint folder."""
+    """`latest`, a checkpoint folder, or `auto`: the latest one, and a new run where there is none."""
     report_to: str = "tensorboard"
     """Tracker of accelerate: tensorboard, trackio, wandb, ... or none."""
     push_to_hub: str | None = None

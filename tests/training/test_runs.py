@@ -588,6 +588,21 @@ def test_a_folder_belongs_to_one_run(train, tmp_path):
     assert steps_of(run) == [1]
 
 
+def test_auto_begins_a_run_and_goes_on_with_it(train, tmp_path):
+    run = train(1, resume="auto")
+    train(2, resume="auto")
+    assert steps_of(run) == [1, 2] and not (run / "set-aside").exists()
+    # What is there and cannot be gone on from is no reason to begin anew beside it.
+    for checkpoint in list_checkpoints(run):
+        (checkpoint / "training.json").write_text("{")
+    before = tree(run)
+    with pytest.raises(
+        FileNotFoundError, match="is auto, but .* no checkpoint that is whole: .*training.json is damaged"
+    ):
+        train(3, resume="auto")
+    assert tree(run) == before
+
+
 def test_a_mistake_leaves_no_folder(train, tmp_path):
     with pytest.raises(FileNotFoundError, match="`train.resume` is latest, but .* holds no checkpoint"):
         train(1, resume="latest")
