@@ -138,8 +138,8 @@ def find_scans(
     # What is named by itself and by a folder above it is one scan.
     different: dict[tuple[str, ...], tuple[Path, dict | Path | DicomFiles]] = {}
     for source, volume in found:
-        parts = volume.values() if isinstance(volume, dict) else [source if isinstance(volume, DicomFiles) else volume]
-        different.setdefault(tuple(sorted(map(os.path.abspath, parts))), (source, volume))
+        parts = volume.values() if isinstance(volume, dict) else [volume]
+        different.setdefault(tuple(sorted(os.path.abspath(str(part)) for part in parts)), (source, volume))
     found, scans = list(different.values()), []
     for (source, volume), name in zip(found, _names([source for source, _ in found]), strict=True):
         try:
