@@ -44,7 +44,7 @@ def fit(options: TrainOptions, objective_class: type[Objective]) -> Path:
     # What can be wrong is found before any data is made or read.
     loop = options.train
     check_options(options)
-    check_optim(options.optim)
+    check_optim(options.optim, loop.max_steps)
     objective_class.check_options(options)
     start = None
     if loop.init_from is not None:

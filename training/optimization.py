@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -10,13 +11,18 @@ from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..checks import check_choice, check_number
-from .options import EMAOptions, OptimOptions
+from .options import ENDLESS, EMAOptions, OptimOptions
 
 
-def check_optim(optim: OptimOptions) -> None:
-    """Raises a `ValueError` for options that no optimizer or schedule can be made of."""
+# Of those of diffusers, `piecewise_constant` has rules that no option gives.
+_SCHEDULES = [schedule.value for schedule in SchedulerType if schedule != SchedulerType.PIECEWISE_CONSTANT]
+
+
+def check_optim(optim: OptimOptions, max_steps: int) -> None:
+    """Raises a `ValueError` for options that no optimizer or schedule of a run of `max_steps` can be made of, or that it
+    would not follow."""
     check_choice("optim.algorithm", optim.algorithm, ("adamw", "adam"))
-    check_choice("optim.lr_scheduler", optim.lr_scheduler, [schedule.value for schedule in SchedulerType])
+    check_choice("optim.lr_scheduler", optim.lr_scheduler, _SCHEDULES)
     for name in ("learning_rate", "weight_decay", "max_grad_norm"):
         check_number(f"optim.{name}", vars(optim)[name], least=0)
     if not 0 <= optim.start_lr <= optim.learning_rate:
@@ -24,6 +30,23 @@ def check_optim(optim: OptimOptions) -> None:
             f"`optim.start_lr` must be between 0 and `optim.learning_rate` {optim.learning_rate:g}, got"
             f" {optim.start_lr:g}."
         )
+    if optim.lr_scheduler in ENDLESS and not _warms_up(optim) and (optim.warmup_steps or optim.start_lr):
+        raise ValueError(
+            f"`optim.lr_scheduler` {optim.lr_scheduler} has no warm-up with these options, got `optim.warmup_steps`"
+            f" {optim.warmup_steps} and `optim.start_lr` {optim.start_lr:g}: it must be constant_with_warmup with"
+            " `optim.warmup_steps` above 0, or both must be 0."
+        )
+    total = optim.lr_total_steps or max_steps
+    if total < max_steps and optim.lr_scheduler not in ENDLESS and not optim.start_lr:
+        raise ValueError(
+            f"`optim.lr_scheduler` {optim.lr_scheduler} is at 0 after `optim.lr_total_steps` {total}, so that the steps"
+            f" up to `train.max_steps` {max_steps} would teach nothing. Set `train.max_steps` to {total}, or give a new"
+            " run `optim.lr_total_steps` for all its steps; with `optim.start_lr` above 0 a run goes on at that rate."
+        )
+
+
+def _warms_up(optim: OptimOptions) -> bool:
+    return optim.lr_scheduler != "constant" and optim.warmup_steps > 0
 
 
 def make_optimizer(
@@ -40,13 +63,13 @@ def make_optimizer(
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, optim: OptimOptions, max_steps: int) -> LambdaLR:
     """Makes a schedule of diffusers between `start_lr` and `learning_rate`: the share s of the peak that it gives, 0
     to 1, becomes `start_lr + s (learning_rate - start_lr)`. `cosine` is then ANDi's rule: a linear warm-up and a half
-    cosine back down."""
-    steps = {"num_warmup_steps": optim.warmup_steps, "num_training_steps": optim.lr_total_steps or max_steps}
+    cosine back down. A schedule that ends keeps its last rate: diffusers' cosine would go up again."""
+    total = optim.lr_total_steps or max_steps
+    steps = {"num_warmup_steps": optim.warmup_steps, "num_training_steps": total}
     schedule = get_scheduler(optim.lr_scheduler, optimizer, **steps)
-    if not optim.start_lr:
-        return schedule
-    share_of_peak, lowest = schedule.lr_lambdas[0], optim.start_lr / optim.learning_rate
-    return LambdaLR(optimizer, lambda step: lowest + (1 - lowest) * share_of_peak(step))
+    share_of_peak, last = schedule.lr_lambdas[0], math.inf if optim.lr_scheduler in ENDLESS else total
+    lowest = optim.start_lr / optim.learning_rate if optim.learning_rate else 0.0
+    return LambdaLR(optimizer, lambda step: lowest + (1 - lowest) * share_of_peak(min(step, last)))
 
 
 def make_ema(parameters: Iterable[torch.nn.Parameter], ema: EMAOptions, fused: bool = False) -> EMAModel:

@@ -30,7 +30,7 @@ MAY_CHANGE = (
 _TRAINED = ("inference.patch_size", "inference.overlap", "processor.context")
 # Blocks whose keys are not always all there.
 _OPEN_BLOCKS = ("unet", "scheduler", "processor", "inference", "objective")
-_ENDLESS = ("constant", "constant_with_warmup", "piecewise_constant")
+ENDLESS = ("constant", "constant_with_warmup")
 
 
 @dataclass
@@ -92,7 +92,7 @@ class OptimOptions:
     max_grad_norm: float = 1.0
     """Norm that gradients are clipped to; 0 for no clipping."""
     lr_scheduler: str = "constant_with_warmup"
-    """A schedule of diffusers: constant, constant_with_warmup, linear, cosine, ..."""
+    """A schedule of diffusers: constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial."""
     warmup_steps: int = 0
     """Optimizer steps until the peak."""
     start_lr: float = 0.0
@@ -244,4 +244,4 @@ def _fixed(options: dict) -> dict:
             flat[name] = value
     optim = options["optim"]
     total = optim["lr_total_steps"] or options["train"]["max_steps"]
-    return flat | {"optim.lr_total_steps": None if optim["lr_scheduler"] in _ENDLESS else total}
+    return flat | {"optim.lr_total_steps": None if optim["lr_scheduler"] in ENDLESS else total}

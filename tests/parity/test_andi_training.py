@@ -22,7 +22,7 @@ def test_learning_rates(golden):
         lr_scheduler="cosine",
         warmup_steps=int(golden["warmup_steps"]),
     )
-    check_optim(optim)
+    check_optim(optim, int(golden["total_steps"]))
     optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))], optim)
     schedule = make_lr_scheduler(optimizer, optim, int(golden["total_steps"]))
     rates = []
@@ -84,14 +84,35 @@ def test_optimizer_of_the_dae():
     assert type(decoupled) is torch.optim.AdamW and decoupled.defaults["amsgrad"]
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial"])
+def test_a_schedule_keeps_its_last_rate(name):
+    optim = OptimOptions(learning_rate=1e-3, start_lr=1e-5, lr_scheduler=name, warmup_steps=2, lr_total_steps=10)
+    check_optim(optim, 30)
+    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))], optim)
+    schedule, rates = make_lr_scheduler(optimizer, optim, 30), []
+    for _ in range(30):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(1e-5) and rates[2] == pytest.approx(1e-3)
+    assert rates[2:11] == sorted(rates[2:11], reverse=True)
+    assert rates[10:] == pytest.approx([1e-5] * 20, rel=0.02)  # a polynomial ends a little above
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"algorithm": "sgd"}, "`optim.algorithm` must be one of adamw, adam, got 'sgd'"),
         ({"lr_scheduler": "steps"}, "`optim.lr_scheduler` must be one of linear, cosine"),
+        ({"lr_scheduler": "piecewise_constant"}, "`optim.lr_scheduler` must be one of linear, cosine"),
+        ({"lr_scheduler": "constant", "warmup_steps": 5}, "constant has no warm-up .* `optim.warmup_steps` 5"),
+        ({"lr_scheduler": "constant", "start_lr": 1e-5}, "constant has no warm-up .* `optim.start_lr` 1e-05"),
+        ({"lr_scheduler": "constant_with_warmup", "start_lr": 1e-5}, "has no warm-up with these options"),
+        ({"lr_scheduler": "cosine", "lr_total_steps": 19}, "cosine is at 0 after `optim.lr_total_steps` 19"),
+        ({"lr_scheduler": "linear", "lr_total_steps": 19}, "up to `train.max_steps` 20 would teach nothing"),
         ({"start_lr": 1.0}, "`optim.start_lr` must be between 0 and `optim.learning_rate` 0.0001, got 1"),
     ],
 )
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
-        check_optim(OptimOptions(**options))
+        check_optim(OptimOptions(**options), 20)

@@ -242,7 +242,7 @@ def test_every_configuration_builds_what_it_names(path):
     # A file that names no recipe is for the phantom, or says itself what slices it needs.
     processor = VolumeProcessor.from_dict(settings if recipe else settings | parsed.processor)
     processor.check_equal(parsed.processor, "the recipe")
-    check_optim(parsed.optim)
+    check_optim(parsed.optim, parsed.train.max_steps)
     module, name = OBJECTIVES[parsed.method]
     objective_class = getattr(importlib.import_module(module), name)
     part = next((value for key, value in parsed.objective.items() if key.endswith("_path")), None)
