@@ -28,6 +28,12 @@ from .phantoms.sets import PHANTOMS, cached_phantom
 # Whose slices a method learns from: all, those not known to be anomalous, those of subjects with an annotation.
 POPULATIONS = ("all", "healthy", "annotated")
 
+# Types of the arrays of a batch, whatever is stored.
+TYPES = {
+    **{"image": np.float32, "mask": np.uint8, "brain": bool},
+    **{"label": np.int64, "slice": np.int64, "annotations": np.int64},
+}
+
 _SETTINGS = f"{PROCESSOR}/processor_config.json"
 _SIDE_FILES = (SUBJECTS, _SETTINGS, RECIPE)
 # Subjects, and bytes that describe them: `subjects.parquet` of a larger set is none of ours.
@@ -89,9 +95,9 @@ class PreparedSplit(_DescribedSplit):
                 f"The rows of {folder}, split {split}, do not agree with its subjects.parquet: prepare it again."
             )
         counts = [self.subject_info[name]["annotations"] for name in self.subjects]
-        self.annotations = np.array(counts, dtype=np.int64)[self._subject_of_row]
-        self.labels = dataset.data.column("label").to_numpy().astype(np.int64)
-        self.slices = dataset.data.column("slice").to_numpy().astype(np.int64)
+        self.annotations = np.array(counts, dtype=TYPES["annotations"])[self._subject_of_row]
+        self.labels = dataset.data.column("label").to_numpy().astype(TYPES["label"])
+        self.slices = dataset.data.column("slice").to_numpy().astype(TYPES["slice"])
         self._neighbours: np.ndarray | None = None
         self._map_columns()
 
@@ -131,14 +137,14 @@ class PreparedSplit(_DescribedSplit):
             raise IndexError(f"An index is outside the {len(self)} rows: {rows.min()} to {rows.max()}.")
         rows = rows % max(len(self), 1)
         batch = {}
-        for name, dtype in (("image", np.float32), ("mask", np.uint8), ("brain", bool)):
+        for name in COLUMNS[:3]:
             if name not in columns:
                 continue
             read = self._neighbours[rows] if name == "image" and self._neighbours is not None else rows[:, None]
             chunks = np.searchsorted(self._chunk_ends, read.ravel(), side="right")
             places = zip(chunks.tolist(), (read.ravel() - self._chunk_starts[chunks]).tolist(), strict=True)
             views, shape = self._views[name], self._views[name][0].shape[1:]
-            batch[name] = np.empty((read.size, *shape), dtype)
+            batch[name] = np.empty((read.size, *shape), TYPES[name])
             for target, (chunk, place) in zip(batch[name], places, strict=True):
                 target[...] = views[chunk][place]
             if name == "image":

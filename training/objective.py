@@ -48,6 +48,8 @@ class Objective:
     trains_on = "healthy"
     # The same for the validation split, or "labelled", slices with a known label.
     validates_on = "healthy"
+    # What a subject may lack (`lacks`), for the message about it.
+    learns_from = "labels, healthy or unhealthy"
     # Whether it draws whole heads itself, of label maps; batches then hold a `map` and no image.
     draws_volumes = False
     # Optimizer steps on one batch; with more than one, `loss` takes the number of the `update`, too.
@@ -107,6 +109,11 @@ class Objective:
             )
         if cls.part is not None and cls.part[0] not in options.objective:
             raise ValueError(f"`objective.{cls.part[0]}` must be the folder or Hub id of {cls.part[1]}.")
+
+    @classmethod
+    def lacks(cls, subject: dict) -> bool:
+        """Tells whether a subject, a row of `subjects.parquet`, lacks what it learns from: a label, if it reads those."""
+        return "label" in cls.columns and subject["label"] == -1
 
     @classmethod
     def from_options(cls, options: TrainOptions, processor: VolumeProcessor) -> Objective:

@@ -152,6 +152,12 @@ class LabelledSADMObjective(SADMObjective):
     columns = ("image", "mask", "annotations", "label")
     trains_on = "all"
     validates_on = "labelled"
+    learns_from = "masks of all who are not known to be healthy"
+
+    @classmethod
+    def lacks(cls, subject: dict) -> bool:
+        """Tells whether a subject that may have lesions has no mask of them."""
+        return subject["label"] != 0 and not subject["annotations"]
 
     def anomalies(self, batch: Batch, images: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the slices as they are, and what at least half of their annotations call lesion, `(N, 1, H, W)`."""

@@ -19,7 +19,7 @@ from ..checks import check_integer
 from ..data.phantoms.drawn_heads import DRAWN, DrawnHeads
 from ..data.phantoms.label_maps import find_label_maps, split_maps
 from ..data.phantoms.sets import PHANTOMS, locate_label_maps
-from ..data.prepared import PreparedSplit, StreamedSplit, load_prepared
+from ..data.prepared import TYPES, PreparedSplit, StreamedSplit, load_prepared
 from ..schedulers.devices import send
 from ..schedulers.draws import make_keys
 from ..volumes.processor import VolumeProcessor
@@ -121,8 +121,8 @@ class StreamedSamples(torch.utils.data.IterableDataset):
                         " there is one."
                     ) from error
                 done = index + 1
-            stacked = {name: np.stack([row[name] for row in batch]) for name in self.columns}
-            yield {**stacked, "image": stacked["image"].astype(np.float32), "position": np.array(positions)}
+            stacked = {name: np.stack([row[name] for row in batch]).astype(TYPES[name]) for name in self.columns}
+            yield {**stacked, "position": np.array(positions)}
 
 
 # Heads whose slices are made at once on a GPU: starting the work takes as long for 64 as for 512, which is spread over
@@ -202,6 +202,7 @@ def load_splits(
                 f"The split `{data.train_split}` of {data.path} holds no {objective_class.trains_on} slice, which"
                 " this method learns from: name another with `--data.train_split`, or prepare other data."
             )
+        _check_subjects(train_split, data.train_split, objective_class.trains_on, objective_class)
         context = options.processor.get("context", 0)
         check_integer("processor.context", context, 0)
         if context:
@@ -212,12 +213,30 @@ def load_splits(
         if context:
             labelled = objective_class.validates_on == "labelled"
             validation_split.add_neighbours(context, "all" if labelled else objective_class.validates_on)
+    _check_subjects(validation_split, data.validation_split, objective_class.validates_on, objective_class)
     if not validation_rows(validation_split, objective_class).size:
         raise ValueError(
             f"The split `{data.validation_split}` holds no {objective_class.validates_on} slice to validate on: name"
             " another with `--data.validation_split`, or switch validation off with `--train.validate_every 0`."
         )
     return train_split, validation_split
+
+
+def _check_subjects(
+    split: PreparedSplit | StreamedSplit, name: str, population: str, objective_class: type[Objective]
+) -> None:
+    """Raises a `ValueError` if a method would meet a slice, perhaps after hours, that lacks what it learns from."""
+    read = {subject: row for subject, row in split.subject_info.items() if row["rows"]}
+    if population == "labelled":
+        read = {subject: row for subject, row in read.items() if row["label"] != -1}
+    listed = [subject for subject, row in read.items() if objective_class.lacks(row)]
+    if listed:
+        more = f", and {len(listed) - 10} more" if len(listed) > 10 else ""
+        raise ValueError(
+            f"This method learns from {objective_class.learns_from}, and {len(listed)} of the {len(read)} subjects in"
+            f" the split `{name}` have none: {', '.join(listed[:10])}{more}. Prepare the data with them, or without"
+            " these subjects."
+        )
 
 
 def _draw_heads(

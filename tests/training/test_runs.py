@@ -28,9 +28,15 @@ from anodiff.training import loop as loop_files
 from anodiff.training.checkpoints import RECORD, list_checkpoints, set_aside
 from anodiff.training.loop import fit
 from anodiff.training.objective_cddpm import load_encoder
-from anodiff.training.objective_guided import ClassifierObjective, LearnedSigmaObjective, load_classifier
+from anodiff.training.objective_guided import (
+    ClassifierObjective,
+    DDIBObjective,
+    GuidedObjective,
+    LearnedSigmaObjective,
+    load_classifier,
+)
 from anodiff.training.objective_noise import ANDiObjective, NoiseObjective
-from anodiff.training.objective_sadm import SADMObjective
+from anodiff.training.objective_sadm import LabelledSADMObjective, SADMObjective
 from anodiff.training.options import MAY_CHANGE, DataOptions, LoopOptions, OptimOptions, TrainOptions, check_resumed
 from anodiff.training.state import plain
 from anodiff.volumes.processor import VolumeProcessor
@@ -43,15 +49,25 @@ UNET = {
     **{"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},
 }
 
+CLASSIFIER = {
+    **{"_class_name": "NoisyClassifierModel", "block_out_channels": [32, 32], "layers_per_block": 1},
+    **{"attention_levels": [], "attention_head_dim": 16},
+}
 
-def make_data(root: Path, seed: int = 0, modalities: tuple[str, ...] = ("t1",)) -> Path:
+
+def make_data(
+    root: Path,
+    seed: int = 0,
+    modalities: tuple[str, ...] = ("t1",),
+    labels: tuple[int | None, ...] = (0, 1, 0),
+) -> Path:
     root.mkdir()
     subjects = []
     for number, split in enumerate(("train", "train", "validation")):
         volume = np.random.default_rng([seed, number]).uniform(1, 9, (8, 8, 5)).astype(np.float32)
         nib.save(nib.Nifti1Image(volume, np.eye(4)), root / f"{number}.nii.gz")
         files = dict.fromkeys(modalities, root / f"{number}.nii.gz")
-        subjects.append(Subject(f"s{seed}{number}", files, split=split, label=number % 2))
+        subjects.append(Subject(f"s{seed}{number}", files, split=split, label=labels[number]))
     processor = VolumeProcessor(modalities=modalities, size=(8, 8))
     assert prepare(subjects, processor, root / "set", recipe={"name": "tiny"}, progress=False) == {}
     return root / "set"
@@ -72,14 +88,16 @@ def own_cache(tmp_path, monkeypatch):
 def train(data, tmp_path):
     """`train(step, kind, **options)` trains to a step in `tmp_path/run`, with a checkpoint of every one."""
 
-    def run(steps: int, kind=NoiseObjective, *, optim=None, data_path=data, method="anoddpm", **changes):
+    def run(
+        steps: int, kind=NoiseObjective, *, optim=None, data_path=data, method="anoddpm", streaming=False, **changes
+    ):
         kinds = ("unet", "scheduler", "processor", "inference", "objective")
         blocks = {name: changes.pop(name) for name in kinds if name in changes}
         loop = {"output_dir": str(tmp_path / "run"), "max_steps": steps, "batch_size": 2, "log_every": 1}
         loop |= {"validate_every": 0, "checkpoint_every": 1, "checkpoint_limit": 9, "report_to": "none", **changes}
         options = TrainOptions(
             method=method,
-            data=DataOptions(path=str(data_path)),
+            data=DataOptions(path=str(data_path), streaming=streaming),
             train=LoopOptions(**loop),
             optim=OptimOptions(**(optim or {})),
             **{"unet": UNET, **blocks},
@@ -573,6 +591,43 @@ def test_the_data_of_a_run_are_prepared_as_those_of_its_start(train, start, tmp_
         train(1, init_from=str(start), unet={})
 
 
+# Labels
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("method", "kind", "unet"),
+    [
+        ("anofpdm", GuidedObjective, UNET),
+        ("ddib", DDIBObjective, UNET),
+        ("classifier", ClassifierObjective, CLASSIFIER),
+    ],
+)
+def test_methods_that_read_labels(train, data, method, kind, unet, streaming):
+    run = train(2, kind, method=method, unet=unet, streaming=streaming, validate_every=1)
+    assert steps_of(run) == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("method", "kind", "unet", "label", "message"),
+    [
+        ("anofpdm", GuidedObjective, UNET, None, "learns from labels, healthy or unhealthy, and 1 of the 2 subjects"),
+        ("classifier", ClassifierObjective, CLASSIFIER, None, "the split `train` have none: s01. Prepare the data"),
+        ("sadm_labelled", LabelledSADMObjective, {}, None, "masks of all who are not known to be healthy, and 1 of"),
+        ("sadm_labelled", LabelledSADMObjective, {}, 1, "masks of all who are not known to be healthy, and 1 of"),
+    ],
+)
+def test_subjects_that_lack_what_is_learnt_from_are_named_before_the_training(
+    train, start, tmp_path, method, kind, unet, label, message, streaming
+):
+    place = make_data(tmp_path / "unlabelled", labels=(0, label, 0))
+    objective = {"reconstruction_path": str(start)} if method == "sadm_labelled" else {}
+    with pytest.raises(ValueError, match=message):
+        train(2, kind, method=method, unet=unet, objective=objective, streaming=streaming, data_path=place)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 # One run per folder
 
 
@@ -876,11 +931,7 @@ def test_nothing_of_this_machine_is_published(train, tmp_path, data):
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
     Image.fromarray(pixels).save(picture, pnginfo=text, exif=exif)
 
-    classifier_unet = {
-        **{"_class_name": "NoisyClassifierModel", "block_out_channels": [32, 32], "layers_per_block": 1},
-        **{"attention_levels": [], "attention_head_dim": 16},
-    }
-    part = train(1, ClassifierObjective, method="classifier", unet=classifier_unet, output_dir=str(tmp_path / "part"))
+    part = train(1, ClassifierObjective, method="classifier", unet=CLASSIFIER, output_dir=str(tmp_path / "part"))
     run = train(
         1,
         LearnedSigmaObjective,

@@ -161,6 +161,17 @@ def test_known_anomalies_are_left_out(tmp_path, monkeypatch):
         assert sorted(rows) == np.flatnonzero(whole.labels == 0).tolist()
 
 
+def test_a_stream_has_the_types_of_a_stored_set(folder, split, rows):
+    columns = ("image", "mask", "annotations", "brain", "label")
+    whole, batches = load_prepared(folder, "train"), PositionBatches(0, 2, 5, 1, 1, 0)
+    for batch in StreamedSamples(split, 0, 7, batches, columns):
+        stored = whole.read_rows(rows([batch]), columns)
+        assert {*stored, "position"} == {*batch}
+        for name, values in stored.items():
+            assert values.dtype == batch[name].dtype, name
+            np.testing.assert_array_equal(values, batch[name])
+
+
 def test_a_worker_reads_the_same(split, rows):
     expected = rows(samples(split, PositionBatches(0, 6, 5, 1, 1, 0)))
     stream = StreamedSamples(split, 0, 7, PositionBatches(0, 6, 5, 1, 1, 0))
