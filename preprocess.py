@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     if not made and (options.recipe is None or options.root is None):
         raise ValueError("Give `--recipe` and `--root` of a raw data set, or `--phantom`, or `--heads`.")
 
+    from anodiff.data.layout import VARYING
     from anodiff.data.phantoms.sets import prepare_heads, prepare_phantom
     from anodiff.data.prepare import prepare_recipe, read_recipe
 
@@ -132,7 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     for subject, reason in failures.items():
         print(f"Left out {subject}: {reason}", file=sys.stderr)
     if options.push_to_hub:
-        url = push_folder(options.out, options.push_to_hub, private=options.hub_private, repo_type="dataset")
+        kind = {"private": options.hub_private, "repo_type": "dataset", "replaced": VARYING}
+        url = push_folder(options.out, options.push_to_hub, **kind)
         print(f"Pushed to {url}" + _WHY_PRIVATE * forbidden)
     return 1 if failures else 0
 

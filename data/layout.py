@@ -28,6 +28,8 @@ import pyarrow as pa
 
 SPLITS = ("train", "validation", "test")
 SHARDS = "data/{split}-*-of-*.parquet"
+# What another data set of the same name may have under other names, or not at all.
+VARYING = ("data/*.parquet", "quality/*", "corrections.csv")
 SUBJECTS = "subjects.parquet"
 RECIPE = "recipe.yaml"
 PROCESSOR = "processor"  # folder

@@ -311,9 +311,10 @@ def load_prepared(path: str | Path, split: str, *, streaming: bool = False) -> P
         shards = sorted(f"hf://{name}" for name in found)
     count = int(re.search(r"-of-(\d+)\.parquet$", shards[0])[1]) if shards else 1
     if len(shards) != count:
+        problem = "is incomplete" if len(shards) < count else "holds files of several versions"
         raise ValueError(
-            f"{path} is incomplete: the split {split} has {len(shards)} of {count} files in data/."
-            " Prepare or fetch it again."
+            f"{path} {problem}: the split {split} has {len(shards)} files in data/ instead of {count}. Prepare or fetch"
+            " it again; on the Hub, push it again."
         )
     if streaming:
         return StreamedSplit(shards, folder, split)

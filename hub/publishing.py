@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -190,10 +190,12 @@ def push_folder(
     commit_message: str = "Upload with anodiff",
     repo_type: str = "model",
     make_card: Callable[[str | None], str] | None = None,
+    replaced: Sequence[str] = (),
 ) -> str:
     """
     Uploads a folder as one repository, which is created if it does not exist, in one commit, and returns its URL. A
-    data set whose repository has another card keeps that, and a line says so. Where the Hub stumbles it is asked again ([`~hub.connection.persist`]). Arguments as of [`open_repository`], and:
+    data set whose repository has another card keeps that, and a line says so. Where the Hub stumbles it is asked again
+    ([`~hub.connection.persist`]). Arguments as of [`open_repository`], and:
 
     Args:
         folder (`str` or `os.PathLike`): It is not changed without `make_card`.
@@ -202,6 +204,9 @@ def push_folder(
             Of a model or Space: the text of the card that the repository has, or `None`, to the text that it is to have. The
             folder gets that card ([`complete_folder`], or [`write_card`] if it is no pipeline) and is pushed. A change
             of the repository in between is not overwritten: the card is made anew of the changed one.
+        replaced (sequence of `str`):
+            Patterns: files of a data set's repository that match one and are not in the folder are deleted in the same
+            commit, as those of an earlier version. Other files stay.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -220,7 +225,8 @@ def push_folder(
         if make_card is None:
             kept = repo_type == "dataset" and _has_other_card(folder, repo_id, token)
             ignored = [*_NOT_PUSHED, *(["README.md"] if kept else [])]
-            persist(HfApi(token=token).upload_folder, **arguments, ignore_patterns=ignored)
+            patterns = {"ignore_patterns": ignored, "delete_patterns": list(replaced) or None}
+            persist(HfApi(token=token).upload_folder, **arguments, **patterns)
         else:
             _upload_with_card(HfApi(token=token), make_card, **arguments)
     except Exception as error:
@@ -228,6 +234,7 @@ def push_folder(
         command = ["hf", "upload", repo_id, str(folder.resolve())]
         command += ["--repo-type", repo_type] if repo_type != "model" else []
         command += ["--private"] if private else []
+        command += [word for pattern in replaced for word in ("--delete", pattern)]
         if isinstance(error, _UnknownCard):
             # Whatever card is in the folder knows nothing of that of the repository.
             command += ["--exclude", "README.md"]

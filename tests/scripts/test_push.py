@@ -225,11 +225,14 @@ def test_a_prepared_data_set_is_pushed(hub, workplace, tmp_path):
     done = preprocess("pushed-rows", check=False)
     assert done.returncode == 1 and "All files are safe in" in done.stderr
     [line] = re.findall(r"^ +(hf upload .*)$", done.stderr, re.MULTILINE)
-    assert line.endswith("--repo-type dataset --private")
+    assert "--repo-type dataset --private --delete 'data/*.parquet' " in line
     hub.failures.clear()
+    # What an earlier version had under other names goes, and what somebody added stays.
+    old = {"data/train-00000-of-00009.parquet": b"", "quality/a.png": b"", "corrections.csv": b"", "notes.md": b"mine"}
+    hub.put("owner/rows", old, "dataset")
     preprocess(tmp_path / "rows")
     files = {path: content for path, content in hub.files("owner/rows", "dataset").items() if path != ".gitattributes"}
-    assert files == contents(tmp_path / "rows")
+    assert files == contents(tmp_path / "rows") | {"notes.md": b"mine"}
     # Images of people are nobody's to give away: private unless asked for.
     assert hub.repositories["dataset", "owner/rows"].private
     done = preprocess(tmp_path / "more", "--hub_private", "false", check=False)

@@ -221,7 +221,13 @@ def test_missing_files_and_rows(folder, tmp_path):
         with pytest.raises(ConnectionError, match=f"^{message}") as raised:
             list(read_batches(torch.utils.data.DataLoader(stumbling, batch_size=None, num_workers=workers)))
         assert "Traceback" not in str(raised.value)
-    with pytest.raises(ValueError, match="the split train has 3 of 4 files"):
+    with pytest.raises(ValueError, match="set is incomplete: the split train has 3 files in data/ instead of 4"):
+        load_prepared(tmp_path / "set", "train", streaming=True)
+    for number in range(2):
+        shutil.copy(
+            last.with_name("train-00000-of-00004.parquet"), last.with_name(f"train-0000{number}-of-00002.parquet")
+        )
+    with pytest.raises(ValueError, match="set holds files of several versions: .* has 5 files in data/ instead of "):
         load_prepared(tmp_path / "set", "train", streaming=True)
 
 
