@@ -52,18 +52,18 @@ class PreprocessOptions:
     """Scan whose histograms subjects are matched to, if `correction` does: a file, or a folder, one per modality."""
     phantom: str | None = None
     """Make this phantom (phantom-mini, phantom-std, phantom-raters) instead of reading a raw data set."""
-    phantom_anatomy: Literal["mni152", "geometric"] = "mni152"
-    """Anatomy of a phantom of brains; mni152 needs the extra `phantom`."""
+    phantom_anatomy: Literal["mni152", "geometric"] | None = None
+    """Anatomy of a phantom of brains, mni152 (default), which needs the extra `phantom`, or geometric."""
     heads: str | None = None
     """Folder of label maps with FreeSurfer's numbers, or builtin for those of the phantom (extra `phantom`); makes
     synthetic heads of them instead of reading scans."""
     contrast: list[str] = field(default_factory=list)
     """Of the heads: flair (default), t1, t2, or any, another at random for every head; given several times, several
     modalities of every head."""
-    subjects: int = 200
-    """Healthy heads of the training split."""
-    tested: int = 12
-    """Heads of the validation split, and of the test split; three quarters of them have lesions."""
+    subjects: int | None = None
+    """Healthy heads of the training split, 200 by default."""
+    tested: int | None = None
+    """Heads of the validation split, and of the test split, 12 each by default; three quarters of them have lesions."""
     skull: bool = False
     """Keep the skull around the heads; their brain masks lie beside them, so that a recipe can use them."""
     push_to_hub: str | None = None
@@ -73,6 +73,15 @@ class PreprocessOptions:
     check: bool = False
     """Find subjects and nearly equal slices in two splits of the prepared data sets that follow; status 1 if any."""
     prepared: list[str] = field(default_factory=list)
+
+
+# Sources, and the options that are of others alone.
+_OF_HEADS = ("contrast", "subjects", "tested", "skull")
+_OF_OTHERS = {
+    "heads": ("phantom_anatomy", "template", "reference"),
+    "phantom": _OF_HEADS,
+    "recipe": (*_OF_HEADS, "phantom_anatomy"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,11 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{options.prepared[0]} is no option. Prepared data sets are named after `--check` only.")
     if options.out is None:
         raise ValueError("Give `--out`, the folder to write.")
-    if options.phantom is not None and options.heads is not None:
-        raise ValueError("Give `--phantom` or `--heads`, not both.")
-    made = options.phantom is not None or options.heads is not None
-    if not made and (options.recipe is None or options.root is None):
-        raise ValueError("Give `--recipe` and `--root` of a raw data set, or `--phantom`, or `--heads`.")
+    _check_source(options)
 
     from anodiff.data.layout import VARYING
     from anodiff.data.phantoms.sets import prepare_heads, prepare_phantom
@@ -122,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     common = {"template": options.template, "reference": options.reference, **sharing}
     if options.heads is not None:
         own = {"recipe": recipe, "raw": options.root, **sharing}
-        own |= {name: getattr(options, name) for name in ("subjects", "tested", "skull")}
+        own |= {"subjects": 200 if options.subjects is None else options.subjects, "skull": options.skull}
+        own |= {} if options.tested is None else {"tested": options.tested}
         failures = prepare_heads(options.heads, options.out, contrasts=options.contrast or ["flair"], **own)
     elif options.phantom is None:
         failures = prepare_recipe(recipe, options.root, options.out, **common)
@@ -137,6 +143,18 @@ def main(argv: list[str] | None = None) -> int:
         url = push_folder(options.out, options.push_to_hub, **kind)
         print(f"Pushed to {url}" + _WHY_PRIVATE * forbidden)
     return 1 if failures else 0
+
+
+def _check_source(options: PreprocessOptions) -> None:
+    """Raises a `ValueError` unless one source is given, with no option that is of another one alone."""
+    if options.phantom is not None and options.heads is not None:
+        raise ValueError("Give `--phantom` or `--heads`, not both.")
+    source = next((name for name in _OF_OTHERS if getattr(options, name) is not None), None)
+    if source is None or (source == "recipe" and options.root is None):
+        raise ValueError("Give `--recipe` and `--root` of a raw data set, or `--phantom`, or `--heads`.")
+    others = [f"`--{name}`" for name in _OF_OTHERS[source] if getattr(options, name) not in (None, False, [])]
+    if others:
+        raise ValueError(f"{', '.join(others)} would change nothing in what `--{source}` makes: leave it out.")
 
 
 def _check(options: PreprocessOptions) -> int:

@@ -35,7 +35,7 @@ def prepare_phantom(
     out: str | Path,
     *,
     recipe: dict | None = None,
-    anatomy: str = "mni152",
+    anatomy: str | None = None,
     raw: str | Path | None = None,
     template: str | Path | None = None,
     reference: str | Path | None = None,
@@ -49,7 +49,7 @@ def prepare_phantom(
 
     Args:
         recipe: Instead of the packaged one, see [`phantom_recipe`].
-        anatomy: Of brains, as in [`~data.phantoms.brains.make_subject`].
+        anatomy: Of brains, as in [`~data.phantoms.brains.make_subject`], "mni152" by default.
         raw: Where the raw volumes are kept; must not exist. They are not kept by default. If the run is interrupted,
             those that are finished wait in `.NAME-raw` beside this or `out`, and the same call goes on from there.
     """
@@ -58,6 +58,11 @@ def prepare_phantom(
         raise FileExistsError(f"`out` {out} exists: choose another folder or delete it first.")
     check_choice("name", name, PHANTOMS)
     brains = name in PHANTOM_SETS
+    if anatomy is not None and not brains:
+        raise ValueError(
+            f"`anatomy` is of phantoms of brains, {', '.join(PHANTOM_SETS)}, and {name} is none: leave it out."
+        )
+    anatomy = anatomy or "mni152"
     recipe = dict(recipe or phantom_recipe(name))
     recipe["source"] = f"{name} of anodiff, {f'anatomy {anatomy}, ' if brains else ''}seed {SET_SEED}"
     files = {"template": template, "reference": reference}

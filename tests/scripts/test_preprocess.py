@@ -90,6 +90,14 @@ def test_what_cannot_be_read_is_listed(raw, tmp_path, monkeypatch, capsys):
             ["--phantom", "phantom-mini", "--recipe", "registered.yaml"],
             "`correction.register` needs a template: give `--template FILE`.",
         ),
+        (
+            ["--recipe", "recipe.yaml", "--root", "raw", "--subjects", "2", "--tested", "1", "--contrast", "t1"],
+            "`--contrast`, `--subjects`, `--tested` would change nothing in what `--recipe` makes: leave it out.",
+        ),
+        (["--recipe", "recipe.yaml", "--root", "raw", "--phantom_anatomy", "geometric"], "`--phantom_anatomy` would"),
+        (["--phantom", "phantom-mini", "--skull"], "`--skull` would change nothing in what `--phantom` makes"),
+        (["--heads", "builtin", "--template", "a.nii"], "`--template` would change nothing in what `--heads` makes"),
+        (["--phantom", "phantom-raters", "--phantom_anatomy", "geometric"], "`anatomy` is of phantoms of brains"),
         (["--recipe", "nothing", "--root", "raw"], "There is no recipe nothing. The package comes with anoddpm_nfbs"),
         (["--recipe", "wrong.yaml", "--root", "raw"], "`recipe` has no key slice; it takes source, license, reader"),
         (["--recipe", "recipe.yaml", "--root", "nowhere"], "`root` must be a folder, and nowhere is none."),
@@ -183,5 +191,5 @@ def test_help_does_not_wait_for_torch():
     )
     done = subprocess.run([sys.executable, "-c", code, SCRIPT], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert "--phantom_anatomy {mni152,geometric}" in done.stdout
+    assert "Literal['mni152', 'geometric']" in done.stdout
     assert done.stdout.endswith("[]\n")
