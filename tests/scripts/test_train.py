@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 from anodiff import AnoDDPMPipeline, AnomalyPipeline
 
 
+STEADY = ["--optim.lr_scheduler", "constant", "--optim.warmup_steps", 0]
+
+
 def log(workplace, run: str) -> dict[str, dict[int, float]]:
     values: dict[str, dict[int, float]] = {}
     for line in (workplace.folder / run / "log.jsonl").read_text().splitlines():
@@ -129,16 +132,7 @@ def test_a_broken_loss_is_never_saved(workplace):
     done = workplace.run(
         "train",
         *["--config", "tiny.yaml", "--data", "prepared", "--train.output_dir", "nan", "--train.checkpoint_every", 1],
-        *[
-            "--train.log_every",
-            100,
-            "--optim.learning_rate",
-            "1e30",
-            "--optim.lr_scheduler",
-            "constant",
-            "--optim.warmup_steps",
-            0,
-        ],
+        *["--train.log_every", 100, "--optim.learning_rate", "1e30", *STEADY],
         *["--train.validate_every", 0, "--optim.max_grad_norm", 0, "--train.report_to", "none"],
         check=False,
     )
@@ -168,16 +162,7 @@ def test_checkpoint_limit_and_ema(workplace, trained):
 
 ENDLESS = [
     *["--config", "tiny.yaml", "--data", "prepared", "--data.num_workers", 1, "--train.max_steps", 100_000],
-    *[
-        "--optim.lr_scheduler",
-        "constant",
-        "--optim.warmup_steps",
-        0,
-        "--train.validate_every",
-        0,
-        "--train.checkpoint_every",
-        1,
-    ],
+    *[*STEADY, "--train.validate_every", 0, "--train.checkpoint_every", 1],
     *["--train.report_to", "none"],
 ]
 
