@@ -166,6 +166,8 @@ class Tally(NamedTuple):
     """Of each policy, `(N, 4)`: [`~evaluation.metrics.LesionCounts`]."""
     resamples: dict[str, np.ndarray]
     """Of each metric that methods are compared by: its value in each resample of the groups."""
+    num_groups: dict[str, int]
+    """Of each of these metrics: how many groups it has values of."""
 
 
 class Scores(NamedTuple):

@@ -317,7 +317,7 @@ class _Evaluation:
         report = make_report(options, kind, protocols, self.splits["test"], self.rows + statistics, self.accelerator)
         if tallies:
             # Rows without maps come last.
-            groups = len(set(tallies[0].groups))
+            groups = {metric: number for tally in tallies for metric, number in tally.num_groups.items()}
             report["comparisons"] = compare(self.rows, [tally.resamples for tally in tallies], groups)
         kind.draw(report, list(zip(self.rows, self.folders, strict=True)), self.splits["test"], output_dir)
         columns = {
