@@ -35,6 +35,7 @@ from .table import ALSO, RANKED_BY, describe_next, describe_training, markdown, 
 _FIRST_STEPS = {True: 10, False: 1}
 # Seconds that the processes of a run have to end, once they are told to.
 _PATIENCE = 60
+_USED_UP = "the budget is used up: raise `--budget`"
 ONE_PROCESS = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
@@ -122,17 +123,16 @@ class Trainings:
         return self.folder / name / "pipeline"
 
     def used(self, names: Sequence[str]) -> float:
-        """Returns the seconds of steps that trainings have taken, those of measurements among them."""
-        states = {name: self.state(name) for name in names}
-        done = sum(self._seconds(name) for name in names)
-        return done + sum(state.get("measuring", 0.0) for state in states.values())
+        """Returns the seconds of steps that trainings have taken, those of measurements among them, or are still to take
+        where they were stopped or failed."""
+        return sum(map(self._taken, names))
 
     def run(self, entries: Sequence[Entry]) -> None:
         """Trains what is not trained yet, in turn; what fails is written down, and the others go on. The time that is
-        left is shared equally among the trainings that are left."""
+        left is shared equally among the trainings that have no number of steps yet."""
         names = [entry.name for entry in entries]
-        for place, name in enumerate(names):
-            if self.state(name)["state"] == "trained" and self.pipeline(name).is_dir():
+        for name in names:
+            if self._is_trained(name):
                 print(f"{name}: trained already.", flush=True)
                 continue
             with lock_folder(self.folder / name):
@@ -141,7 +141,7 @@ class Trainings:
             if part is not None and self.state(part[0])["state"] != "trained":
                 reason = f"it needs {part[0]}, which failed"
             else:
-                reason = self._train(name, (self.budget - self.used(names)) / (len(names) - place))
+                reason = self._train(name, names)
             if reason is None:
                 self._set(name, state="trained", seconds=round(self._seconds(name), 1))
                 print(f"{name}: trained, {self.state(name)['steps']} steps.", flush=True)
@@ -153,9 +153,27 @@ class Trainings:
         state = {key: value for key, value in self.state(name).items() if key != "reason"}
         write_json(self.folder / f"{name}.json", state | values)
 
-    def _train(self, name: str, share: float) -> str | None:
+    def _is_trained(self, name: str) -> bool:
+        return self.state(name)["state"] == "trained" and self.pipeline(name).is_dir()
+
+    def _taken(self, name: str) -> float:
+        state, seconds = self.state(name), self._seconds(name)
+        if not self._is_trained(name):
+            seconds = max(seconds, state.get("steps", 0) * state.get("seconds_per_step", 0.0))
+        return seconds + state.get("measuring", 0.0)
+
+    def _share(self, names: Sequence[str]) -> float:
+        """The seconds for each of the trainings that have no number of steps yet. Those that failed keep theirs: later
+        ones must not take what the next try needs."""
+        planned = [name for name in names if self._is_trained(name) or (self.folder / f"{name}.yaml").exists()]
+        return (self.budget - self.used(planned)) / (len(names) - len(planned))
+
+    def _train(self, name: str, names: Sequence[str]) -> str | None:
         path, log = self.folder / f"{name}.yaml", self.folder / f"{name}.log"
         if not path.exists():
+            share = self._share(names)
+            if share <= 0:
+                return _USED_UP
             config = make_configuration(
                 name, self.facts, self.data, {part: str(self.pipeline(part)) for part in METHODS}
             )
@@ -165,7 +183,9 @@ class Trainings:
             if isinstance(seconds, str):
                 return seconds
             measuring = 3 * first_steps * seconds
-            steps = max(1, int((share - measuring) / seconds))
+            steps = int((share - measuring) / seconds)
+            if steps < 1:
+                return f"{_USED_UP} (of its {share:.3g} s, measuring the time of a step took {measuring:.3g} s)"
             self._set(name, state="training", steps=steps, seconds_per_step=seconds, measuring=measuring)
             write_text(
                 path, yaml.safe_dump(self._plan_steps(name, config, steps), sort_keys=False, allow_unicode=True)
