@@ -27,6 +27,7 @@ from ..files import lock_folder, read_json, read_text, write_json, write_text
 from ..hub.model_card import add_evaluation
 from ..hub.publishing import write_card
 from ..reports import Column, Section, Table
+from ..reports.page import check_replaceable
 from .plan import METHODS, Entry, Facts, make_configuration
 from .table import ALSO, RANKED_BY, describe_next, describe_training, markdown, rank
 
@@ -35,6 +36,9 @@ from .table import ALSO, RANKED_BY, describe_next, describe_training, markdown, 
 _FIRST_STEPS = {True: 10, False: 1}
 # Seconds that the processes of a run have to end, once they are told to.
 _PATIENCE = 60
+# What a benchmark leaves beside `benchmark.json`.
+_PRODUCTS = ("report.json", "report.md", "report.html", "report_scans", "trainings", "evaluations")
+_PRODUCTS += ("evaluation", "evaluation.json", "evaluation.log")
 _USED_UP = "the budget is used up: raise `--budget`"
 ONE_PROCESS = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
@@ -308,9 +312,13 @@ def run_benchmark(options, budget: float, facts: Facts, entries: Sequence[Entry]
 
     Returns:
         `int`: 0, or 1 if a method failed or a model of the user cannot be evaluated.
+
+    Raises:
+        FileExistsError: The folder holds something that is no benchmark's and that would be replaced.
     """
     output, launcher = Path(options.output_dir), Launcher(options.launch or ONE_PROCESS)
     with lock_folder(output):
+        check_replaceable(output / "report.html")
         _check_record(
             output / "benchmark.json", {"data": options.data, "split": options.split, "facts": asdict(facts)}
         )
@@ -349,8 +357,15 @@ def run_benchmark(options, budget: float, facts: Facts, entries: Sequence[Entry]
 
 
 def _check_record(path: Path, record: dict) -> None:
-    """Writes what a benchmark is of into its folder; raises a `ValueError` if there was another one."""
+    """Writes what a benchmark is of into its folder; raises a `ValueError` if there was another one, and a
+    `FileExistsError` if something is there that is of none."""
     if not path.exists():
+        taken = [name for name in _PRODUCTS if os.path.lexists(path.parent / name)]
+        if taken:
+            raise FileExistsError(
+                f"{path.parent} holds {', '.join(taken)} already, and no benchmark, which would replace that. Choose"
+                " another `--output_dir`, or move that away."
+            )
         write_json(path, record)
         return
     earlier = read_json(path)

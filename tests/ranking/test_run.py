@@ -1,6 +1,8 @@
 """How the trainings of a benchmark share their time, and what becomes of those that fail."""
 
 import json
+import re
+import types
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ import yaml
 from anodiff import VolumeProcessor
 from anodiff.files import lock_folder
 from anodiff.ranking.plan import METHODS, Counts, Entry, Facts
-from anodiff.ranking.run import Evaluations, Trainings, publish
+from anodiff.ranking.run import Evaluations, Trainings, publish, run_benchmark
+from anodiff.reports import page
 from tests.hub.test_model_card import evaluation
 from tests.tiny import make_pipeline
 
@@ -195,6 +198,37 @@ def test_evaluations_are_kept_and_failures_are_tried_again(tmp_path):
     # The comparison of one is kept beside that of two, which is not made again.
     assert (tmp_path / "evaluation-1" / "report.json").read_text() == '"of one"'
     assert [len(arguments) for arguments in scorer.calls] == [10, 10, 6, 10, 8]
+
+
+def contents(folder) -> dict:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["report.json", "report.md", "report.html", "report_scans", "trainings", "evaluations", "evaluation"]
+    + ["evaluation.json", "evaluation.log"],
+)
+def test_what_is_of_no_benchmark_is_not_replaced(tmp_path, name):
+    """Such as an evaluation in the folder; nothing is started and written."""
+    if "." in name:
+        (tmp_path / name).write_text(page.MARK)  # of the library, which alone is no reason
+    else:
+        (tmp_path / name).mkdir()
+    before = contents(tmp_path)
+    options = types.SimpleNamespace(output_dir=str(tmp_path), launch="", data="x", split="test")
+    with pytest.raises(FileExistsError, match=f"holds {re.escape(name)} already, .*another `--output_dir`"):
+        run_benchmark(options, 100.0, Facts({}, {"test": COUNTS}), [])
+    assert contents(tmp_path) == before
+
+
+def test_a_page_of_the_users_own_is_refused_before_the_work(tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    (tmp_path / "benchmark.json").write_text("{}")
+    options = types.SimpleNamespace(output_dir=str(tmp_path), launch="", data="x", split="test")
+    with pytest.raises(FileExistsError, match="report.html is no report of this library"):
+        run_benchmark(options, 100.0, Facts({}, {"test": COUNTS}), [])
+    assert contents(tmp_path) == {"report.html": "mine", "benchmark.json": "{}"}
 
 
 def test_what_was_trained_is_pushed_with_its_results_and_the_baselines(near_hub, tmp_path):
