@@ -60,6 +60,17 @@ class _Stored:
             values = {name: arrays[name] if arrays[name].ndim else arrays[name].item() for name in arrays.files}
         return cls(**{field.name: values.get(field.name) for field in fields(cls)})
 
+    def find_differences(self, item: dict) -> list[str]:
+        """Returns the names of the stored values that are of the data, not of the method, and that are not those of a
+        subject, `item` as an evaluation reads it."""
+        expected = self.of_data(item)
+        return [name for name, value in expected.items() if not np.array_equal(getattr(self, name), value)]
+
+    @staticmethod
+    def of_data(item: dict) -> dict:
+        """Returns the values of the data as the case of a subject holds them, `item` as an evaluation reads it."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Case(_Stored):
@@ -101,6 +112,13 @@ class Case(_Stored):
         """What is drawn as a whole for an interval: the group, or else the subject."""
         return self.subject if self.group is None else self.group
 
+    @staticmethod
+    def of_data(item: dict) -> dict:
+        """Returns brain, reference mask, labels and group of a subject."""
+        # Several annotators: a voxel counts as lesion where at least half of them say so.
+        mask = item["mask"].mean(1) >= 0.5 if item["mask"].shape[1] and (item["label"] >= 0).all() else None
+        return {"brain": item["brain"], "mask": mask, "labels": item["label"], "group": item["group"]}
+
 
 @dataclass(frozen=True)
 class EnsembleCase(_Stored):
@@ -120,21 +138,21 @@ class EnsembleCase(_Stored):
     """`(N, H, W)`, float32, of the members, which need not be masks; so is `deviation`."""
     deviation: np.ndarray
 
+    @staticmethod
+    def of_data(item: dict) -> dict:
+        """Returns group, slices and annotations of a subject."""
+        return {"group": item["group"], "slices": item["slice"], "annotations": item["mask"] > 0}
+
 
 def make_case(item: dict, maps: np.ndarray, postprocessing: PostProcessing, **optional) -> Case:
     """Returns the case of a subject, `item` as an evaluation reads it, from filtered maps `(N, H, W)`, float32, and
     the optional values of a [`Case`]."""
-    # Several annotators: a voxel counts as lesion where at least half of them say so.
-    mask = item["mask"].mean(1) >= 0.5 if item["mask"].shape[1] and (item["label"] >= 0).all() else None
     return Case(
         subject=item["subject"],
         maps=maps,
-        brain=item["brain"],
-        mask=mask,
-        labels=item["label"],
+        **Case.of_data(item),
         slice_scores=postprocessing.score_slices(maps, item["brain"]),
         volume_score=postprocessing.score(maps, item["brain"]),
-        group=item["group"],
         spacing=item["spacing"],
         **optional,
     )
@@ -166,6 +184,8 @@ class Tally(NamedTuple):
     """Of each policy, `(N, 4)`: [`~evaluation.metrics.LesionCounts`]."""
     resamples: dict[str, np.ndarray]
     """Of each metric that methods are compared by: its value in each resample of the groups."""
+    num_groups: dict[str, int]
+    """Of each of these metrics: how many groups it has values of."""
 
 
 class Scores(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 from .metrics import percentiles
 
 
-def compare(rows: list[dict], resamples: list[dict[str, np.ndarray]], groups: int) -> list[dict]:
+def compare(rows: list[dict], resamples: list[dict[str, np.ndarray]], groups: dict[str, int]) -> list[dict]:
     """
     Returns the comparisons of every pipeline with every other row, each pair once, as `comparisons` of a report holds
     them: `metric`, names `first` and `second` and their numbers `rows` in the results, the `difference` first less
@@ -24,7 +24,7 @@ def compare(rows: list[dict], resamples: list[dict[str, np.ndarray]], groups: in
     Args:
         rows: Of the report, with `name`, `kind` and `metrics`.
         resamples: Of each row, metric to its value in each resample.
-        groups: How many are drawn.
+        groups: Of each metric, how many groups it has values of.
     """
     comparisons = []
     for metric in dict.fromkeys(metric for one in resamples for metric in one):
@@ -47,7 +47,7 @@ def compare(rows: list[dict], resamples: list[dict[str, np.ndarray]], groups: in
                 continue
             low, high = percentiles(differences)
             tail = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
-            p = min(1.0, max(2 * (tail + 1) / (differences.size + 1), 2.0 ** (1 - groups)))
+            p = min(1.0, max(2 * (tail + 1) / (differences.size + 1), 2.0 ** (1 - groups[metric])))
             names = {"metric": metric, "first": rows[first]["name"], "second": rows[second]["name"]}
             ends = {"difference": values[0] - values[1], "low": low, "high": high}
             found.append({**names, "rows": [first, second], **ends, "p": p})

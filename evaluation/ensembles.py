@@ -23,6 +23,7 @@ from .protocols import ensemble
 
 OWN_PROTOCOL = ensemble
 HEAD = {"task": "Ambiguous segmentation"}
+CASE = EnsembleCase
 
 MEMBERS = 16  # of the baselines where no model says how many
 
@@ -129,9 +130,7 @@ def _make_case(item: dict, masks: np.ndarray, members: np.ndarray) -> EnsembleCa
     """The case of a subject from masks and members, `(N, E, H, W)`."""
     return EnsembleCase(
         subject=item["subject"],
-        group=item["group"],
-        slices=item["slice"],
-        annotations=item["mask"] > 0,
+        **EnsembleCase.of_data(item),
         masks=masks,
         mean=members.mean(1).astype(np.float32),
         deviation=members.std(1).astype(np.float32),

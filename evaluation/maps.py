@@ -29,6 +29,7 @@ from .protocols import pooled
 OWN_PROTOCOL = pooled
 # What a report says of itself before everything else.
 HEAD = {}
+CASE = Case
 
 
 def check_options(options: EvalOptions) -> None:

@@ -14,7 +14,7 @@ from ..hub.shipped import add_samples
 from ..reports import Column, Figure, Layer, ScanView, Section, Table, write_report
 from .cases import Case, EnsembleCase
 from .pictures import rank_records
-from .sections import LESION_COLUMNS, STRATIFIED, join_settings, split_settings
+from .sections import LESION_COLUMNS, STRATIFIED, choose_best, join_settings, split_settings
 
 
 # Cases of the test split in the viewer.
@@ -82,17 +82,6 @@ def write_page(
         sections=[*sections, *make_sections(report, columns)],
         summary=f"{counts}{shown} Research use, not a medical device.",
     )
-
-
-def choose_best(rows: Sequence[dict]) -> int | None:
-    """Returns the number of the row with the best main metric, pipelines before others, `None` without rows."""
-
-    def order(number: int) -> tuple:
-        row, metrics = rows[number], rows[number]["metrics"]
-        value = next((metrics[key] for key in ("voxel_average_precision", "slice_auroc") if metrics.get(key)), 0.0)
-        return row["kind"] == "pipeline", value, -metrics.get("ged", 0.0), -number
-
-    return max(range(len(rows)), key=order, default=None)
 
 
 def make_sections(report: dict, columns: dict[str, str]) -> list[Section]:
@@ -316,20 +305,21 @@ def _draw_curves(rows: list[dict]) -> list[Figure | None]:
         ),
         ("sweep", "thresholds", "dice", "Dice over thresholds", ("threshold", "Dice"), "linear"),
     ):
-        curves = {row["name"]: curve for row in rows if (curve := read(row, key, x, y)) is not None}
+        curves = [(row["name"], curve) for row in rows if (curve := read(row, key, x, y)) is not None]
         figures.append(_draw_lines(curves, heading, labels, scale))
-    curves = {
-        row["name"]: (row["reliability"]["all"]["predicted"], row["reliability"]["all"]["observed"])
+    curves = [
+        (row["name"], (row["reliability"]["all"]["predicted"], row["reliability"]["all"]["observed"]))
         for row in rows
         if row.get("reliability")
-    }
+    ]
     labels = ("share of the samples", "share of the annotations")
     return [*figures, _draw_lines(curves, "Reliability, all pixels", labels, "linear", diagonal=True)]
 
 
 def _draw_lines(
-    curves: dict[str, tuple], heading: str, labels: tuple[str, str], scale: str, diagonal: bool = False
+    curves: list[tuple[str, tuple]], heading: str, labels: tuple[str, str], scale: str, diagonal: bool = False
 ) -> Figure | None:
+    """A figure of curves, several of which may have one name, such as those of a checkpoint with two settings."""
     if not curves:
         return None
     from matplotlib.figure import Figure as Canvas
@@ -338,7 +328,7 @@ def _draw_lines(
     axis = figure.subplots()
     if diagonal:
         axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    for name, (x, y) in curves.items():
+    for name, (x, y) in curves:
         axis.plot(x, y, marker=".", markersize=4, linewidth=1.2, label=name)
     axis.set_xscale(scale)
     axis.set(xlabel=labels[0], ylabel=labels[1])

@@ -80,7 +80,9 @@ def evaluate(options: EvalOptions) -> dict:
             evaluation.calibrate()
         accelerator.wait_for_everyone()
         evaluation.compute_models()
-        evaluation.take_merged()
+        # Scored again, beside the others.
+        evaluation.rows += [row for row, _ in evaluation.merged]
+        evaluation.folders += [folder for _, folder in evaluation.merged]
         evaluation.compute_baselines()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -157,6 +159,8 @@ class _Evaluation:
         # Of each model: what its scores depend on, and the record of its checkpoint.
         self.scorings: list[dict] = []
         self.records: list[dict | None] = []
+        # Before the work, which what does not fit must not end.
+        self.merged = self._read_merged()
 
     def calibrate(self) -> None:
         """Calibrates the checkpoints, if that is wanted, and stores the values in their folders, which other processes
@@ -217,34 +221,6 @@ class _Evaluation:
             settings = self.kind.describe_settings(pipeline)
             fast = {} if pipeline.fast is None else {"fast": pipeline.fast}
             self.rows.append({**row, "settings": settings, **fast, "seconds_per_slice": float(seconds / slices)})
-
-    def take_merged(self) -> None:
-        """Adds the rows of the models of earlier evaluations, whose cases are read where they lie."""
-        subjects = {part: self.kind.choose_subjects(split) for part, split in self.splits.items()}
-        for name in self.options.merge:
-            folder = Path(name)
-            report = read_json(folder / "report.json")
-            own = {"seed": self.options.seed, "name": data_name(self.options.data), "split": self.options.split}
-            given = {"seed": report["seed"], "name": report["data"]["name"], "split": report["data"]["split"]}
-            if given != own:
-                raise ValueError(f"`merge`: {folder} is of {given}, this evaluation of {own}.")
-            rows = [row for row in report["results"] if row["kind"] == "pipeline"]
-            for number, row in enumerate(rows):
-                maps = folder / "maps" / f"{number:02d}"
-                lacks = [
-                    f"{part}/{subject}"
-                    for part, names in subjects.items()
-                    for subject in names
-                    if not (maps / part / f"{subject}.npz").is_file()
-                ]
-                if lacks:
-                    raise FileNotFoundError(
-                        f"`merge`: {maps} has no maps of {', '.join(lacks[:3])}{' ...' if len(lacks) > 3 else ''}:"
-                        " evaluate there with --keep_maps, of the same splits."
-                    )
-                # Scored again, beside the others.
-                self.rows.append({key: row[key] for key in DESCRIBES if key in row})
-                self.folders.append(maps)
 
     def compute_baselines(self) -> None:
         """Writes the cases that the baselines make of this process's subjects, and adds their rows."""
@@ -317,7 +293,7 @@ class _Evaluation:
         report = make_report(options, kind, protocols, self.splits["test"], self.rows + statistics, self.accelerator)
         if tallies:
             # Rows without maps come last.
-            groups = len(set(tallies[0].groups))
+            groups = {metric: number for tally in tallies for metric, number in tally.num_groups.items()}
             report["comparisons"] = compare(self.rows, [tally.resamples for tally in tallies], groups)
         kind.draw(report, list(zip(self.rows, self.folders, strict=True)), self.splits["test"], output_dir)
         columns = {
@@ -360,6 +336,59 @@ class _Evaluation:
         metrics, told = conformal.measure_promises(record, read("test"))
         row["metrics"] |= metrics
         row["guarantee"] |= told
+
+    def _read_merged(self) -> list[tuple[dict, Path]]:
+        """The rows of the models of earlier evaluations, with the folders where their cases lie. Raises an error if one
+        is not of these data and this protocol."""
+        merged = []
+        for folder in map(Path, self.options.merge):
+            report = read_json(folder / "report.json")
+            own = {"seed": self.options.seed, "name": data_name(self.options.data), "split": self.options.split}
+            given = {"seed": report["seed"], "name": report["data"]["name"], "split": report["data"]["split"]}
+            given |= {key: report[key] for key in ("task",) if key in report}
+            if given != own | self.kind.HEAD:
+                raise ValueError(f"`merge`: {folder} is of {given}, this evaluation of {own | self.kind.HEAD}.")
+            rows = [row for row in report["results"] if row["kind"] == "pipeline"]
+            self._check_protocol(folder, rows)
+            for number, row in enumerate(rows):
+                maps = folder / "maps" / f"{number:02d}"
+                self._check_cases(maps)
+                merged.append(({key: row[key] for key in DESCRIBES if key in row}, maps))
+        return merged
+
+    def _check_protocol(self, folder: Path, rows: list[dict]) -> None:
+        """Raises a `ValueError` if earlier rows were computed without what the protocol needs of them."""
+        name = self.protocol.__name__.rpartition(".")[2]
+        needs = self.protocol.NEEDS.settings or self.protocol.NEEDS.details
+        # The metrics of a protocol begin with its name.
+        if needs and not all(any(key.startswith(f"{name}_") for key in row["metrics"]) for row in rows):
+            raise ValueError(
+                f"`merge`: {folder} was evaluated without `--protocol {name}`: evaluate it again with it."
+            )
+
+    def _check_cases(self, maps: Path) -> None:
+        """Raises an error if there is not a case of every subject, or one (of those of this process) is of another
+        subject of its name."""
+        lacks = [
+            f"{part}/{subject}"
+            for part, split in self.splits.items()
+            for subject in self.kind.choose_subjects(split)
+            if not (maps / part / f"{subject}.npz").is_file()
+        ]
+        if lacks:
+            raise FileNotFoundError(
+                f"`merge`: {maps} has no maps of {', '.join(lacks[:3])}{' ...' if len(lacks) > 3 else ''}:"
+                " evaluate there with --keep_maps, of the same splits."
+            )
+        for part, split in self.splits.items():
+            for item in self._read_own(split):
+                case = self.kind.CASE.load(maps / part / f"{item['subject']}.npz")
+                differing = case.find_differences(item)
+                if differing:
+                    raise ValueError(
+                        f"`merge`: in {maps} {', '.join(differing)} of the subject {item['subject']} ({part}) differ from"
+                        f" those of {self.options.data}, which was prepared otherwise: evaluate the models anew."
+                    )
 
     def _settings(self, pipeline: AnomalyPipeline) -> dict:
         """The settings of the checkpoint, with those that the protocol needs in their place."""

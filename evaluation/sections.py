@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 from ..hub.shipped import add_interval, add_samples
 from ..pipelines.guarantee import UNITS
@@ -81,37 +82,50 @@ def lesion_section(report: dict) -> list[str]:
     return [*lines, *metric_table(rows, rates | {"froc_score": "mean"})]
 
 
+def choose_best(rows: Sequence[dict]) -> int | None:
+    """Returns the number of the row with the best main metric, pipelines before others, `None` without rows."""
+
+    def order(number: int) -> tuple:
+        row, metrics = rows[number], rows[number]["metrics"]
+        keys = ("voxel_average_precision", "slice_auroc")
+        value = next((metrics[key] for key in keys if metrics.get(key) is not None), 0.0)
+        return row["kind"] == "pipeline", value, -metrics.get("ged", 0.0), -number
+
+    return max(range(len(rows)), key=order, default=None)
+
+
 def comparison_section(report: dict) -> list[str]:
-    """Returns the table of the model with the highest average precision, or of ensembles with the lowest GED, against
-    every other row, of ensembles those of as many samples."""
+    """Returns the table of the model that is best ([`choose_best`]) against every other row, of ensembles those of as
+    many samples."""
     comparisons = report.get("comparisons", [])
     if not comparisons:
         return []
-    of_pipelines = [number for number, row in enumerate(report["results"]) if row["kind"] == "pipeline"]
-    metrics = {number: report["results"][number]["metrics"] for number in of_pipelines}
-    values = {number: own.get("voxel_average_precision", -own.get("ged", 1.0)) for number, own in metrics.items()}
-    best = max(values, key=lambda number: -1.0 if values[number] is None else values[number])
+    results = report["results"]
+    best = choose_best(results)
     comparisons = [one for one in comparisons if best in one["rows"]]
     if not comparisons:
         return []
     columns = {
-        name: add_samples(name, title, [report["results"][best]])
+        name: add_samples(name, title, [results[best]])
         for name, title in COMPARED.items()
         if any(one["metric"] == name for one in comparisons)
     }
-    cells: dict[str, dict[str, str]] = {}
+    # By the number of the row: several may have one name, such as a checkpoint with two settings.
+    cells: dict[int, dict[str, str]] = {}
     for one in comparisons:
         if one["metric"] not in columns:
             continue
-        sign, other = (1, one["second"]) if one["rows"][0] == best else (-1, one["first"])
+        sign, other = (1, one["rows"][1]) if one["rows"][0] == best else (-1, one["rows"][0])
         low, high = sorted((sign * one["low"], sign * one["high"]))
         text = f"{sign * one['difference']:+.3f} ({low:+.3f} to {high:+.3f}), p {one['p_holm']:.2g}"
         cells.setdefault(other, {})[one["metric"]] = text
     note = (
-        f"Differences {report['results'][best]['name']} less the other, on the same resamples of the subjects;"
+        f"Differences {results[best]['name']} less the other, on the same resamples of the subjects;"
         " p: two-sided, corrected (Holm) for all comparisons of the metric."
     )
-    rows = [[other, *(of_metric.get(name, "") for name in columns)] for other, of_metric in cells.items()]
+    rows = [
+        [results[other]["name"], *(of_metric.get(name, "") for name in columns)] for other, of_metric in cells.items()
+    ]
     return ["## The best model against the others", "", *_wrap(note, ""), "", *table(["", *columns.values()], rows)]
 
 

@@ -27,6 +27,7 @@ from ..files import lock_folder, read_json, read_text, write_json, write_text
 from ..hub.model_card import add_evaluation
 from ..hub.publishing import write_card
 from ..reports import Column, Section, Table
+from ..reports.page import check_replaceable
 from .plan import METHODS, Entry, Facts, make_configuration
 from .table import ALSO, RANKED_BY, describe_next, describe_training, markdown, rank
 
@@ -35,6 +36,10 @@ from .table import ALSO, RANKED_BY, describe_next, describe_training, markdown, 
 _FIRST_STEPS = {True: 10, False: 1}
 # Seconds that the processes of a run have to end, once they are told to.
 _PATIENCE = 60
+# What a benchmark leaves beside `benchmark.json`.
+_PRODUCTS = ("report.json", "report.md", "report.html", "report_scans", "trainings", "evaluations")
+_PRODUCTS += ("evaluation", "evaluation.json", "evaluation.log")
+_USED_UP = "the budget is used up: raise `--budget`"
 ONE_PROCESS = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
@@ -122,17 +127,16 @@ class Trainings:
         return self.folder / name / "pipeline"
 
     def used(self, names: Sequence[str]) -> float:
-        """Returns the seconds of steps that trainings have taken, those of measurements among them."""
-        states = {name: self.state(name) for name in names}
-        done = sum(self._seconds(name) for name in names)
-        return done + sum(state.get("measuring", 0.0) for state in states.values())
+        """Returns the seconds of steps that trainings have taken, those of measurements among them, or are still to take
+        where they were stopped or failed."""
+        return sum(map(self._taken, names))
 
     def run(self, entries: Sequence[Entry]) -> None:
         """Trains what is not trained yet, in turn; what fails is written down, and the others go on. The time that is
-        left is shared equally among the trainings that are left."""
+        left is shared equally among the trainings that have no number of steps yet."""
         names = [entry.name for entry in entries]
-        for place, name in enumerate(names):
-            if self.state(name)["state"] == "trained" and self.pipeline(name).is_dir():
+        for name in names:
+            if self._is_trained(name):
                 print(f"{name}: trained already.", flush=True)
                 continue
             with lock_folder(self.folder / name):
@@ -141,7 +145,7 @@ class Trainings:
             if part is not None and self.state(part[0])["state"] != "trained":
                 reason = f"it needs {part[0]}, which failed"
             else:
-                reason = self._train(name, (self.budget - self.used(names)) / (len(names) - place))
+                reason = self._train(name, names)
             if reason is None:
                 self._set(name, state="trained", seconds=round(self._seconds(name), 1))
                 print(f"{name}: trained, {self.state(name)['steps']} steps.", flush=True)
@@ -153,9 +157,27 @@ class Trainings:
         state = {key: value for key, value in self.state(name).items() if key != "reason"}
         write_json(self.folder / f"{name}.json", state | values)
 
-    def _train(self, name: str, share: float) -> str | None:
+    def _is_trained(self, name: str) -> bool:
+        return self.state(name)["state"] == "trained" and self.pipeline(name).is_dir()
+
+    def _taken(self, name: str) -> float:
+        state, seconds = self.state(name), self._seconds(name)
+        if not self._is_trained(name):
+            seconds = max(seconds, state.get("steps", 0) * state.get("seconds_per_step", 0.0))
+        return seconds + state.get("measuring", 0.0)
+
+    def _share(self, names: Sequence[str]) -> float:
+        """The seconds for each of the trainings that have no number of steps yet. Those that failed keep theirs: later
+        ones must not take what the next try needs."""
+        planned = [name for name in names if self._is_trained(name) or (self.folder / f"{name}.yaml").exists()]
+        return (self.budget - self.used(planned)) / (len(names) - len(planned))
+
+    def _train(self, name: str, names: Sequence[str]) -> str | None:
         path, log = self.folder / f"{name}.yaml", self.folder / f"{name}.log"
         if not path.exists():
+            share = self._share(names)
+            if share <= 0:
+                return _USED_UP
             config = make_configuration(
                 name, self.facts, self.data, {part: str(self.pipeline(part)) for part in METHODS}
             )
@@ -165,7 +187,9 @@ class Trainings:
             if isinstance(seconds, str):
                 return seconds
             measuring = 3 * first_steps * seconds
-            steps = max(1, int((share - measuring) / seconds))
+            steps = int((share - measuring) / seconds)
+            if steps < 1:
+                return f"{_USED_UP} (of its {share:.3g} s, measuring the time of a step took {measuring:.3g} s)"
             self._set(name, state="training", steps=steps, seconds_per_step=seconds, measuring=measuring)
             write_text(
                 path, yaml.safe_dump(self._plan_steps(name, config, steps), sort_keys=False, allow_unicode=True)
@@ -288,9 +312,13 @@ def run_benchmark(options, budget: float, facts: Facts, entries: Sequence[Entry]
 
     Returns:
         `int`: 0, or 1 if a method failed or a model of the user cannot be evaluated.
+
+    Raises:
+        FileExistsError: The folder holds something that is no benchmark's and that would be replaced.
     """
     output, launcher = Path(options.output_dir), Launcher(options.launch or ONE_PROCESS)
     with lock_folder(output):
+        check_replaceable(output / "report.html")
         _check_record(
             output / "benchmark.json", {"data": options.data, "split": options.split, "facts": asdict(facts)}
         )
@@ -329,8 +357,15 @@ def run_benchmark(options, budget: float, facts: Facts, entries: Sequence[Entry]
 
 
 def _check_record(path: Path, record: dict) -> None:
-    """Writes what a benchmark is of into its folder; raises a `ValueError` if there was another one."""
+    """Writes what a benchmark is of into its folder; raises a `ValueError` if there was another one, and a
+    `FileExistsError` if something is there that is of none."""
     if not path.exists():
+        taken = [name for name in _PRODUCTS if os.path.lexists(path.parent / name)]
+        if taken:
+            raise FileExistsError(
+                f"{path.parent} holds {', '.join(taken)} already, and no benchmark, which would replace that. Choose"
+                " another `--output_dir`, or move that away."
+            )
         write_json(path, record)
         return
     earlier = read_json(path)

@@ -435,14 +435,14 @@ def _best(table: Table, column: Column) -> float | None:
     return max(numbers) if column.better == "higher" else min(numbers)
 
 
-def _curve(scores: Sequence[float]) -> str:
-    """The points of a curve in a box of 1000 x 100."""
-    top = max([score for score in scores if math.isfinite(score)], default=0) or 1.0
+def _curve(scores: Sequence[float | None]) -> str:
+    """The points of a curve in a box of 1000 x 100, without those that are `None`."""
+    top = max([score for score in scores if score is not None], default=0) or 1.0
     last = max(len(scores) - 1, 1)
     return " ".join(
         f"{1000 * number / last:.1f},{100 - 96 * max(score, 0) / top:.1f}"
         for number, score in enumerate(scores)
-        if math.isfinite(score)
+        if score is not None
     )
 
 

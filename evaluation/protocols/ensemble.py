@@ -80,5 +80,6 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
         for name in ("expected_calibration_error", "brier_score"):
             metrics |= {f"{name}{ending}{end}": values[f"{name}{end}"] for end in ("", "_low", "_high")}
     subjects, drawn = ([record[name] for record in records] for name in ("subject", "group"))
-    tally = Tally(subjects, drawn, masked=[], overlaps={}, lesions={}, resamples=resamples)
+    num_groups = dict.fromkeys(resamples, len(set(drawn)))
+    tally = Tally(subjects, drawn, masked=[], overlaps={}, lesions={}, resamples=resamples, num_groups=num_groups)
     return Scores(metrics, records, {"reliability": reliability}, tally)

@@ -108,7 +108,8 @@ def score(row: dict, files: dict[str, list[Path]], thresholds: None, options: Ev
     bounded = not pooled.is_exact and pooled.num_positives and pooled.num_negatives
     more = {"error_bounds": pooled.error_bounds()} if bounded else {}
     more |= {"froc": froc, "distance_unit": "mm" if in_mm else "voxels"}
-    return Scores(metrics, records, more, masks.tally(resamples))
+    labelled = {group for group, labels in zip(groups, slice_labels, strict=True) if (labels >= 0).any()}
+    return Scores(metrics, records, more, masks.tally(resamples, len(labelled)))
 
 
 def score_statistic(
@@ -206,11 +207,13 @@ class _Masks:
         groups = np.array([numbers[group] for group in self.groups], np.int64)
         return np.reshape(self._detections, (len(groups), thresholds, 2)), np.array(self._lesions, np.int64), groups
 
-    def tally(self, resamples: dict[str, np.ndarray]) -> Tally:
-        """Returns what is kept of them."""
+    def tally(self, resamples: dict[str, np.ndarray], labelled: int) -> Tally:
+        """Returns what is kept of them; `labelled` is how many groups have a slice of known label."""
         overlaps = {policy: np.reshape(counts, (-1, 2)) for policy, counts in self.overlaps.items()}
         lesions = {policy: np.reshape(counts, (-1, 4)) for policy, counts in self.lesions.items()}
-        return Tally(self.subjects, self.groups, self.masked, overlaps, lesions, resamples)
+        with_mask = {group for group, masked in zip(self.groups, self.masked, strict=True) if masked}
+        num_groups = dict.fromkeys(resamples, len(with_mask)) | {"slice_auroc": labelled}
+        return Tally(self.subjects, self.groups, self.masked, overlaps, lesions, resamples, num_groups)
 
 
 def _mean_over_subjects(

@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from anodiff.evaluation.cases import Case
 from anodiff.evaluation.comparisons import compare, holm
 from anodiff.evaluation.metrics import NUM_RESAMPLES, average_precision, dice, resample_mean
 from anodiff.evaluation.options import EvalOptions
@@ -31,7 +32,7 @@ def rows_of(*means):
 def test_every_pair_with_a_model_is_compared_once():
     values = [np.arange(8) / 8, np.arange(8) / 8 + 0.01, np.zeros(8), np.ones(8)]
     resamples = [{"dice": resample_mean(one)} for one in values]
-    found = compare(rows_of(*values), resamples, 8)
+    found = compare(rows_of(*values), resamples, {"dice": 8})
     assert [one["rows"] for one in found] == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
     # Their intervals overlap nearly wholly, and yet each subject is better by 0.01.
     first = found[0]
@@ -46,7 +47,7 @@ def test_ensembles_of_other_numbers_of_samples_are_not_compared():
     rows = rows_of(*values)
     for row, samples in zip(rows, (8, 16, 8), strict=True):
         row["metrics"]["num_samples"] = samples
-    found = compare(rows, [{"dice": resample_mean(one)} for one in values], 8)
+    found = compare(rows, [{"dice": resample_mean(one)} for one in values], {"dice": 8})
     assert [one["rows"] for one in found] == [[0, 2]]
 
 
@@ -57,7 +58,7 @@ def test_the_p_value_agrees_with_the_interval():
         values = rng.normal(size=(2, 20))
         values[0] += shift
         resamples = [{"dice": resample_mean(one)} for one in values]
-        (found,) = compare(rows_of(*values), resamples, 20)
+        (found,) = compare(rows_of(*values), resamples, {"dice": 20})
         outside = not found["low"] <= 0 <= found["high"]
         sure += outside
         assert outside == (found["p"] < 0.05) or found["p"] == pytest.approx(0.05, abs=0.002)
@@ -70,20 +71,63 @@ def test_methods_that_do_not_differ_are_rarely_significant():
     found = []
     for _ in range(300):
         values = rng.normal(size=(2, 15))
-        found += compare(rows_of(*values), [{"dice": resample_mean(one)} for one in values], 15)
+        found += compare(rows_of(*values), [{"dice": resample_mean(one)} for one in values], {"dice": 15})
     # The percentile bootstrap is a little narrow at 15 subjects: 5 % become about 7 %.
     assert 0.02 < np.mean([one["p"] < 0.05 for one in found]) < 0.11
 
 
 def test_nothing_is_compared_without_groups_or_values():
     alone = [{"dice": resample_mean(np.array([value]))} for value in (0.1, 0.9)]
-    assert compare(rows_of([0.1], [0.9]), alone, 1) == []
+    assert compare(rows_of([0.1], [0.9]), alone, {"dice": 1}) == []
     # What one of both does not have.
     several = [{"dice": np.zeros(NUM_RESAMPLES)}, {"other": np.zeros(NUM_RESAMPLES)}]
-    assert compare(rows_of([0.1], [0.9]), several, 5) == []
+    assert compare(rows_of([0.1], [0.9]), several, {"dice": 5}) == []
     # Equal methods: no difference in any resample.
-    (same,) = compare(rows_of([0.5], [0.5]), [{"dice": np.full(NUM_RESAMPLES, 0.5)}] * 2, 9)
+    (same,) = compare(rows_of([0.5], [0.5]), [{"dice": np.full(NUM_RESAMPLES, 0.5)}] * 2, {"dice": 9})
     assert same["p"] == 1.0 and same["difference"] == same["low"] == same["high"] == 0
+
+
+def score_scans(folder, kinds, good):
+    """The row and the tally of a method whose maps fit more (`good`) or less to scans with a mask (m), with labels
+    alone (l), of unknown label (u), and healthy ones without a mask (h)."""
+    rng, files = np.random.default_rng(1), []
+    for number, kind in enumerate(kinds):
+        mask = np.zeros((2, 8, 8), bool)
+        mask[1, 2:5, 2:5] = True
+        maps = (rng.random(mask.shape) + mask * (0.8 if good else 0.1)).astype(np.float32)
+        labels = {"h": [0, 0], "u": [-1, -1]}.get(kind, [0, 1])
+        case = Case(
+            f"scan {number}",
+            maps,
+            np.ones_like(mask),
+            mask if kind == "m" else None,
+            np.array(labels),
+            np.array([0.0, 1.0]) if good else rng.random(2),
+            1.0,
+        )
+        case.save(folder / str(good))
+        files.append(folder / str(good) / f"scan {number}.npz")
+    row = {"name": str(good), "kind": "pipeline", "settings": {"min_component_size": 0}}
+    metrics, *_, tally = pooled.score(row, {"test": files}, None, EvalOptions())
+    return row | {"metrics": metrics}, tally
+
+
+@pytest.mark.parametrize(
+    ("kinds", "with_mask", "labelled"),
+    [("l" * 20, 0, 20), ("m" * 3 + "h" * 20, 3, 23), ("m" * 8 + "u" * 20, 8, 8), ("l" * 3 + "u" * 20, 0, 3)],
+)
+def test_a_metric_counts_the_groups_that_it_has_values_of(tmp_path, kinds, with_mask, labelled):
+    """With few of them nothing is significant, however many others there are, and with many it may be."""
+    rows, tallies = zip(*(score_scans(tmp_path, kinds, good) for good in (True, False)), strict=True)
+    num_groups = tallies[0].num_groups
+    assert num_groups["slice_auroc"] == labelled
+    assert num_groups["voxel_average_precision"] == num_groups["dice_oracle"] == with_mask
+    found = compare(rows, [tally.resamples for tally in tallies], num_groups)
+    p_values = {one["metric"]: one["p"] for one in found}
+    assert p_values["slice_auroc"] >= 2.0 ** (1 - labelled) and (p_values["slice_auroc"] < 0.05) == (labelled > 5)
+    assert ("voxel_average_precision" in p_values) == (with_mask > 0)
+    for metric in p_values.keys() - {"slice_auroc"}:
+        assert p_values[metric] >= 2.0 ** (1 - with_mask)
 
 
 class Split(types.SimpleNamespace):

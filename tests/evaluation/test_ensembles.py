@@ -1,6 +1,8 @@
 """`eval.py` on ensembles of segmentations: a tiny CIMD on a small phantom with several raters."""
 
+import dataclasses
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -15,6 +17,7 @@ from anodiff.data.phantoms.sets import prepare_phantom
 from anodiff.data.prepared import load_prepared
 from anodiff.eval import main
 from anodiff.evaluation.candidates import choose_protocol
+from anodiff.evaluation.cases import EnsembleCase
 from anodiff.evaluation.ensemble_metrics import score_ensemble
 from anodiff.evaluation.options import EvalOptions
 from anodiff.evaluation.protocols import ensemble, pooled
@@ -120,6 +123,25 @@ def test_report(place, report):
         for name, value in score_ensemble(members[:, number], item["mask"][0]).items():
             assert image[name] == pytest.approx(value, abs=1e-9), name
         assert image["group"] == image["subject"][:-2]
+
+
+@pytest.mark.parametrize("name", ["group", "slices", "annotations"])
+def test_an_evaluation_of_other_annotations_is_not_merged(place, report, tmp_path, name):
+    data = EvalOptions(data=str(place / "data"), protocol="ensemble", validation_split="none", report="none")
+    merging = dataclasses.replace(data, merge=[str(tmp_path / "earlier")], output_dir=str(tmp_path / "out"))
+    shutil.copytree(place / "eval", tmp_path / "earlier")
+    assert evaluate(merging)["results"][0]["metrics"] == report["results"][0]["metrics"]
+    folder = tmp_path / "earlier" / "maps" / "00" / "test"
+    subject = load_prepared(place / "data", "test").subjects[-1]
+    case = EnsembleCase.load(folder / f"{subject}.npz")
+    changed = {"group": "other", "slices": case.slices + 1, "annotations": ~case.annotations}
+    dataclasses.replace(case, **{name: changed[name]}).save(folder)
+    with pytest.raises(
+        ValueError, match=rf"`merge`: in .*earlier/maps/00 {name} of the subject {subject} \(test\) dif"
+    ):
+        evaluate(dataclasses.replace(merging, output_dir=str(tmp_path / "refused")))
+    with pytest.raises(ValueError, match=r"is of \{.*'task': .*, this evaluation of \{"):
+        evaluate(dataclasses.replace(merging, protocol="andi", output_dir=str(tmp_path / "refused")))
 
 
 def test_the_model_is_compared_with_the_baselines(place, report):

@@ -1,5 +1,6 @@
 """The evaluation program on pictures and on volumes, with ANDi: numbers of the draws, times, labels, protocols, what a report holds."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -292,6 +293,48 @@ def test_merged_evaluations_are_that_of_all(place, volumes_report, tmp_path):
     shutil.copy(earlier / "report.json", maps)
     with pytest.raises(FileNotFoundError, match="has no maps of .*evaluate there with --keep_maps"):
         evaluate(merging(maps, "out-lacking"))
+
+
+@pytest.mark.parametrize("name", ["brain", "mask", "labels", "group", "slices"])
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_an_evaluation_of_other_data_of_the_same_name_is_not_merged(place, volumes_report, tmp_path, part, name):
+    """Methods would be compared against different references; said before a model is computed."""
+    shutil.copytree(place / "out-volumes", tmp_path / "earlier")
+    folder = tmp_path / "earlier" / "maps" / "00" / part
+    case = Case.load(folder / f"{part}1.npz")
+    changed = {
+        "brain": {"brain": ~case.brain},
+        "mask": {"mask": None},
+        "labels": {"labels": 1 - case.labels},
+        "group": {"group": "other"},
+        "slices": {key: getattr(case, key)[1:] for key in ("maps", "brain", "mask", "labels", "slice_scores")},
+    }
+    dataclasses.replace(case, **changed[name]).save(folder)
+    said = "brain, mask, labels" if name == "slices" else name
+    with pytest.raises(
+        ValueError, match=rf"`merge`: in .*earlier/maps/00 {said} of the subject {part}1 \({part}\) dif"
+    ):
+        evaluate(options(place, "volumes", tmp_path / "out", merge=[str(tmp_path / "earlier")]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_of_the_protocol_is_merged_and_no_other(place, volumes_report):
+    """Where it needs what other protocols do not store."""
+    for name in ("anofpdm", "sadm"):
+        computed = options(place, "volumes", f"out-merged-{name}", protocol=name, keep_maps=True, report="none")
+        merging = dataclasses.replace(computed, model=[], keep_maps=False)
+        with pytest.raises(ValueError, match=f"out-volumes was evaluated without `--protocol {name}`: evaluate it ag"):
+            merged, out = [str(place / "out-volumes")], str(place / "out-refused")
+            evaluate(dataclasses.replace(computed, merge=merged, output_dir=out))
+        assert not (place / "out-refused").exists()
+        again = dataclasses.replace(
+            merging, merge=[computed.output_dir], output_dir=str(place / f"out-merged-{name}-again")
+        )
+        assert evaluate(computed) == evaluate(again)
+    # A protocol that needs nothing more takes any.
+    merged, out = [str(place / "out-merged-anofpdm")], str(place / "out-merged-andi")
+    row = evaluate(dataclasses.replace(merging, protocol="andi", merge=merged, output_dir=out))["results"][0]
+    assert row["metrics"]["andi_average_precision"] is not None
 
 
 def test_every_metric_is_defined_and_the_report_can_be_read(place, volumes_report):

@@ -1,6 +1,8 @@
 """How the trainings of a benchmark share their time, and what becomes of those that fail."""
 
 import json
+import re
+import types
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ import yaml
 from anodiff import VolumeProcessor
 from anodiff.files import lock_folder
 from anodiff.ranking.plan import METHODS, Counts, Entry, Facts
-from anodiff.ranking.run import Evaluations, Trainings, publish
+from anodiff.ranking.run import Evaluations, Trainings, publish, run_benchmark
+from anodiff.reports import page
 from tests.hub.test_model_card import evaluation
 from tests.tiny import make_pipeline
 
@@ -69,6 +72,10 @@ def test_the_budget_is_shared_equally(tmp_path):
     assert machine.calls == []
 
 
+def count_steps(machine) -> dict[str, int]:
+    return {name: count for name, count, _ in machine.calls if not name.endswith(".measured")}
+
+
 def test_what_fails_is_written_down_and_the_others_go_on(tmp_path, capsys):
     machine = Machine(broken=["spark"])
     trainings = make_trainings(tmp_path, machine)
@@ -82,12 +89,66 @@ def test_what_fails_is_written_down_and_the_others_go_on(tmp_path, capsys):
         "it needs cddpm, which failed",
     )
     assert "FAILED spark: The loss is nan at step 3." in capsys.readouterr().err
+    # 25 s each: what failed, and what needs it, keeps its share.
+    assert count_steps(machine) == {"spark": 47, "anoddpm": 47}
     # What was wrong is mended: the plan of steps stays, and what needs it is trained, too.
     machine.broken.clear()
     planned = (tmp_path / "spark.yaml").read_text()
     trainings.run(entries(*names))
     assert all(trainings.state(name)["state"] == "trained" for name in names)
     assert (tmp_path / "spark.yaml").read_text() == planned and "reason" not in trainings.state("spark")
+    assert all(47 <= count <= 55 for count in count_steps(machine).values()) and trainings.used(names) <= 100
+
+
+def test_a_training_whose_step_could_not_be_measured_keeps_its_share(tmp_path):
+    machine = Machine(broken=["dae.measured"])
+    trainings = make_trainings(tmp_path, machine)
+    trainings.run(entries("dae", "andi"))
+    assert count_steps(machine) == {"andi": 97}
+    machine.broken.clear()
+    trainings.run(entries("dae", "andi"))
+    assert 97 <= count_steps(machine)["dae"] <= 107 and trainings.used(["dae", "andi"]) <= 100
+
+
+def test_a_training_that_was_stopped_keeps_its_share(tmp_path):
+    """Of its seconds those that it has still to take, too."""
+    machine = Machine(broken=["andi"])
+    trainings = make_trainings(tmp_path, machine)
+    trainings.run(entries("dae", "andi"))
+    left = 120 - trainings.used(["dae", "andi"])
+    machine.broken.clear()
+    trainings = make_trainings(tmp_path, machine, budget=120.0)
+    trainings.run(entries("dae", "anoddpm", "andi"))
+    assert 20 <= left <= 25 and count_steps(machine)["anoddpm"] == int((left - 1.5) / SECONDS)
+    assert trainings.used(["dae", "anoddpm", "andi"]) <= 120
+
+
+def test_a_method_that_is_added_gets_what_the_budget_was_raised_by(tmp_path):
+    machine, names = Machine(), ("dae", "andi", "autoddpm", "pddpm")
+    make_trainings(tmp_path, machine).run(entries(*names))
+    left = 125 - make_trainings(tmp_path, machine).used(names)
+    # Whether it stands before the others or behind them.
+    make_trainings(tmp_path, machine, budget=125.0).run(entries("anoddpm", *names))
+    assert left >= 25 and count_steps(machine)["anoddpm"] == int((left - 1.5) / SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason", "measured"),
+    [
+        (20.0, "the budget is used up: raise `--budget`", []),
+        (1.9, "the budget is used up: raise `--budget` (of its 1.9 s, measuring the time of a step took 1.5 s)", [1]),
+    ],
+)
+def test_a_training_without_time_fails(tmp_path, budget, reason, measured):
+    machine = Machine()
+    others = ["dae"] * (not measured)
+    make_trainings(tmp_path, machine).run(entries(*others))
+    make_trainings(tmp_path, machine, budget).run(entries(*others, "anoddpm"))
+    assert make_trainings(tmp_path, machine).state("anoddpm") == {"state": "failed", "reason": reason}
+    assert len([name for name, *_ in machine.calls if name == "anoddpm.measured"]) == len(measured)
+    # With a larger budget it is trained.
+    make_trainings(tmp_path, machine, budget=200.0).run(entries(*others, "anoddpm"))
+    assert count_steps(machine)["anoddpm"] > 150
 
 
 def test_a_training_that_was_stopped_goes_on_at_its_checkpoint(tmp_path):
@@ -137,6 +198,37 @@ def test_evaluations_are_kept_and_failures_are_tried_again(tmp_path):
     # The comparison of one is kept beside that of two, which is not made again.
     assert (tmp_path / "evaluation-1" / "report.json").read_text() == '"of one"'
     assert [len(arguments) for arguments in scorer.calls] == [10, 10, 6, 10, 8]
+
+
+def contents(folder) -> dict:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["report.json", "report.md", "report.html", "report_scans", "trainings", "evaluations", "evaluation"]
+    + ["evaluation.json", "evaluation.log"],
+)
+def test_what_is_of_no_benchmark_is_not_replaced(tmp_path, name):
+    """Such as an evaluation in the folder; nothing is started and written."""
+    if "." in name:
+        (tmp_path / name).write_text(page.MARK)  # of the library, which alone is no reason
+    else:
+        (tmp_path / name).mkdir()
+    before = contents(tmp_path)
+    options = types.SimpleNamespace(output_dir=str(tmp_path), launch="", data="x", split="test")
+    with pytest.raises(FileExistsError, match=f"holds {re.escape(name)} already, .*another `--output_dir`"):
+        run_benchmark(options, 100.0, Facts({}, {"test": COUNTS}), [])
+    assert contents(tmp_path) == before
+
+
+def test_a_page_of_the_users_own_is_refused_before_the_work(tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    (tmp_path / "benchmark.json").write_text("{}")
+    options = types.SimpleNamespace(output_dir=str(tmp_path), launch="", data="x", split="test")
+    with pytest.raises(FileExistsError, match="report.html is no report of this library"):
+        run_benchmark(options, 100.0, Facts({}, {"test": COUNTS}), [])
+    assert contents(tmp_path) == {"report.html": "mine", "benchmark.json": "{}"}
 
 
 def test_what_was_trained_is_pushed_with_its_results_and_the_baselines(near_hub, tmp_path):

@@ -69,6 +69,15 @@ def test_one_page_holds_scans_tables_and_figures(tmp_path):
     assert not re.search(r'(src|href)="(?!data:|#)', text)
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_slice_scores_that_are_not_finite_are_left_out_of_the_curve(tmp_path, odd):
+    write_report(tmp_path / "some.html", "Report", scans=[view(slice_scores=[0.5, odd, 1.0, 0.0])])
+    assert data_of(tmp_path / "some.html")[0]["slice_scores"] == [0.5, None, 1.0, 0.0]
+    assert "0.0,52.0 666.7,4.0 1000.0,100.0" in read_text(tmp_path / "some.html")
+    write_report(tmp_path / "none.html", "Report", scans=[view(slice_scores=[odd] * 4)])
+    assert data_of(tmp_path / "none.html")[0]["slice_scores"] == [None] * 4
+
+
 def test_what_names_hold_is_text(tmp_path):
     name = "</script><script>alert(1)</script> <b>&\"' ü 日本"
     table = Table(name, [Column("a", name, name)], [{"a": name}])

@@ -22,7 +22,7 @@ def test_a_benchmark_is_stopped_and_gone_on_with(workplace, monkeypatch, capsys)
     """Two trainings, each with its measurement, two evaluations and one of all, in processes of their own. Those before
     the stop are started by `accelerate launch`, the others as forks."""
     folder = workplace.folder / "ranked"
-    arguments = ["--data", "prepared", "--methods", "anoddpm", "--budget", "4s", "--output_dir", "ranked"]
+    arguments = ["--data", "prepared", "--methods", "anoddpm", "--budget", "8s", "--output_dir", "ranked"]
     begun = workplace.start("benchmark", *arguments)
     end = time.monotonic() + 400
     while state(folder, "dae")["state"] != "trained":
@@ -33,7 +33,7 @@ def test_a_benchmark_is_stopped_and_gone_on_with(workplace, monkeypatch, capsys)
     out, error = begun.communicate(timeout=120)
     assert begun.returncode == 143 and "stopped by SIGTERM" in error and "The same command goes on." in error
     assert not psutil.wait_procs(children, timeout=60)[1]
-    assert re.search("^dae +train and evaluate +dae_64.yaml$", out, re.M) and "2 trainings share 4 s" in out
+    assert re.search("^dae +train and evaluate +dae_64.yaml$", out, re.M) and "2 trainings share 8 s" in out
     weights = folder / "trainings" / "dae" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     before = weights.stat().st_mtime_ns, weights.read_bytes(), state(folder, "dae")
 
