@@ -4,6 +4,7 @@ a save. No torch here."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,11 @@ from .shipped import locate, shared_folders
 # In model_index.json: the SHA-256 of the files of the components, by their paths. diffusers leaves the key alone.
 SUMS = "_sha256"
 _SUFFIXES = (".safetensors", ".bin", ".json")
+# Files of weights, in one piece or in shards, and the indices of shards.
+_SHARD, _KIND = r"(-\d{5}-of-\d{5})?", r"\.(safetensors|bin)"
+_WEIGHTS = re.compile(
+    rf"[a-z_]*model({_SHARD}(\.(?P<variant>[\w-]+?))?{_SHARD}{_KIND}|{_KIND}\.index(\.(?P<of_index>[\w-]+))?\.json)"
+)
 # What a cached pipeline can do without where the Hub cannot be reached.
 _DISPENSABLE = ("README.md", "recipe.yaml")
 
@@ -72,7 +78,24 @@ def check_processor(source: str | os.PathLike, index: dict, **hub_arguments) -> 
         )
 
 
-def complete_index(folder: str | os.PathLike, earlier: str | os.PathLike | None = None) -> None:
+def find_stale_weights(folder: str | os.PathLike, earlier: str | os.PathLike, variant: str | None = None) -> list[str]:
+    """Returns the weight files of an `earlier` folder that those of a new save, in `folder`, take the place of, and that
+    have other names: diffusers would still load them, as it prefers one format to another. Those of another `variant`
+    stay."""
+    stale = []
+    for path in Path(earlier).glob("*/*"):
+        saved = Path(folder, path.parent.name)
+        match = _WEIGHTS.fullmatch(path.name)
+        if match is None or (saved / path.name).exists() or (match["variant"] or match["of_index"]) != variant:
+            continue
+        if saved.is_dir() and any(_WEIGHTS.fullmatch(other.name) for other in saved.iterdir()):
+            stale.append(path.relative_to(earlier).as_posix())
+    return stale
+
+
+def complete_index(
+    folder: str | os.PathLike, earlier: str | os.PathLike | None = None, stale: Collection[str] = ()
+) -> None:
     """
     Completes `model_index.json` of a saved pipeline by the SHA-256 of those files of its components whose it does not
     have yet, and takes out of it and of their configurations the folder that diffusers loaded them from, which is
@@ -83,6 +106,7 @@ def complete_index(folder: str | os.PathLike, earlier: str | os.PathLike | None 
         earlier (`str` or `os.PathLike`, *optional*):
             Folder that the files are moved to next. What an earlier save left there beside them, weights of another
             `variant`, keeps its SHA-256.
+        stale (collection of `str`): What of that is about to be removed, and has none any more.
     """
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
@@ -101,7 +125,10 @@ def complete_index(folder: str | os.PathLike, earlier: str | os.PathLike | None 
         # A damaged index is about to be replaced.
         with suppress(OSError, ValueError, AttributeError):
             there = read_json(Path(earlier, "model_index.json")).get(SUMS, {})
-            sums = {name: value for name, value in there.items() if Path(earlier, name).is_file()} | sums
+            kept = {
+                name: value for name, value in there.items() if Path(earlier, name).is_file() and name not in stale
+            }
+            sums = kept | sums
     completed = {key: value for key, value in index.items() if key != "_name_or_path"} | {SUMS: sums}
     if completed != index:
         write_json(folder / "model_index.json", dict(sorted(completed.items())))

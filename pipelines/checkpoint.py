@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import get_device
 from ..files import read_text, replacing
 from ..hub.configuration import PlainConfigMixin
 from ..hub.connection import broken_off, persist
-from ..hub.model_index import check_processor, check_sums, complete_index, read_model_index
+from ..hub.model_index import check_processor, check_sums, complete_index, find_stale_weights, read_model_index
 from ..hub.shipped import load_shared, locate
 
 
@@ -50,6 +50,8 @@ class CheckpointPipeline(PlainConfigMixin, DiffusionPipeline):
         """
         import anodiff
 
+        if "torch_dtype" in kwargs:  # as older versions of diffusers call it
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         device_map, devices = kwargs.get("device_map"), sorted({"cpu", get_device()})
         if device_map is not None and device_map not in devices:
             raise ValueError(
@@ -103,7 +105,8 @@ class CheckpointPipeline(PlainConfigMixin, DiffusionPipeline):
 
         Everything is written beside its place first. A save that is interrupted leaves an earlier pipeline of the
         folder as it is; only while the finished files are moved, `model_index.json` last, they are not of one save,
-        and [`from_pretrained`] would say so."""
+        and [`from_pretrained`] would say so. Weights of the earlier pipeline in another format or in shards go, those of
+        another `variant` stay."""
         hub_arguments = ("repo_id", "card", "licence", "private", "token", "commit_message")
         pushing = {key: kwargs.pop(key) for key in hub_arguments if key in kwargs}
         folder = Path(save_directory)
@@ -112,14 +115,22 @@ class CheckpointPipeline(PlainConfigMixin, DiffusionPipeline):
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix=".", suffix=".partial.pipeline", dir=folder) as unfinished:
             super().save_pretrained(unfinished, **kwargs)
-            complete_index(unfinished, folder)
+            stale = find_stale_weights(unfinished, folder, kwargs.get("variant"))
+            complete_index(unfinished, folder, stale)
             made = Path(unfinished, "model_index.json")
             files = [path for path in Path(unfinished).rglob("*") if path.is_file() and path != made]
-            for path in (*files, made):
+
+            def move(path: Path) -> None:
                 target = folder / path.relative_to(unfinished)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(target) as beside:
                     path.replace(beside)
+
+            for path in files:
+                move(path)
+            for name in stale:
+                (folder / name).unlink()
+            move(made)
         if push_to_hub:
             self._push(folder, **{"repo_id": folder.name, **pushing})
 

@@ -112,7 +112,8 @@ def test_a_bare_name_loads_without_a_request(name, made, checkpoints, near_hub, 
     assert type(pipe) is type(AnoDDPMPipeline.from_pretrained(name)) is AnoDDPMPipeline
     assert near_hub.requests == []
     assert pipe.unet.dtype == torch.float32
-    assert AnomalyPipeline.from_pretrained(name, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+    for called in ("dtype", "torch_dtype"):
+        assert AnomalyPipeline.from_pretrained(name, **{called: torch.bfloat16}).unet.dtype == torch.bfloat16
     modality = pipe.processor.config.modalities[0]
     original = AnomalyPipeline.from_pretrained(made / modality)
     for one in (pipe, original):
