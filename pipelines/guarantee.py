@@ -42,12 +42,13 @@ def check_calibration(record: Mapping | None) -> None:
 
 def describe_scoring(pipeline, settings: Mapping, seed: int | None) -> dict:
     """Returns what scores depend on besides the scan and the weights, as JSON has it: the settings of `compute_maps`, the
-    post-processing but for what only masks depend on, the processor, the type of the weights, and the seed."""
+    post-processing but for what only masks depend on, scheduler and processor, the type of the weights, and the seed."""
     postprocessing = asdict(pipeline.postprocessing)
     del postprocessing["min_component_size"]
     described = {
         **postprocessing,
         **settings,
+        "scheduler": {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")},
         "processor": pipeline.processor.settings(),
         "dtype": str(next(pipeline.unet.parameters()).dtype).removeprefix("torch."),
         "seed": None if pipeline.deterministic else seed,
@@ -116,7 +117,11 @@ def add_claims(output, pipeline, prepared, maps: torch.Tensor, settings: Mapping
         settings, seed: Of the call; the seed is `None` if the noise was given.
     """
     brain, processed = prepared.brain.cpu().numpy(), prepared.processed
-    output.guarantee = make_claims(pipeline, maps.numpy(), brain, settings, seed)
+    if prepared.brain_origin == "none" and pipeline.processor.config.brain_mask != "none":
+        reason = "calibrated within brains, and no brain mask was given: all of the slices counts"
+        output.guarantee = {"holds": False, "reason": reason}
+    else:
+        output.guarantee = make_claims(pipeline, maps.numpy(), brain, settings, seed)
     if not output.guarantee["holds"]:
         return
     if processed is not None:

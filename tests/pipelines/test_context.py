@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import anodiff
-from anodiff import AnomalyPipeline
+from anodiff import AnoDDPMScheduler, AnomalyPipeline
 from anodiff.pipelines.guarantee import describe_scoring, make_claims
 
 from ..tiny import SIZE, assert_same_map, make_components, make_pipeline, make_slices, make_volume
@@ -135,3 +135,37 @@ def test_a_network_without_channels_for_neighbours_is_refused():
         ValueError, match="`unet` must have 3 `in_channels` for the modalities image of 3 slices, got 1"
     ):
         make_pipeline("AnoDDPMPipeline", processor_settings={"context": 1}, unet=unet)
+
+
+def calibrated(**changes) -> AnomalyPipeline:
+    """A pipeline with a guarantee for its scans."""
+    pipe = make_pipeline("AnoDDPMPipeline", mode="one_shot", **changes)
+    guarantee = {"n": 9, "population": "healthy", "threshold": 1.0, "scores": [0.5, 1.0], "p_values": [0.5, 0.1]}
+    record = {"alpha": 0.1, "data": "a", "split": "b", "slices": {}, "left_out": {}, "probability": None}
+    settings = describe_scoring(pipe, pipe.default_settings(), 0)
+    pipe.register_to_config(calibration={**record, "settings": settings, "guarantees": {"scan": guarantee}})
+    return pipe
+
+
+def test_a_guarantee_is_of_one_scheduler(tmp_path):
+    pipe = calibrated()
+    assert pipe(make_volume()).guarantee["holds"]
+    pipe.save_pretrained(tmp_path)
+    assert AnomalyPipeline.from_pretrained(tmp_path)(make_volume()).guarantee["holds"]
+    other = AnoDDPMScheduler(noise_type="gaussian", beta_schedule="cosine")
+    changed = AnomalyPipeline.from_pretrained(tmp_path, scheduler=other)(make_volume()).guarantee
+    assert changed == {"holds": False, "reason": "calibrated with other values of scheduler"}
+    pipe.scheduler = other
+    assert not pipe(make_volume()).guarantee["holds"]
+
+
+def test_a_guarantee_within_brains_needs_a_mask():
+    pipe = calibrated()
+    prepared = pipe.prepare_volume(make_volume())
+    assert pipe(prepared).guarantee["holds"]
+    assert pipe(prepared.slices, brain_mask=prepared.brain).guarantee["holds"]
+    found = pipe(prepared.slices)
+    assert not found.guarantee["holds"] and "no brain mask was given" in found.guarantee["reason"]
+    # Where the calibration counted whole slices there is nothing to be given.
+    whole = calibrated(processor_settings={"brain_mask": "none"})
+    assert whole(whole.prepare_volume(make_volume()).slices).guarantee["holds"]
