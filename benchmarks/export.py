@@ -42,7 +42,9 @@ def main() -> None:
     torch.set_num_threads(1)
     pipeline = AnomalyPipeline.from_pretrained(options.model)
     network = pipeline.unet.eval()
-    tensors = make_inputs(network, pipeline.processor.config.size, options.batch)
+    tensors = make_inputs(
+        network, pipeline.processor.config.size, options.batch, pipeline.scheduler.config.num_train_timesteps
+    )
     inputs = {name: tensor.numpy() for name, tensor in tensors.items()}
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = 1

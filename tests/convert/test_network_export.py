@@ -47,13 +47,28 @@ def test_files_give_what_the_networks_give_for_any_batch(name, networks, file_fo
         described = record["networks"][component]
         # Networks of diffusers branch at 64 items, and programs of torch.export hold one branch.
         for items in (1, 70 if file_format == "onnx" else 63):
-            inputs = make_inputs(network, (SIZE, SIZE), items)
+            inputs = make_inputs(network, (SIZE, SIZE), items, 1000)
             shapes = {key: ["B", *value.shape[1:]] for key, value in inputs.items()}
             assert shapes == {key: value["shape"] for key, value in described["inputs"].items()}
             given, wanted = run_file(out / described["file"], inputs), network(**inputs, return_dict=False)[0]
             assert given.shape == (items, *described["output"][1:])
             np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4)
     assert described["bytes"] == (out / described["file"]).stat().st_size
+
+
+@torch.no_grad()
+def test_the_deviation_of_float16_is_that_of_the_last_timesteps(tmp_path):
+    pipeline = make_pipeline("PDDPMPipeline")
+    steps = pipeline.scheduler.config.num_train_timesteps
+    inputs = make_inputs(pipeline.unet, (SIZE, SIZE), 3, steps)
+    assert inputs["timestep"].max() == steps - 1 and inputs["timestep"].min() >= 0
+    # Steps that float16 cannot hold, as the largest 11 bits of an integer.
+    pipeline.scheduler.register_to_config(num_train_timesteps=4096)
+    record = export_networks(pipeline, tmp_path / "out", precision="float16")
+    inputs["timestep"][:] = 4095
+    wanted = pipeline.unet(**inputs, return_dict=False)[0].numpy()
+    deviation = np.abs(run_file(tmp_path / "out" / "unet.onnx", inputs) - wanted).max() / max(wanted.std(), 1e-3)
+    assert record["networks"]["unet"]["deviation"] > deviation / 3
 
 
 def test_the_program_of_the_guide_makes_the_map_of_the_pipeline_without_torch(tmp_path):
