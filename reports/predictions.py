@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..pipelines.guarantee import describe_claims
 from ..volumes.results import MASK, SCORES, SHARE, Result, read_result
 from ..volumes.scans import Scan
-from ..volumes.volume import InputVolume, read_volume
+from ..volumes.volume import InputVolume, check_whole, read_volume
 from .page import Column, Layer, ScanView, Section, Table, write_report
 
 
@@ -175,6 +175,7 @@ def _read_arrays(result: Result, stem: str, source: InputVolume) -> list[np.ndar
     files = result.files
     if f"{stem}.nii.gz" in files:
         array = np.asanyarray(nib.load(files[f"{stem}.nii.gz"]).dataobj, dtype=np.float32)
+        check_whole(files[f"{stem}.nii.gz"])
         return [array.reshape(*array.shape, *(1,) * (3 - array.ndim))]
     pictures = sorted(
         name for name in files if name == f"{stem}.png" or (name.startswith("member_") and name.startswith(f"{stem}_"))

@@ -381,6 +381,16 @@ def test_the_report_of_a_scan_that_went_away_names_it(place, model, capsys):
     assert "raw/a.nii.gz cannot be read" in text and '"name": "b"' in text
 
 
+def test_the_report_of_a_damaged_map_names_it(place, model, capsys):
+    folder = place("raw/a.nii.gz", "raw/b.nii.gz")
+    assert main(["--model", model, "raw", "-o", "out"]) == 0
+    path = folder / "out" / "a" / "anomaly_map.nii.gz"
+    path.write_bytes(path.read_bytes()[:-8])  # all voxels are there, not their checksum
+    assert main(["--model", model, "raw", "-o", "out", "--skip_existing"]) == 1
+    assert "FAILED raw/a.nii.gz: its result is there, but not in the report: " in capsys.readouterr().err
+    assert "anomaly_map.nii.gz cannot be read" in read_text(folder / "out" / "report.html")
+
+
 def test_a_report_that_cannot_be_written_is_listed_with_what_failed(place, model, monkeypatch, capsys):
     folder = place("raw/a.nii.gz", "raw/b.nii.gz", "raw/a_seg.nii.gz")
     monkeypatch.setattr("anodiff.reports.page.MOST_SCANS", 1)
