@@ -34,6 +34,7 @@ from ..volumes.results import (
     MAP_ARRAYS,
     PICTURES,
     check_place,
+    is_whole,
     remove_results,
 )
 from ..volumes.scans import Scan, name_modality
@@ -53,6 +54,11 @@ _ORIGINS = {
 }
 # The warnings of the scan that a thread is at.
 _WARNED: ContextVar[list[str] | None] = ContextVar("warned", default=None)
+# Said with `--skip_existing`, which leaves out scans whose results are whole when it begins.
+NOT_REPLACED = (
+    "{} is of another command, which has written it meanwhile, maybe for another scan of this name: nothing is replaced."
+    " Give the command again, or choose another folder for the results."
+)
 # Of changes to come in a library, not of a scan.
 _OF_CODE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
@@ -244,7 +250,8 @@ def wanted_records(options: PredictOptions) -> tuple[str, ...]:
 
 
 def check_free(pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions) -> None:
-    """Raises a `FileExistsError` if the result of a scan may not be written."""
+    """Raises a `FileExistsError` if the result of a scan may not be written: also one that another command has written
+    since the scans were listed."""
     folder, records = Path(options.output) / scan.name, wanted_records(options)
     arrays = ENSEMBLE_ARRAYS if pipeline.task == "segmentation" else MAP_ARRAYS
     stems = {*arrays, *(DISPERSION_ARRAYS if options.dispersion else ()), *(PICTURES[record] for record in records)}
@@ -253,10 +260,14 @@ def check_free(pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions) -
     if pipeline.task != "segmentation" and pipeline.config.calibration is None:
         stems -= {*CALIBRATED_ARRAYS}
     check_place(folder, stems | DICOM_STEMS, records)
-    if (folder / "result.json").exists() and not (options.overwrite or options.skip_existing):
+    if options.overwrite:
+        return
+    if (folder / "result.json").exists() and not options.skip_existing:
         raise FileExistsError(
             f"{folder} already holds a result; `--overwrite` replaces it, `--skip_existing` leaves it as it is."
         )
+    if is_whole(folder, records):
+        raise FileExistsError(NOT_REPLACED.format(folder / "result.json"))
 
 
 def read_scan(
@@ -318,6 +329,7 @@ def write_scan(pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions, r
     draw = overview.draw_overview if isinstance(result, AnomalyOutput) else overview.draw_members
     # The record of the result, which marks the scan as done, comes last.
     with lock_folder(folder):
+        check_free(pipeline, scan, options)  # again: computing took its time
         if spread is not None or (folder / "dispersion.json").exists():
             remove_results(folder)  # of a call with other options, which wrote other files
         if spread is not None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from anodiff.bids import main
+from anodiff.cohorts import prediction
 from anodiff.cohorts.bids import write_derivatives
 from anodiff.cohorts.options import PredictOptions
 from anodiff.files import read_json, read_text, sha256
@@ -155,6 +156,26 @@ def test_what_is_done_is_skipped_or_replaced_as_a_whole(place, model, capsys):
     rows = table_of(place / "out")
     assert [name for name, row in rows.items() if row["status"] == "failed"] == ["sub-01"]
     assert "not whole" in rows["sub-01"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [([], "`--overwrite` replaces the result"), (["--skip_existing"], "is of another command")]
+)
+def test_a_result_that_another_command_has_written_meanwhile_stays(place, model, monkeypatch, capsys, option, message):
+    command = ["data", "out", "participant", "--model", model, "--participant_label", "01", *option]
+    record = place / "out/sub-01/anat/sub-01_space-orig_desc-anomalyscore_map.json"
+    written, compute = [], prediction.compute_scan
+
+    def compute_slowly(*arguments):
+        monkeypatch.setattr(prediction, "compute_scan", compute)
+        assert main([*command, "--seed", "1"]) == 0
+        written.append(record.read_bytes())
+        return compute(*arguments)
+
+    monkeypatch.setattr(prediction, "compute_scan", compute_slowly)
+    assert main(command) == 1
+    assert message in capsys.readouterr().err
+    assert [record.read_bytes()] == written
 
 
 def test_every_array_of_a_result_is_a_derivative(place):

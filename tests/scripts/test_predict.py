@@ -21,6 +21,7 @@ import yaml
 from diffusers import UNet2DModel
 
 from anodiff import AnomalyPipeline
+from anodiff.cohorts import prediction
 from anodiff.evaluation import overview
 from anodiff.files import read_json, read_text
 from anodiff.hub import shipped
@@ -479,6 +480,28 @@ def test_finished_scans_are_skipped_and_half_results_are_not(place, model, capsy
     assert "1 scan(s) done, 0 finished before" in capsys.readouterr().out
     assert main(["--model", model, "raw/a.nii.gz", "-o", "out", "--dispersion", "2", "--skip_existing"]) == 0
     assert "0 scan(s) done, 1 finished before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [([], "already holds a result"), (["--skip_existing"], "is of another command")]
+)
+def test_a_result_that_another_command_has_written_meanwhile_stays(place, model, monkeypatch, capsys, option, message):
+    folder, compute = place("one/a.nii.gz", "two/a.nii.gz"), prediction.compute_scan
+    command = ["--model", model, "-o", "out", *option, "--report", "none"]
+
+    def compute_slowly(*arguments):
+        monkeypatch.setattr(prediction, "compute_scan", compute)
+        assert main([*command, "--seed", "1", "two/a.nii.gz"]) == 0
+        written.append((folder / "out" / "a" / "result.json").read_bytes())
+        return compute(*arguments)
+
+    written = []
+    monkeypatch.setattr(prediction, "compute_scan", compute_slowly)
+    assert main([*command, "one/a.nii.gz"]) == 1
+    assert message in capsys.readouterr().err
+    assert [(folder / "out" / "a" / "result.json").read_bytes()] == written
+    assert main(["--model", model, "--overwrite", "-o", "out", "one/a.nii.gz"]) == 0
+    assert (folder / "out" / "a" / "result.json").read_bytes() != written[0]
 
 
 def test_what_reading_computing_and_writing_raise_is_said_of_its_scan(place, model, monkeypatch, capsys):
