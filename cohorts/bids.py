@@ -32,6 +32,7 @@ from ..volumes.bids import (
 )
 from ..volumes.results import is_whole, write_result
 from ..volumes.scans import Scan, name_modality
+from .inputs import why_another
 from .measures import measure_saved
 from .options import BidsOptions, PredictOptions
 from .prediction import NOT_REPLACED, describe_error, find_device, find_revision, load_pipeline, predict_scans
@@ -110,6 +111,9 @@ def run_participants(root: Path, out: Path, options: BidsOptions) -> list[tuple[
     scans, failed = choose_scans(root, entry, options)
     finished = []
     if options.skip_existing:
+        reasons = [(scan.name, why_another(record_of(out, scan.name), scan)) for scan in scans]
+        failed += [(name, reason) for name, reason in reasons if reason is not None]
+        scans = [scan for scan, (_, reason) in zip(scans, reasons, strict=True) if reason is None]
         records = [record_of(out, scan.name) for scan in scans]
         finished = [is_whole(path.parent, (path.stem,)) for path in records]
         scans = [scan for scan, is_there in zip(scans, finished, strict=True) if not is_there]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +24,6 @@ from ..hub.model_index import SUMS
 from ..pipelines.dispersion import check_dispersion, disperse
 from ..pipelines.guarantee import describe_claims
 from ..pipelines.output import AnomalyOutput
-from ..volumes.dicom import list_source_files
 from ..volumes.results import (
     CALIBRATED_ARRAYS,
     DICOM_STEMS,
@@ -38,8 +36,7 @@ from ..volumes.results import (
     remove_results,
 )
 from ..volumes.scans import Scan, name_modality
-from ..volumes.volume import StoredVolume
-from .inputs import Inputs, find_input_modality
+from .inputs import Inputs, find_input_modality, hash_files
 from .measures import measure_result, read_atlas
 from .options import PredictOptions
 
@@ -211,6 +208,7 @@ def predict_scans(
                 with prediction.working():
                     result, spread = compute_scan(pipeline, volume, options)
                 result.settings |= record
+                result.settings["inputs"] = [prediction.inputs[str(image)] for image in prediction.scan.images()]
             except Exception as error:  # noqa: BLE001 (whatever is wrong with one scan, the others are still wanted)
                 prediction.reason = describe_error(error)
                 yield prediction
@@ -289,22 +287,10 @@ def read_scan(
             prepared = pipeline.prepare_volume(volume, scan.brain)
             source = prepared.processed.source
         labels = None if scan.atlas is None else read_atlas(scan.atlas, source)
-        prediction.inputs = hash_files(scan)
+        prediction.inputs = hash_files(
+            image for image in (*scan.images(), scan.brain, scan.atlas) if image is not None
+        )
     return prepared, labels
-
-
-def hash_files(scan: Scan) -> dict[str, str]:
-    """Returns the SHA-256 of the files of a scan, its brain mask and its atlas, by their paths; of several files, as of
-    a DICOM series, that of their digests in the order of names."""
-    images = [*(scan.volume.values() if isinstance(scan.volume, dict) else [scan.volume]), scan.brain, scan.atlas]
-    digests = {}
-    for image in images:
-        if image is not None:
-            files = image.files if isinstance(image, StoredVolume) else list_source_files(image)
-            several = "".join(map(sha256, files)).encode()
-            # Names of slices are not kept: they may be made of what is known about a patient.
-            digests[str(image)] = hashlib.sha256(several).hexdigest() if len(files) > 1 else sha256(files[0])
-    return digests
 
 
 def compute_scan(pipeline, volume, options: PredictOptions) -> tuple:

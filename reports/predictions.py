@@ -68,7 +68,7 @@ def write_predictions(
     common = {
         name: value
         for name, value in settings[0].items()
-        if all(name in one and one[name] == value for one in settings)
+        if name != "inputs" and all(name in one and one[name] == value for one in settings)
     }
     missing = [{"scan": name, "reason": reason} for name, reason in failed]
 
@@ -76,7 +76,7 @@ def write_predictions(
         ordered = sorted(scans, key=lambda scan: (-(scores[scan.name] or 0), scan.name))
         for scan in tqdm(ordered, desc="report", disable=len(ordered) < 2, leave=False):
             try:
-                yield view_result(results[scan.name], scan, plane=plane, leave_out=common)
+                yield view_result(results[scan.name], scan, plane=plane, leave_out={**common, "inputs": None})
             except (OSError, ValueError) as error:
                 unread.append((str(scan.source), f"its result is there, but not in the report: {error}"))
                 # The tables are written after the last scan.

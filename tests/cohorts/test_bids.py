@@ -178,6 +178,18 @@ def test_a_result_that_another_command_has_written_meanwhile_stays(place, model,
     assert [record.read_bytes()] == written
 
 
+def test_a_result_of_another_data_set_does_not_count(place, model, capsys):
+    command = ["out", "participant", "--model", model, "--participant_label", "01", "--skip_existing"]
+    assert main(["data", *command]) == 0
+    shutil.copytree(place / "data", place / "moved")
+    assert main(["moved", *command]) == 0 and "1 finished before" in capsys.readouterr().out
+    shutil.copy(place / "data" / IMAGES[2], place / "moved" / IMAGES[0])
+    assert main(["moved", *command]) == 1
+    said = capsys.readouterr()
+    assert "0 finished before" in said.out
+    assert "FAILED sub-01: out/sub-01/anat/sub-01_space-orig_desc-anomalyscore_map.json is of other images" in said.err
+
+
 def test_every_array_of_a_result_is_a_derivative(place):
     """Of several modalities, calibrated and with an extracted brain."""
     root, out = place / "data", place / "data" / "derivatives" / "anodiff"
