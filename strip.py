@@ -100,7 +100,9 @@ def strip_scan(extractor, scan, options: StripOptions) -> str:
         raise FileExistsError(f"{', '.join(there)} exists; `--overwrite` replaces it.")
     volume = read_volume(source, labels=False)
     brain, origin = find_brain(extractor, volume)
-    kept = [np.where(brain, image, np.float32(0)) for image in volume.arrays.values()]
+    kept = list(volume.arrays.values())
+    if origin != "stripped":
+        kept = [np.where(brain, image, np.float32(0)) for image in kept]
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for target, array in zip(

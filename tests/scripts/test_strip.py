@@ -50,6 +50,19 @@ def test_brains_and_masks_beside_the_scans(place, model, capsys):
     assert "raw.nii.gz: brain extracted, " in said and "bare.nii: left as it is, its skull is off already" in said
 
 
+@pytest.mark.parametrize("background", [-1000, 7])
+@pytest.mark.parametrize("modalities", [1, 2])
+def test_a_scan_without_skull_keeps_its_background(place, model, capsys, background, modalities):
+    image, brain, affine = make_raw_scan(skull=False)
+    image = np.where(brain, image, background).astype(np.int16)
+    image = image if modalities == 1 else np.stack([image, image + 50], -1)
+    nib.save(nib.Nifti1Image(image, affine), "other.nii.gz")
+    assert main(["other.nii.gz", "--model", model]) == 0
+    assert "other.nii.gz: left as it is, its skull is off already" in capsys.readouterr().out
+    np.testing.assert_array_equal(read("other_brain.nii.gz"), image)
+    assert not read("other_brain_mask.nii.gz")[~brain].any()
+
+
 def test_a_folder_of_scans_one_of_them_broken(place, model, capsys):
     folder, *_ = place
     (folder / "in").mkdir()
