@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from anodiff.pipelines import brain as brain_module
 from anodiff.predict import main as predict
 from anodiff.running import run_script
 from anodiff.strip import main
@@ -84,6 +85,20 @@ def test_nothing_is_replaced_unless_asked_for(place, model, capsys):
     assert "raw_brain.nii.gz exists; `--overwrite` replaces it." in capsys.readouterr().err
     assert main(["raw.nii.gz", "--model", model, "--overwrite"]) == 0
     assert read("raw_brain.nii.gz").any()
+
+
+def test_what_another_command_has_written_meanwhile_stays(place, model, monkeypatch, capsys):
+    folder, find = place[0], brain_module.find_brain
+
+    def find_slowly(*arguments):
+        (folder / "raw_brain_mask.nii.gz").write_text("of another command")
+        return find(*arguments)
+
+    monkeypatch.setattr(brain_module, "find_brain", find_slowly)
+    assert main(["raw.nii.gz", "--model", model]) == 1
+    assert "raw_brain_mask.nii.gz exists; `--overwrite` replaces it." in capsys.readouterr().err
+    assert [path.name for path in folder.glob("*raw_*")] == ["raw_brain_mask.nii.gz"]
+    assert (folder / "raw_brain_mask.nii.gz").read_text() == "of another command"
 
 
 def test_every_series_of_dicom_gets_files_of_its_own(place, model, monkeypatch):
