@@ -95,21 +95,29 @@ def strip_scan(extractor, scan, options: StripOptions) -> str:
     if options.output is not None:
         folder, name = Path(options.output), scan.name
     targets = [folder / f"{name}_brain.nii.gz", folder / f"{name}_brain_mask.nii.gz"]
-    there = [str(target) for target in targets if target.exists()]
-    if there and not options.overwrite:
-        raise FileExistsError(f"{', '.join(there)} exists; `--overwrite` replaces it.")
+    check_free(targets, options)
     volume = read_volume(source, labels=False)
     brain, origin = find_brain(extractor, volume)
-    kept = [np.where(brain, image, np.float32(0)) for image in volume.arrays.values()]
+    kept = list(volume.arrays.values())
+    if origin != "stripped":
+        kept = [np.where(brain, image, np.float32(0)) for image in kept]
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for target, array in zip(
             targets, (kept[0] if len(kept) == 1 else np.stack(kept, -1), brain.astype(np.uint8)), strict=True
         ):
             nib.save(volume.image(array), stack.enter_context(replacing(target)))
+        check_free(targets, options)  # again, before they take their places: another command may have been faster
     millilitres = brain.sum() * abs(np.linalg.det(volume.affine[:3, :3])) / 1000
     said = "left as it is, its skull is off already" if origin == "stripped" else "brain extracted"
     return f"{source}: {said}, {millilitres:.0f} ml, {targets[0]}"
+
+
+def check_free(targets: list[Path], options: StripOptions) -> None:
+    """Raises a `FileExistsError` if one of the files is there and may not be replaced."""
+    there = [str(target) for target in targets if target.exists()]
+    if there and not options.overwrite:
+        raise FileExistsError(f"{', '.join(there)} exists; `--overwrite` replaces it.")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ from ..volumes.bids import (
 )
 from ..volumes.results import is_whole, write_result
 from ..volumes.scans import Scan, name_modality
+from .inputs import why_another
 from .measures import measure_saved
 from .options import BidsOptions, PredictOptions
-from .prediction import describe_error, find_device, find_revision, load_pipeline, predict_scans
+from .prediction import NOT_REPLACED, describe_error, find_device, find_revision, load_pipeline, predict_scans
 from .tables import COHORT, COHORT_COLUMNS, DONE, FAILED, write_table
 
 
@@ -110,6 +111,9 @@ def run_participants(root: Path, out: Path, options: BidsOptions) -> list[tuple[
     scans, failed = choose_scans(root, entry, options)
     finished = []
     if options.skip_existing:
+        reasons = [(scan.name, why_another(record_of(out, scan.name), scan)) for scan in scans]
+        failed += [(name, reason) for name, reason in reasons if reason is not None]
+        scans = [scan for scan, (_, reason) in zip(scans, reasons, strict=True) if reason is None]
         records = [record_of(out, scan.name) for scan in scans]
         finished = [is_whole(path.parent, (path.stem,)) for path in records]
         scans = [scan for scan, is_there in zip(scans, finished, strict=True) if not is_there]
@@ -184,12 +188,17 @@ def choose_scans(root: Path, entry: dict, options: BidsOptions) -> tuple[list[Sc
 
 
 def check_derivatives(pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions) -> None:
-    """Raises a `FileExistsError` if a scan has a result that may not be replaced."""
+    """Raises a `FileExistsError` if a scan has a result that may not be replaced: also one that another command has
+    written since the scans were listed."""
     record = record_of(Path(options.output), scan.name)
-    if record.exists() and not (options.overwrite or options.skip_existing):
+    if options.overwrite:
+        return
+    if record.exists() and not options.skip_existing:
         raise FileExistsError(
             f"{record} is there: `--overwrite` replaces the result, `--skip_existing` leaves it as it is."
         )
+    if is_whole(record.parent, (record.stem,)):
+        raise FileExistsError(NOT_REPLACED.format(record))
 
 
 def write_derivatives(
@@ -220,6 +229,7 @@ def write_derivatives(
     values = common | _SIDECARS["anomaly_map"] | plain(result.record())
     # The record, which marks the scan as done, comes last.
     with lock_folder(record.parent):
+        check_derivatives(pipeline, scan, options)  # again: computing took its time
         write_result(record.parent, record.stem, values, writers)
     told = f"brain mask: {result.settings['brain']}"
     if result.guarantee is not None:

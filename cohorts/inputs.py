@@ -4,17 +4,19 @@ input. No torch here."""
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import sys
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..files import check_name, read_text
-from ..volumes.dicom import split_choice
+from ..files import check_name, read_json, read_text, sha256
+from ..volumes.dicom import list_source_files, split_choice
 from ..volumes.results import is_whole, result_files
 from ..volumes.scans import ALIASES, Scan, find_modality, find_scans, name_modality
+from ..volumes.volume import StoredVolume
 from .options import PredictOptions
 
 
@@ -193,9 +195,49 @@ def list_scans(
         failed = failed if number == 1 else []
     if not options.skip_existing:
         return scans, failed, []
-    whole = [is_whole(Path(options.output) / scan.name, records) for scan in scans]
-    missing = [scan for scan, is_there in zip(scans, whole, strict=True) if not is_there]
-    return missing, failed, [scan for scan, is_there in zip(scans, whole, strict=True) if is_there]
+    missing, finished = [], []
+    for scan in scans:
+        folder = Path(options.output) / scan.name
+        reason = why_another(folder / "result.json", scan)
+        if reason is not None:
+            failed.append((str(scan.source), reason))
+        else:
+            (finished if is_whole(folder, records) else missing).append(scan)
+    return missing, failed, finished
+
+
+def why_another(record: Path, scan: Scan) -> str | None:
+    """Returns why the result with this record may not count as that of a scan: it was made of other images. `None` if it
+    was made of these, there is none, or it does not say so, as of earlier versions.
+
+    Contents are compared, not paths: a data set may be moved, a scan may be named by its file or its folder, and one
+    path, from another working directory, may be another patient."""
+    try:
+        made_of = set(read_json(record)["settings"]["inputs"])
+    except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is not ours
+        return None
+    try:
+        images = set(hash_files(scan.images()).values())
+    except (OSError, ValueError) as error:
+        return f"{record} is there, and whether it is of this scan cannot be told: {error}"
+    if images == made_of:
+        return None
+    return (
+        f"{record} is of other images (by SHA-256): of another scan of this name, or of this one before its files"
+        " changed. Choose another folder for the results, or replace it by `--overwrite` instead of `--skip_existing`."
+    )
+
+
+def hash_files(images: Iterable) -> dict[str, str]:
+    """Returns the SHA-256 of images, as a [`~volumes.scans.Scan`] has them, by their paths; of several files, as of a
+    DICOM series, that of their digests in the order of names."""
+    digests = {}
+    for image in images:
+        files = image.files if isinstance(image, StoredVolume) else list_source_files(image)
+        several = "".join(map(sha256, files)).encode()
+        # Names of slices are not kept: they may be made of what is known about a patient.
+        digests[str(image)] = hashlib.sha256(several).hexdigest() if len(files) > 1 else sha256(files[0])
+    return digests
 
 
 def beside(atlas: str | None) -> str | None:

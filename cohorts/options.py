@@ -51,7 +51,7 @@ class PredictOptions:
     overwrite: bool = False
     """Replace results that are already there."""
     skip_existing: bool = False
-    """Leave out scans whose results are there and whole, whatever options they were made with."""
+    """Leave out scans whose results are there, whole and of the same images, whatever options they were made with."""
     shard: str | None = None
     """The part of the scans that this command takes, such as 2/8, for job arrays; all parts go into one folder."""
     dicom_output: bool = True
@@ -122,7 +122,7 @@ class BidsOptions:
     overwrite: bool = False
     """Replace results that are already there."""
     skip_existing: bool = False
-    """Leave out scans whose results are there and whole, whatever options they were made with."""
+    """Leave out scans whose results are there, whole and of the same images, whatever options they were made with."""
 
     def check(self, level: str) -> None:
         """Raises a `ValueError` for options that cannot be meant together, or not at a level, before anything is

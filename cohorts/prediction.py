@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +24,6 @@ from ..hub.model_index import SUMS
 from ..pipelines.dispersion import check_dispersion, disperse
 from ..pipelines.guarantee import describe_claims
 from ..pipelines.output import AnomalyOutput
-from ..volumes.dicom import list_source_files
 from ..volumes.results import (
     CALIBRATED_ARRAYS,
     DICOM_STEMS,
@@ -34,11 +32,11 @@ from ..volumes.results import (
     MAP_ARRAYS,
     PICTURES,
     check_place,
+    is_whole,
     remove_results,
 )
 from ..volumes.scans import Scan, name_modality
-from ..volumes.volume import StoredVolume
-from .inputs import Inputs, find_input_modality
+from .inputs import Inputs, find_input_modality, hash_files
 from .measures import measure_result, read_atlas
 from .options import PredictOptions
 
@@ -53,6 +51,11 @@ _ORIGINS = {
 }
 # The warnings of the scan that a thread is at.
 _WARNED: ContextVar[list[str] | None] = ContextVar("warned", default=None)
+# Said with `--skip_existing`, which leaves out scans whose results are whole when it begins.
+NOT_REPLACED = (
+    "{} is of another command, which has written it meanwhile, maybe for another scan of this name: nothing is replaced."
+    " Give the command again, or choose another folder for the results."
+)
 # Of changes to come in a library, not of a scan.
 _OF_CODE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
@@ -205,6 +208,7 @@ def predict_scans(
                 with prediction.working():
                     result, spread = compute_scan(pipeline, volume, options)
                 result.settings |= record
+                result.settings["inputs"] = [prediction.inputs[str(image)] for image in prediction.scan.images()]
             except Exception as error:  # noqa: BLE001 (whatever is wrong with one scan, the others are still wanted)
                 prediction.reason = describe_error(error)
                 yield prediction
@@ -244,7 +248,8 @@ def wanted_records(options: PredictOptions) -> tuple[str, ...]:
 
 
 def check_free(pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions) -> None:
-    """Raises a `FileExistsError` if the result of a scan may not be written."""
+    """Raises a `FileExistsError` if the result of a scan may not be written: also one that another command has written
+    since the scans were listed."""
     folder, records = Path(options.output) / scan.name, wanted_records(options)
     arrays = ENSEMBLE_ARRAYS if pipeline.task == "segmentation" else MAP_ARRAYS
     stems = {*arrays, *(DISPERSION_ARRAYS if options.dispersion else ()), *(PICTURES[record] for record in records)}
@@ -253,10 +258,14 @@ def check_free(pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions) -
     if pipeline.task != "segmentation" and pipeline.config.calibration is None:
         stems -= {*CALIBRATED_ARRAYS}
     check_place(folder, stems | DICOM_STEMS, records)
-    if (folder / "result.json").exists() and not (options.overwrite or options.skip_existing):
+    if options.overwrite:
+        return
+    if (folder / "result.json").exists() and not options.skip_existing:
         raise FileExistsError(
             f"{folder} already holds a result; `--overwrite` replaces it, `--skip_existing` leaves it as it is."
         )
+    if is_whole(folder, records):
+        raise FileExistsError(NOT_REPLACED.format(folder / "result.json"))
 
 
 def read_scan(
@@ -278,22 +287,10 @@ def read_scan(
             prepared = pipeline.prepare_volume(volume, scan.brain)
             source = prepared.processed.source
         labels = None if scan.atlas is None else read_atlas(scan.atlas, source)
-        prediction.inputs = hash_files(scan)
+        prediction.inputs = hash_files(
+            image for image in (*scan.images(), scan.brain, scan.atlas) if image is not None
+        )
     return prepared, labels
-
-
-def hash_files(scan: Scan) -> dict[str, str]:
-    """Returns the SHA-256 of the files of a scan, its brain mask and its atlas, by their paths; of several files, as of
-    a DICOM series, that of their digests in the order of names."""
-    images = [*(scan.volume.values() if isinstance(scan.volume, dict) else [scan.volume]), scan.brain, scan.atlas]
-    digests = {}
-    for image in images:
-        if image is not None:
-            files = image.files if isinstance(image, StoredVolume) else list_source_files(image)
-            several = "".join(map(sha256, files)).encode()
-            # Names of slices are not kept: they may be made of what is known about a patient.
-            digests[str(image)] = hashlib.sha256(several).hexdigest() if len(files) > 1 else sha256(files[0])
-    return digests
 
 
 def compute_scan(pipeline, volume, options: PredictOptions) -> tuple:
@@ -318,6 +315,7 @@ def write_scan(pipeline: AnomalyPipeline, scan: Scan, options: PredictOptions, r
     draw = overview.draw_overview if isinstance(result, AnomalyOutput) else overview.draw_members
     # The record of the result, which marks the scan as done, comes last.
     with lock_folder(folder):
+        check_free(pipeline, scan, options)  # again: computing took its time
         if spread is not None or (folder / "dispersion.json").exists():
             remove_results(folder)  # of a call with other options, which wrote other files
         if spread is not None:

@@ -24,7 +24,7 @@ DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 
 # Column to what `cohort.json` says of it.
 COHORT_COLUMNS = {
-    "scan": {"Description": "Name of the scan and of the folder of its result; n/a for a path that is no scan"},
+    "scan": {"Description": "Name of the scan and of the folder of its result; n/a for a path that has none"},
     "source": {"Description": "The scan as it was named: a path, or the line of a table"},
     "status": {
         "Description": "What the last command for this scan did. The other columns describe the result in the folder,"
@@ -110,6 +110,7 @@ def write_rows(folder: str | os.PathLike, rows: Sequence[tuple[dict, Sequence[di
     Puts rows into the tables of a folder, in place of earlier rows of the same scans. The caller holds the tables.
 
     A scan that was skipped or has failed keeps the values that it has in the table, if its whole result is still there.
+    One that has failed under the name of such a result, from another source, gets a row of its own, without a name.
 
     Args:
         folder (`str` or `os.PathLike`): Of the results, one folder per scan.
@@ -133,6 +134,10 @@ def write_rows(folder: str | os.PathLike, rows: Sequence[tuple[dict, Sequence[di
             continue
         if regions is None and key in scans and row["status"] != DONE and is_whole(folder / name, ("result",)):
             earlier = dict(zip(COHORT_COLUMNS, scans[key].split("\t"), strict=True))
+            if row["status"] == FAILED and source != earlier["source"]:
+                # The values are of the other source, and so is the name.
+                others[source] = _line({name: row[name] for name in ("source", "status", "reason")}, COHORT_COLUMNS)
+                continue
             row = earlier | {column: row.get(column) for column in ("source", "status", "reason")}
         else:
             regions_of[key] = regions or []

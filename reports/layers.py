@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 
 from ..volumes.geometry import plane_orientation
+from ..volumes.volume import check_whole
 
 
 # What a layer shows, which decides its colours and how it is stored.
@@ -58,9 +59,10 @@ class EncodedLayer:
 def read_layer(name: str, image) -> tuple[np.ndarray, np.ndarray]:
     """Returns the values of an image, float32 `(X, Y, Z)` or `(X, Y, Z, E)`, and its affine; raises a `ValueError` if
     they are not finite or of another shape."""
-    if isinstance(image, (str, os.PathLike)):
-        image = nib.load(image)
+    path, image = (image, nib.load(image)) if isinstance(image, (str, os.PathLike)) else (None, image)
     array = np.asanyarray(image.dataobj, dtype=np.float32)
+    if path is not None:
+        check_whole(path)
     array = array.reshape(*array.shape, *(1,) * (3 - array.ndim))
     if array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]

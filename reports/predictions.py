@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..pipelines.guarantee import describe_claims
 from ..volumes.results import MASK, SCORES, SHARE, Result, read_result
 from ..volumes.scans import Scan
-from ..volumes.volume import InputVolume, read_volume
+from ..volumes.volume import InputVolume, check_whole, read_volume
 from .page import Column, Layer, ScanView, Section, Table, write_report
 
 
@@ -68,7 +68,7 @@ def write_predictions(
     common = {
         name: value
         for name, value in settings[0].items()
-        if all(name in one and one[name] == value for one in settings)
+        if name != "inputs" and all(name in one and one[name] == value for one in settings)
     }
     missing = [{"scan": name, "reason": reason} for name, reason in failed]
 
@@ -76,7 +76,7 @@ def write_predictions(
         ordered = sorted(scans, key=lambda scan: (-(scores[scan.name] or 0), scan.name))
         for scan in tqdm(ordered, desc="report", disable=len(ordered) < 2, leave=False):
             try:
-                yield view_result(results[scan.name], scan, plane=plane, leave_out=common)
+                yield view_result(results[scan.name], scan, plane=plane, leave_out={**common, "inputs": None})
             except (OSError, ValueError) as error:
                 unread.append((str(scan.source), f"its result is there, but not in the report: {error}"))
                 # The tables are written after the last scan.
@@ -175,6 +175,7 @@ def _read_arrays(result: Result, stem: str, source: InputVolume) -> list[np.ndar
     files = result.files
     if f"{stem}.nii.gz" in files:
         array = np.asanyarray(nib.load(files[f"{stem}.nii.gz"]).dataobj, dtype=np.float32)
+        check_whole(files[f"{stem}.nii.gz"])
         return [array.reshape(*array.shape, *(1,) * (3 - array.ndim))]
     pictures = sorted(
         name for name in files if name == f"{stem}.png" or (name.startswith("member_") and name.startswith(f"{stem}_"))

@@ -33,6 +33,8 @@ NAMES = {
     "healthy_rank_map": ({"desc": "healthyrank"}, "map"),
     "brain_mask": ({"desc": "brain"}, "mask"),
 }
+# What names of derivatives say themselves, so that those of images which differ in it alone would be the same.
+_OF_DERIVATIVES = ("space", "label", "desc")
 IGNORED = ("*_desc-anomalyscore_map.*", "*_desc-healthyrank_map.*", "cohort.*", "report.html", "logs/")
 
 
@@ -165,6 +167,10 @@ def _images(root: Path, session: Path) -> tuple[list[tuple[Path, dict[str, str],
             continue
         if {entity: entities[entity] for entity in ("sub", "ses") if entity in entities} != where:
             wrong.append((path, "its name says another participant or session than its folder."))
+        elif derived := [entity for entity in _OF_DERIVATIVES if entity in entities]:
+            wrong.append(
+                (path, f"has the entity {' and '.join(derived)}: images of derivatives are not read, only raw ones.")
+            )
         else:
             images.append((path, entities, modality))
     return images, wrong

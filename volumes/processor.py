@@ -36,6 +36,8 @@ RESIZE_RULES = ("fit", "stretch", "torchio")
 # remnants of eyes and scalp in a mask are brighter than lesions, and are not to outweigh them.
 BRAIN_LEVEL = 0.5
 _FLOW_STEP = 0.125  # of CurvatureFlow
+# Shape of an array, whose axes run RAS, that is one slice.
+_ONE_SLICE = {"axial": "(X, Y, 1)", "coronal": "(X, 1, Z)", "sagittal": "(1, Y, Z)"}
 _NO_BRAIN_LEFT = (
     "{name}: no voxel of the brain is left in the slices. Check the brain mask, and `crop`, `spacing` and `size` of"
     " the processor."
@@ -245,9 +247,10 @@ class VolumeProcessor(PlainConfigMixin):
         `value_range` everywhere.
 
         Raises a `ValueError` for a missing or unknown modality, a wrong number of channels, different grids, a
-        constant image or an empty brain.
+        constant image, an empty brain, or a single slice of another plane.
         """
         volume, brain = self._read(volume, brain_mask, optional)
+        self._check_plane(volume)
         arrays = np.stack([volume.arrays[key] for key in volume.arrays])
         if self.config.strip:
             arrays = arrays * brain
@@ -396,6 +399,19 @@ class VolumeProcessor(PlainConfigMixin):
             max(slices, math.prod(map(max, pairs)), max(has * gets for has, gets in pairs), field),
             f"A volume of shape {tuple(shape)}, in voxels of {np.linalg.norm(affine[:3, :3], axis=0).tolist()} mm,"
             " brought to the `spacing`, `crop` and `size` of the processor,",
+        )
+
+    def _check_plane(self, volume: InputVolume) -> None:
+        """Raises a `ValueError` for a picture or a single slice of another plane, of which slices would be lines."""
+        axes = {plane: np.argsort(plane_orientation(volume.affine, plane)[:, 0])[2] for plane in PLANES}
+        if volume.shape.count(1) != 1 or volume.shape[axes[self.config.plane]] == 1:
+            return
+        fitting = next(plane for plane in PLANES if volume.shape[axes[plane]] == 1)
+        raise ValueError(
+            f"{volume.name} cannot be cut into {self.config.plane} slices (`plane`), which would be lines: its shape is"
+            f" {volume.shape}, {fitting} by its affine. Choose a checkpoint for that plane; or if it is"
+            f" {self.config.plane}, as an array has no affine and a picture counts as axial, give an array of the shape"
+            f" {_ONE_SLICE[self.config.plane]}, or NIfTI with the right affine."
         )
 
     def _channels(self, volume: InputVolume) -> list[int]:

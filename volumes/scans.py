@@ -62,6 +62,10 @@ class Scan:
     source: Path
     atlas: Path | None = None
 
+    def images(self) -> list:
+        """Returns the images of the volume, of each modality one."""
+        return [*self.volume.values()] if isinstance(self.volume, dict) else [self.volume]
+
 
 @dataclass
 class _Listing:

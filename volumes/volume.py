@@ -29,6 +29,7 @@ PICTURE_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 MAX_VOXELS = 2**29
 # Bytes that one byte of a gzip file can stand for.
 _GZIP_RATIO = 1032
+_COMPRESSED = (".gz", ".mgz", ".bz2", ".zst")
 
 # How files begin whose content git-annex (DataLad) or Git LFS keeps elsewhere.
 _POINTERS = (b"/annex/objects/", b"version https://git-lfs.github.com/spec/")
@@ -199,6 +200,16 @@ def check_fetched(path: str | os.PathLike) -> None:
     raise FileNotFoundError(f"The content of {path} was never fetched: run {command} for it.")
 
 
+def check_whole(path: str | os.PathLike) -> None:
+    """Raises a `ValueError` if a compressed file does not end with the checksum of its content. Readers of images stop
+    at the last voxel, before it, so that voxels which are damaged would go unnoticed."""
+    if not str(path).lower().endswith(_COMPRESSED):
+        return
+    with _reading(path), nib.openers.ImageOpener(os.fspath(path)) as file:
+        while file.read(2**20):
+            pass
+
+
 def open_picture(path: str | os.PathLike) -> PIL.Image.Image:
     """
     Reads a picture, and turns it upright where its EXIF orientation says that it was taken otherwise.
@@ -337,6 +348,8 @@ def _from_nibabel(image, name: str, labels: bool, has_place: bool = True) -> Inp
     _check_meaning(image, header, name, labels)
     with _reading(name):
         array = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
+    if nib.is_proxy(image.dataobj) and "image" in image.file_map and image.file_map["image"].filename:
+        check_whole(image.file_map["image"].filename)
     if array.ndim == 2:
         array = array[..., None]
     millimetres = _millimetres(header, name)

@@ -11,6 +11,8 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from ...volumes.volume import check_whole
+
 
 # M maps, X x Y x Z voxels, axes RAS; mm are RAS millimetres from the centre of a map's brain.
 
@@ -156,6 +158,7 @@ def read_lesion_masks(files: Sequence[str | Path], centre: tuple[float, float, f
     for path in files:
         image = nib.as_closest_canonical(nib.load(path))
         mask = np.asarray(image.dataobj)
+        check_whole(path)
         if mask.ndim != 3 or not mask.any():
             raise ValueError(f"{path} must be a volume with lesion, voxels that are not 0, got shape {mask.shape}.")
         volumes.append(torch.from_numpy((mask != 0).astype(np.uint8)))
@@ -180,6 +183,7 @@ def _read_map(path: Path, tissue_of: dict[int, int]) -> tuple[np.ndarray, np.nda
     """Tissues `(X, Y, Z)` of a map, axes RAS, and their affine."""
     image = nib.as_closest_canonical(nib.load(path))
     labels = np.asarray(image.dataobj)
+    check_whole(path)
     whole = labels.dtype.kind in "iu" or np.array_equal(labels, np.rint(labels))
     if labels.ndim != 3 or not whole or labels.min() < 0:
         raise ValueError(f"{path} must be a segmentation, one whole number >= 0 per voxel, got shape {labels.shape}.")

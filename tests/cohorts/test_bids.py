@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from anodiff.bids import main
+from anodiff.cohorts import prediction
 from anodiff.cohorts.bids import write_derivatives
 from anodiff.cohorts.options import PredictOptions
 from anodiff.files import read_json, read_text, sha256
@@ -155,6 +156,38 @@ def test_what_is_done_is_skipped_or_replaced_as_a_whole(place, model, capsys):
     rows = table_of(place / "out")
     assert [name for name, row in rows.items() if row["status"] == "failed"] == ["sub-01"]
     assert "not whole" in rows["sub-01"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [([], "`--overwrite` replaces the result"), (["--skip_existing"], "is of another command")]
+)
+def test_a_result_that_another_command_has_written_meanwhile_stays(place, model, monkeypatch, capsys, option, message):
+    command = ["data", "out", "participant", "--model", model, "--participant_label", "01", *option]
+    record = place / "out/sub-01/anat/sub-01_space-orig_desc-anomalyscore_map.json"
+    written, compute = [], prediction.compute_scan
+
+    def compute_slowly(*arguments):
+        monkeypatch.setattr(prediction, "compute_scan", compute)
+        assert main([*command, "--seed", "1"]) == 0
+        written.append(record.read_bytes())
+        return compute(*arguments)
+
+    monkeypatch.setattr(prediction, "compute_scan", compute_slowly)
+    assert main(command) == 1
+    assert message in capsys.readouterr().err
+    assert [record.read_bytes()] == written
+
+
+def test_a_result_of_another_data_set_does_not_count(place, model, capsys):
+    command = ["out", "participant", "--model", model, "--participant_label", "01", "--skip_existing"]
+    assert main(["data", *command]) == 0
+    shutil.copytree(place / "data", place / "moved")
+    assert main(["moved", *command]) == 0 and "1 finished before" in capsys.readouterr().out
+    shutil.copy(place / "data" / IMAGES[2], place / "moved" / IMAGES[0])
+    assert main(["moved", *command]) == 1
+    said = capsys.readouterr()
+    assert "0 finished before" in said.out
+    assert "FAILED sub-01: out/sub-01/anat/sub-01_space-orig_desc-anomalyscore_map.json is of other images" in said.err
 
 
 def test_every_array_of_a_result_is_a_derivative(place):

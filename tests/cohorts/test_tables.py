@@ -83,12 +83,26 @@ def test_values_of_a_result_stay_as_long_as_it_is_there(tmp_path, status):
         tmp_path, (done("a", marked_ml=1.5, seconds=3.0), [{"region": 1}]), (done("b", marked_ml=1.5), [{"region": 1}])
     )
     for scan in "ab":
-        put(tmp_path, ({"scan": scan, "source": "again", "status": status, "reason": "why"}, None))
+        put(tmp_path, ({"scan": scan, "source": f"raw/{scan}.nii", "status": status, "reason": "why"}, None))
     rows = read_rows(tmp_path)
     assert {scan: row["marked_ml"] for scan, row in rows.items()} == {"a": "1.5", "b": None}
     for row in rows.values():
-        assert (row["source"], row["status"], row["reason"]) == ("again", status, "why")
+        assert (row["status"], row["reason"]) == (status, "why")
     assert rows["a"]["seconds"] == "3" and (tmp_path / "regions.tsv").read_text().count("\n") == 2
+
+
+def test_a_failure_from_another_source_takes_no_values(tmp_path):
+    finish(tmp_path, "a")
+    put(tmp_path, (done("a", marked_ml=1.5), None))
+    put(tmp_path, ({"scan": "a", "source": "other/a.nii", "status": "failed", "reason": "why"}, None))
+    row = read_rows(tmp_path)["a"]
+    assert (row["source"], row["status"], row["marked_ml"]) == ("raw/a.nii", "done", "1.5")
+    (failure,) = [line for line in (tmp_path / "cohort.tsv").read_text().splitlines() if "other/a.nii" in line]
+    assert failure.startswith("n/a\tother/a.nii\tfailed\twhy\tn/a")
+    # One that is skipped is the same scan by another path.
+    put(tmp_path, ({"scan": "a", "source": "moved/a.nii", "status": "skipped"}, None))
+    row = read_rows(tmp_path)["a"]
+    assert (row["source"], row["status"], row["marked_ml"]) == ("moved/a.nii", "skipped", "1.5")
 
 
 def test_no_row_is_lost_however_many_write_at_once(tmp_path):

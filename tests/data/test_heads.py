@@ -233,6 +233,16 @@ def test_what_is_no_label_map_is_named(tmp_path, change, message):
         read_label_maps(tmp_path)
 
 
+@pytest.mark.parametrize("read", [read_label_maps, lambda folder: read_lesion_masks([folder / "one.nii.gz"])])
+def test_a_damaged_map_is_named(tmp_path, read):
+    nib.save(head(), tmp_path / "one.nii.gz")
+    read(tmp_path)
+    content = (tmp_path / "one.nii.gz").read_bytes()
+    (tmp_path / "one.nii.gz").write_bytes(content[:-8])  # all voxels are there, not their checksum
+    with pytest.raises(ValueError, match="one.nii.gz cannot be read, it may be truncated or damaged"):
+        read(tmp_path)
+
+
 def test_a_folder_without_maps(tmp_path):
     with pytest.raises(FileNotFoundError, match="There are no label maps"):
         read_label_maps(tmp_path)

@@ -143,6 +143,14 @@ def test_headers_say_nothing_but_the_grid(tmp_path):
     assert b"Jane" not in content and b"Doe" not in content
 
 
+def test_a_damaged_layer_is_named(tmp_path):
+    nib.save(image(np.random.default_rng(0).random((20, 20, 20))), tmp_path / "scan.nii.gz")
+    content = (tmp_path / "scan.nii.gz").read_bytes()
+    (tmp_path / "scan.nii.gz").write_bytes(content[:-8])  # all voxels are there, not their checksum
+    with pytest.raises(ValueError, match="scan.nii.gz cannot be read, it may be truncated or damaged"):
+        layers.read_layer("Scan", tmp_path / "scan.nii.gz")
+
+
 def test_many_scans_get_a_page_each(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "_niivue", lambda: "")  # 300 copies are 300 MB
     names = [f"group/sub {number} ü" for number in range(300)]

@@ -21,6 +21,7 @@ import yaml
 from diffusers import UNet2DModel
 
 from anodiff import AnomalyPipeline
+from anodiff.cohorts import prediction
 from anodiff.evaluation import overview
 from anodiff.files import read_json, read_text
 from anodiff.hub import shipped
@@ -376,9 +377,19 @@ def test_the_report_of_a_scan_that_went_away_names_it(place, model, capsys):
     assert main(["--model", model, "raw", "-o", "out"]) == 0
     (folder / "raw" / "a.nii.gz").write_bytes(b"damaged")
     assert main(["--model", model, "raw", "-o", "out", "--skip_existing"]) == 1
-    assert "FAILED raw/a.nii.gz: its result is there, but not in the report: " in capsys.readouterr().err
+    assert "FAILED raw/a.nii.gz: out/a/result.json is of other images (by SHA-256)" in capsys.readouterr().err
     text = read_text(folder / "out" / "report.html")
-    assert "raw/a.nii.gz cannot be read" in text and '"name": "b"' in text
+    assert "out/a/result.json is of other images" in text and '"name": "b"' in text
+
+
+def test_the_report_of_a_damaged_map_names_it(place, model, capsys):
+    folder = place("raw/a.nii.gz", "raw/b.nii.gz")
+    assert main(["--model", model, "raw", "-o", "out"]) == 0
+    path = folder / "out" / "a" / "anomaly_map.nii.gz"
+    path.write_bytes(path.read_bytes()[:-8])  # all voxels are there, not their checksum
+    assert main(["--model", model, "raw", "-o", "out", "--skip_existing"]) == 1
+    assert "FAILED raw/a.nii.gz: its result is there, but not in the report: " in capsys.readouterr().err
+    assert "anomaly_map.nii.gz cannot be read" in read_text(folder / "out" / "report.html")
 
 
 def test_a_report_that_cannot_be_written_is_listed_with_what_failed(place, model, monkeypatch, capsys):
@@ -469,6 +480,65 @@ def test_finished_scans_are_skipped_and_half_results_are_not(place, model, capsy
     assert "1 scan(s) done, 0 finished before" in capsys.readouterr().out
     assert main(["--model", model, "raw/a.nii.gz", "-o", "out", "--dispersion", "2", "--skip_existing"]) == 0
     assert "0 scan(s) done, 1 finished before" in capsys.readouterr().out
+
+
+def test_a_result_of_another_scan_of_this_name_does_not_count(place, model, monkeypatch, capsys):
+    folder = place("c/a/flair.nii.gz", "c/b/flair.nii.gz", "c/b/c/a/flair.nii.gz")
+    other = nib.Nifti1Image(make_volume((16, 16, 2), seed=1), np.eye(4))
+    for path in ("c/b/flair.nii.gz", "c/b/c/a/flair.nii.gz"):
+        nib.save(other, path)
+    command = ["--model", model, "-o", str(folder / "out"), "--skip_existing", "--report", "none"]
+
+    def finished() -> int:
+        return int(re.search(r"(\d+) finished before", capsys.readouterr().out)[1])
+
+    assert main([*command, "c/a/flair.nii.gz"]) == 0 and finished() == 0
+    written = (folder / "out" / "flair" / "result.json").read_bytes()
+    first = table_of(folder / "out").set_index("scan").loc["flair"]
+    assert main([*command, "c/b/flair.nii.gz"]) == 1
+    said = capsys.readouterr()
+    assert "0 finished before" in said.out
+    assert re.search(r"FAILED c/b/flair.nii.gz: .*out/flair/result.json is of other images .* `--overwrite`", said.err)
+    # Also where the earlier result would not count as whole, and be replaced.
+    assert main([*command, "c/b/flair.nii.gz", "--dispersion", "2"]) == 1
+    # The same path means another scan from another working directory.
+    monkeypatch.chdir(folder / "c" / "b")
+    assert main([*command, "c/a/flair.nii.gz"]) == 1
+    monkeypatch.chdir(folder)
+    assert main(["--model", model, "-o", "out", "--report", "none", "c/b/flair.nii.gz"]) == 1  # FileExistsError
+    assert (folder / "out" / "flair" / "result.json").read_bytes() == written
+    rows = table_of(folder / "out")
+    assert dict(rows.set_index("scan").loc["flair"].dropna()) == dict(first.dropna())
+    failure = rows.set_index("source").loc["c/b/flair.nii.gz"]
+    assert failure["status"] == "failed" and failure.isna()[["scan", "volume_score"]].all()
+    capsys.readouterr()
+    # One that was moved, or is named in another way, is the same.
+    (folder / "c" / "a").rename(folder / "flair")
+    for path in ("flair/flair.nii.gz", "flair", str(folder / "flair")):
+        assert main([*command, path]) == 0 and finished() == 1
+    assert table_of(folder / "out").set_index("scan").loc["flair", "source"] == str(folder / "flair")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [([], "already holds a result"), (["--skip_existing"], "is of another command")]
+)
+def test_a_result_that_another_command_has_written_meanwhile_stays(place, model, monkeypatch, capsys, option, message):
+    folder, compute = place("one/a.nii.gz", "two/a.nii.gz"), prediction.compute_scan
+    command = ["--model", model, "-o", "out", *option, "--report", "none"]
+
+    def compute_slowly(*arguments):
+        monkeypatch.setattr(prediction, "compute_scan", compute)
+        assert main([*command, "--seed", "1", "two/a.nii.gz"]) == 0
+        written.append((folder / "out" / "a" / "result.json").read_bytes())
+        return compute(*arguments)
+
+    written = []
+    monkeypatch.setattr(prediction, "compute_scan", compute_slowly)
+    assert main([*command, "one/a.nii.gz"]) == 1
+    assert message in capsys.readouterr().err
+    assert [(folder / "out" / "a" / "result.json").read_bytes()] == written
+    assert main(["--model", model, "--overwrite", "-o", "out", "one/a.nii.gz"]) == 0
+    assert (folder / "out" / "a" / "result.json").read_bytes() != written[0]
 
 
 def test_what_reading_computing_and_writing_raise_is_said_of_its_scan(place, model, monkeypatch, capsys):

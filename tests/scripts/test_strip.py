@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from anodiff.pipelines import brain as brain_module
 from anodiff.predict import main as predict
 from anodiff.running import run_script
 from anodiff.strip import main
@@ -50,6 +51,19 @@ def test_brains_and_masks_beside_the_scans(place, model, capsys):
     assert "raw.nii.gz: brain extracted, " in said and "bare.nii: left as it is, its skull is off already" in said
 
 
+@pytest.mark.parametrize("background", [-1000, 7])
+@pytest.mark.parametrize("modalities", [1, 2])
+def test_a_scan_without_skull_keeps_its_background(place, model, capsys, background, modalities):
+    image, brain, affine = make_raw_scan(skull=False)
+    image = np.where(brain, image, background).astype(np.int16)
+    image = image if modalities == 1 else np.stack([image, image + 50], -1)
+    nib.save(nib.Nifti1Image(image, affine), "other.nii.gz")
+    assert main(["other.nii.gz", "--model", model]) == 0
+    assert "other.nii.gz: left as it is, its skull is off already" in capsys.readouterr().out
+    np.testing.assert_array_equal(read("other_brain.nii.gz"), image)
+    assert not read("other_brain_mask.nii.gz")[~brain].any()
+
+
 def test_a_folder_of_scans_one_of_them_broken(place, model, capsys):
     folder, *_ = place
     (folder / "in").mkdir()
@@ -71,6 +85,20 @@ def test_nothing_is_replaced_unless_asked_for(place, model, capsys):
     assert "raw_brain.nii.gz exists; `--overwrite` replaces it." in capsys.readouterr().err
     assert main(["raw.nii.gz", "--model", model, "--overwrite"]) == 0
     assert read("raw_brain.nii.gz").any()
+
+
+def test_what_another_command_has_written_meanwhile_stays(place, model, monkeypatch, capsys):
+    folder, find = place[0], brain_module.find_brain
+
+    def find_slowly(*arguments):
+        (folder / "raw_brain_mask.nii.gz").write_text("of another command")
+        return find(*arguments)
+
+    monkeypatch.setattr(brain_module, "find_brain", find_slowly)
+    assert main(["raw.nii.gz", "--model", model]) == 1
+    assert "raw_brain_mask.nii.gz exists; `--overwrite` replaces it." in capsys.readouterr().err
+    assert [path.name for path in folder.glob("*raw_*")] == ["raw_brain_mask.nii.gz"]
+    assert (folder / "raw_brain_mask.nii.gz").read_text() == "of another command"
 
 
 def test_every_series_of_dicom_gets_files_of_its_own(place, model, monkeypatch):

@@ -160,6 +160,27 @@ def test_a_copy_of_an_image_is_named(dataset):
     assert [*scans] == ["sub-01"] and [*failed] == ["sub-01/anat/sub-01_FLAIR (copy).nii.gz"]
 
 
+@pytest.mark.parametrize(
+    ("name", "entities"),
+    [
+        ("space-MNI152NLin2009cAsym_T1w", "space"),
+        ("desc-preproc_T1w", "desc"),
+        ("label-WM_T1w", "label"),
+        ("space-orig_desc-preproc_T1w", "space and desc"),
+    ],
+)
+def test_images_whose_derivatives_would_have_one_name_are_named(dataset, name, entities):
+    root = dataset("01/T1w", f"01/{name}")
+    scans, failed = found(root, ["t1"])
+    assert scans == {"sub-01": ["sub-01_T1w.nii.gz"]}
+    assert failed == {
+        f"sub-01/anat/sub-01_{name}.nii.gz": f"has the entity {entities}: images of derivatives are not read, only raw"
+        " ones."
+    }
+    (root / "sub-01" / "anat" / "sub-01_T1w.nii.gz").unlink()
+    assert find_modalities(root) == []
+
+
 def test_a_data_set_without_participants_is_named(dataset):
     root = dataset()
     assert found(root) == ({}, {str(root): "has no participant, a folder such as sub-01."})

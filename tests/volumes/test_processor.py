@@ -233,6 +233,32 @@ def test_the_network_sees_the_plane_that_was_asked_for():
         assert processed.slices[:, 0].shape == processed.brain.shape == shape
 
 
+PICTURE = PIL.Image.fromarray(random_scan()[..., 0].T.astype(np.uint8))
+TURNED = np.array([[0, 0, 1.0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # axes ASR
+
+
+@pytest.mark.parametrize("plane", ["coronal", "sagittal"])
+@pytest.mark.parametrize(
+    "source", [PICTURE, random_scan()[..., 0], random_scan()[..., :1], nifti(random_scan()[..., :1])]
+)
+def test_one_slice_of_another_plane_is_refused(source, plane):
+    plain().preprocess(source)
+    message = rf"cannot be cut into {plane} slices .* its shape is \(8, 10, 1\), axial by its affine"
+    with pytest.raises(ValueError, match=message):
+        plain(plane=plane).preprocess(source)
+
+
+def test_one_slice_is_read_in_its_plane():
+    """However its axes run, and as an array of the shape that the message says."""
+    slices = random_scan()[:, :, 0]
+    for plane, shape in {"axial": (8, 10, 1), "coronal": (8, 1, 10), "sagittal": (1, 8, 10)}.items():
+        assert plain(plane=plane).preprocess(slices.reshape(shape)).slices.shape[0] == 1
+    turned = nifti(random_scan()[..., :1], TURNED)
+    assert plain(plane="sagittal").preprocess(turned).slices.shape[0] == 1
+    with pytest.raises(ValueError, match=r"axial slices .*, sagittal by its affine"):
+        plain(plane="axial").preprocess(turned)
+
+
 def constant(value):
     return np.full((4, 5, 2), value, dtype=np.float32)
 

@@ -240,6 +240,22 @@ def test_damaged_files(tmp_path):
             read_volume(tmp_path / name)
 
 
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mgz", ".NII.GZ", ".img.gz", ".nii.bz2"])
+@pytest.mark.parametrize("damage", ["checksum", "no end"])
+def test_voxels_that_do_not_match_their_checksum_are_refused(tmp_path, suffix, damage):
+    kind = {".mgz": nib.MGHImage, ".img.gz": nib.Nifti1Pair}.get(suffix, nib.Nifti1Image)
+    path = tmp_path / f"scan{suffix}"
+    nib.save(kind(random_image((30, 30, 10)), AFFINE), path)
+    content = bytearray(path.read_bytes())
+    end = 4 if suffix == ".nii.bz2" else 8  # the checksum, and in gzip the length
+    content[-end] ^= 1  # as if a voxel were another one
+    path.write_bytes(content if damage == "checksum" else content[:-end])
+    by_path = [path] if suffix not in (".img.gz", ".nii.bz2") else []
+    for source in [*by_path, nib.load(path)]:
+        with pytest.raises(ValueError, match=f"scan{suffix} cannot be read, it may be truncated or damaged"):
+            read_volume(source)
+
+
 def test_a_nibabel_image_of_a_truncated_file(tmp_path):
     nib.save(nib.Nifti1Image(random_image(), AFFINE), tmp_path / "scan.nii.gz")
     (tmp_path / "scan.nii").write_bytes(gzip.decompress((tmp_path / "scan.nii.gz").read_bytes())[:-100])
