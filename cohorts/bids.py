@@ -111,7 +111,8 @@ def run_participants(root: Path, out: Path, options: BidsOptions) -> list[tuple[
     scans, failed = choose_scans(root, entry, options)
     finished = []
     if options.skip_existing:
-        reasons = [(scan.name, why_another(record_of(out, scan.name), scan)) for scan in scans]
+        bar = tqdm(scans, desc="earlier results", leave=False, disable=len(scans) < 2)
+        reasons = [(scan.name, why_another(record_of(out, scan.name), scan)) for scan in bar]
         failed += [(name, reason) for name, reason in reasons if reason is not None]
         scans = [scan for scan, (_, reason) in zip(scans, reasons, strict=True) if reason is None]
         records = [record_of(out, scan.name) for scan in scans]

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from ..files import check_name, read_json, read_text, sha256
 from ..volumes.dicom import list_source_files, split_choice
 from ..volumes.results import is_whole, result_files
@@ -196,7 +198,7 @@ def list_scans(
     if not options.skip_existing:
         return scans, failed, []
     missing, finished = [], []
-    for scan in scans:
+    for scan in tqdm(scans, desc="earlier results", leave=False, disable=len(scans) < 2):
         folder = Path(options.output) / scan.name
         reason = why_another(folder / "result.json", scan)
         if reason is not None:
