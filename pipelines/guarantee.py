@@ -53,7 +53,8 @@ def describe_scoring(pipeline, settings: Mapping, seed: int | None) -> dict:
         "dtype": str(next(pipeline.unet.parameters()).dtype).removeprefix("torch."),
         "seed": None if pipeline.deterministic else seed,
     }
-    return json.loads(json.dumps(plain(described)))
+    # A function, such as AutoDDPM's `perceptual_distance`, is never what a calibration has recorded.
+    return json.loads(json.dumps(plain(described), default=repr))
 
 
 def find_changes(record: Mapping, scoring: Mapping) -> list[str]:

@@ -283,8 +283,11 @@ class ANDiPipeline(AnomalyPipeline):
         check_integer("block_length", settings["block_length"], 1, steps)
         if not settings["normative_blocks"]:
             return
-        if settings["num_timesteps"] is not None:
-            raise ValueError("`num_timesteps` must be None with `normative_blocks`: a chain walks every timestep.")
+        if settings["num_timesteps"] not in (None, stop - start):
+            raise ValueError(
+                f"`num_timesteps` must be {stop - start}, all from `start` to `stop` - 1, with `normative_blocks`, whose"
+                f" chains walk every timestep, got {settings['num_timesteps']}."
+            )
         if settings["aggregation"] == "prob":
             raise ValueError("`aggregation` must be geometric or arithmetic with `normative_blocks`, got 'prob'.")
         if not len(block_ends(torch.arange(start, stop), settings["block_length"])):

@@ -477,14 +477,14 @@ def test_wrong_folders(tmp_path):
     with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
         load_prepared(tmp_path / "set", "test")
     (tmp_path / "set" / "data" / "train-00001-of-00003.parquet").unlink()
-    with pytest.raises(ValueError, match="incomplete: the split train has 2 of 3 files"):
+    with pytest.raises(ValueError, match="incomplete: the split train has 2 files in data/ instead of 3"):
         load_prepared(tmp_path / "set", "train")
     shutil.copy(tmp_path / "set/data/train-00000-of-00003.parquet", tmp_path / "set/data/train-00001-of-00003.parquet")
     with pytest.raises(ValueError, match="do not agree with its subjects.parquet"):
         load_prepared(tmp_path / "set", "train")
     (tmp_path / "set" / "data" / "validation-00000-of-00002.parquet").unlink()
     (tmp_path / "set" / "data" / "validation-00001-of-00002.parquet").unlink()
-    with pytest.raises(ValueError, match="the split validation has 0 of 1 files"):
+    with pytest.raises(ValueError, match="the split validation has 0 files in data/ instead of 1"):
         load_prepared(tmp_path / "set", "validation")
 
 

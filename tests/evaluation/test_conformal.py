@@ -308,11 +308,11 @@ def test_a_calibrated_checkpoint_speaks_of_scans(calibrated, tmp_path):
         nib.load(tmp_path / "out" / "probability_map.nii.gz").get_fdata(dtype=np.float32), result.probability_map
     )
 
-    # Maps, scores and masks are those of the pipeline without calibration; slices as tensors have claims as well.
+    # Maps, scores and masks are those of the pipeline without calibration; slices as tensors with their brain have claims as well.
     plain = make_pipeline("AnoDDPMPipeline", slice_score="mean")(folder / "validation0.nii.gz")
     np.testing.assert_array_equal(plain.anomaly_map, result.anomaly_map)
     assert plain.guarantee is plain.probability_map is plain.healthy_rank_map is None
-    tensor = again(torch.zeros(2, 1, SIZE, SIZE))
+    tensor = again(torch.zeros(2, 1, SIZE, SIZE), brain_mask=torch.ones(2, SIZE, SIZE, dtype=torch.bool))
     assert torch.is_tensor(tensor.probability_map) and tensor.guarantee["holds"]
 
 

@@ -300,7 +300,10 @@ def test_progress_bar_is_silent_when_asked(capfd):
         ({"aggregation": "median"}, "`aggregation` must be one of geometric, arithmetic, prob, got 'median'"),
         ({"modality_reduction": "sum"}, "`modality_reduction` must be one of max, mean, got 'sum'"),
         ({"block_length": 0}, "`block_length` must be an integer between 1 and 1000, got 0"),
-        ({"normative_blocks": True, "num_timesteps": 2}, "`num_timesteps` must be None with `normative_blocks`"),
+        (
+            {"normative_blocks": True, "num_timesteps": 2},
+            r"`num_timesteps` must be \d+, all from `start` to `stop` - 1",
+        ),
         ({"normative_blocks": True, "aggregation": "prob"}, "`aggregation` must be geometric or arithmetic with"),
         ({"normative_blocks": "yes"}, "`normative_blocks` must be one of False, True, got 'yes'"),
         ({"zero_background": 2}, "`zero_background` must be one of False, True, got 2"),
@@ -316,3 +319,11 @@ def test_wrong_settings():
         make_pipeline(aggregation="sum")
     with pytest.raises(ValueError, match="`stop` must be an integer between 76 and 100, got 200"):
         make_pipeline(scheduler=ANDiScheduler(num_train_timesteps=100), stop=200)
+
+
+def test_chains_of_a_checkpoint_with_few_timesteps():
+    pipe = make_pipeline(num_timesteps=2)
+    start, stop = pipe.config.start, pipe.config.stop
+    expected = make_pipeline()(make_slices(), normative_blocks=True, block_length=1).anomaly_map
+    chains = pipe(make_slices(), normative_blocks=True, block_length=1, num_timesteps=stop - start)
+    assert_same_map(chains.anomaly_map, expected)

@@ -7,7 +7,7 @@ import torch
 
 import anodiff
 from anodiff import AnoDDPMScheduler, AnomalyPipeline
-from anodiff.pipelines.guarantee import describe_scoring, make_claims
+from anodiff.pipelines.guarantee import describe_scoring, find_changes, make_claims
 
 from ..tiny import SIZE, assert_same_map, make_components, make_pipeline, make_slices, make_volume
 from .test_contract import PIPELINES
@@ -169,3 +169,10 @@ def test_a_guarantee_within_brains_needs_a_mask():
     # Where the calibration counted whole slices there is nothing to be given.
     whole = calibrated(processor_settings={"brain_mask": "none"})
     assert whole(whole.prepare_volume(make_volume()).slices).guarantee["holds"]
+
+
+def test_a_setting_that_is_no_value_ends_a_guarantee_and_not_the_call():
+    pipe = make_pipeline("AutoDDPMPipeline")
+    described = describe_scoring(pipe, {**pipe.default_settings(), "perceptual_distance": len}, 0)
+    record = {"settings": describe_scoring(pipe, pipe.default_settings(), 0)}
+    assert find_changes(record, described) == ["perceptual_distance"]
