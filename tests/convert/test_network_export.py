@@ -62,7 +62,7 @@ def test_the_deviation_of_float16_is_that_of_the_last_timesteps(tmp_path):
     steps = pipeline.scheduler.config.num_train_timesteps
     inputs = make_inputs(pipeline.unet, (SIZE, SIZE), 3, steps)
     assert inputs["timestep"].max() == steps - 1 and inputs["timestep"].min() >= 0
-    # Steps that float16 cannot hold, as the largest 11 bits of an integer.
+    # Late timesteps, most of which float16 rounds: it holds integers up to 2048.
     pipeline.scheduler.register_to_config(num_train_timesteps=4096)
     record = export_networks(pipeline, tmp_path / "out", precision="float16")
     inputs["timestep"][:] = 4095
